@@ -1,0 +1,300 @@
+"""Configurations of PoolFormer and the MetaFormer family, and the table of published variants.
+
+Sources: *MetaFormer Is Actually What You Need for Vision* (arXiv 2111.11418) for PoolFormer v1 and its hybrids,
+*MetaFormer Baselines for Vision* (arXiv 2210.13452) for the families with StarReLU and ResScale.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+@strict
+class MetaFormerConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of any MetaFormer: four stages of blocks `norm, token mixer, residual; norm, channel MLP, residual`.
+
+    Args:
+        num_channels (`int`, *optional*, defaults to 3):
+            Channels of `pixel_values`.
+        image_size (`int` or `list[int]`, *optional*, defaults to 224):
+            Height and width in pixels the model is built for. Only mixers with a fixed number of tokens
+            (`spatial_mlp`, `random`) and position embeddings depend on it; all else takes any resolution.
+        depths, hidden_sizes (`list[int]`, *optional*):
+            Blocks and channels per stage. Defaults to S12.
+        patch_sizes, strides, padding (`list[int]`, *optional*):
+            Kernel, stride and padding in pixels of the convolution that opens each stage.
+        num_encoder_blocks (`int`, *optional*, defaults to 4):
+            Number of stages.
+        token_mixers (`list[str]`, *optional*):
+            One key of `TOKEN_MIXERS` per stage.
+        pool_size (`int`, *optional*, defaults to 3):
+            Window of the pooling mixer in tokens; odd.
+        attention_head_dim (`int`, *optional*, defaults to 32):
+            Channels per head of the attention mixer.
+        mlp_ratio (`float`, *optional*, defaults to 4.0):
+            Hidden channels of the MLP per channel of the stage.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            A key of transformers' `ACT2FN`, `"star_relu"` or `"squared_relu"`.
+        norm_layer (`str`, *optional*, defaults to `"group_norm"`):
+            Norm of the blocks: `"group_norm"` (one group), `"layer_norm"` (over channels), `"batch_norm"`, `"none"`.
+        norm_bias (`bool`, *optional*, defaults to `True`), norm_eps (`float`, *optional*, defaults to 1e-5):
+            Shift and epsilon of the norms.
+        use_bias (`bool`, *optional*, defaults to `True`):
+            Biases of the MLP and of the attention's output projection.
+        embedding_norm (`str`, *optional*, defaults to `"none"`):
+            Norm after the stem convolution and before each later one (`"layer_norm"` in the second paper).
+        use_residual, use_mlp (`bool`, *optional*, defaults to `True`):
+            Whether blocks have their shortcuts and their MLP (off only in ablations).
+        use_layer_scale (`bool`, *optional*, defaults to `True`), layer_scale_init_value (`float`, defaults to 1e-5):
+            Learned per-channel scale of each residual branch.
+        res_scale_init_values (`list[float | None]`, *optional*):
+            Per stage, initial value of the learned per-channel scale of the shortcuts; `None` for none.
+        position_embeddings (`list[bool]`, *optional*):
+            Per stage, whether a learned position embedding is added before its blocks.
+        head_norm_first (`bool`, *optional*, defaults to `True`):
+            Classifier order: block norm then global mean (first paper), or global mean then LayerNorm (second).
+        head_type (`str`, *optional*, defaults to `"linear"`):
+            `"linear"` or `"mlp"` (fc, squared ReLU, LayerNorm, fc).
+        drop_path_rate (`float`, *optional*, defaults to 0.0):
+            DropPath of the last block; grows linearly with depth from 0.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the truncated normal initialisation.
+        out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
+            Feature maps of the backbone, out of `"stem"`, `"stage1"`, ... `"stage4"`. Defaults to the last.
+
+    Example:
+
+    ```python
+    >>> from hf_poolformer import MetaFormerConfig, MetaFormerModel
+
+    >>> config = MetaFormerConfig(token_mixers=["pooling", "pooling", "attention", "attention"])
+    >>> model = MetaFormerModel(config)
+    ```"""
+
+    model_type = "metaformer"
+
+    num_channels: int = 3
+    image_size: int | list[int] | tuple[int, int] = 224
+    depths: list[int] | tuple[int, ...] = (2, 2, 6, 2)
+    hidden_sizes: list[int] | tuple[int, ...] = (64, 128, 320, 512)
+    patch_sizes: list[int] | tuple[int, ...] = (7, 3, 3, 3)
+    strides: list[int] | tuple[int, ...] = (4, 2, 2, 2)
+    padding: list[int] | tuple[int, ...] = (2, 1, 1, 1)
+    num_encoder_blocks: int = 4
+    token_mixers: list[str] | tuple[str, ...] = ("pooling", "pooling", "pooling", "pooling")
+    pool_size: int = 3
+    attention_head_dim: int = 32
+    mlp_ratio: float | int = 4.0
+    hidden_act: str = "gelu"
+    norm_layer: str = "group_norm"
+    norm_bias: bool = True
+    norm_eps: float = 1e-5
+    use_bias: bool = True
+    embedding_norm: str = "none"
+    use_residual: bool = True
+    use_mlp: bool = True
+    use_layer_scale: bool = True
+    layer_scale_init_value: float = 1e-5
+    res_scale_init_values: list[float | None] | tuple[float | None, ...] = (None, None, None, None)
+    position_embeddings: list[bool] | tuple[bool, ...] = (False, False, False, False)
+    head_norm_first: bool = True
+    head_type: str = "linear"
+    drop_path_rate: float | int = 0.0
+    initializer_range: float = 0.02
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        # Derived from depths, so never read from JSON.
+        kwargs.pop("stage_names", None)
+        self.stage_names = ["stem", *(f"stage{i}" for i in range(1, len(self.depths) + 1))]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+    def validate_stages(self):
+        """Every per-stage list has one entry per stage."""
+        names = ["depths", "hidden_sizes", "patch_sizes", "strides", "padding"]
+        names += ["token_mixers", "res_scale_init_values", "position_embeddings"]
+        for name in names:
+            value = getattr(self, name)
+            if len(value) != self.num_encoder_blocks:
+                raise ValueError(
+                    f"{name} has {len(value)} entries but num_encoder_blocks={self.num_encoder_blocks}: {value}"
+                )
+
+    def validate_pool_size(self):
+        """An even window would change the number of tokens."""
+        if self.pool_size < 1 or self.pool_size % 2 == 0:
+            raise ValueError(f"pool_size must be odd and positive, got {self.pool_size}")
+
+    def validate_drop_path_rate(self):
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
+
+    def validate_head_type(self):
+        if self.head_type not in ("linear", "mlp"):
+            raise ValueError(f'head_type must be "linear" or "mlp", got {self.head_type!r}')
+
+    @property
+    def drop_path_rates(self) -> list[list[float]]:
+        """Per stage and block: `drop_path_rate * index / (L - 1)`, the official linear rule."""
+        last = max(sum(self.depths) - 1, 1)
+        rates = iter([self.drop_path_rate * index / last for index in range(sum(self.depths))])
+        return [[next(rates) for _ in range(depth)] for depth in self.depths]
+
+    def stage_resolution(self, stage: int) -> tuple[int, int]:
+        """Height and width in tokens of `stage` (0-based) for an input of `image_size`."""
+        size = self.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        for kernel, stride, padding in list(zip(self.patch_sizes, self.strides, self.padding, strict=True))[
+            : stage + 1
+        ]:
+            height, width = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
+        return height, width
+
+    @staticmethod
+    def from_variant(name: str, **overrides: Any) -> "MetaFormerConfig":
+        """
+        Configuration of a published variant, a row of `VARIANTS`.
+
+        Args:
+            name: for instance `"poolformer_s12"`.
+            overrides: fields to set otherwise, for instance `num_labels=10`.
+
+        Raises:
+            ValueError: for an unknown name; the message lists the nearest ones.
+        """
+        if name not in VARIANTS:
+            near = difflib.get_close_matches(name, VARIANTS, n=3) or list(VARIANTS)
+            raise ValueError(f"Unknown variant {name!r}. Did you mean one of {', '.join(near)}?")
+        variant = VARIANTS[name]
+        config_class = PoolFormerConfig if variant.model_type == "poolformer" else MetaFormerConfig
+        return config_class(**{"num_labels": variant.num_labels, **variant.config, **overrides})
+
+
+class Fixed:
+    """
+    A constant of an architecture where its parent has a field.
+
+    Assignment keeps the value for serialisation but never changes what is read: checkpoints carry keys their model
+    never used, and such a stray key must survive a round trip without changing the function.
+    """
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __set_name__(self, owner: type, name: str):
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self.value
+
+    def __set__(self, instance: Any, value: Any):
+        logger.warning_once(
+            f"PoolFormer v1 has {self.name}={self.value!r}; {value!r} is kept in the configuration but not used. "
+            "Other architectures are MetaFormerConfig's."
+        )
+        instance.__dict__[self.name] = value
+
+
+@strict
+class PoolFormerConfig(MetaFormerConfig):
+    r"""
+    Configuration of PoolFormer v1: a [`MetaFormerConfig`] with pooling in every stage and GroupNorm(1), eps 1e-5.
+
+    Its JSON has exactly the keys of transformers' built-in `PoolFormerConfig`, so that a checkpoint saved by either
+    loads in the other. `patch_size` and `stride` are such keys: nothing reads them.
+
+    Example:
+
+    ```python
+    >>> from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification
+
+    >>> config = PoolFormerConfig.from_variant("poolformer_s12")
+    >>> model = PoolFormerForImageClassification(config)
+    ```"""
+
+    model_type = "poolformer"
+
+    patch_size: int | list[int] | tuple[int, int] = 16
+    stride: int = 16
+
+    image_size: ClassVar[Any] = None
+    token_mixers: ClassVar[Any] = Fixed(("pooling",) * 4)
+    attention_head_dim: ClassVar[Any] = Fixed(32)
+    norm_layer: ClassVar[Any] = Fixed("group_norm")
+    norm_bias: ClassVar[Any] = Fixed(True)
+    norm_eps: ClassVar[Any] = Fixed(1e-5)
+    use_bias: ClassVar[Any] = Fixed(True)
+    embedding_norm: ClassVar[Any] = Fixed("none")
+    use_residual: ClassVar[Any] = Fixed(True)
+    use_mlp: ClassVar[Any] = Fixed(True)
+    res_scale_init_values: ClassVar[Any] = Fixed((None,) * 4)
+    position_embeddings: ClassVar[Any] = Fixed((False,) * 4)
+    head_norm_first: ClassVar[Any] = Fixed(True)
+    head_type: ClassVar[Any] = Fixed("linear")
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output.pop("stage_names", None)
+        if output.get("out_indices") == [self.num_encoder_blocks]:
+            del output["out_features"], output["out_indices"]
+        return output
+
+
+@dataclass(frozen=True)
+class Variant:
+    """
+    Facts of one published checkpoint.
+
+    Attributes:
+        config: fields of its configuration that differ from the defaults of its class.
+        model_type: `"poolformer"` or `"metaformer"`.
+        crop_pct: share of the resized short side that evaluation crops.
+        image_size: pixels of its evaluation crop.
+        num_labels: classes of its head.
+        drop_path_rate: stochastic depth it was trained with.
+        top1: published ImageNet-1K accuracy in percent.
+        source: where it was published.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    model_type: str = "poolformer"
+    crop_pct: float = 0.9
+    image_size: int = 224
+    num_labels: int = 1000
+    drop_path_rate: float = 0.1
+    top1: float | None = None
+    source: str = "https://github.com/sail-sg/poolformer"
+
+
+SMALL, MEDIUM = (64, 128, 320, 512), (96, 192, 384, 768)
+SIZES = {
+    "s12": {"depths": (2, 2, 6, 2), "hidden_sizes": SMALL},
+    "s24": {"depths": (4, 4, 12, 4), "hidden_sizes": SMALL},
+    "s36": {"depths": (6, 6, 18, 6), "hidden_sizes": SMALL, "layer_scale_init_value": 1e-6},
+    "m36": {"depths": (6, 6, 18, 6), "hidden_sizes": MEDIUM, "layer_scale_init_value": 1e-6},
+    "m48": {"depths": (8, 8, 24, 8), "hidden_sizes": MEDIUM, "layer_scale_init_value": 1e-6},
+}
+
+VARIANTS: dict[str, Variant] = {
+    "poolformer_s12": Variant(SIZES["s12"], drop_path_rate=0.1, top1=77.2),
+    "poolformer_s24": Variant(SIZES["s24"], drop_path_rate=0.1, top1=80.3),
+    "poolformer_s36": Variant(SIZES["s36"], drop_path_rate=0.2, top1=81.4),
+    "poolformer_m36": Variant(SIZES["m36"], drop_path_rate=0.3, top1=82.1, crop_pct=0.95),
+    "poolformer_m48": Variant(SIZES["m48"], drop_path_rate=0.4, top1=82.5, crop_pct=0.95),
+}
+
+
+__all__ = ["VARIANTS", "MetaFormerConfig", "PoolFormerConfig", "Variant"]

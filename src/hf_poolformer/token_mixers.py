@@ -1,0 +1,196 @@
+"""Token mixers: the exchangeable part of a MetaFormer block.
+
+A mixer is any module built as `Mixer(config, stage)` that maps (batch, channels, height, width) to the same shape;
+`stage` counts from 0. `TOKEN_MIXERS` is open: `TOKEN_MIXERS["mine"] = Mine` makes `token_mixers=["mine", ...]` work.
+
+A module that defines `initialize(std)` initialises itself there, through `transformers.initialization` (which leaves
+loaded weights alone); convolutions and linear layers within are initialised by the model.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+from .configuration_poolformer import MetaFormerConfig
+
+
+class StarReLU(nn.Module):
+    """`scale * relu(x)**2 + bias` with learned scalars (arXiv 2210.13452, section 3.1)."""
+
+    # Mean 0 and variance 1 for a standard normal input: E[relu(x)^2] = 1/2, Var = 5/4.
+    scale_init, bias_init = 0.8944, -0.4472
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), self.scale_init))
+        self.bias = nn.Parameter(torch.full((1,), self.bias_init))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.scale * F.relu(hidden_states).square() + self.bias
+
+    def initialize(self, std: float):
+        init.constant_(self.scale, self.scale_init)
+        init.constant_(self.bias, self.bias_init)
+
+
+class SquaredReLU(nn.Module):
+    """`relu(x)**2`, of the MLP head (arXiv 2210.13452)."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.relu(hidden_states).square()
+
+
+ACTIVATIONS = {"star_relu": StarReLU, "squared_relu": SquaredReLU}
+
+
+def activation(name: str) -> nn.Module:
+    """A new activation module by its name in `ACTIVATIONS` or transformers' `ACT2FN`."""
+    if name in ACTIVATIONS:
+        return ACTIVATIONS[name]()
+    if name not in ACT2FN:
+        raise ValueError(f"Unknown hidden_act {name!r}: not one of {', '.join([*ACTIVATIONS, *ACT2FN])}")
+    return ACT2FN[name]
+
+
+class DefaultInitConv2d(nn.Conv2d):
+    """A convolution that keeps PyTorch's initialisation, as the first paper's stem and downsampling do."""
+
+    def initialize(self, std: float):
+        init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            init.uniform_(self.bias, -bound, bound)
+
+
+class Pooling(nn.Module):
+    """`avgpool(x) - x` over valid tokens only (arXiv 2111.11418, section 3.2). Parameter-free."""
+
+    def __init__(self, config: MetaFormerConfig, stage: int):
+        super().__init__()
+        self.pool = nn.AvgPool2d(config.pool_size, stride=1, padding=config.pool_size // 2, count_include_pad=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.pool(hidden_states) - hidden_states
+
+
+class IdentityMixer(nn.Identity):
+    """No mixing at all (IdentityFormer)."""
+
+    def __init__(self, config: MetaFormerConfig, stage: int):
+        super().__init__()
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens, heads of `attention_head_dim` channels."""
+
+    def __init__(self, config: MetaFormerConfig, stage: int):
+        super().__init__()
+        dim = config.hidden_sizes[stage]
+        self.head_dim = config.attention_head_dim
+        self.num_heads = max(dim // self.head_dim, 1)
+        inner = self.num_heads * self.head_dim
+        self.qkv = nn.Linear(dim, 3 * inner, bias=False)
+        self.proj = nn.Linear(inner, dim, bias=config.use_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        height, width = hidden_states.shape[-2:]
+        tokens = hidden_states.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
+        qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = self.proj(mixed.transpose(1, 2).flatten(2))
+        return mixed.transpose(1, 2).unflatten(-1, (height, width))
+
+
+class SeparableConv(nn.Module):
+    """MobileNetV2's inverted separable convolution: 1x1 to 2C, StarReLU, depthwise 7x7, 1x1 back (ConvFormer)."""
+
+    expansion, kernel_size = 2, 7
+
+    def __init__(self, config: MetaFormerConfig, stage: int):
+        super().__init__()
+        dim = config.hidden_sizes[stage]
+        inner = self.expansion * dim
+        self.pwconv1 = nn.Conv2d(dim, inner, 1, bias=False)
+        self.act = StarReLU()
+        self.dwconv = nn.Conv2d(
+            inner, inner, self.kernel_size, padding=self.kernel_size // 2, groups=inner, bias=False
+        )
+        self.pwconv2 = nn.Conv2d(inner, dim, 1, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.pwconv2(self.dwconv(self.act(self.pwconv1(hidden_states))))
+
+
+class DepthwiseConv(DefaultInitConv2d):
+    """Depthwise 3x3 convolution (arXiv 2111.11418, table 5)."""
+
+    def __init__(self, config: MetaFormerConfig, stage: int):
+        dim = config.hidden_sizes[stage]
+        super().__init__(dim, dim, 3, padding=1, groups=dim)
+
+
+class FixedTokens(nn.Module):
+    """Base of mixers whose weight is a (tokens, tokens) matrix: they work at one resolution only."""
+
+    def __init__(self, config: MetaFormerConfig, stage: int):
+        super().__init__()
+        self.resolution = config.stage_resolution(stage)
+        self.num_tokens = self.resolution[0] * self.resolution[1]
+
+    def tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C, N), after checking that H, W are what the matrix was made for."""
+        if tuple(hidden_states.shape[-2:]) != self.resolution:
+            (height, width), got = self.resolution, hidden_states.shape[-2:]
+            raise ValueError(
+                f"{type(self).__name__} mixes exactly {height}x{width} tokens but got {got[0]}x{got[1]}: resize the "
+                "images to config.image_size, or build the model with another image_size."
+            )
+        return hidden_states.flatten(2)
+
+
+class SpatialMLP(FixedTokens):
+    """One linear layer over the tokens, shared by all channels, no bias (PPPF, PPFF)."""
+
+    def __init__(self, config: MetaFormerConfig, stage: int):
+        super().__init__(config, stage)
+        self.fc = nn.Linear(self.num_tokens, self.num_tokens, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.tokens(hidden_states)).view_as(hidden_states)
+
+
+class RandomMixing(FixedTokens):
+    """A frozen random matrix with rows that sum to one (RandFormer)."""
+
+    def __init__(self, config: MetaFormerConfig, stage: int):
+        super().__init__(config, stage)
+        self.random_matrix = nn.Parameter(torch.empty(self.num_tokens, self.num_tokens), requires_grad=False)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None):
+        # Loading replaces parameters by trainable ones: whoever puts the matrix in, it stays frozen.
+        super().register_parameter(name, param if param is None else param.requires_grad_(False))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.tokens(hidden_states), self.random_matrix).view_as(hidden_states)
+
+    def initialize(self, std: float):
+        init.copy_(self.random_matrix, torch.rand_like(self.random_matrix).softmax(dim=-1))
+
+
+TOKEN_MIXERS: dict[str, type[nn.Module]] = {
+    "pooling": Pooling,
+    "identity": IdentityMixer,
+    "attention": Attention,
+    "separable_conv": SeparableConv,
+    "depthwise_conv": DepthwiseConv,
+    "spatial_mlp": SpatialMLP,
+    "random": RandomMixing,
+}
+
+
+__all__ = ["TOKEN_MIXERS"]

@@ -1,0 +1,81 @@
+"""Shared by all rooms: nothing leaves this machine, every test starts from one seed, small models are small."""
+
+import os
+import subprocess
+import sys
+
+
+# Before anything imports huggingface_hub, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import pytest
+import torch
+
+from hf_poolformer import TOKEN_MIXERS, MetaFormerConfig, PoolFormerConfig
+
+
+TINY = {"depths": (1, 1, 2, 1), "hidden_sizes": (8, 16, 32, 64), "num_labels": 10}
+BASELINES = {
+    "norm_bias": False,
+    "norm_eps": 1e-6,
+    "use_bias": False,
+    "use_layer_scale": False,
+    "hidden_act": "star_relu",
+    "embedding_norm": "layer_norm",
+    "res_scale_init_values": (None, None, 1.0, 1.0),
+    "head_norm_first": False,
+    "head_type": "mlp",
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poolformer_config() -> PoolFormerConfig:
+    """A PoolFormer v1 of 80 thousand parameters."""
+    return PoolFormerConfig(**TINY)
+
+
+@pytest.fixture(params=["poolformer", *TOKEN_MIXERS, "baseline"])
+def config(request) -> MetaFormerConfig:
+    """PoolFormer v1, a MetaFormer of each mixer with position embeddings, and one of the second paper."""
+    if request.param == "poolformer":
+        return PoolFormerConfig(**TINY)
+    if request.param == "baseline":
+        mixers = ("separable_conv", "identity", "attention", "random")
+        return MetaFormerConfig(**TINY, **BASELINES, token_mixers=mixers, image_size=64)
+    return MetaFormerConfig(
+        **TINY, token_mixers=(request.param,) * 4, position_embeddings=(False, True, False, True), image_size=64
+    )
+
+
+@pytest.fixture
+def scramble():
+    """Moves every parameter far from its initial value, so that no scale, shift or bias can hide."""
+
+    def run(model: torch.nn.Module) -> torch.nn.Module:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.empty_like(parameter).uniform_(-0.3, 0.3))
+        return model.eval()
+
+    return run
+
+
+@pytest.fixture
+def run_python():
+    """Runs Python code in a process of its own; `without_package` makes `import hf_poolformer` fail there."""
+
+    def run(code: str, *args, without_package: bool = False, check: bool = True) -> subprocess.CompletedProcess:
+        if without_package:
+            code = "import sys; sys.modules['hf_poolformer'] = None\n" + code
+        done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True)
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    return run
