@@ -8,20 +8,29 @@ import transformers
 from PIL import Image
 
 import hf_poolformer
-from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification, PoolFormerForImageClassification
+from hf_poolformer import (
+    TOKEN_MIXERS,
+    MetaFormerConfig,
+    MetaFormerForImageClassification,
+    PoolFormerForImageClassification,
+)
 
 
-# Loads a folder by one Auto class, compares its logits with the stored ones; prints the module of the class.
+TINY = {"depths": (1, 1, 2, 1), "hidden_sizes": (8, 16, 32, 64), "num_labels": 10}
+
+
+# Loads folders, compares logits with the stored ones, prints the module of each class.
 LOAD = """
 import sys, torch, transformers
-folder, trust = sys.argv[1], sys.argv[2] == "trust"
-model = transformers.AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=trust or None).eval()
-for pixel_values, wanted in torch.load(folder + "/logits.pt", weights_only=True):
-    with torch.no_grad():
-        got = model(pixel_values).logits
-    error = ((got - wanted).abs().max() / wanted.abs().max()).item()
-    assert error < 1e-6, error
-print(type(model).__module__)
+trust, *folders = sys.argv[1:]
+for folder in folders:
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=trust == "trust")
+    for pixel_values, wanted in torch.load(folder + "/logits.pt", weights_only=True):
+        with torch.no_grad():
+            got = model.eval()(pixel_values).logits
+        error = ((got - wanted).abs().max() / wanted.abs().max()).item()
+        assert error < 1e-6, error
+    print(type(model).__module__)
 """
 
 BUILT_IN_SAVES = """
@@ -49,23 +58,28 @@ def save_with_logits(model, folder, sizes):
 def test_ours_loads_without_this_package(poolformer_config, scramble, tmp_path, run_python):
     model = scramble(PoolFormerForImageClassification(poolformer_config))
     save_with_logits(model, tmp_path, [(224, 224), (96, 72), (320, 224)])
-    assert run_python(LOAD, tmp_path, "no", without_package=True).stdout.startswith("transformers.models.poolformer")
-    assert run_python(LOAD, tmp_path, "trust", without_package=True).stdout.startswith("transformers_modules.")
+    assert run_python(LOAD, "no", tmp_path, without_package=True).stdout.startswith("transformers.models.poolformer")
+    assert run_python(LOAD, "trust", tmp_path, without_package=True).stdout.startswith("transformers_modules.")
 
 
 def test_the_built_in_model_loads_in_ours(tmp_path, run_python):
     run_python(BUILT_IN_SAVES, tmp_path, without_package=True)
-    assert run_python("import hf_poolformer\n" + LOAD, tmp_path, "no").stdout.startswith("hf_poolformer.")
+    assert run_python("import hf_poolformer\n" + LOAD, "no", tmp_path).stdout.startswith("hf_poolformer.")
 
 
-def test_every_mixer_loads_by_remote_code(config, scramble, tmp_path, run_python):
-    if config.model_type == "poolformer":
-        pytest.skip("covered above")
-    save_with_logits(scramble(MetaFormerForImageClassification(config)), tmp_path, [(64, 64)])
-    assert run_python(LOAD, tmp_path, "trust", without_package=True).stdout.startswith("transformers_modules.")
-    refused = run_python(LOAD, tmp_path, "no", without_package=True, check=False)
+def test_every_mixer_loads_by_remote_code_and_only_so(scramble, tmp_path, run_python):
+    folders = []
+    for mixer in TOKEN_MIXERS:
+        config = MetaFormerConfig(**TINY, token_mixers=(mixer,) * 4, image_size=64)
+        folders.append(tmp_path / mixer)
+        save_with_logits(scramble(MetaFormerForImageClassification(config)), folders[-1], [(64, 64)])
+    modules = run_python(LOAD, "trust", *folders, without_package=True).stdout.split()
+    assert len(modules) == len(folders)
+    assert all(module.startswith("transformers_modules.") for module in modules)
+    # Without consent it is refused, not loaded wrongly and silently as something else.
+    refused = run_python(LOAD, "no", folders[0], without_package=True, check=False)
     assert refused.returncode != 0
-    assert "metaformer" in refused.stderr  # not loaded wrongly and silently as something else
+    assert "trust_remote_code=True" in refused.stderr
 
 
 def test_a_model_loaded_by_remote_code_can_be_saved_again(poolformer_config, tmp_path, run_python):

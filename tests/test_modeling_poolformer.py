@@ -53,11 +53,11 @@ def test_logits_equal_the_built_in_ones(settings, size, scramble):
     pixel_values = torch.randn(2, 3, *size)
     with torch.no_grad():
         got, wanted = ours(pixel_values, output_hidden_states=True), theirs(pixel_values, output_hidden_states=True)
-    # float32 rounds differently where two operations are fused into one.
+    # The eager model does the same operations in the same order, so the very same numbers come out.
     assert relative_error(got.logits, wanted.logits) < 1e-6
     assert len(got.hidden_states) == len(wanted.hidden_states) == 4
     for ours_state, their_state in zip(got.hidden_states, wanted.hidden_states, strict=True):
-        assert relative_error(ours_state, their_state) < 2e-6
+        assert relative_error(ours_state, their_state) < 1e-6
 
 
 def test_parameter_count_of_s12():

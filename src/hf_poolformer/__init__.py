@@ -5,9 +5,10 @@ Importing this package registers its classes with transformers' Auto classes; fo
 the built-in ones.
 """
 
-from transformers import AutoConfig
+import transformers
 
 from .configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
+from .image_processing_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil
 from .modeling_poolformer import (
     AUTO_CLASSES,
     MetaFormerBackbone,
@@ -25,10 +26,10 @@ __version__ = "0.1.0"
 
 def register_auto_classes():
     """Make `AutoConfig`, `AutoModel`, ... return this package's classes for `poolformer` and `metaformer`."""
-    import transformers
-
+    processors = {"torchvision": PoolFormerImageProcessor, "pil": PoolFormerImageProcessorPil}
     for config_class in (MetaFormerConfig, PoolFormerConfig):
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        transformers.AutoImageProcessor.register(config_class, image_processor_classes=processors, exist_ok=True)
     for auto_class, model_classes in AUTO_CLASSES.items():
         for model_class in model_classes:
             getattr(transformers, auto_class).register(model_class.config_class, model_class, exist_ok=True)
@@ -46,5 +47,7 @@ __all__ = [
     "PoolFormerBackbone",
     "PoolFormerConfig",
     "PoolFormerForImageClassification",
+    "PoolFormerImageProcessor",
+    "PoolFormerImageProcessorPil",
     "PoolFormerModel",
 ]

@@ -5,7 +5,7 @@ Sources: *MetaFormer Is Actually What You Need for Vision* (arXiv 2111.11418) fo
 """
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -254,47 +254,216 @@ class PoolFormerConfig(MetaFormerConfig):
 
 
 @dataclass(frozen=True)
+class Family:
+    """
+    What the variants of one architecture have in common.
+
+    Attributes:
+        config: fields of the configuration that differ from the defaults; depths and widths are the variant's.
+        sizes: size -> (depths, hidden sizes).
+        source: address of the original checkpoints, with `{name}` for the variant's name.
+        crop_pct: share of the resized short side that evaluation crops.
+        in_timm: whether timm has the architecture under the same name.
+    """
+
+    config: dict[str, Any]
+    sizes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    source: str
+    crop_pct: float
+    in_timm: bool = False
+
+
+@dataclass(frozen=True)
 class Variant:
     """
     Facts of one published checkpoint.
 
     Attributes:
         config: fields of its configuration that differ from the defaults of its class.
+        family: a key of `FAMILIES`.
         model_type: `"poolformer"` or `"metaformer"`.
         crop_pct: share of the resized short side that evaluation crops.
         image_size: pixels of its evaluation crop.
-        num_labels: classes of its head.
-        drop_path_rate: stochastic depth it was trained with.
-        top1: published ImageNet-1K accuracy in percent.
-        source: where it was published.
+        num_labels: classes of its head: 1000 of ImageNet-1K, 21841 of ImageNet-21K.
+        drop_path_rate: stochastic depth it was trained with; `None` where its authors published none.
+        top1: published ImageNet-1K accuracy in percent; `None` for a head of ImageNet-21K.
+        source: address of the original checkpoint.
+        timm_name: `architecture.tag` of the same weights in timm; `None` where timm has none.
     """
 
-    config: dict[str, Any] = field(default_factory=dict)
-    model_type: str = "poolformer"
-    crop_pct: float = 0.9
-    image_size: int = 224
-    num_labels: int = 1000
-    drop_path_rate: float = 0.1
-    top1: float | None = None
-    source: str = "https://github.com/sail-sg/poolformer"
+    config: dict[str, Any]
+    family: str
+    model_type: str
+    crop_pct: float
+    image_size: int
+    num_labels: int
+    drop_path_rate: float | None
+    top1: float | None
+    source: str
+    timm_name: str | None
 
 
 SMALL, MEDIUM = (64, 128, 320, 512), (96, 192, 384, 768)
 SIZES = {
-    "s12": {"depths": (2, 2, 6, 2), "hidden_sizes": SMALL},
-    "s24": {"depths": (4, 4, 12, 4), "hidden_sizes": SMALL},
-    "s36": {"depths": (6, 6, 18, 6), "hidden_sizes": SMALL, "layer_scale_init_value": 1e-6},
-    "m36": {"depths": (6, 6, 18, 6), "hidden_sizes": MEDIUM, "layer_scale_init_value": 1e-6},
-    "m48": {"depths": (8, 8, 24, 8), "hidden_sizes": MEDIUM, "layer_scale_init_value": 1e-6},
+    "s12": ((2, 2, 6, 2), SMALL),
+    "s24": ((4, 4, 12, 4), SMALL),
+    "s36": ((6, 6, 18, 6), SMALL),
+    "m36": ((6, 6, 18, 6), MEDIUM),
+    "m48": ((8, 8, 24, 8), MEDIUM),
 }
+CONV_SIZES = {
+    "s18": ((3, 3, 9, 3), SMALL),
+    "s36": ((3, 12, 18, 3), SMALL),
+    "m36": ((3, 12, 18, 3), (96, 192, 384, 576)),
+    "b36": ((3, 12, 18, 3), (128, 256, 512, 768)),
+}
+
+FIRST_PAPER = "https://github.com/sail-sg/poolformer/releases/download/v1.0/"
+SECOND_PAPER = "https://huggingface.co/sail/dl/resolve/main/"
+
+# arXiv 2210.13452, section 3.
+BASELINE = {
+    "norm_bias": False,
+    "norm_eps": 1e-6,
+    "hidden_act": "star_relu",
+    "use_bias": False,
+    "embedding_norm": "layer_norm",
+    "use_layer_scale": False,
+    "res_scale_init_values": (None, None, 1.0, 1.0),
+    "head_norm_first": False,
+}
+CONV_BASELINE = {**BASELINE, "norm_layer": "layer_norm", "head_type": "mlp"}
+
+POOL, IDENTITY, ATTENTION, SPATIAL, RANDOM, CONV = (
+    "pooling",
+    "identity",
+    "attention",
+    "spatial_mlp",
+    "random",
+    "separable_conv",
+)
+
+
+def _hybrid(crop_pct: float, *token_mixers: str, position: int | None = None) -> Family:
+    """A hybrid of the first paper; with attention, `position` is the stage that adds a position embedding."""
+    config: dict[str, Any] = {"token_mixers": token_mixers}
+    if position is not None:
+        config["norm_layer"] = "layer_norm"
+        config["position_embeddings"] = tuple(stage == position for stage in range(4))
+    return Family(config, SIZES, FIRST_PAPER + "{name}_224.pth.tar", crop_pct)
+
+
+def _baseline(family: str, *token_mixers: str, in_timm: bool = True) -> Family:
+    """A family of the second paper."""
+    conv = CONV in token_mixers
+    config = {**(CONV_BASELINE if conv else BASELINE), "token_mixers": token_mixers}
+    return Family(config, CONV_SIZES if conv else SIZES, f"{SECOND_PAPER}{family}/{{name}}.pth", 1.0, in_timm)
+
+
+FAMILIES: dict[str, Family] = {
+    "poolformer": Family({}, SIZES, FIRST_PAPER + "{name}.pth.tar", 0.9, in_timm=True),
+    "metaformer_id": Family({"token_mixers": (IDENTITY,) * 4}, SIZES, FIRST_PAPER + "{name}.pth.tar", 0.9),
+    "metaformer_pppa": _hybrid(0.95, POOL, POOL, POOL, ATTENTION, position=3),
+    "metaformer_ppaa": _hybrid(0.95, POOL, POOL, ATTENTION, ATTENTION, position=2),
+    "metaformer_pppf": _hybrid(0.9, POOL, POOL, POOL, SPATIAL),
+    "metaformer_ppff": _hybrid(0.95, POOL, POOL, SPATIAL, SPATIAL),
+    "identityformer": _baseline("identityformer", *[IDENTITY] * 4, in_timm=False),
+    "randformer": _baseline("randformer", IDENTITY, IDENTITY, RANDOM, RANDOM, in_timm=False),
+    "poolformerv2": _baseline("poolformerv2", *[POOL] * 4),
+    "convformer": _baseline("convformer", *[CONV] * 4),
+    "caformer": _baseline("caformer", CONV, CONV, ATTENTION, ATTENTION),
+}
+
+# What a checkpoint was trained on, by the suffix of its name: pixels, classes, timm's tag. `_in21ft1k`: pretrained on
+# ImageNet-21K, fine-tuned on ImageNet-1K.
+TRAININGS = {
+    "": (224, 1000, "sail_in1k"),
+    "_384": (384, 1000, "sail_in1k_384"),
+    "_in21ft1k": (224, 1000, "sail_in22k_ft_in1k"),
+    "_384_in21ft1k": (384, 1000, "sail_in22k_ft_in1k_384"),
+    "_in21k": (224, 21841, "sail_in22k"),
+}
+
+# Per checkpoint (top-1, DropPath in training). Top-1: README of sail-sg/poolformer and sail-sg/metaformer; of the
+# metaformer_* hybrids, table 5 of arXiv 2111.11418. DropPath: README of the first, scripts/ of the second repository
+# (randformer_m48 is 0.3 there), which say nothing about the hybrids and about training on ImageNet-21K.
+# fmt: off
+RESULTS: dict[str, dict[str, dict[str, tuple[float | None, float | None]]]] = {
+    "poolformer": {
+        "s12": {"": (77.2, 0.1)}, "s24": {"": (80.3, 0.1)}, "s36": {"": (81.4, 0.2)},
+        "m36": {"": (82.1, 0.3)}, "m48": {"": (82.5, 0.4)},
+    },
+    "metaformer_id": {"s12": {"": (74.3, None)}},
+    "metaformer_pppa": {"s12": {"": (78.3, None)}},
+    "metaformer_ppaa": {"s12": {"": (81.0, None)}},
+    "metaformer_pppf": {"s12": {"": (77.5, None)}},
+    "metaformer_ppff": {"s12": {"": (77.9, None)}},
+    "identityformer": {
+        "s12": {"": (74.6, 0.1)}, "s24": {"": (78.2, 0.1)}, "s36": {"": (79.3, 0.2)},
+        "m36": {"": (80.0, 0.3)}, "m48": {"": (80.4, 0.4)},
+    },
+    "randformer": {
+        "s12": {"": (76.6, 0.1)}, "s24": {"": (78.2, 0.1)}, "s36": {"": (79.5, 0.2)},
+        "m36": {"": (81.2, 0.3)}, "m48": {"": (81.4, 0.3)},
+    },
+    "poolformerv2": {
+        "s12": {"": (78.0, 0.1)}, "s24": {"": (80.7, 0.1)}, "s36": {"": (81.6, 0.2)},
+        "m36": {"": (82.2, 0.3)}, "m48": {"": (82.6, 0.4)},
+    },
+    "convformer": {
+        size: dict(zip(TRAININGS, results, strict=True)) for size, *results in (
+            ("s18", (83.0, 0.2), (84.4, 0.3), (83.7, None), (85.0, None), (None, None)),
+            ("s36", (84.1, 0.3), (85.4, 0.5), (85.4, None), (86.4, None), (None, None)),
+            ("m36", (84.5, 0.4), (85.6, 0.8), (86.1, None), (86.9, None), (None, None)),
+            ("b36", (84.8, 0.6), (85.7, 0.8), (87.0, None), (87.6, None), (None, None)),
+        )
+    },
+    "caformer": {
+        size: dict(zip(TRAININGS, results, strict=True)) for size, *results in (
+            ("s18", (83.6, 0.15), (85.0, 0.3), (84.1, None), (85.4, None), (None, None)),
+            ("s36", (84.5, 0.3), (85.7, 0.5), (85.8, None), (86.9, None), (None, None)),
+            ("m36", (85.2, 0.4), (86.2, 0.7), (86.6, None), (87.5, None), (None, None)),
+            ("b36", (85.5, 0.6), (86.4, 0.8), (87.4, None), (88.1, None), (None, None)),
+        )
+    },
+}
+# fmt: on
+
+
+def _variant(family: str, size: str, suffix: str, top1: float | None, drop_path_rate: float | None) -> Variant:
+    common = FAMILIES[family]
+    image_size, num_labels, tag = TRAININGS[suffix]
+    depths, hidden_sizes = common.sizes[size]
+    config = {**common.config, "depths": depths, "hidden_sizes": hidden_sizes}
+    crop_pct = common.crop_pct
+    if family == "poolformer":
+        if size in ("s36", "m36", "m48"):
+            config["layer_scale_init_value"] = 1e-6
+        if size in ("m36", "m48"):
+            crop_pct = 0.95
+    else:
+        config["image_size"] = image_size
+    name = f"{family}_{size}"
+    return Variant(
+        config=config,
+        family=family,
+        model_type="poolformer" if family == "poolformer" else "metaformer",
+        crop_pct=crop_pct,
+        image_size=image_size,
+        num_labels=num_labels,
+        drop_path_rate=drop_path_rate,
+        top1=top1,
+        source=common.source.format(name=name + suffix),
+        timm_name=f"{name}.{tag}" if common.in_timm else None,
+    )
+
 
 VARIANTS: dict[str, Variant] = {
-    "poolformer_s12": Variant(SIZES["s12"], drop_path_rate=0.1, top1=77.2),
-    "poolformer_s24": Variant(SIZES["s24"], drop_path_rate=0.1, top1=80.3),
-    "poolformer_s36": Variant(SIZES["s36"], drop_path_rate=0.2, top1=81.4),
-    "poolformer_m36": Variant(SIZES["m36"], drop_path_rate=0.3, top1=82.1, crop_pct=0.95),
-    "poolformer_m48": Variant(SIZES["m48"], drop_path_rate=0.4, top1=82.5, crop_pct=0.95),
+    f"{family}_{size}{suffix}": _variant(family, size, suffix, *result)
+    for family, sizes in RESULTS.items()
+    for size, trainings in sizes.items()
+    for suffix, result in trainings.items()
 }
 
 
-__all__ = ["VARIANTS", "MetaFormerConfig", "PoolFormerConfig", "Variant"]
+__all__ = ["FAMILIES", "VARIANTS", "Family", "MetaFormerConfig", "PoolFormerConfig", "Variant"]

@@ -201,7 +201,8 @@ class MetaFormerBlock(GradientCheckpointingLayer):
             shortcut = shortcut * res_scale[:, None, None]
         if layer_scale is None:
             return shortcut + branch
-        return torch.addcmul(shortcut, branch, layer_scale[:, None, None])  # one pass instead of two
+        # Into the product, which nothing else holds: a fresh result would cost more than the addition.
+        return (branch * layer_scale[:, None, None]).add_(shortcut)
 
 
 class MetaFormerStage(nn.ModuleList):

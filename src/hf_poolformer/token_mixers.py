@@ -74,7 +74,8 @@ class Pooling(nn.Module):
         self.pool = nn.AvgPool2d(config.pool_size, stride=1, padding=config.pool_size // 2, count_include_pad=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.pool(hidden_states) - hidden_states
+        # In place: nothing else holds the average, and a fresh result would cost more than the subtraction.
+        return self.pool(hidden_states).sub_(hidden_states)
 
 
 class IdentityMixer(nn.Identity):

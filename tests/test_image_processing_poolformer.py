@@ -1,0 +1,540 @@
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as T
+from PIL import Image
+from transformers import PoolFormerImageProcessor as BuiltinImageProcessor
+
+from hf_poolformer.image_processing_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil
+
+
+BACKENDS = [PoolFormerImageProcessor, PoolFormerImageProcessorPil]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIZES = [(375, 500), (500, 375), (333, 517), (224, 224), (97, 61), (30, 19), (2, 3), (801, 1200), (700, 217)]
+
+both = pytest.mark.parametrize("backend", BACKENDS, ids=["torchvision", "pil"])
+
+
+def picture(height, width, noise=20.0, seed=0):
+    """A smooth pattern with noise: edges would hide a shift, and noise alone would be all clipping."""
+    y, x = np.mgrid[:height, :width]
+    smooth = np.stack(
+        [128 + 90 * np.sin(x / 17 + y / 31), 128 + 90 * np.cos(x / 9), 128 + 90 * np.sin(y / 7)], axis=-1
+    )
+    noisy = smooth + np.random.default_rng(seed).normal(0, noise, smooth.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+def official(image, size=224, crop_pct=0.9):
+    transform = T.Compose(
+        [
+            T.Resize(math.floor(size / crop_pct), T.InterpolationMode.BICUBIC),
+            T.CenterCrop(size),
+            T.ToTensor(),
+            T.Normalize(MEAN, STD),
+        ]
+    )
+    return transform(image)
+
+
+def levels(a, b):
+    """Largest difference of two normalised images, in levels of 255."""
+    return ((a - b).abs() * torch.tensor(STD)[:, None, None] * 255).max().item()
+
+
+def process(backend, image, **kwargs):
+    return backend()(image, return_tensors="pt", **kwargs)["pixel_values"]
+
+
+@both
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_equals_official_transform(backend, shape):
+    image = picture(*shape)
+    result = process(backend, image)
+    assert result.shape == (1, 3, 224, 224) and result.dtype == torch.float32
+    assert levels(result[0], official(image)) < 2.01
+
+
+@both
+@pytest.mark.parametrize("size, crop_pct", [(224, 0.95), (384, 1.0), (224, 0.875), (256, 0.9), (63, 0.7), (32, 1.1)])
+def test_equals_official_transform_at_other_crops(backend, size, crop_pct):
+    image = picture(211, 307)
+    result = process(backend, image, size=size, crop_size=size, crop_pct=crop_pct)
+    assert levels(result[0], official(image, size, crop_pct)) < 2.01
+
+
+@both
+def test_most_pixels_are_exact(backend):
+    image = picture(375, 500)
+    difference = (process(backend, image)[0] - official(image)).abs() * torch.tensor(STD)[:, None, None] * 255
+    assert (difference > 0.01).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("crop_pct", [0.9, 0.95, 1.0, 0.7, 0.35])
+def test_resized_edge_is_timms(crop_pct):
+    timm_data = pytest.importorskip("timm.data")
+    from hf_poolformer.image_processing_poolformer import resized_size
+
+    for size in range(32, 513, 7):
+        transform = timm_data.create_transform(size, crop_pct=crop_pct, interpolation="bicubic")
+        processor = PoolFormerImageProcessor(size=size, crop_size=size, crop_pct=crop_pct)
+        assert resized_size(900, 900, processor.size, crop_pct) == (transform.transforms[0].size,) * 2
+
+
+@both
+def test_pillow_13_does_not_change_tall_images(backend):
+    """Pillow 13 resamples columns first where an image is tall; the numbers stay those of rows first."""
+    image = picture(2000, 300, noise=60)
+    height = int(248 * 2000 / 300)
+    resized = image.resize((248, 2000), Image.Resampling.BICUBIC).resize((248, height), Image.Resampling.BICUBIC)
+    assert levels(process(backend, image)[0], official(resized, 224, 224 / 248)) < 2.01
+
+
+@pytest.mark.parametrize("shape", [*SIZES, (1, 1), (1, 900), (2000, 300)], ids=str)
+def test_backends_agree(shape):
+    image = picture(*shape, noise=60)
+    results = [process(backend, image)[0] for backend in BACKENDS]
+    assert levels(*results) < 2.01
+
+
+@pytest.mark.parametrize("resample", [0, 2, 3], ids=["nearest", "bilinear", "bicubic"])
+def test_backends_agree_with_other_filters(resample):
+    image = picture(143, 201)
+    results = [process(backend, image, resample=resample)[0] for backend in BACKENDS]
+    assert levels(*results) < 2.01
+
+
+@both
+def test_floats_follow_the_eight_bit_transform(backend):
+    image = picture(97, 61, noise=60)
+    values = np.asarray(image, dtype=np.float32)
+    for result in (process(backend, values), process(backend, values / 255, do_rescale=False)):
+        assert levels(result[0], official(image)) < 2.01
+
+
+@both
+def test_a_strip_does_not_explode(backend):
+    """1 x 30000 pixels would be 248 x 7.4 million after the official resize."""
+    image = Image.fromarray(np.tile(np.array([[[10, 120, 250]]], dtype=np.uint8), (1, 30000, 1)))
+    result = process(backend, image)
+    assert result.shape == (1, 3, 224, 224)
+    assert levels(result[0], official(Image.new("RGB", (9, 9), (10, 120, 250)))) < 1.01
+
+
+# Modes and layouts ---------------------------------------------------------------------------------------------------
+
+
+def as_mode(image, mode):
+    if mode == "P with transparency":
+        palette = image.quantize(64)
+        palette.info["transparency"] = bytes(range(64))
+        return palette
+    if mode in ("RGBA", "LA"):
+        image = image.convert(mode)
+        image.putalpha(
+            Image.fromarray(
+                np.linspace(0, 255, image.width * image.height).astype(np.uint8).reshape(image.height, image.width)
+            )
+        )
+        return image
+    return image.convert(mode)
+
+
+@both
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "P with transparency", "RGBA", "CMYK", "YCbCr", "HSV"])
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_modes_are_converted_as_the_official_code_does(backend, mode):
+    image = as_mode(picture(61, 83), mode)
+    assert levels(process(backend, image)[0], official(image.convert("RGB"))) < 2.01
+
+
+@both
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F", "F unit", "F 16 bits"])
+def test_sixteen_bits_are_scaled_not_clipped(backend, mode):
+    gray = np.asarray(picture(61, 83).convert("L"))
+    scale, dtype = {
+        "I;16": (257, "<u2"),
+        "I;16B": (257, ">u2"),
+        "I": (257, np.int32),
+        "F": (1, np.float32),
+        "F unit": (1 / 255, np.float32),
+        "F 16 bits": (257, np.float32),
+    }[mode]
+    values = (gray.astype(np.float64) * scale).astype(dtype)
+    image = Image.frombytes("I;16B", (83, 61), values.tobytes()) if mode == "I;16B" else Image.fromarray(values)
+    assert image.mode == mode.split()[0]
+    assert levels(process(backend, image)[0], official(Image.fromarray(gray).convert("RGB"))) < 2.01
+
+
+@both
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_eight_bits_in_wide_modes_stay(backend, mode):
+    image = picture(61, 83).convert("L")
+    assert levels(process(backend, image.convert(mode))[0], official(image.convert("RGB"))) < 2.01
+
+
+@both
+def test_pixels_of_unknown_range_are_refused(backend):
+    with pytest.raises(ValueError, match="cannot tell what is white"):
+        backend()(Image.fromarray(np.full((8, 8), -5, dtype=np.int32)))
+    with pytest.raises(ValueError, match="cannot tell what is white"):
+        backend()(np.full((8, 8, 3), 100_000))
+    with pytest.raises(ValueError, match="not finite"):
+        backend()(np.full((8, 8, 3), np.nan))
+
+
+@both
+def test_arrays_and_tensors_of_any_layout(backend):
+    image = picture(61, 83)
+    expected = process(backend, image)
+    last = np.array(image)
+    first = np.ascontiguousarray(last.transpose(2, 0, 1))
+    alpha = np.concatenate([last, last[..., :1]], axis=-1)
+    read_only = last.copy()
+    read_only.flags.writeable = False
+    for array in (
+        last,
+        first,
+        alpha,
+        read_only,
+        torch.from_numpy(last),
+        torch.from_numpy(first),
+        last.astype(np.int64),
+        last.astype(np.uint16) * 257,
+        last.astype(">u2") * 257,
+        np.ascontiguousarray(last[::-1, :, ::-1])[::-1, :, ::-1],
+        torch.from_numpy(first).float().requires_grad_(),
+    ):
+        assert levels(process(backend, array)[0], expected[0]) < 1.1
+
+
+@both
+def test_gray_arrays(backend):
+    gray = picture(61, 83).convert("L")
+    expected = official(gray.convert("RGB"))
+    array = np.array(gray)
+    for values in (array, array[..., None], array[None], torch.from_numpy(array)):
+        assert levels(process(backend, values)[0], expected) < 2.01
+    mask = np.asarray(gray) > 128
+    assert levels(process(backend, mask)[0], official(Image.fromarray(mask).convert("RGB"))) < 2.01
+
+
+@both
+def test_ambiguous_layout(backend):
+    """One row of RGB pixels is no gray image of width 3, unless the caller says so."""
+    row = np.random.default_rng(0).integers(0, 256, (1, 7, 3), dtype=np.uint8)
+    expected = process(backend, Image.fromarray(row))
+    torch.testing.assert_close(process(backend, row), expected)
+    gray = process(backend, row, input_data_format="channels_first")
+    torch.testing.assert_close(gray, process(backend, row[0]))
+
+
+@both
+def test_keeps_channels_on_demand(backend):
+    image = picture(61, 83)
+    kwargs = {"do_convert_rgb": False, "image_mean": 0.5, "image_std": 0.5}
+    assert process(backend, image.convert("L"), **kwargs).shape == (1, 1, 224, 224)
+    assert process(backend, image.convert("RGBA"), **kwargs).shape == (1, 4, 224, 224)
+    with pytest.raises(ValueError, match="image_mean has 3 values, but the image has 1 channels"):
+        process(backend, image.convert("L"), do_convert_rgb=False)
+
+
+@both
+def test_paths(backend, tmp_path):
+    gray = np.asarray(picture(61, 83).convert("L"))
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    upright = picture(61, 83)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the viewer has to turn it by 90 degrees to the right
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    result = process(backend, [str(tmp_path / "deep.png"), str(tmp_path / "turned.png")])
+    assert levels(result[0], official(Image.fromarray(gray).convert("RGB"))) < 2.01
+    assert levels(result[1], official(upright)) < 2.01
+
+
+# Calls ---------------------------------------------------------------------------------------------------------------
+
+
+@both
+def test_batches_keep_their_order(backend):
+    images = [picture(40 + 13 * (i % 3), 50, seed=i) for i in range(7)]
+    expected = torch.cat([process(backend, image) for image in images])
+    for batch in (images, tuple(images), [images[:3], images[3:]]):
+        torch.testing.assert_close(process(backend, batch), expected)
+    # the grouping of equal shapes is the default on accelerators only
+    torch.testing.assert_close(process(backend, images, disable_grouping=False), expected)
+    stacked = torch.stack([torch.from_numpy(np.array(image.resize((50, 40)))) for image in images])
+    assert process(backend, stacked).shape == (7, 3, 224, 224)
+
+
+@both
+def test_return_types(backend):
+    image = picture(61, 83)
+    expected = process(backend, image)
+    as_list = backend()(image)["pixel_values"]
+    assert isinstance(as_list, list) and len(as_list) == 1
+    torch.testing.assert_close(torch.as_tensor(as_list[0]), expected[0])
+    as_numpy = backend()([image, image], return_tensors="np")["pixel_values"]
+    assert isinstance(as_numpy, np.ndarray) and as_numpy.shape == (2, 3, 224, 224)
+    last = process(backend, image, data_format="channels_last")
+    torch.testing.assert_close(last.permute(0, 3, 1, 2), expected)
+
+
+@both
+def test_each_step_can_be_left_out(backend):
+    image = picture(300, 260)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    plain = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
+    result = process(backend, image, **plain)
+    assert result.dtype == torch.uint8 and torch.equal(result[0], pixels)
+    torch.testing.assert_close(process(backend, image, **{**plain, "do_rescale": True})[0], pixels / 255)
+    cropped = process(backend, image, **{**plain, "do_center_crop": True})
+    assert torch.equal(cropped[0], T.CenterCrop(224)(pixels))
+    resized = process(backend, image, **{**plain, "do_resize": True})
+    assert resized.shape == (1, 3, int(248 * 300 / 260), 248)
+    normalised = process(backend, image, **{**plain, "do_normalize": True})
+    torch.testing.assert_close(normalised[0], T.Normalize(MEAN, STD)(pixels.float()))
+
+
+@both
+def test_small_images_are_padded_as_torchvision_does(backend):
+    image = picture(61, 300)
+    result = process(backend, image, do_resize=False)
+    pixels = T.Compose([T.CenterCrop(224), T.ToTensor(), T.Normalize(MEAN, STD)])(image)
+    torch.testing.assert_close(result[0], pixels, atol=1e-5, rtol=0)
+
+
+@both
+def test_crop_pct_none_is_a_plain_resize(backend):
+    image = picture(300, 260)
+    torch.testing.assert_close(process(backend, image, crop_pct=None), process(backend, image, crop_pct=1.0))
+    squashed = process(
+        backend, image, crop_pct=None, size={"height": 100, "width": 90}, crop_size={"height": 100, "width": 90}
+    )
+    expected = T.Compose([T.Resize((100, 90), T.InterpolationMode.BICUBIC), T.ToTensor(), T.Normalize(MEAN, STD)])
+    assert levels(squashed[0], expected(image)) < 2.01
+
+
+@both
+def test_pads_to_the_largest(backend):
+    images = [picture(61, 83), picture(90, 40)]
+    result = process(backend, images, do_resize=False, do_center_crop=False, do_pad=True)
+    assert result.shape == (2, 3, 90, 83)
+
+
+@both
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (np.zeros(5, dtype=np.uint8), r"rank 2 .* got shape \(5,\)"),
+        (np.zeros((1, 1, 8, 8, 3), dtype=np.uint8), r"rank 2 .* got shape \(1, 1, 8, 8, 3\)"),
+        (np.zeros((8, 9, 2), dtype=np.uint8), r"1, 3 or 4 channels.*\(8, 9, 2\)"),
+        (np.zeros((0, 9, 3), dtype=np.uint8), r"must not be empty, got shape \(0, 9, 3\)"),
+        (torch.zeros(3, 9, 0), r"must not be empty, got shape \(3, 9, 0\)"),
+        (np.zeros((8, 9, 3), dtype=complex), "numeric"),
+        (Image.new("La", (8, 9)), "mode 'La'"),
+        ([], "no image"),
+        ("no such file.jpg", "no such file.jpg"),
+    ],
+    ids=["rank 1", "rank 5", "2 channels", "no rows", "no columns", "complex", "odd mode", "empty list", "no file"],
+)
+def test_bad_images(backend, image, message):
+    with pytest.raises(ValueError, match=message):
+        backend()(image)
+
+
+@both
+def test_bad_type(backend):
+    with pytest.raises(TypeError, match="path or a URL"):
+        backend()([None])
+
+
+@both
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"crop_pct": 0.0}, "crop_pct must be a positive number"),
+        ({"crop_pct": float("nan")}, "crop_pct must be a positive number"),
+        ({"size": {"longest_edge": 9}}, "shortest_edge"),
+        ({"size": 1, "crop_pct": 2.0}, "leaves nothing"),
+        ({"image_std": [1.0, 0.0, 1.0]}, "zeros"),
+        ({"image_mean": [0.5, 0.5]}, "2 values"),
+        ({"crop_size": {"shortest_edge": 3}}, "crop_size must have 'height' and 'width'"),
+    ],
+    ids=str,
+)
+def test_bad_settings(backend, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        backend()(picture(20, 20), **kwargs)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+@both
+def test_round_trip(backend, tmp_path):
+    processor = backend(size=96, crop_size=88, crop_pct=0.8, image_mean=[0.1, 0.2, 0.3], do_convert_rgb=False)
+    processor.save_pretrained(tmp_path)
+    loaded = backend.from_pretrained(tmp_path)
+    assert loaded.to_dict() == processor.to_dict()
+    image = picture(61, 83)
+    assert torch.equal(
+        loaded(image, return_tensors="pt").pixel_values, processor(image, return_tensors="pt").pixel_values
+    )
+    assert backend.from_pretrained(tmp_path, crop_pct=0.5).crop_pct == 0.5
+
+
+@both
+def test_crop_pct_none_survives_saving(backend, tmp_path):
+    """The built-in processor reads null as 0.9: it has to find the equivalent 1.0."""
+    processor = backend(crop_pct=None)
+    processor.save_pretrained(tmp_path)
+    image = picture(300, 260)
+    expected = processor(image, return_tensors="pt").pixel_values
+    for other in (backend, BuiltinImageProcessor):
+        result = other.from_pretrained(tmp_path)(image, return_tensors="pt").pixel_values
+        assert levels(result[0], expected[0]) < 2.01
+    square = {"height": 64, "width": 64}
+    backend(crop_pct=None, size=square).save_pretrained(tmp_path)
+    assert backend.from_pretrained(tmp_path).crop_pct is None
+
+
+@both
+def test_interchange_with_the_builtin_processor(backend, tmp_path):
+    # 88 - 80 is even: the built-in processor rounds the offset of an odd crop another way than torchvision
+    settings = {"size": 80, "crop_size": 80, "crop_pct": 0.9, "do_convert_rgb": True}
+    ours, theirs = backend(**settings), BuiltinImageProcessor(**settings)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    saved = [json.loads((tmp_path / name / "preprocessor_config.json").read_text()) for name in ("ours", "theirs")]
+    saved[0].pop("auto_map")
+    assert saved[0] == saved[1]
+    image = picture(96, 96)
+    expected = official(image, 80, 0.9)
+    for processor in (
+        BuiltinImageProcessor.from_pretrained(tmp_path / "ours"),
+        backend.from_pretrained(tmp_path / "theirs"),
+    ):
+        assert levels(processor(image, return_tensors="pt").pixel_values[0], expected) < 2.01
+
+
+@both
+def test_defaults_are_the_builtin_ones(backend):
+    ours, theirs = backend().to_dict(), BuiltinImageProcessor().to_dict()
+    assert ours.pop("do_convert_rgb") is True
+    assert ours == theirs
+
+
+@both
+def test_loads_old_feature_extractors(backend, tmp_path):
+    config = {
+        "crop_pct": 0.95,
+        "do_normalize": True,
+        "do_resize_and_center_crop": True,
+        "feature_extractor_type": "PoolFormerFeatureExtractor",
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 3,
+        "size": 64,
+    }
+    path = tmp_path / "preprocessor_config.json"
+    image = picture(61, 83)
+    path.write_text(json.dumps(config))
+    result = backend.from_pretrained(tmp_path)(image, return_tensors="pt").pixel_values
+    assert levels(result[0], official(image, 64, 0.95)) < 2.01
+    path.write_text(json.dumps({**config, "crop_size": 32}))
+    assert backend.from_pretrained(tmp_path)(image, return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
+    path.write_text(json.dumps({**config, "do_resize_and_center_crop": False}))
+    processor = backend.from_pretrained(tmp_path)
+    assert processor(image, return_tensors="pt").pixel_values.shape == (1, 3, 61, 83)
+    assert "do_resize_and_center_crop" not in processor.to_dict()
+
+
+REMOTE = """
+import json, sys
+sys.modules["hf_poolformer"] = None
+import numpy as np
+from transformers import AutoImageProcessor
+
+image = np.load(sys.argv[1])
+found = {}
+for folder in sys.argv[2:]:
+    for kwargs in ({}, {"trust_remote_code": True}, {"trust_remote_code": True, "backend": "pil"}):
+        processor = AutoImageProcessor.from_pretrained(folder, **kwargs)
+        values = processor(image, return_tensors="np").pixel_values
+        name = type(processor).__module__.split(".")[0] + "." + type(processor).__name__
+        found.setdefault(folder, []).append([name, processor.crop_pct, float(values.mean())])
+print(json.dumps(found))
+"""
+
+
+def test_saved_processors_carry_their_code(tmp_path):
+    """Without the package: the built-in class by default, ours (either backend) with trust_remote_code."""
+    folders = [tmp_path / "torchvision", tmp_path / "pil"]
+    for backend, folder in zip(BACKENDS, folders, strict=True):
+        backend(crop_pct=0.8).save_pretrained(folder)
+    image = picture(61, 83)
+    np.save(tmp_path / "image.npy", np.array(image))
+    run = subprocess.run(
+        [sys.executable, "-c", REMOTE, str(tmp_path / "image.npy"), *map(str, folders)],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    expected = official(image, 224, 0.8).mean().item()
+    for rows in json.loads(run.stdout).values():
+        assert [name for name, _, _ in rows] == [
+            "transformers.PoolFormerImageProcessor",
+            "transformers_modules.PoolFormerImageProcessor",
+            "transformers_modules.PoolFormerImageProcessorPil",
+        ]
+        for _, crop_pct, mean in rows:
+            assert crop_pct == 0.8 and abs(mean - expected) < 0.02
+
+
+# Devices -------------------------------------------------------------------------------------------------------------
+
+
+def test_device_argument():
+    assert process(PoolFormerImageProcessor, picture(61, 83), device="cpu").device.type == "cpu"
+
+
+@pytest.mark.parametrize("shape", [(375, 500), (97, 61), (700, 217)], ids=str)
+def test_accelerator_arithmetic(shape, monkeypatch):
+    """What runs off the CPU, run on the CPU: 8 bits resampled in float, rounded after each axis."""
+    image = picture(*shape, noise=60)
+    processor = PoolFormerImageProcessor()
+    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    stand_in = Elsewhere(planes)
+    resized = processor._resize_planes(stand_in, (248, 300), 3, 255.0)
+    expected = processor._resize_planes(planes, (248, 300), 3, 255.0)
+    assert (resized.as_subclass(torch.Tensor) - expected.float()).abs().max() < 2.01
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor on the CPU that says it is not."""
+
+    @property
+    def device(self):
+        return torch.device("meta")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    images = [picture(375, 500, noise=60, seed=i) for i in range(3)] + [picture(97, 61), picture(3000, 4000)]
+    expected = process(PoolFormerImageProcessor, images)
+    for batch in (images, [torch.from_numpy(np.array(image)).cuda() for image in images]):
+        result = process(PoolFormerImageProcessor, batch, device="cuda")
+        assert result.device.type == "cuda"
+        for a, b in zip(result.cpu(), expected, strict=True):
+            assert levels(a, b) < 2.01
+    strip = Image.new("RGB", (30000, 1), (10, 120, 250))
+    assert process(PoolFormerImageProcessor, strip, device="cuda").shape == (1, 3, 224, 224)
