@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
+
+from hf_poolformer import PoolFormerForImageClassification, PoolFormerImageProcessor
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,3 +157,14 @@ def test_the_readme_uses_only_flags_that_exist(script):
             flags = re.findall(r" (--\w[\w\-]*)", line.split("#")[0].split(f"scripts/{script}.py", 1)[1])
             for flag in flags:
                 assert re.search(rf"{flag}\b", done.stdout), f"{flag} is not a flag of scripts/{script}.py"
+
+
+def test_the_readme_s_python_runs(tmp_path, poolformer_config):
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    PoolFormerForImageClassification(poolformer_config).save_pretrained(tmp_path / "outputs" / "demo")
+    PoolFormerImageProcessor().save_pretrained(tmp_path / "outputs" / "demo")
+    Image.new("L", (8, 8), 200).save(tmp_path / "digit.png")
+    check = "assert [shape[1] for shape in shapes] == list(model.config.hidden_sizes)\n"
+    done = run(sys.executable, "-c", snippet + check, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("LABEL_")

@@ -1,0 +1,258 @@
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import save_file
+
+from hf_poolformer.hub.cards import CardError, check_metadata, write_training_card
+
+
+RESULTS = {
+    "eval_accuracy": 0.9777,
+    "eval_top5_accuracy": 1.0,
+    "eval_loss": 0.123456,
+    "eval_samples": 360,
+    "train_loss": 0.5,
+    "train_runtime": 31.25,
+    "train_samples_per_second": 1200.0,
+    "epoch": 30,
+    "skipped_images": 0,
+}
+SETTINGS = {"learning_rate": 4e-3, "num_train_epochs": 30, "seed": 42, "validation_split": "test"}
+DIGITS = [str(digit) for digit in range(10)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "private" / "my-run"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "poolformer"}))
+    (folder / "curves.png").write_bytes(b"png")
+    save_file({"weight": torch.zeros(1000, 1500)}, folder / "model.safetensors")
+    return folder
+
+
+def write(folder, **changes):
+    arguments = {
+        "results": RESULTS,
+        "settings": SETTINGS,
+        "dataset_name": "zalando-datasets/fashion_mnist",
+        "base_model": "sail/poolformer_s12",
+        "label_names": DIGITS,
+    }
+    path = write_training_card(folder, **{**arguments, **changes})
+    assert path == folder / "README.md"
+    text = path.read_text()
+    return text, yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1])
+
+
+def rows(text, heading):
+    """Cells of the table lines below a heading."""
+    section = text.split(f"{heading}\n", 1)[1].split("\n## ")[0]
+    return [re.split(r"(?<!\\)\|", line)[1:-1] for line in section.splitlines() if line.startswith("|")]
+
+
+def test_metadata_and_results(folder):
+    text, data = write(folder, repo_id="me/digits")
+    results = data.pop("model-index")
+    assert data == {
+        "library_name": "transformers",
+        "pipeline_tag": "image-classification",
+        "license": "apache-2.0",
+        "tags": ["image-classification", "vision", "poolformer", "hf-poolformer"],
+        "datasets": ["zalando-datasets/fashion_mnist"],
+        "metrics": ["accuracy"],
+        "base_model": "sail/poolformer_s12",
+        "base_model_relation": "finetune",
+    }
+    (entry,) = results
+    assert entry["name"] == "digits"
+    (result,) = entry["results"]
+    assert result["task"] == {"type": "image-classification", "name": "Image classification"}
+    dataset = "zalando-datasets/fashion_mnist"
+    assert result["dataset"] == {"name": dataset, "type": dataset, "split": "test"}
+    assert [(m["name"], m["value"], m["verified"]) for m in result["metrics"]] == [
+        ("Top-1 accuracy", 0.9777, False),
+        ("Top-5 accuracy", 1.0, False),
+        ("Loss", 0.123456, False),
+    ]
+    assert ModelCard(text).data.eval_results[0].metric_value == 0.9777
+    assert "97.77 %" in text
+    assert "1.5 M parameters" in text
+    assert "![Training curves](curves.png)" in text
+    assert "confusion_matrix.png" not in text
+    assert 'pipeline("image-classification", model="me/digits")' in text
+    assert "trust_remote_code" not in text
+    assert "| `learning_rate` | 0.004 |" in text
+    assert "hf-poolformer" in text.split("### Framework versions")[1]
+
+
+def test_the_snippets_are_python(folder):
+    text, _ = write(folder)
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        compile(snippet, "card", "exec")
+
+
+def test_a_metaformer_needs_its_code(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "metaformer"}))
+    text, data = write(folder)
+    assert text.count("trust_remote_code=True") == 3
+    assert "metaformer" in data["tags"]
+
+
+def test_local_paths_stay_at_home(folder):
+    text, data = write(folder, dataset_name=str(folder), base_model=str(folder / "start"))
+    assert "datasets" not in data
+    assert "base_model" not in data
+    assert str(folder.parent) not in text
+    assert "private" not in text
+    assert "the local dataset my-run" in text
+    assert "fine-tuned from start" in text
+    dataset = data["model-index"][0]["results"][0]["dataset"]
+    assert (dataset["name"], dataset["type"]) == ("my-run", "imagefolder")
+
+
+def test_a_relative_folder_is_no_hub_id(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    (folder / "train-00000.parquet").write_bytes(b"")
+    _, data = write(folder, dataset_name="my-run", base_model=None)
+    assert "datasets" not in data
+    assert data["model-index"][0]["results"][0]["dataset"] == {"name": "my-run", "type": "parquet", "split": "test"}
+
+
+def test_secrets_and_unknown_settings_stay_out(folder):
+    secret = "hf_" + "s" * 34
+    settings = SETTINGS | {"hub_token": secret, "token": secret, "output_dir": "/somewhere/else"}
+    text, _ = write(folder, settings=settings, dataset_name=None)
+    assert secret not in text
+    assert "/somewhere" not in text
+
+
+def test_from_scratch_on_a_folder(folder):
+    text, data = write(folder, base_model=None, dataset_name=None, settings={"train_dir": "/data/leaves"})
+    assert "trained from scratch on the local dataset leaves" in text
+    assert "base_model" not in data
+    assert "/data" not in text
+
+
+HOSTILE = [
+    "a|b",
+    "two\nlines",
+    "<script>alert(1)</script>",
+    "---",
+    "{{ 7 * 7 }}",
+    "{% raw %}",
+    "key: [value",
+    "`code`",
+    "[link](javascript:x)",
+    "ünï \u202e evil",
+    "",
+    "x" * 5000,
+    "no",
+    "null",
+    "'\"\\",
+]
+
+
+def test_hostile_names(folder):
+    accuracies = dict.fromkeys(HOSTILE, 0.5)
+    text, data = write(
+        folder,
+        label_names=HOSTILE,
+        results=RESULTS | {"eval_per_class_accuracy": accuracies},
+        dataset_name="/data/" + "we|rd: {{name}}\n---\n<b>",
+    )
+    table = rows(text, "### Per class")[2:]
+    assert [len(row) for row in table] == [2] * len(HOSTILE)
+    assert table[0][0].strip() == r"a\|b"
+    assert table[1][0].strip() == "two lines"
+    assert "<script" not in text
+    assert "<b>" not in text.split("\n---\n", 1)[1]
+    assert "\u202e" not in text
+    assert "49" not in table[4][0]
+    assert max(map(len, text.splitlines())) < 1000
+    assert data["model-index"][0]["results"][0]["dataset"]["name"] == "we|rd: {{name}} --- <b>"
+
+
+def test_per_class_table(folder):
+    accuracies = {name: index / 9 for index, name in enumerate(DIGITS)} | {"3": float("nan")}
+    text, _ = write(folder, results=RESULTS | {"eval_per_class_accuracy": accuracies})
+    table = rows(text, "### Per class")[2:]
+    assert [row[0].strip() for row in table] == DIGITS
+    assert table[9][1].strip() == "100.00 %"
+    assert table[3][1].strip() == "-"
+    in_order, _ = write(folder, results=RESULTS | {"eval_per_class_accuracy": list(accuracies.values())})
+    assert rows(in_order, "### Per class")[2:] == table
+
+    many = [f"class {index}" for index in range(200)]
+    text, _ = write(folder, label_names=many, results=RESULTS | {"eval_per_class_accuracy": dict.fromkeys(many, 1.0)})
+    assert "Per class" not in text
+
+
+def test_odd_results(folder):
+    text, data = write(folder, results={"eval_accuracy": np.float32(0.5), "eval_loss": float("nan"), "epoch": None})
+    (metric,) = data["model-index"][0]["results"][0]["metrics"]
+    assert metric["value"] == 0.5
+    assert "nan" not in text
+
+    text, data = write(folder, results={})
+    assert "model-index" not in data
+    assert "## Results" not in text
+
+
+def test_top5_of_five_classes_is_not_a_result(folder):
+    text, _ = write(folder, label_names=["a", "b", "c"])
+    assert "Top-5" not in text
+
+
+def test_a_bad_card_is_not_written(folder):
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(CardError, match="license 'my own'"):
+        write(folder, license="my own")
+    with pytest.raises(CardError, match="not a repository id"):
+        write(folder, repo_id="a/b/c")
+    assert (folder / "README.md").read_text() == "mine"
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"library_name": None}, "library_name"),
+        ({"license": ["mit"]}, "license"),
+        ({"tags": "vision"}, "tags"),
+        ({"datasets": ["/home/me/images"]}, "/home/me/images"),
+        ({"base_model": "a/b/c"}, "base_model"),
+        ({"model-index": [{"name": "x", "results": [{}]}]}, "task.type"),
+    ],
+)
+def test_check_metadata(change, message):
+    good = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-classification",
+        "license": "mit",
+        "tags": ["vision"],
+    }
+    check_metadata(good)
+    with pytest.raises(CardError, match=message):
+        check_metadata(good | change)
+
+
+def test_check_metadata_of_results():
+    metric = {"type": "accuracy", "value": 0.5}
+    result = {"task": {"type": "t"}, "dataset": {"name": "d", "type": "d"}}
+    good = {"library_name": "transformers", "pipeline_tag": "image-classification", "license": "mit"}
+
+    def entry(**change):
+        return {**good, "model-index": [{"name": "x", "results": [{**result, "metrics": [{**metric, **change}]}]}]}
+
+    check_metadata(entry(verified=False))
+    for change in ({"value": float("nan")}, {"value": "high"}, {"verified": True}, {"type": ""}):
+        with pytest.raises(CardError):
+            check_metadata(entry(**change))
