@@ -87,7 +87,7 @@ def test_parameters_and_facts_are_those_of_timm(name):
 
 def test_every_variant_of_timm_is_in_the_table():
     ours = {variant.timm_name for variant in VARIANTS.values() if variant.timm_name}
-    assert ours == set(timm.list_pretrained(module="metaformer"))
+    assert ours == set(timm.list_models(module="metaformer", pretrained=True))
 
 
 def test_the_table_is_complete():
