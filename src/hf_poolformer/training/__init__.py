@@ -1,0 +1,1 @@
+"""Training on streamed datasets: data, augmentation, optimisation, checkpoints, metrics and the loop."""

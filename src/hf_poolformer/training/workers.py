@@ -1,0 +1,21 @@
+"""How the worker processes of a DataLoader take signals."""
+
+import os
+import signal
+import threading
+
+
+def prepare_worker(worker_id: int) -> None:
+    """Worker initialiser of a DataLoader: leaves it to the main process what to do about Ctrl-C and SIGTERM."""
+    # Ctrl-C and a scheduler's SIGTERM reach every process of a job. The main process alone decides what to do then,
+    # and needs its workers while it saves: they end when it tells them to, or dies.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
