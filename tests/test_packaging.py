@@ -159,12 +159,29 @@ def test_the_readme_uses_only_flags_that_exist(script):
                 assert re.search(rf"{flag}\b", done.stdout), f"{flag} is not a flag of scripts/{script}.py"
 
 
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 def test_the_readme_s_python_runs(tmp_path, poolformer_config):
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     PoolFormerForImageClassification(poolformer_config).save_pretrained(tmp_path / "outputs" / "demo")
     PoolFormerImageProcessor().save_pretrained(tmp_path / "outputs" / "demo")
     Image.new("L", (8, 8), 200).save(tmp_path / "digit.png")
     check = "assert [shape[1] for shape in shapes] == list(model.config.hidden_sizes)\n"
-    done = run(sys.executable, "-c", snippet + check, cwd=tmp_path)
+    done = run(sys.executable, "-c", SNIPPETS[0] + check, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("LABEL_")
+
+
+def test_the_readme_s_mixer_works(tmp_path):
+    check = "assert model(torch.randn(2, 3, 64, 64)).logits.shape == (2, 10)\n"
+    done = run(sys.executable, "-c", SNIPPETS[1] + check, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_readme_s_mixer_learns_the_digits(tmp_path):
+    write = f"import sys; sys.path.append({str(ROOT / 'scripts')!r})\nimport demo, pathlib\n"
+    write += "demo.write_digits(pathlib.Path('outputs/demo-data'))\n"
+    code = write + SNIPPETS[1] + SNIPPETS[2] + "\nassert results['eval_accuracy'] >= 0.97, results\n"
+    done = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,524 @@
+"""Settings of a run: one dataclass, three recipes, and the order in which flag, YAML file and recipe win."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+from .errors import UserError
+
+
+def setting(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelSettings:
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = setting(None, "Checkpoint to start from: a Hub id or a folder.")
+    config_name: str | None = setting(
+        None, "Architecture to train from scratch: a variant (poolformer_s12), a Hub id or a folder."
+    )
+    config_overrides: str | None = setting(
+        None, "Changes to the configuration as JSON: '{\"depths\": [1, 1, 2, 1]}'; in YAML, a mapping."
+    )
+    image_size: int | None = setting(None, "Side of the square input in pixels. Unset: the checkpoint's own.")
+    drop_path_rate: float | None = setting(
+        None, "Stochastic depth of the last block. Unset: the paper's value for a variant, else the configuration's."
+    )
+    ignore_mismatched_sizes: bool = setting(
+        False, "Start afresh where the checkpoint's weights do not fit the model (other labels, other widths)."
+    )
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
+    trust_remote_code: bool = setting(False, "Run code that comes with a checkpoint from the Hub.")
+    model_revision: str = setting("main", "Branch, tag or commit of the checkpoint.")
+    cache_dir: str | None = setting(None, "Where downloads are kept. Unset: the Hub's usual cache.")
+
+
+@dataclass
+class DataSettings:
+    _argument_group_name = "data"
+
+    dataset_name: str | None = setting(
+        None, "Hub id, or a folder or file: images in one folder per class, Parquet, or WebDataset tars."
+    )
+    dataset_config_name: str | None = setting(None, "Configuration of the dataset.")
+    dataset_revision: str | None = setting(None, "Branch, tag or commit of the dataset.")
+    train_dir: str | None = setting(None, "Folder with the training images, one folder per class.")
+    validation_dir: str | None = setting(None, "Folder with the validation images.")
+    train_split: str = setting("train", "Name of the training split.")
+    validation_split: str | None = setting(
+        None, "Name of the evaluation split. Unset: validation, valid, dev or test."
+    )
+    train_val_split: float = setting(0.15, "Part held out for validation where the dataset has no such split.")
+    image_column_name: str | None = setting(None, "Image column. Unset: found by its type.")
+    label_column_name: str | None = setting(None, "Label column. Unset: found by its type.")
+    streaming: bool = setting(True, "Read the dataset as a stream rather than download it first.")
+    shuffle_buffer_size: int = setting(5000, "Images (still encoded) among which the stream is shuffled.")
+    num_workers: int | None = setting(None, "Processes that decode images, per device. Unset: by the number of cores.")
+    max_skipped: float = setting(
+        0.01, "Broken images tolerated before the run stops: a fraction if below 1, else a number."
+    )
+
+
+@dataclass
+class AugmentationSettings:
+    _argument_group_name = "augmentation"
+
+    crop_min_scale: float = setting(0.35, "Smallest part of the image's area that a random crop takes; 1: no crop.")
+    horizontal_flip: float = setting(0.5, "Probability of a horizontal flip.")
+    affine_degrees: float = setting(0.0, "Random rotation up to this many degrees.")
+    affine_translate: float = setting(0.0, "Random shift up to this part of the side.")
+    affine_scale: float = setting(0.0, "Random zoom by up to this part, in or out.")
+    rand_augment_magnitude: float = setting(6.0, "Strength of RandAugment, 0 to 10; 0: off.")
+    rand_augment_std: float = setting(0.5, "Standard deviation of that strength from operation to operation.")
+    rand_augment_ops: int = setting(2, "Operations per image.")
+    random_erasing: float = setting(0.0, "Probability that a rectangle is overwritten with noise.")
+    mixup_alpha: float = setting(0.0, "Mixup, Beta(alpha, alpha); 0: off.")
+    cutmix_alpha: float = setting(0.0, "CutMix, Beta(alpha, alpha); 0: off.")
+    mixup_switch_prob: float = setting(0.5, "How often CutMix rather than mixup, where both are on.")
+    label_smoothing: float = setting(0.1, "Part of the target that is spread over all classes.")
+
+
+@dataclass
+class OptimisationSettings:
+    _argument_group_name = "optimisation"
+
+    num_train_epochs: int = setting(10, "Passes over the training data.")
+    max_train_steps: int | None = setting(None, "Optimiser steps in all; wins over the number of epochs.")
+    per_device_train_batch_size: int = setting(32, "Images per device and micro-batch.")
+    gradient_accumulation_steps: int = setting(1, "Micro-batches per optimiser step.")
+    learning_rate: float = setting(2e-4, "Peak learning rate.")
+    scale_learning_rate: bool = setting(
+        False, "Take the learning rates as given for 1024 images per step, and scale --learning_rate to the batch."
+    )
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = setting("cosine", "Course after warm-up.")
+    num_warmup_steps: int | None = setting(None, "Warm-up in optimiser steps; wins over --num_warmup_epochs.")
+    num_warmup_epochs: float = setting(1.0, "Warm-up in epochs.")
+    warmup_learning_rate: float = setting(1e-6, "Learning rate of the first step.")
+    min_learning_rate: float = setting(1e-6, "Learning rate at the end.")
+    num_cooldown_epochs: int = setting(0, "Epochs at the lowest learning rate, after the others.")
+    weight_decay: float = setting(0.05, "Weight decay of AdamW; never on norms, biases and scales.")
+    adam_beta1: float = setting(0.9, "First moment's decay.")
+    adam_beta2: float = setting(0.999, "Second moment's decay.")
+    adam_epsilon: float = setting(1e-8, "AdamW's epsilon.")
+    layer_decay: float = setting(
+        0.8, "Factor on the learning rate per block on the way from the head down to the stem; 1: off."
+    )
+    max_grad_norm: float = setting(1.0, "Longest gradient; 0: no clipping.")
+    ema_decay: float = setting(
+        0.0, "Decay of a moving average of the weights, which is then evaluated and saved; 0: off."
+    )
+
+
+@dataclass
+class RunSettings:
+    _argument_group_name = "run"
+
+    output_dir: str | None = setting(None, "Where the model and everything about the run go.")
+    overwrite_output_dir: bool = setting(
+        False, "Write into a folder that holds another run; its checkpoints stay, its results are replaced."
+    )
+    seed: int = setting(42, "Seed of everything that is random.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(None, "Unset: accelerate's own setting.")
+    dynamo_backend: str | None = setting(
+        None, "torch.compile backend, such as inductor. Unset: accelerate's own setting."
+    )
+    memory_format: Literal["auto", "channels_last", "contiguous_format"] = setting(
+        "auto", "Layout of images and activations; auto: channels_last."
+    )
+    checkpointing_steps: str = setting("epoch", "Checkpoint every so many steps, or at each 'epoch', or 'no'.")
+    save_total_limit: int = setting(2, "Checkpoints to keep; 0: all.")
+    resume_from_checkpoint: str | None = setting(
+        None, "'latest' for the newest complete checkpoint in the output folder, or a checkpoint's folder."
+    )
+    logging_steps: int = setting(10, "Optimiser steps between two points of the training curve.")
+    eval_epochs: int = setting(1, "Epochs between two evaluations; 0: only at the end.")
+    per_device_eval_batch_size: int = setting(64, "Images per device when evaluating.")
+    with_tracking: bool = setting(False, "Send figures to the experiment trackers that are installed.")
+    report_to: str | None = setting(
+        None, "Trackers to use, separated by commas: tensorboard, trackio, wandb, ... or all. Implies --with_tracking."
+    )
+
+
+@dataclass
+class HubSettings:
+    _argument_group_name = "Hub"
+
+    push_to_hub: bool = setting(False, "Publish the model when it is trained and saved.")
+    hub_model_id: str | None = setting(None, "Repository to publish to. Unset: named after the output folder.")
+    hub_private_repo: bool | None = setting(None, "Make the repository private. Unset: your account's default.")
+    hub_token: str | None = setting(None, "Access token. Unset: the one you logged in with. Never written anywhere.")
+
+
+@dataclass
+class RecipeSettings:
+    _argument_group_name = "recipe"
+
+    recipe: str = setting("finetune", "Where all defaults come from: finetune, paper or demo.")
+    config_file: str | None = setting(None, "YAML file with settings under the names of these flags.")
+
+
+GROUPS = (
+    RecipeSettings,
+    ModelSettings,
+    DataSettings,
+    AugmentationSettings,
+    OptimisationSettings,
+    RunSettings,
+    HubSettings,
+)
+
+# What each recipe changes; `finetune` is what the fields above say.
+RECIPES: dict[str, dict[str, Any]] = {
+    # From a pretrained checkpoint to your own images.
+    "finetune": {"model_name_or_path": "sail/poolformer_s12"},
+    # ImageNet-1K from scratch: arXiv 2111.11418, section 4.1, and the official train.py.
+    "paper": {
+        "config_name": "poolformer_s12",
+        "image_size": 224,
+        "crop_min_scale": 0.08,
+        "rand_augment_magnitude": 9.0,
+        "random_erasing": 0.25,
+        "mixup_alpha": 0.8,
+        "cutmix_alpha": 1.0,
+        "num_train_epochs": 300,
+        "per_device_train_batch_size": 128,
+        "per_device_eval_batch_size": 128,
+        "learning_rate": 1e-3,
+        "scale_learning_rate": True,
+        "num_warmup_epochs": 5.0,
+        "min_learning_rate": 1e-5,
+        "num_cooldown_epochs": 10,
+        "layer_decay": 1.0,
+        "max_grad_norm": 0.0,
+        "shuffle_buffer_size": 10000,
+        "logging_steps": 50,
+    },
+    # Small images that must not be mirrored, such as digits, in a minute or two on two cores.
+    "demo": {
+        "config_name": "poolformer_s12",
+        "config_overrides": '{"depths": [1, 1, 2, 1], "hidden_sizes": [32, 64, 128, 192]}',
+        "image_size": 32,
+        "drop_path_rate": 0.0,
+        "crop_min_scale": 1.0,
+        "horizontal_flip": 0.0,
+        "affine_degrees": 10.0,
+        "affine_translate": 0.1,
+        "affine_scale": 0.1,
+        "rand_augment_magnitude": 0.0,
+        "num_train_epochs": 30,
+        "per_device_train_batch_size": 64,
+        "learning_rate": 4e-3,
+        "num_warmup_epochs": 3.0,
+        "min_learning_rate": 1e-5,
+        "layer_decay": 1.0,
+        "num_workers": 1,
+        "eval_epochs": 5,
+    },
+}
+
+
+@dataclass
+class TrainingSettings(
+    HubSettings,
+    RunSettings,
+    OptimisationSettings,
+    AugmentationSettings,
+    DataSettings,
+    ModelSettings,
+    RecipeSettings,
+):
+    """Everything that `training.loop.train` needs to know.
+
+    Raises:
+        UserError: a value that is out of range, or two settings that exclude each other.
+    """
+
+    def __post_init__(self) -> None:
+        if isinstance(self.config_overrides, dict):
+            self.config_overrides = json.dumps(self.config_overrides)
+        self.check()
+
+    @classmethod
+    def from_recipe(cls, recipe: str = "finetune", **settings: Any) -> TrainingSettings:
+        """The settings of a recipe with some of them changed."""
+        check_names(settings, [field.name for field in dataclasses.fields(cls)], "setting")
+        return cls(**{**defaults_of(recipe, settings), "recipe": recipe, **settings})
+
+    def check(self) -> None:
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and low <= value <= high):
+                limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise UserError(f"--{name} must be {limits}, not {value}.")
+        if self.output_dir is None:
+            raise UserError("say where the run is to be written: --output_dir FOLDER.")
+        if (self.dataset_name is None) == (self.train_dir is None):
+            raise UserError("give the training images by either --dataset_name or --train_dir.")
+        if self.model_name_or_path and self.config_name:
+            raise UserError(
+                "--model_name_or_path (start from a checkpoint) and --config_name (from scratch) exclude each other."
+            )
+        if not self.model_name_or_path and not self.config_name:
+            raise UserError("give a checkpoint with --model_name_or_path or an architecture with --config_name.")
+        if self.checkpointing_steps not in ("epoch", "no") and not (
+            self.checkpointing_steps.isdigit() and int(self.checkpointing_steps) > 0
+        ):
+            raise UserError(
+                f"--checkpointing_steps takes a number of steps, 'epoch' or 'no', not {self.checkpointing_steps!r}."
+            )
+        self.overrides()
+
+    def overrides(self) -> dict[str, Any]:
+        """`config_overrides` as a dictionary."""
+        if not self.config_overrides:
+            return {}
+        try:
+            overrides = json.loads(self.config_overrides)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--config_overrides is not JSON ({error}): {self.config_overrides!r}.") from error
+        if not isinstance(overrides, dict):
+            raise UserError(f"--config_overrides must be a JSON object, not {self.config_overrides!r}.")
+        return overrides
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings but the access token, fit to be written down."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "hub_token"}
+
+    def save(self, path: Path) -> None:
+        """Writes a YAML file that `--config_file` reads back: what the run is, not how this start of it was asked."""
+        once = ("config_file", "resume_from_checkpoint", "overwrite_output_dir")
+        values = {name: value for name, value in self.to_dict().items() if name not in once}
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+@dataclass
+class EvaluationSettings:
+    """Everything that `training.evaluation.evaluate_checkpoint` needs to know."""
+
+    model: str | None = dataclasses.field(default=None, init=False)  # the positional argument
+    dataset_name: str | None = setting(None, "Hub id, or a folder or file: image folder, Parquet, WebDataset tars.")
+    dataset_config_name: str | None = setting(None, "Configuration of the dataset.")
+    dataset_revision: str | None = setting(None, "Branch, tag or commit of the dataset.")
+    validation_dir: str | None = setting(None, "Folder with the images, one folder per class.")
+    split: str | None = setting(None, "Name of the split. Unset: validation, valid, dev or test.")
+    image_column_name: str | None = setting(None, "Image column. Unset: found by its type.")
+    label_column_name: str | None = setting(None, "Label column. Unset: found by its type.")
+    streaming: bool = setting(True, "Read the dataset as a stream rather than download it first.")
+    per_device_eval_batch_size: int = setting(64, "Images per device.")
+    num_workers: int | None = setting(None, "Processes that decode images, per device. Unset: by the number of cores.")
+    max_skipped: float = setting(
+        0.01, "Broken images tolerated before the run stops: a fraction if below 1, else a number."
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(None, "Unset: accelerate's own setting.")
+    trust_remote_code: bool = setting(False, "Run code that comes with a checkpoint from the Hub.")
+    model_revision: str = setting("main", "Branch, tag or commit of the checkpoint.")
+    cache_dir: str | None = setting(None, "Where downloads are kept. Unset: the Hub's usual cache.")
+    hub_token: str | None = setting(None, "Access token. Unset: the one you logged in with.")
+    output_dir: str | None = setting(None, "Folder for all_results.json and the pictures. Unset: they are only shown.")
+
+    def __post_init__(self) -> None:
+        if (self.dataset_name is None) == (self.validation_dir is None):
+            raise UserError("give the images by either --dataset_name or --validation_dir.")
+        if self.per_device_eval_batch_size < 1:
+            raise UserError(f"--per_device_eval_batch_size must be at least 1, not {self.per_device_eval_batch_size}.")
+
+
+LIMITS: dict[str, tuple[float, float]] = {
+    "image_size": (1, math.inf),
+    "drop_path_rate": (0, 0.99),
+    "train_val_split": (0.001, 0.999),
+    "shuffle_buffer_size": (1, math.inf),
+    "num_workers": (0, math.inf),
+    "max_skipped": (0, math.inf),
+    "crop_min_scale": (0.01, 1),
+    "horizontal_flip": (0, 1),
+    "affine_degrees": (0, 180),
+    "affine_translate": (0, 1),
+    "affine_scale": (0, 0.9),
+    "rand_augment_magnitude": (0, 10),
+    "rand_augment_std": (0, 10),
+    "rand_augment_ops": (1, math.inf),
+    "random_erasing": (0, 1),
+    "mixup_alpha": (0, math.inf),
+    "cutmix_alpha": (0, math.inf),
+    "mixup_switch_prob": (0, 1),
+    "label_smoothing": (0, 0.999),
+    "num_train_epochs": (1, math.inf),
+    "max_train_steps": (1, math.inf),
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "learning_rate": (0, math.inf),
+    "num_warmup_steps": (0, math.inf),
+    "num_warmup_epochs": (0, math.inf),
+    "warmup_learning_rate": (0, math.inf),
+    "min_learning_rate": (0, math.inf),
+    "num_cooldown_epochs": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "adam_beta1": (0, 0.99999999),
+    "adam_beta2": (0, 0.99999999),
+    "adam_epsilon": (0, math.inf),
+    "layer_decay": (0.01, 1),
+    "max_grad_norm": (0, math.inf),
+    "ema_decay": (0, 0.99999999),
+    "save_total_limit": (0, math.inf),
+    "logging_steps": (1, math.inf),
+    "eval_epochs": (0, math.inf),
+    "seed": (0, 2**32 - 1),
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> TrainingSettings:
+    """Settings from the command line: a flag wins over the YAML file, and that over the recipe.
+
+    Raises:
+        UserError: unknown flags, keys or recipes (with what was probably meant), and values that do not fit.
+    """
+    import sys
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = QuietParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    first.add_argument("--config_file", "--config-file")
+    known, _ = first.parse_known_args(argv)
+    from_file = read_yaml(known.config_file) if known.config_file else {}
+    names = [field.name for field in dataclasses.fields(TrainingSettings)]
+    check_names(from_file, names, f"key in {known.config_file}")
+
+    recipe = known.recipe or str(from_file.get("recipe") or "finetune")
+    parser = SettingsParser(
+        GROUPS,
+        description="Trains an image classifier on a streamed dataset; run it with accelerate launch.",
+        epilog="--recipe NAME --help shows the defaults of that recipe.",
+    )
+    flags = parser.names_in(argv) | {name for name, value in from_file.items() if value is not None}
+    defaults = defaults_of(recipe, flags)
+    parser.set_defaults(**defaults, recipe=recipe)
+    # An explicit null in the file unsets what the recipe set.
+    parser.set_defaults(**{name: None for name, value in from_file.items() if value is None})
+    parts = parser.parse(as_flags(from_file) + argv, names)
+    return TrainingSettings(**{key: value for part in parts for key, value in vars(part).items()})
+
+
+def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluationSettings:
+    """Settings of `scripts/evaluate.py` from the command line."""
+    parser = SettingsParser((EvaluationSettings,), description="Evaluates an image classifier on a labelled dataset.")
+    parser.add_argument("model", help="Checkpoint: a Hub id or a folder.")
+    names = [field.name for field in dataclasses.fields(EvaluationSettings)]
+    settings, rest = parser.parse(argv, names)
+    settings.model = rest.model
+    return settings
+
+
+def defaults_of(recipe: str, given: Any = ()) -> dict[str, Any]:
+    """What a recipe sets, less what makes no sense beside the settings that were given."""
+    check_names([recipe], list(RECIPES), "recipe")
+    defaults = dict(RECIPES[recipe])
+    # A checkpoint replaces an architecture and the other way round.
+    if "model_name_or_path" in given:
+        for name in ("config_name", "config_overrides", "image_size"):
+            defaults.pop(name, None)
+    if "config_name" in given:
+        for name in ("model_name_or_path", "config_overrides"):
+            defaults.pop(name, None)
+    return defaults
+
+
+def check_names(given: Any, known: Sequence[str], what: str) -> None:
+    """Raises a UserError for the first name that is not known, with those that resemble it."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else "."
+            if not near and len(known) < 10:
+                hint = f"; there are {', '.join(known)}."
+            raise UserError(f"unknown {what}: {name}{hint}")
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the settings in {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a mapping of settings to values.")
+    if "hub_token" in values:
+        raise UserError(f"{path} holds hub_token; an access token does not belong in a file: use HF_TOKEN.")
+    return values
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    """YAML values as flags, so that one parser checks both."""
+    flags = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, (dict, list)):
+            value = json.dumps(value)
+        flags.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
+    return flags
+
+
+class QuietParser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(message + ("" if message.endswith(".") else "."))
+
+
+class SettingsFormatter(argparse.HelpFormatter):
+    """Shows each flag once, with its default where it has one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        if action.choices:
+            return f"{action.option_strings[0]} {{{','.join(map(str, action.choices))}}}"
+        kind = getattr(action.type, "__name__", "value")
+        value = {"str": "TEXT", "int": "N", "float": "X", "string_to_bool": "true|false"}.get(kind, kind)
+        return f"{action.option_strings[0]} {value}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        shown = action.default not in (None, argparse.SUPPRESS) and action.option_strings and action.nargs != 0
+        return text + (f" (default: {str(action.default).replace('%', '%%')})" if shown else "")
+
+
+class SettingsParser(HfArgumentParser, QuietParser):
+    """HfArgumentParser that shows its help in groups and reports mistakes as UserError."""
+
+    def __init__(self, groups: Sequence[type], **kwargs: Any) -> None:
+        super().__init__(
+            list(groups), formatter_class=SettingsFormatter, allow_abbrev=False, usage="%(prog)s [FLAGS]", **kwargs
+        )
+
+    def names_in(self, argv: Sequence[str]) -> set[str]:
+        return {text[2:].split("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
+
+    def parse(self, argv: Sequence[str] | None, names: Sequence[str]) -> tuple[Any, ...]:
+        *parts, unknown = self.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+        flags = [text.split("=")[0] for text in unknown if text.startswith("--")]
+        check_names([flag[2:].replace("-", "_") for flag in flags], names, "flag")
+        if unknown:
+            raise UserError(f"what is {' '.join(unknown)!r} for? Values follow a flag: --name value.")
+        return tuple(parts)

@@ -1,0 +1,235 @@
+"""Evaluation of a classifier, exact for any number of processes and any division of the images among them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from tqdm import tqdm
+
+from . import data
+from .arguments import EvaluationSettings
+from .augmentation import EvalTransform
+from .errors import UserError
+from .initialisation import load_checkpoint
+from .metrics import Accuracy, ConfusionMatrix, PerClassAccuracy, TopKAccuracy
+from .reports import write_confusion_matrix, write_json
+
+
+# Beyond this a confusion matrix (int64, classes squared) costs more memory than anyone will look at.
+MAX_CONFUSION_CLASSES = 5000
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[dict[str, Any]],
+    *,
+    accelerator: Accelerator,
+    num_labels: int,
+    topk: Sequence[int] = (1, 5),
+    memory_format: torch.memory_format = torch.contiguous_format,
+    progress: bool = False,
+    should_stop: Callable[[], int] = lambda: 0,
+) -> dict[str, Any]:
+    """Metrics of a classifier over all images that the processes' loaders yield together.
+
+    No process waits for another before its own images are through, so their numbers may differ at will; rankings
+    and labels are then brought together, once, and every process returns the same results.
+
+    Args:
+        model: bare or wrapped by accelerate; its mode is restored.
+        loader: yields `pixel_values` (batch, channels, height, width), `labels` (batch,) and `skipped`.
+        topk: the k of the top-k accuracies; with fewer classes than k, all of them count.
+        should_stop: asked after each batch; when it says so on any process, the result is empty.
+
+    Returns:
+        `eval_accuracy`, `eval_top5_accuracy` (for each k > 1), `eval_loss` (cross-entropy), `eval_samples`,
+        `eval_skipped_images`, `eval_runtime` in seconds, `eval_samples_per_second`, `eval_per_class_accuracy` (a list;
+        NaN for classes without images), `confusion_matrix` (int64 array, true by predicted; None beyond 5000 classes).
+
+    Raises:
+        UserError: no image at all, or labels that the model does not have.
+    """
+    # The bare model: DistributedDataParallel would wait for the others in every forward pass.
+    bare = accelerator.unwrap_model(model)
+    was_training = bare.training
+    bare.eval()
+    device, depth = accelerator.device, min(max(topk), num_labels)
+    loss_sum = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    rankings, references, skipped, stopped = [], [], 0, False
+    start = time.perf_counter()
+    for batch in tqdm(loader, desc="evaluating", unit="batch", disable=not progress, leave=False):
+        skipped += len(batch.get("skipped", ()))
+        labels = batch["labels"]
+        if not len(labels):
+            continue
+        check_labels(labels, num_labels)
+        pixel_values = batch["pixel_values"].to(device, memory_format=memory_format, non_blocking=True)
+        with accelerator.autocast():
+            logits = bare(pixel_values=pixel_values).logits.float()
+        loss_sum += nn.functional.cross_entropy(logits, labels.to(device, non_blocking=True), reduction="sum")
+        rankings.append(logits.topk(depth).indices)
+        references.append(labels)
+        if stopped := bool(should_stop()):
+            break
+    mine = {
+        "stopped": stopped,
+        "ranked": torch.cat(rankings).cpu().numpy() if rankings else np.zeros((0, depth), dtype=np.int64),
+        "labels": torch.cat(references).numpy() if references else np.zeros(0, dtype=np.int64),
+        "loss": loss_sum.item(),
+        "skipped": skipped,
+    }
+    parts = gather_object([mine])
+    seconds = time.perf_counter() - start
+    bare.train(was_training)
+    if any(part["stopped"] for part in parts):
+        return {}
+
+    ranked = np.concatenate([part["ranked"] for part in parts])
+    labels = np.concatenate([part["labels"] for part in parts])
+    if not len(labels):
+        raise UserError("there is no image to evaluate on: the split is empty, or every image in it is broken.")
+    best = {"predictions": ranked[:, 0], "references": labels}
+    results = {
+        "eval_accuracy": metric(Accuracy).compute(**best)["accuracy"],
+        "eval_loss": sum(part["loss"] for part in parts) / len(labels),
+        "eval_samples": len(labels),
+        "eval_skipped_images": sum(part["skipped"] for part in parts),
+        "eval_runtime": seconds,
+        "eval_samples_per_second": len(labels) / seconds,
+    }
+    for k in sorted(set(topk) - {1}):
+        top = metric(TopKAccuracy).compute(predictions=ranked, references=labels, k=k)
+        results[f"eval_top{k}_accuracy"] = top[f"top{k}_accuracy"]
+    per_class = metric(PerClassAccuracy).compute(**best, num_labels=num_labels)
+    results["eval_per_class_accuracy"] = per_class["per_class_accuracy"]
+    results["confusion_matrix"] = None
+    if num_labels <= MAX_CONFUSION_CLASSES:
+        results |= metric(ConfusionMatrix).compute(**best, num_labels=num_labels)
+    return results
+
+
+def metric(kind: type) -> Any:
+    """In memory: the default writes Arrow files into the user's cache."""
+    return kind(keep_in_memory=True)
+
+
+def check_labels(labels: torch.Tensor, num_labels: int) -> None:
+    """Raises a UserError for labels outside 0..num_labels-1; `labels` are on the host."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_labels:
+        wrong = low if low < 0 else high
+        raise UserError(
+            f"the dataset has an image with label {wrong}, but labels go from 0 to {num_labels - 1}. "
+            "Is --label_column_name the right column?"
+        )
+
+
+def check_classification(dataset: data.ImageDataset) -> None:
+    """Raises a UserError unless the dataset has one class per image."""
+    if dataset.label_names is None:
+        kind = "numbers, for regression" if dataset.problem_type == "regression" else "none"
+        raise UserError(
+            f"{dataset.name} is no classification dataset: its labels are {kind}. "
+            "Choose the column with --label_column_name."
+        )
+
+
+def data_workers(wanted: int | None, accelerator: Accelerator) -> int:
+    """Data workers of one process: as wanted, else its part of the machine's cores, which the CPU shares with us."""
+    if wanted is not None:
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 1 if accelerator.device.type == "cpu" else min(max(cores // local - 1, 1), 16)
+
+
+def skip_limit(value: float) -> float | int:
+    """`--max_skipped` as the loader takes it: a fraction stays one, anything else is a number of images."""
+    return value if 0 < value < 1 else int(value)
+
+
+def named_results(results: dict[str, Any], label_names: Sequence[str]) -> dict[str, Any]:
+    """Results fit for JSON: the accuracy of each class under its name, without the confusion matrix."""
+    plain = {name: value for name, value in results.items() if name != "confusion_matrix"}
+    per_class = plain.get("eval_per_class_accuracy")
+    if isinstance(per_class, list):
+        known = [None if np.isnan(value) else value for value in per_class]
+        plain["eval_per_class_accuracy"] = dict(zip(label_names, known, strict=True))
+    return plain
+
+
+def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
+    """Loads a checkpoint and a labelled dataset, evaluates, and writes the results if there is an `output_dir`.
+
+    Returns:
+        what `all_results.json` holds.
+
+    Raises:
+        UserError: not a model, not a labelled dataset, or labels that do not belong together.
+    """
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+    model, processor, fresh = load_checkpoint(
+        settings.model,
+        revision=settings.model_revision,
+        token=settings.hub_token,
+        cache_dir=settings.cache_dir,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    if fresh:
+        raise UserError(f"{settings.model} is not a trained classifier of its own shape: it lacks {fresh[0]}.")
+    label_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    dataset = data.open_datasets(
+        dataset_name=settings.dataset_name,
+        dataset_config_name=settings.dataset_config_name,
+        validation_dir=settings.validation_dir,
+        train_split=None,
+        validation_split=settings.split,
+        train_val_split=0.0,
+        image_column_name=settings.image_column_name,
+        label_column_name=settings.label_column_name,
+        label_names=label_names,
+        revision=settings.dataset_revision,
+        token=settings.hub_token,
+        cache_dir=settings.cache_dir,
+        streaming=settings.streaming,
+    )["validation"]
+    check_classification(dataset)
+    loader = data.make_loader(
+        data.align_labels(dataset, model.config.label2id, subset=True),
+        EvalTransform(processor),
+        batch_size=settings.per_device_eval_batch_size,
+        training=False,
+        num_workers=data_workers(settings.num_workers, accelerator),
+        max_skipped=skip_limit(settings.max_skipped),
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    memory_format = torch.channels_last
+    model.to(accelerator.device, memory_format=memory_format)
+    results = evaluate(
+        model,
+        loader,
+        accelerator=accelerator,
+        num_labels=len(label_names),
+        memory_format=memory_format,
+        progress=accelerator.is_main_process,
+    )
+    named = named_results(results, label_names)
+    if settings.output_dir and accelerator.is_main_process:
+        folder = Path(settings.output_dir)
+        write_json(folder / "all_results.json", {"model": settings.model, **named})
+        if results["confusion_matrix"] is not None:
+            write_confusion_matrix(folder / "confusion_matrix.png", results["confusion_matrix"], label_names)
+    accelerator.end_training()
+    return named

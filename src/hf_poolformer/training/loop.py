@@ -1,0 +1,363 @@
+"""The training loop: `train(settings)` from the first image to the published model."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from ..hub.cards import write_training_card
+from ..hub.publishing import publish
+from . import checkpoints
+from .arguments import TrainingSettings
+from .augmentation import BatchMixer, input_size
+from .checkpoints import Progress, TrainingState
+from .errors import Diverged, UserError
+from .evaluation import check_labels, evaluate, named_results
+from .initialisation import initial_model, label_order
+from .optimisation import WeightAverage, make_optimizer, make_schedule, scaled_learning_rate
+from .preparation import due, make_accelerator, make_loaders, open_data, plan, prepare_output
+from .processes import Agreement, Stopped, StopSignal
+from .reports import RunLog, describe, resume_command, summary, write_confusion_matrix, write_curves, write_json
+
+
+@dataclass
+class Run:
+    """What the parts of the loop share."""
+
+    settings: TrainingSettings
+    accelerator: Accelerator
+    agreement: Agreement
+    stop: StopSignal
+    state: TrainingState
+    model: Any  # wrapped
+    train_loader: Any
+    eval_loader: Any
+    mixer: BatchMixer
+    memory_format: torch.memory_format
+    log: RunLog | None  # of the main process
+    bar: tqdm
+    total_steps: int
+    accumulation: int
+    global_batch: int
+    losses: list[torch.Tensor] = field(default_factory=list)  # since the last point of the curve, on the device
+    images: int = 0  # of this process since the last point
+    seconds: float = 0.0
+    waited: float = 0.0
+    skipped: int = 0  # of this process since the processes last added them up
+
+    @property
+    def progress(self) -> Progress:
+        return self.state.progress
+
+
+def train(settings: TrainingSettings) -> dict[str, Any]:
+    """Trains a classifier as the settings say and leaves everything about it in `settings.output_dir`.
+
+    Every process of a run calls it. Leaves by `Stopped` (a SystemExit) after SIGTERM or Ctrl-C, with a checkpoint.
+
+    Returns:
+        what `all_results.json` holds: `eval_*` figures of the model that is saved, `train_loss` (mean of the last
+        epoch), `train_runtime` in seconds, `train_samples_per_second`, `train_data_wait_share`, `epoch`,
+        `skipped_images`.
+
+    Raises:
+        UserError: what was asked for cannot be done; the message says why.
+        hf_poolformer.hub.publishing.PublishError: trained and saved, but not published.
+    """
+    accelerator = make_accelerator(settings)
+    output_dir, resume_from = prepare_output(settings, accelerator)
+
+    # Data: opened undecoded; the labels decide the model's head.
+    datasets = open_data(settings)
+    label_names = label_order(settings, datasets["train"].label_names)
+
+    # Model: equal on all processes, then every process goes its own random way.
+    set_seed(settings.seed)
+    model, processor = initial_model(settings, label_names)
+    set_seed(settings.seed + 1 + accelerator.process_index)
+    channels_last = settings.memory_format in ("auto", "channels_last")
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model.to(accelerator.device, memory_format=memory_format)
+    ema = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
+
+    train_loader, eval_loader = make_loaders(settings, accelerator, datasets, model.config.label2id, processor)
+    accumulation = accelerator.gradient_accumulation_steps
+    global_batch = settings.per_device_train_batch_size * accelerator.num_processes * accumulation
+    total_steps, epochs = plan(settings, datasets["train"].num_examples, global_batch)
+
+    learning_rate = scaled_learning_rate(settings, global_batch)
+    optimizer = make_optimizer(model, settings, learning_rate)
+    scheduler = make_schedule(optimizer, settings, learning_rate, total_steps, epochs)
+    # The loaders are not prepared: they are sharded already, and batches go to the device below.
+    wrapped, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+
+    progress = Progress(num_processes=accelerator.num_processes, label_names=label_names)
+    state = TrainingState(accelerator, model, optimizer, scheduler, ema, progress)
+    if resume_from is not None:
+        checkpoints.load(resume_from, state)
+        accelerator.print(f"Going on from {resume_from}: step {progress.step}, epoch {progress.epoch + 1}.")
+
+    main = accelerator.is_main_process
+    if main:
+        settings.save(output_dir / "training_settings.yaml")
+    log = RunLog(output_dir / "training_log.jsonl", progress.step if resume_from else None) if main else None
+    if accelerator.log_with:
+        config = {name: value if value is not None else "" for name, value in settings.to_dict().items()}
+        accelerator.init_trackers("hf-poolformer", config=config)
+    accelerator.print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(label_names)} labels, "
+        f"{datasets['train'].num_examples or 'unknown number of'} training images at "
+        f"{'x'.join(map(str, input_size(processor)))}, {total_steps} steps of {global_batch} images, "
+        f"learning rate {learning_rate:.2e}, {accelerator.num_processes} x {accelerator.device.type}."
+    )
+
+    with (
+        StopSignal() as stop,
+        tqdm(
+            total=total_steps,
+            initial=progress.step,
+            unit="step",
+            disable=not main,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        ) as bar,
+    ):
+        run = Run(
+            settings=settings,
+            accelerator=accelerator,
+            agreement=Agreement(accelerator),
+            stop=stop,
+            state=state,
+            model=wrapped,
+            train_loader=train_loader,
+            eval_loader=eval_loader,
+            mixer=BatchMixer(
+                len(label_names),
+                settings.mixup_alpha,
+                settings.cutmix_alpha,
+                settings.mixup_switch_prob,
+                settings.label_smoothing,
+            ),
+            memory_format=memory_format,
+            log=log,
+            bar=bar,
+            total_steps=total_steps,
+            accumulation=accumulation,
+            global_batch=global_batch,
+        )
+        while progress.step < total_steps and (settings.max_train_steps or progress.epoch < epochs):
+            train_epoch(run)
+            done = progress.step >= total_steps or (not settings.max_train_steps and progress.epoch >= epochs)
+            if eval_loader is not None and not done and due(progress.epoch, settings.eval_epochs):
+                evaluate_now(run)
+            if settings.checkpointing_steps == "epoch":
+                save_checkpoint(run)
+        results, matrix = final_results(run)
+
+    if main:
+        save_model(run, output_dir, processor, results, matrix)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if main:
+        print(summary(output_dir, results))
+        if settings.push_to_hub:
+            repo_id = settings.hub_model_id or output_dir.resolve().name
+            url = publish(output_dir, repo_id, private=settings.hub_private_repo, token=settings.hub_token)
+            print(f"Published to {url}")
+    return results
+
+
+def train_epoch(run: Run) -> None:
+    """One pass over the stream, or the rest of it; ends on all processes when the first has no batch left."""
+    progress, settings = run.progress, run.settings
+    run.model.train()
+    run.train_loader.set_epoch(progress.epoch)
+    batches = iter(run.train_loader)
+    for _ in itertools.islice(batches, progress.batches):
+        pass  # taken before the checkpoint
+    first_step, clock = progress.step, time.perf_counter()
+    while progress.step < run.total_steps:
+        window = list(itertools.islice(batches, run.accumulation))
+        waited = time.perf_counter() - clock
+        run.skipped += sum(len(batch["skipped"]) for batch in window)
+        # The one exchange of a step: how many micro-batches everybody has, and whether anybody was told to stop.
+        count, stop = run.agreement.minimum(len(window), -run.stop.check())
+        if count:
+            run.losses.append(optimiser_step(run, window[:count]))
+            progress.step += 1
+            progress.batches += count
+            run.images += sum(len(batch["labels"]) for batch in window[:count])
+            now = time.perf_counter()
+            run.seconds, run.waited, clock = run.seconds + now - clock, run.waited + waited, now
+            run.bar.update()
+            if progress.step % settings.logging_steps == 0:
+                log_point(run)
+        if stop:
+            save_and_leave(run, -stop)
+        if count < run.accumulation:
+            break
+        if settings.checkpointing_steps.isdigit() and progress.step % int(settings.checkpointing_steps) == 0:
+            save_checkpoint(run)
+            clock = time.perf_counter()
+    if progress.step == first_step and not progress.batches:
+        raise UserError("some process has no full batch of training images: use fewer processes or smaller batches.")
+    log_point(run)
+    if progress.epoch_steps:
+        progress.train_loss = progress.epoch_loss / progress.epoch_steps
+    progress.epoch, progress.batches, progress.epoch_loss, progress.epoch_steps = progress.epoch + 1, 0, 0.0, 0
+
+
+def optimiser_step(run: Run, window: list[dict[str, Any]]) -> torch.Tensor:
+    """Gradients over a window of micro-batches and one step; returns their mean loss, still on the device."""
+    accelerator, state, device = run.accelerator, run.state, run.accelerator.device
+    total = torch.zeros((), device=device)
+    for index, batch in enumerate(window):
+        check_labels(batch["labels"], run.mixer.num_labels)
+        pixel_values = batch["pixel_values"].to(device, memory_format=run.memory_format, non_blocking=True)
+        pixel_values, targets = run.mixer(pixel_values, batch["labels"].to(device, non_blocking=True))
+        last = index == len(window) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
+            loss = cross_entropy(run.model(pixel_values=pixel_values).logits.float(), targets)
+            # accelerate divides by the size of a full window; the last one of an epoch may be shorter.
+            accelerator.backward(loss * (run.accumulation / len(window)))
+        total += loss.detach() / len(window)
+    if run.settings.max_grad_norm:
+        accelerator.clip_grad_norm_(run.model.parameters(), run.settings.max_grad_norm)
+    state.optimizer.step()
+    if not accelerator.optimizer_step_was_skipped:
+        state.scheduler.step()
+    state.optimizer.zero_grad()
+    if state.ema is not None:
+        state.ema.update(state.model)
+    return total
+
+
+def log_point(run: Run) -> None:
+    """Brings the figures since the last point together, and shows and keeps them; every process calls it."""
+    if not run.losses:
+        return
+    progress, count = run.progress, len(run.losses)
+    loss = run.accelerator.reduce(torch.stack(run.losses).mean(), "mean").item()
+    images, skipped = run.agreement.total(run.images, run.skipped)
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"the loss is {loss} at step {progress.step}. Try a lower --learning_rate, a longer warm-up, "
+            "--max_grad_norm 1 or --mixed_precision bf16; the last checkpoint is from before."
+        )
+    progress.images += images
+    progress.skipped_images += skipped
+    progress.train_seconds += run.seconds
+    progress.wait_seconds += run.waited
+    progress.epoch_loss += loss * count
+    progress.epoch_steps += count
+    row = {
+        "step": progress.step,
+        "epoch": progress.epoch + 1,
+        "loss": loss,
+        "learning_rate": max(run.state.scheduler.get_last_lr()),
+        "images_per_second": images / run.seconds,
+        "data_wait_share": run.waited / run.seconds,
+    }
+    record(run, row)
+    run.bar.set_postfix_str(
+        f"loss {loss:.3f}, lr {row['learning_rate']:.1e}, {row['images_per_second']:.0f} images/s, "
+        f"waiting for data {row['data_wait_share']:.0%}" + (f", {progress.skipped_images} skipped" if skipped else ""),
+        refresh=False,
+    )
+    run.losses, run.images, run.skipped, run.seconds, run.waited = [], 0, 0, 0.0, 0.0
+
+
+def record(run: Run, row: dict[str, Any]) -> None:
+    if run.log is not None:
+        run.log.add(row)
+    figures = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
+    run.accelerator.log(figures, step=row["step"])
+
+
+def evaluate_now(run: Run) -> dict[str, Any]:
+    """Evaluates what would be saved now: the moving average if there is one."""
+    model = run.model if run.state.ema is None else run.state.ema.module
+    results = evaluate(
+        model,
+        run.eval_loader,
+        accelerator=run.accelerator,
+        num_labels=run.mixer.num_labels,
+        memory_format=run.memory_format,
+        progress=run.accelerator.is_main_process and sys.stderr.isatty(),
+        should_stop=run.stop.check,
+    )
+    if not results:
+        save_and_leave(run, -run.agreement.minimum(-run.stop.check())[0])
+    figures = {name: value for name, value in results.items() if isinstance(value, (int, float))}
+    record(run, {"step": run.progress.step, "epoch": run.progress.epoch, **figures})
+    if run.accelerator.is_main_process:
+        run.bar.write(f"epoch {run.progress.epoch}: {describe(results)}", file=sys.stderr)
+    return results
+
+
+def save_checkpoint(run: Run) -> None:
+    log_point(run)  # a loss that is not finite ends the run before it is saved
+    checkpoints.save(Path(run.settings.output_dir) / "checkpoints", run.state, keep=run.settings.save_total_limit)
+
+
+def save_and_leave(run: Run, number: int) -> None:
+    save_checkpoint(run)
+    run.bar.close()
+    folder, accelerator = Path(run.settings.output_dir), run.accelerator
+    accelerator.print(
+        f"Stopped by signal {number} and saved at step {run.progress.step} of {run.total_steps} in "
+        f"{folder / 'checkpoints'}. To go on:\n"
+        f"  {resume_command(folder, accelerator.num_processes, accelerator.device.type == 'cpu')}",
+        flush=True,
+    )
+    run.accelerator.end_training()
+    raise Stopped(number)
+
+
+def final_results(run: Run) -> tuple[dict[str, Any], Any]:
+    """Everything for `all_results.json`, and the confusion matrix."""
+    progress = run.progress
+    evaluation = evaluate_now(run) if run.eval_loader is not None else {}
+    training = {
+        "train_loss": progress.train_loss,
+        "train_runtime": progress.train_seconds,
+        "train_samples_per_second": progress.images / max(progress.train_seconds, 1e-9),
+        "train_data_wait_share": progress.wait_seconds / max(progress.train_seconds, 1e-9),
+        "epoch": progress.epoch,
+        "step": progress.step,
+        "skipped_images": progress.skipped_images,
+    }
+    results = {**named_results(evaluation, progress.label_names), **training}
+    return results, evaluation.get("confusion_matrix")
+
+
+def save_model(run: Run, output_dir: Path, processor: Any, results: dict[str, Any], matrix: Any) -> None:
+    """Everything a finished run leaves; the model first, so that a failure further down cannot cost it."""
+    settings, label_names = run.settings, run.progress.label_names
+    model = run.state.model if run.state.ema is None else run.state.ema.module
+    model.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    write_json(output_dir / "all_results.json", results)
+    write_curves(output_dir / "curves.png", run.log.rows)
+    if matrix is not None:
+        write_confusion_matrix(output_dir / "confusion_matrix.png", matrix, label_names)
+    write_training_card(
+        output_dir,
+        results=results,
+        settings=settings.to_dict(),
+        dataset_name=settings.dataset_name,
+        base_model=settings.model_name_or_path,
+        label_names=label_names,
+        repo_id=settings.hub_model_id,
+    )

@@ -1,0 +1,177 @@
+"""AdamW's parameter groups, the course of the learning rate, and a moving average of the weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from .arguments import TrainingSettings
+
+
+STAGE = re.compile(r"\bencoder\.(?:patch_embeddings\.(\d+)|block\.(\d+)\.(\d+))\.")
+
+
+def depth_of(name: str, depths: list[int]) -> int:
+    """Distance of a parameter from the input: 0 the stem, 1 the first block, ..., sum(depths) + 1 the head.
+
+    A downsampling convolution belongs with the block that it feeds.
+    """
+    match = STAGE.search(name + ".")
+    if match is None:
+        return sum(depths) + 1
+    embedding, stage, block = match.groups()
+    if embedding is not None:
+        return 0 if embedding == "0" else sum(depths[: int(embedding)]) + 1
+    return sum(depths[: int(stage)]) + int(block) + 1
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Groups for AdamW: no decay on norms, biases and scales, and a learning rate that falls towards the stem.
+
+    Args:
+        model: with parameters under the names `...encoder.patch_embeddings.I`, `...encoder.block.I.J`; all others
+            count as the head.
+        weight_decay: for matrices and kernels. Everything with one dimension goes without: norms, biases, layer
+            scales, residual scales, the scale and bias of StarReLU.
+        layer_decay: the learning rate of a parameter k blocks below the head is multiplied by `layer_decay ** k`.
+
+    Returns:
+        Groups with `params`, `weight_decay`, `lr_scale` and `name`. Frozen parameters are in none.
+    """
+    depths = list(getattr(model.config, "depths", []))
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        depth = depth_of(name, depths) if layer_decay != 1 else sum(depths) + 1
+        decays = parameter.ndim > 1
+        scale = layer_decay ** (sum(depths) + 1 - depth)
+        group = groups.setdefault(
+            (depth, decays),
+            {
+                "params": [],
+                "weight_decay": weight_decay if decays else 0.0,
+                "lr_scale": scale,
+                "name": f"depth {depth}, {'decay' if decays else 'no decay'}",
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def make_optimizer(model: nn.Module, settings: TrainingSettings, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW, fused where the device has it; each group's own learning rate is `learning_rate * lr_scale`."""
+    groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
+    for group in groups:
+        group["lr"] = learning_rate * group["lr_scale"]
+    device = next(model.parameters()).device.type
+    return torch.optim.AdamW(
+        groups,
+        lr=learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        fused=device in ("cuda", "cpu"),
+    )
+
+
+def scaled_learning_rate(settings: TrainingSettings, images_per_step: int) -> float:
+    """The peak learning rate; with `scale_learning_rate`, what is given for 1024 images per optimiser step."""
+    return settings.learning_rate * images_per_step / 1024 if settings.scale_learning_rate else settings.learning_rate
+
+
+def learning_rate_at(
+    step: int,
+    *,
+    peak: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    cooldown_steps: int = 0,
+    warmup_start: float = 0.0,
+    minimum: float = 0.0,
+    kind: str = "cosine",
+) -> float:
+    """The learning rate of optimiser step `step` (the first is 0).
+
+    Linear from `warmup_start` to `peak` during the warm-up; then the course `kind` from `peak` to `minimum`, which is
+    reached when `cooldown_steps` are left and kept. As in the official recipe (timm's CosineLRScheduler) the cosine
+    is counted from the first step, warm-up included; the official scheduler moves once per epoch, this one each step.
+    """
+    if step < warmup_steps:
+        return warmup_start + (peak - warmup_start) * step / warmup_steps
+    if kind == "constant":
+        return peak
+    minimum = min(minimum, peak)
+    progress = min(step / max(total_steps - cooldown_steps, 1), 1.0)
+    remaining = (1 + math.cos(math.pi * progress)) / 2 if kind == "cosine" else 1 - progress
+    return minimum + (peak - minimum) * remaining
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, settings: TrainingSettings, peak: float, total_steps: int, epochs: float
+) -> LambdaLR:
+    """The schedule of a run as factors on each group's learning rate; to be stepped once per optimiser step.
+
+    Args:
+        peak: the peak learning rate of the head's group.
+        total_steps: optimiser steps of the whole run, cooldown included.
+        epochs: how many epochs these are; turns warm-up and cooldown from epochs into steps.
+    """
+    steps_per_epoch = total_steps / epochs
+    warmup_steps = settings.num_warmup_steps
+    if warmup_steps is None:
+        warmup_steps = min(round(settings.num_warmup_epochs * steps_per_epoch), total_steps // 2)
+    cooldown_steps = min(round(settings.num_cooldown_epochs * steps_per_epoch), total_steps)
+
+    def factor(step: int) -> float:
+        rate = learning_rate_at(
+            step,
+            peak=peak,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+            cooldown_steps=cooldown_steps,
+            warmup_start=min(settings.warmup_learning_rate, peak),
+            minimum=settings.min_learning_rate,
+            kind=settings.lr_scheduler_type,
+        )
+        return rate / peak if peak else 0.0
+
+    return LambdaLR(optimizer, factor)
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights, kept on the model's device in `module`.
+
+    The decay rises with the number of updates n, min(decay, (1 + n) / (10 + n)), so that a short run is not averaged
+    with its random start. Counted in Python: `torch.optim.swa_utils.AveragedModel` would wait for the GPU every step
+    to read its counter. Buffers and integers are copied.
+
+    Args:
+        model: the bare model, before accelerate wraps it.
+        decay: the final decay.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averaged, current = list(self.module.parameters()), [p.detach() for p in model.parameters()]
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+        for kept, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            kept.copy_(buffer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "weights": self.module.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+        self.module.load_state_dict(state["weights"])

@@ -1,0 +1,189 @@
+"""What stands before the first step: accelerate, the output folder, the data, the length of the run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator, DistributedType
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import ProjectConfiguration
+
+from . import checkpoints, data
+from .arguments import TrainingSettings
+from .augmentation import EvalTransform, TrainTransform
+from .errors import UserError
+from .evaluation import check_classification, data_workers, skip_limit
+
+
+def make_accelerator(settings: TrainingSettings) -> Accelerator:
+    """Accelerate with the settings' precision, compilation and accumulation, or its own where they say nothing.
+
+    Raises:
+        UserError: a tracker that is not installed, a precision that the device lacks, a way to distribute the model
+            that this loop does not know.
+    """
+    try:
+        accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision,
+            dynamo_backend=settings.dynamo_backend,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            log_with=trackers(settings) or None,
+            project_config=ProjectConfiguration(
+                project_dir=settings.output_dir, logging_dir=str(Path(settings.output_dir) / "logs")
+            ),
+            # The schedule counts optimiser steps; accelerate would advance it once per process.
+            step_scheduler_with_optimizer=False,
+        )
+    except (ValueError, KeyError) as error:
+        raise UserError(f"accelerate refuses these settings: {error}") from error
+    if accelerator.distributed_type in (
+        DistributedType.FSDP,
+        DistributedType.DEEPSPEED,
+        DistributedType.MEGATRON_LM,
+    ):
+        raise UserError(
+            f"{accelerator.distributed_type.value} is not supported: the largest model has 73M parameters and fits "
+            "every GPU whole. Launch with --multi_gpu instead."
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("fp16 needs a GPU; on the CPU use --mixed_precision bf16 or no.")
+    return accelerator
+
+
+def trackers(settings: TrainingSettings) -> list[str]:
+    """Names of the trackers to use; UserError for one that is unknown or not installed."""
+    if not settings.report_to:
+        return ["all"] if settings.with_tracking else []
+    names = [name.strip() for name in settings.report_to.split(",") if name.strip()]
+    if names == ["none"]:
+        return []
+    for name in names:
+        if name == "all":
+            continue
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"--report_to {name}: there are {', '.join(LOGGER_TYPE_TO_CLASS)}, all and none.")
+        if name not in [str(available) for available in get_available_trackers()]:
+            extra = {"tensorboard": "'hf-poolformer[train]'", "trackio": "'hf-poolformer[trackio]'"}.get(name, name)
+            raise UserError(f"--report_to {name}: it is not installed. Install it with: pip install {extra}")
+    return names
+
+
+def prepare_output(settings: TrainingSettings, accelerator: Accelerator) -> tuple[Path, Path | None]:
+    """The output folder, made if need be, and the checkpoint to go on from, if any.
+
+    `latest` in a folder without a usable checkpoint starts from the beginning, so that a job that is started again
+    and again needs one command only.
+
+    Raises:
+        UserError: the folder holds another run.
+    """
+    output_dir = Path(settings.output_dir)
+    root = output_dir / "checkpoints"
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is a file.")
+    found = checkpoints.find(settings.resume_from_checkpoint, root) if settings.resume_from_checkpoint else None
+    same_run = found is not None and root.resolve() in found.resolve().parents
+    if settings.resume_from_checkpoint == "latest" and found is None:
+        # Killed before its first checkpoint: its settings are there, a model is not.
+        same_run = (output_dir / "training_settings.yaml").is_file() and not (output_dir / "config.json").is_file()
+        accelerator.print(f"No complete checkpoint in {root}: starting from the beginning.")
+    held = [path for path in output_dir.iterdir() if path.name[0] != "."] if output_dir.is_dir() else []
+    if held and not same_run and not settings.overwrite_output_dir:
+        raise UserError(
+            f"{output_dir} holds another run ({', '.join(sorted(path.name for path in held)[:4])}, ...). Give another "
+            "--output_dir, or --resume_from_checkpoint latest to go on with it, or --overwrite_output_dir."
+        )
+    # Everybody has looked before anybody writes.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        checkpoints.make_folder(output_dir)
+        if not same_run or found is None:
+            checkpoints.set_aside(root)
+    accelerator.wait_for_everyone()
+    return output_dir, found
+
+
+def open_data(settings: TrainingSettings) -> dict[str, data.ImageDataset]:
+    """The splits `train` and, unless there is none, `validation`."""
+    opened = data.open_datasets(
+        dataset_name=settings.dataset_name,
+        dataset_config_name=settings.dataset_config_name,
+        train_dir=settings.train_dir,
+        validation_dir=settings.validation_dir,
+        train_split=settings.train_split,
+        validation_split=settings.validation_split,
+        train_val_split=settings.train_val_split,
+        image_column_name=settings.image_column_name,
+        label_column_name=settings.label_column_name,
+        revision=settings.dataset_revision,
+        token=settings.hub_token,
+        cache_dir=settings.cache_dir,
+        streaming=settings.streaming,
+    )
+    for dataset in opened.values():
+        check_classification(dataset)
+    return opened
+
+
+def make_loaders(
+    settings: TrainingSettings,
+    accelerator: Accelerator,
+    datasets: dict[str, data.ImageDataset],
+    label2id: dict[str, int],
+    processor: Any,
+) -> tuple[Any, Any | None]:
+    """Loaders of this process's share of the training and evaluation images, labels as the model numbers them."""
+    common = {
+        "num_workers": data_workers(settings.num_workers, accelerator),
+        "seed": settings.seed,
+        "max_skipped": skip_limit(settings.max_skipped),
+        "process_index": accelerator.process_index,
+        "num_processes": accelerator.num_processes,
+        "pin_memory": accelerator.device.type == "cuda",
+    }
+    training = data.make_loader(
+        data.align_labels(datasets["train"], label2id),
+        TrainTransform(settings, processor),
+        batch_size=settings.per_device_train_batch_size,
+        training=True,
+        shuffle_buffer_size=settings.shuffle_buffer_size,
+        **common,
+    )
+    if "validation" not in datasets:
+        return training, None
+    evaluation = data.make_loader(
+        data.align_labels(datasets["validation"], label2id, subset=True),
+        EvalTransform(processor),
+        batch_size=settings.per_device_eval_batch_size,
+        training=False,
+        **common,
+    )
+    return training, evaluation
+
+
+def plan(settings: TrainingSettings, num_examples: int | None, global_batch: int) -> tuple[int, float]:
+    """Optimiser steps of the run and how many epochs these are, cooldown included.
+
+    Raises:
+        UserError: the number of images is unknown and `max_train_steps` is not given.
+    """
+    epochs = float(settings.num_train_epochs + settings.num_cooldown_epochs)
+    if num_examples is None:
+        if settings.max_train_steps is None:
+            raise UserError(
+                "the dataset does not say how many images it has, so the length of the run must be given: "
+                "--max_train_steps N."
+            )
+        return settings.max_train_steps, epochs
+    if num_examples == 0:
+        raise UserError("the training split is empty.")
+    steps_per_epoch = max(num_examples / global_batch, 1.0)
+    if settings.max_train_steps is not None:
+        return settings.max_train_steps, settings.max_train_steps / steps_per_epoch
+    return math.ceil(epochs * max(math.floor(steps_per_epoch), 1)), epochs
+
+
+def due(epoch: int, every: int) -> bool:
+    return every > 0 and epoch % every == 0

@@ -1,0 +1,166 @@
+"""What a run leaves for people: the log, the curves, the confusion matrix, the results."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import UserError
+
+
+class RunLog:
+    """History of a run as one JSON object per line: training points (with `loss`) and evaluations (`eval_loss`).
+
+    Args:
+        path: the file; kept open by nobody, so it is complete whenever the run dies.
+        resume_step: points up to this step are kept, later ones are those of the part that is now repeated; None
+            begins anew.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None = None):
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if resume_step is not None and path.is_file():
+            self.rows = [row for row in read_rows(path) if row.get("step", 0) <= resume_step]
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # the line that a killed run did not finish
+    return rows
+
+
+def describe(results: dict[str, Any]) -> str:
+    """The results of an evaluation in one line."""
+    return (
+        f"top-1 {results['eval_accuracy']:.2%}, top-5 {results['eval_top5_accuracy']:.2%}, "
+        f"loss {results['eval_loss']:.4f}, {results['eval_samples']} images at "
+        f"{results['eval_samples_per_second']:.0f} images/s"
+        + (f", {results['eval_skipped_images']} broken images left out" if results["eval_skipped_images"] else "")
+    )
+
+
+def summary(output_dir: Path, results: dict[str, Any]) -> str:
+    """What a finished run did and where everything is."""
+    result = f"Result: {describe(results)}.\n" if "eval_accuracy" in results else ""
+    return (
+        f"{result}Trained {results['step']} steps in {results['train_runtime']:.0f} s, "
+        f"{results['train_samples_per_second']:.0f} images/s, {results['train_data_wait_share']:.0%} of the time "
+        f"waiting for data, {results['skipped_images']} broken images skipped.\n"
+        f"In {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir() if path.name[0] != '.'))}.\n"
+        f'Use it: pipeline("image-classification", "{output_dir}")'
+    )
+
+
+def resume_command(output_dir: Path, num_processes: int, cpu: bool) -> str:
+    """The shell command that goes on with a run from its newest checkpoint."""
+    command = ["accelerate", "launch"]
+    if num_processes > 1:
+        command += ["--num_processes", str(num_processes), *(["--cpu"] if cpu else [])]
+    command.append(sys.argv[0] if sys.argv[0].endswith("train.py") else "scripts/train.py")
+    command += ["--config_file", str(output_dir / "training_settings.yaml"), "--resume_from_checkpoint", "latest"]
+    return shlex.join(command)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    replace_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file as a whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}.") from error
+
+
+def write_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """PNG of loss (left) and accuracy (right) over optimiser steps."""
+    training = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if "eval_loss" in row]
+    figure, (left, right) = new_figure((10, 4), columns=2)
+    left.plot([row["step"] for row in training], [row["loss"] for row in training], label="training", linewidth=1)
+    left.plot(
+        [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations], "o-", label="evaluation"
+    )
+    left.set(xlabel="optimiser step", ylabel="loss", title="Loss")
+    left.legend()
+    for name, label in (("eval_accuracy", "top-1"), ("eval_top5_accuracy", "top-5")):
+        right.plot([row["step"] for row in evaluations], [row[name] for row in evaluations], "o-", label=label)
+    right.set(xlabel="optimiser step", ylabel="accuracy", title="Accuracy on the evaluation split")
+    if evaluations:
+        low = min(row["eval_accuracy"] for row in evaluations)
+        right.set_ylim(max(0.0, low - 0.1 * (1 - low) - 0.01), 1.01)
+        right.legend(loc="lower right")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def write_confusion_matrix(path: Path, matrix: np.ndarray, label_names: Sequence[str]) -> None:
+    """PNG of the share of each true class (row) that went to each prediction (column).
+
+    Up to 20 classes the cells hold their counts; up to 60 the classes are named; beyond that the picture shows
+    structure only, on a logarithmic scale so that single mistakes among 1000 classes stay visible.
+
+    Args:
+        matrix: counts (classes, classes).
+    """
+    from matplotlib.colors import LogNorm
+
+    count = len(label_names)
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    side = 5 + min(count, 60) * 0.15 if count > 20 else 3.5 + count * 0.35
+    figure, axes = new_figure((side + 1, side))
+    if count <= 60:
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        names = [name if len(name) <= 18 else name[:17] + "…" for name in label_names]
+        axes.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=8)
+        axes.set_yticks(range(count), names, fontsize=8)
+    else:
+        floor = 1e-3
+        image = axes.imshow(np.maximum(shares, floor), cmap="Blues", norm=LogNorm(floor, 1), interpolation="nearest")
+    if count <= 20:
+        for row, column in zip(*np.nonzero(matrix), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=8, color=colour)
+    axes.set(xlabel="predicted", ylabel="true", title=f"Confusion matrix, {int(matrix.sum())} images")
+    figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046, pad=0.04)
+    save_figure(figure, path)
+
+
+def new_figure(size: tuple[float, float], columns: int = 1) -> tuple[Any, Any]:
+    # A figure of its own rather than pyplot's: no display, no global state, nothing to close.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp.png")
+    figure.savefig(temporary, dpi=150)
+    os.replace(temporary, path)

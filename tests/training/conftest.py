@@ -1,0 +1,80 @@
+"""Real digits as Parquet shards, and settings under which a run takes seconds."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from datasets.utils.logging import disable_progress_bar
+from PIL import Image as PILImage
+from sklearn.datasets import load_digits
+
+from hf_poolformer.training.arguments import TrainingSettings
+
+
+NAMES = [f"digit {number}" for number in range(10)]
+TINY_MODEL = {
+    "depths": [1, 1, 1, 1],
+    "hidden_sizes": [8, 16, 32, 32],
+    "patch_sizes": [3, 3, 3, 3],
+    "strides": [2, 2, 2, 2],
+    "padding": [1, 1, 1, 1],
+    "layer_scale_init_value": 0.1,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small only wait for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_shards(folder, split, images, labels, count):
+    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
+    for number, part in enumerate(np.array_split(np.arange(len(labels)), count)):
+        encoded = []
+        for image in images[part]:
+            buffer = io.BytesIO()
+            PILImage.fromarray(image).save(buffer, "PNG")
+            encoded.append({"bytes": buffer.getvalue(), "path": None})
+        rows = {"image": encoded, "label": labels[part].tolist()}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}-{number:05d}-of-{count:05d}.parquet")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """Folder with 320 training digits in 3 shards and 75 test digits in 2."""
+    folder = tmp_path_factory.mktemp("digits")
+    images, labels = load_digits(return_X_y=True)
+    images = (images * 255 / 16).round().astype(np.uint8).reshape(-1, 8, 8)
+    disable_progress_bar()
+    write_shards(folder, "train", images[:320], labels[:320], 3)
+    write_shards(folder, "test", images[320:395], labels[320:395], 2)
+    return folder
+
+
+@pytest.fixture
+def make_settings(digits, tmp_path):
+    """Settings of the demo recipe for a very small model on the digits; keywords change them."""
+
+    def make(**changes) -> TrainingSettings:
+        settings = {
+            "dataset_name": str(digits),
+            "output_dir": str(tmp_path / "run"),
+            "config_overrides": json.dumps(TINY_MODEL),
+            "per_device_train_batch_size": 32,
+            "num_train_epochs": 2,
+            "num_warmup_epochs": 0.5,
+            "num_workers": 0,
+            "logging_steps": 2,
+            "eval_epochs": 0,
+            "shuffle_buffer_size": 64,
+        }
+        return TrainingSettings.from_recipe("demo", **{**settings, **changes})
+
+    return make

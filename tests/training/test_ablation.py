@@ -1,0 +1,78 @@
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification
+from hf_poolformer.training import ablation
+from hf_poolformer.training.arguments import TrainingSettings
+from hf_poolformer.training.errors import Diverged, UserError
+
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "ablate.py"
+TINY = '{"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8], "patch_sizes": [3, 3, 3, 3], "strides": [2, 2, 2, 2]'
+TINY += ', "padding": [1, 1, 1, 1]}'
+
+
+@pytest.fixture
+def base(tmp_path) -> TrainingSettings:
+    return TrainingSettings.from_recipe("demo", dataset_name="nowhere", output_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ablation.ROWS)
+def test_every_row_is_one_architecture(name, base, tmp_path):
+    settings = ablation.settings_of(ablation.ROWS[name], base, tmp_path, seed=3)
+    assert settings.seed == 3
+    config = MetaFormerConfig.from_variant(settings.config_name, num_labels=10, **settings.overrides())
+    MetaFormerForImageClassification(config)
+    assert list(config.hidden_sizes) == [32, 64, 128, 192]  # the recipe's dimensions, not S12's
+    for field, value in ablation.ROWS[name].overrides.items():
+        assert getattr(config, field) == value
+    if "token_mixers" not in ablation.ROWS[name].overrides:
+        assert config.token_mixers == ["pooling"] * 4
+
+
+def test_rows_are_chosen_by_name_group_or_all():
+    assert ablation.choose_rows(["all"]) == list(ablation.ROWS)
+    assert ablation.choose_rows(["no_mlp", "norm"]) == ["layer_norm", "batch_norm", "no_norm", "no_mlp"]
+    with pytest.raises(UserError, match="unknown rows attention"):
+        ablation.choose_rows(["attention", "baseline"])
+
+
+def test_a_diverged_row_is_a_result(base, tmp_path, monkeypatch):
+    def diverge(settings):
+        raise Diverged("the loss is nan")
+
+    monkeypatch.setattr(ablation, "train", diverge)
+    result = ablation.measure("no_norm", base, tmp_path / "run", seed=0)
+    assert result["diverged"]
+    monkeypatch.setattr(ablation, "train", lambda settings: pytest.fail("trained again"))
+    assert ablation.measure("no_norm", base, tmp_path / "run", seed=0) == result
+
+
+def test_summary_over_seeds():
+    runs = [
+        {"row": "baseline", "accuracy": 0.5, "diverged": False},
+        {"row": "baseline", "accuracy": 0.6, "diverged": False},
+        {"row": "no_norm", "accuracy": None, "diverged": True},
+    ]
+    baseline, no_norm = ablation.summarise(runs)
+    assert baseline["accuracy"] == pytest.approx(55)
+    assert baseline["spread"] == pytest.approx(10)
+    assert (no_norm["accuracy"], no_norm["diverged"], no_norm["paper_imagenet"]) == (None, 1, 46.1)
+
+
+def test_script_writes_table_and_plot_and_does_not_train_twice(digits, tmp_path):
+    command = [sys.executable, SCRIPT, "--rows", "baseline", "no_mlp", "--recipe", "demo", "--dataset_name", digits]
+    command += ["--output_dir", tmp_path, "--max_train_steps", "2", "--num_workers", "0", "--config_overrides", TINY]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    with open(tmp_path / "ablation.csv") as file:
+        assert [row["row"] for row in csv.DictReader(file)] == ["baseline", "no_mlp"]
+    assert "| other | no channel MLP |" in (tmp_path / "ablation.md").read_text()
+    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0
+    assert "step" not in again.stderr  # no progress bar: nothing was trained

@@ -1,0 +1,139 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
+
+from hf_poolformer import PoolFormerForImageClassification, PoolFormerImageProcessor
+from hf_poolformer.training.arguments import EvaluationSettings
+from hf_poolformer.training.errors import UserError
+from hf_poolformer.training.evaluation import evaluate, evaluate_checkpoint, named_results
+from hf_poolformer.training.reports import write_confusion_matrix
+
+
+@pytest.fixture
+def model(poolformer_config, scramble):
+    return scramble(PoolFormerForImageClassification(poolformer_config))
+
+
+@pytest.fixture
+def images():
+    return torch.randn(25, 3, 32, 32)
+
+
+def batches(images, labels, size=8):
+    for start in range(0, len(labels), size):
+        skipped = ["bad.png: truncated"] if start == 0 else []
+        yield {
+            "pixel_values": images[start : start + size],
+            "labels": labels[start : start + size],
+            "skipped": skipped,
+        }
+
+
+def test_against_scikit_learn(model, images):
+    labels = torch.arange(25) % 9
+    results = evaluate(
+        model.train(), batches(images, labels), accelerator=Accelerator(), num_labels=10, topk=(1, 3, 5)
+    )
+    assert model.training
+    with torch.no_grad():
+        scores = model.eval()(pixel_values=images).logits.softmax(1).double().numpy()
+    truth = labels.numpy()
+    assert results["eval_accuracy"] == accuracy_score(truth, scores.argmax(1))
+    for k in (3, 5):
+        assert results[f"eval_top{k}_accuracy"] == top_k_accuracy_score(truth, scores, k=k, labels=range(10))
+    scores /= scores.sum(1, keepdims=True)
+    assert results["eval_loss"] == pytest.approx(log_loss(truth, scores, labels=range(10)), rel=1e-4)
+    assert results["eval_samples"] == 25 and results["eval_skipped_images"] == 1
+    assert results["confusion_matrix"].sum() == 25
+    assert math.isnan(results["eval_per_class_accuracy"][9])
+    named = named_results(results, [f"class {index}" for index in range(10)])
+    assert named["eval_per_class_accuracy"]["class 9"] is None and "confusion_matrix" not in named
+
+
+def test_fewer_classes_than_k(poolformer_config, images):
+    poolformer_config.num_labels = 2
+    model = PoolFormerForImageClassification(poolformer_config)
+    results = evaluate(model, batches(images, torch.arange(25) % 2), accelerator=Accelerator(), num_labels=2)
+    assert results["eval_top5_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([3, 10]), torch.tensor([-1, 3])])
+def test_labels_out_of_range(model, images, labels):
+    with pytest.raises(UserError, match="labels go from 0 to 9"):
+        evaluate(model, batches(images[:2], labels), accelerator=Accelerator(), num_labels=10)
+
+
+def test_nothing_to_evaluate(model):
+    with pytest.raises(UserError, match="no image to evaluate"):
+        evaluate(model, [], accelerator=Accelerator(), num_labels=10)
+
+
+def test_a_stop_gives_no_result(model, images):
+    labels = torch.zeros(25, dtype=torch.long)
+    assert not evaluate(
+        model, batches(images, labels), accelerator=Accelerator(), num_labels=10, should_stop=lambda: 15
+    )
+
+
+@pytest.fixture
+def checkpoint(poolformer_config, tmp_path):
+    def save(names):
+        poolformer_config.id2label = dict(enumerate(names))
+        poolformer_config.label2id = {name: index for index, name in enumerate(names)}
+        torch.manual_seed(0)
+        PoolFormerForImageClassification(poolformer_config).save_pretrained(tmp_path / "model")
+        square = {"height": 32, "width": 32}
+        PoolFormerImageProcessor(size={"shortest_edge": 32}, crop_size=square, crop_pct=1.0).save_pretrained(
+            tmp_path / "model"
+        )
+        return str(tmp_path / "model")
+
+    return save
+
+
+def settings_of(model, **values):
+    settings = EvaluationSettings(**{"num_workers": 0, **values})
+    settings.model = model
+    return settings
+
+
+def test_labels_are_matched_by_name(checkpoint, digits):
+    names = [f"digit {number}" for number in range(10)]
+    straight = evaluate_checkpoint(settings_of(checkpoint(names), dataset_name=str(digits), split="test"))
+    assert straight["eval_samples"] == 75
+    # The same weights under reversed names: what was right for digit k now means digit 9 - k.
+    turned = evaluate_checkpoint(settings_of(checkpoint(names[::-1]), dataset_name=str(digits), split="test"))
+    assert turned["eval_samples"] == 75 and turned["eval_loss"] != straight["eval_loss"]
+
+
+def test_other_labels_are_refused(checkpoint, digits):
+    with pytest.raises(UserError, match="other labels than the checkpoint"):
+        evaluate_checkpoint(settings_of(checkpoint([f"fruit {n}" for n in range(10)]), dataset_name=str(digits)))
+
+
+def test_not_a_model(digits, tmp_path):
+    with pytest.raises(UserError, match=r"not a model: it has no config\.json"):
+        evaluate_checkpoint(settings_of(str(tmp_path), dataset_name=str(digits)))
+    (tmp_path / "config.json").write_text('{"model_type": "poolformer"}')
+    with pytest.raises(UserError, match="cannot load an image classifier"):
+        evaluate_checkpoint(settings_of(str(tmp_path), dataset_name=str(digits)))
+
+
+def test_a_headless_checkpoint_is_refused(checkpoint, digits):
+    path = checkpoint([f"digit {number}" for number in range(10)])
+    PoolFormerForImageClassification.from_pretrained(path).poolformer.save_pretrained(path)
+    with pytest.raises(UserError, match="not a trained classifier"):
+        evaluate_checkpoint(settings_of(path, dataset_name=str(digits)))
+
+
+@pytest.mark.parametrize("count", [2, 10, 45, 1000])
+def test_confusion_matrix_is_drawn_for_few_and_many_classes(tmp_path, count):
+    matrix = np.eye(count, dtype=np.int64) * 9
+    matrix[0, 1] = 1
+    write_confusion_matrix(tmp_path / "matrix.png", matrix, [f"class {index}" for index in range(count)])
+    assert (tmp_path / "matrix.png").stat().st_size > 5000
+    assert [path.name for path in tmp_path.iterdir()] == ["matrix.png"]

@@ -1,0 +1,118 @@
+"""The scripts as people run them: in processes of their own, through accelerate."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hf_poolformer.training.arguments import EvaluationSettings
+from hf_poolformer.training.evaluation import evaluate_checkpoint
+
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+
+
+@pytest.fixture
+def flags(make_settings, tmp_path):
+    """Flags of a small run: those of `make_settings`, from its own YAML file."""
+    make_settings().save(tmp_path / "settings.yaml")
+    return ["--config_file", str(tmp_path / "settings.yaml")]
+
+
+def launch(script, *arguments, processes=1, timeout=300):
+    options = ["--num_processes", str(processes), "--cpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
+    command = [*LAUNCH, *options, str(ROOT / "scripts" / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=timeout, cwd=ROOT)
+
+
+def test_two_processes_train_and_evaluate_exactly(flags, digits, tmp_path):
+    done = launch("train.py", *flags, "--num_train_epochs", 3, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stdout
+    trained = json.loads((tmp_path / "run/all_results.json").read_text())
+    assert trained["eval_samples"] == 75 and trained["epoch"] == 3
+    output = tmp_path / "evaluated"
+    where = ["--dataset_name", digits, "--split", "test", "--per_device_eval_batch_size", 16, "--output_dir", output]
+    done = launch("evaluate.py", tmp_path / "run", *where, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("75 images") == 1
+    assert (output / "confusion_matrix.png").is_file()
+    two = json.loads((output / "all_results.json").read_text())
+    settings = EvaluationSettings(dataset_name=str(digits), split="test", num_workers=0)
+    settings.model = str(tmp_path / "run")
+    one = evaluate_checkpoint(settings)
+    for name in ("eval_accuracy", "eval_top5_accuracy", "eval_samples", "eval_per_class_accuracy"):
+        assert one[name] == two[name] == trained[name], name
+    assert one["eval_loss"] == pytest.approx(two["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_and_the_printed_command_goes_on(flags, tmp_path, processes):
+    launcher = [*LAUNCH, "--num_processes", "2", "--cpu", "--main_process_port", "0"] if processes > 1 else []
+    command = [*(launcher or [sys.executable]), str(ROOT / "scripts/train.py"), *flags]
+    command += ["--num_train_epochs", "500", "--checkpointing_steps", "no"]
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT, cwd=ROOT)
+        log = tmp_path / "run/training_log.jsonl"
+        wait_for(lambda: log.is_file() and log.read_text().count("\n") > 2, process)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=60)
+        # The launcher may be gone before the processes it left have saved.
+        wait_for(lambda: "To go on:" in (tmp_path / "out").read_text())
+    text = (tmp_path / "out").read_text()
+    stopped = re.search(r"saved at step (\d+) of", text)
+    assert stopped, text
+    if processes == 1:
+        assert code == 143
+    assert code != 0
+    step = int(stopped.group(1))
+    assert (tmp_path / f"run/checkpoints/step-{step}/complete.json").is_file()
+    printed = re.search(r"\n  accelerate launch (.*)", text).group(1).split()
+    again = printed[printed.index(next(word for word in printed if word.endswith("train.py"))) + 1 :]
+    # Also on another number of processes than before.
+    done = launch("train.py", *again, "--max_train_steps", step + 3, processes=1)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/all_results.json").read_text())["step"] == step + 3
+    assert f"step {step}," in done.stdout
+
+
+def wait_for(condition, process=None, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, "the run ended early"
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train.py", ["--train_dir", "/nowhere", "--output_dir", "unused", "--recipe", "demo"], "nowhere"),
+        ("evaluate.py", ["/nowhere", "--dataset_name", "/nowhere/either"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(script, arguments, message, tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_push_that_fails_keeps_the_model_and_says_how_to_retry(flags, tmp_path):
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *flags, "--max_train_steps", "1"]
+    command += ["--push_to_hub", "true", "--hub_model_id", "someone/digits", "--hub_token", "hf_secretsecret"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
+    assert done.returncode == 3
+    assert "hf upload someone/digits" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "run/model.safetensors").is_file()
+    written = "".join(path.read_text() for path in (tmp_path / "run").iterdir() if path.suffix in (".yaml", ".md"))
+    assert "hf_secretsecret" not in written + done.stderr + done.stdout
