@@ -459,10 +459,7 @@ class PoolFormerModel(PoolFormerPreTrainedModel, MetaFormerModel):
     pass
 
 
-@auto_docstring(
-    checkpoint="sail/poolformer_s12",
-    custom_intro="PoolFormer v1 with an image classification head (norm, global mean, linear).",
-)
+@auto_docstring(custom_intro="PoolFormer v1 with an image classification head (norm, global mean, linear).")
 class PoolFormerForImageClassification(PoolFormerPreTrainedModel, MetaFormerForImageClassification):
     base_model_class = PoolFormerModel
 
