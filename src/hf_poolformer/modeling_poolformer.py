@@ -126,7 +126,8 @@ class MetaFormerEmbeddings(nn.Module):
 
     def resize_positions(self, size: torch.Size) -> torch.Tensor:
         """Position embeddings for `size` tokens, interpolated if the model was built for another size."""
-        if size == self.position_embeddings.shape[-2:]:
+        # An exported graph serves all sizes; there interpolation to the own size is the identity, exactly.
+        if not torch.compiler.is_exporting() and size == self.position_embeddings.shape[-2:]:
             return self.position_embeddings
         # In float32: bicubic has no low-precision kernel everywhere.
         resized = F.interpolate(self.position_embeddings.float(), size=size, mode="bicubic", align_corners=False)

@@ -218,7 +218,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "affine_translate": 0.1,
         "affine_scale": 0.1,
         "rand_augment_magnitude": 0.0,
-        "num_train_epochs": 30,
+        "num_train_epochs": 40,
         "per_device_train_batch_size": 64,
         "learning_rate": 4e-3,
         "num_warmup_epochs": 3.0,
