@@ -21,6 +21,7 @@ from accelerate import PartialState  # noqa: E402
 from hf_poolformer.training import ablation  # noqa: E402
 from hf_poolformer.training.arguments import parse  # noqa: E402
 from hf_poolformer.training.errors import UserError  # noqa: E402
+from hf_poolformer.training.processes import start_cpu_processes  # noqa: E402
 
 
 def main() -> int:
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1, help="runs per row (default: 1)")
     arguments, training_flags = parser.parse_known_args()
     try:
+        start_cpu_processes()
         names = ablation.choose_rows(arguments.rows)
         if arguments.seeds < 1:
             raise UserError(f"--seeds must be at least 1, not {arguments.seeds}")

@@ -12,6 +12,11 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 import pytest
 import torch
 
+
+# Before anything imports Triton, which reads it once: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hf_poolformer import TOKEN_MIXERS, MetaFormerConfig, PoolFormerConfig
 
 

@@ -356,6 +356,17 @@ def test_autocast_trains_close_to_float32(poolformer_config, scramble, dtype):
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
+@pytest.mark.gpu
+def test_a_gpu_computes_the_same(config, scramble):
+    model = scramble(classifier(config))
+    pixel_values, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 3])
+    wanted = model(pixel_values, labels=labels)
+    got = copy.deepcopy(model).cuda()(pixel_values.cuda(), labels=labels.cuda())
+    # float32 sums in another order, ten products deep; cuDNN convolves in TF32 (10 bits) unless told not to.
+    assert relative_error(got.logits.cpu(), wanted.logits) < 5e-3
+    got.loss.backward()
+
+
 def test_channels_last_is_kept(poolformer_config, scramble):
     model = scramble(PoolFormerModel(poolformer_config))
     pixel_values = torch.randn(2, 3, 64, 64)

@@ -24,7 +24,8 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_poolformer import MetaFormerConfig, PoolFormerConfig
-from .token_mixers import TOKEN_MIXERS, DefaultInitConv2d, SquaredReLU, activation
+from .ops import ACTIVATIONS, channel_mlp, pool_mixer, use_kernels
+from .token_mixers import TOKEN_MIXERS, DefaultInitConv2d, Pooling, SquaredReLU, activation
 
 
 class MetaFormerGroupNorm(nn.GroupNorm):
@@ -84,12 +85,16 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+    def mask(self, branch: torch.Tensor) -> torch.Tensor | None:
+        """A factor per sample, (B,): 0 or 1 / (1 - rate); None where nothing is dropped."""
         if self.rate == 0.0 or not self.training:
-            return branch
+            return None
         keep = 1.0 - self.rate
-        mask = branch.new_empty((branch.shape[0], 1, 1, 1)).bernoulli_(keep)
-        return branch * mask.div_(keep)
+        return branch.new_empty(branch.shape[0]).bernoulli_(keep).div_(keep)
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        mask = self.mask(branch)
+        return branch if mask is None else branch * mask[:, None, None, None]
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
@@ -163,6 +168,7 @@ class MetaFormerBlock(GradientCheckpointingLayer):
         self.token_mixer = token_mixer
         self.drop_path = DropPath(drop_path_rate)
         self.use_mlp = config.use_mlp
+        self.activation = config.hidden_act
         if self.use_mlp:
             self.after_norm = make_norm(config.norm_layer, dim, config)
             self.output = MetaFormerMLP(config, dim)
@@ -180,11 +186,62 @@ class MetaFormerBlock(GradientCheckpointingLayer):
             init.constant_(scale, self.scale_init_values[name[:-2]])
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if use_kernels(hidden_states) and self.is_fusible():
+            return self.fused_forward(hidden_states)
         branch = self.token_mixer(self.before_norm(hidden_states))
         hidden_states = self.merge(hidden_states, branch, self.layer_scale_1, self.res_scale_1)
         if self.use_mlp:
             branch = self.output(self.after_norm(hidden_states))
             hidden_states = self.merge(hidden_states, branch, self.layer_scale_2, self.res_scale_2)
+        return hidden_states
+
+    def is_fusible(self) -> bool:
+        """Whether `fused_forward` is this block's function; adapters and hooks on its parts would be passed by."""
+        if not (self.use_residual and self.use_mlp):
+            return False
+        parts = {
+            self.before_norm: MetaFormerGroupNorm,
+            self.token_mixer: Pooling,
+            self.after_norm: MetaFormerGroupNorm,
+            self.output: MetaFormerMLP,
+            self.output.conv1: nn.Conv2d,
+            self.output.act_fn: nn.Module,
+            self.output.conv2: nn.Conv2d,
+        }
+        plain = all(kind is nn.Module or type(part) is kind for part, kind in parts.items())
+        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+        return plain and not hooked and self.activation in ACTIVATIONS
+
+    def fused_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`forward` in two operations; the first hands the statistics of its result to the second's norm."""
+        hidden_states, statistics = pool_mixer(
+            hidden_states,
+            pool_size=self.token_mixer.pool.kernel_size,
+            eps=self.before_norm.eps,
+            weight=self.before_norm.weight,
+            layer_scale=self.layer_scale_1,
+            res_scale=self.res_scale_1,
+            mask=self.drop_path.mask(hidden_states),
+            with_statistics=True,
+        )
+        conv1, act_fn, conv2 = self.output.conv1, self.output.act_fn, self.output.conv2
+        hidden_states, _ = channel_mlp(
+            hidden_states,
+            conv1.weight,
+            conv2.weight,
+            activation=self.activation,
+            eps=self.after_norm.eps,
+            norm_weight=self.after_norm.weight,
+            norm_bias=self.after_norm.bias,
+            bias1=conv1.bias,
+            bias2=conv2.bias,
+            act_scale=getattr(act_fn, "scale", None),
+            act_bias=getattr(act_fn, "bias", None),
+            layer_scale=self.layer_scale_2,
+            res_scale=self.res_scale_2,
+            mask=self.drop_path.mask(hidden_states),
+            statistics=statistics,
+        )
         return hidden_states
 
     def merge(

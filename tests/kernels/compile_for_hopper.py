@@ -1,0 +1,115 @@
+"""Compile every kernel for compute capability 9.0 with every tile it may choose; needs no GPU. Prints a JSON list.
+
+Runs forward and backward of both operations on CPU tensors, with launches replaced by compilation, so that each kernel
+is compiled for the arguments it would get. Results are garbage, and nobody looks at them.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from hf_poolformer import ops
+from hf_poolformer.kernels import channel_mlp, pool_mixer
+
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+reports: dict[str, dict] = {}
+
+
+def compile_instead(kernel, *args, grid, warmup, **kwargs):
+    options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    signature, constants, attributes = {}, {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        value = values[name]
+        # As a launch specialises: None and 1 are constants, multiples of 16 are known to be.
+        if name in constant or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+            if isinstance(value, torch.Tensor) or value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    key = f"{kernel.__name__} {signature} {constants} {options}"
+    if key in reports:
+        return
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    reports[key] = {
+        "kernel": kernel.__name__,
+        "registers": registers,
+        "stack": stack,
+        "shared": compiled.metadata.shared,
+        "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
+        "operands": [kind for kind in signature.values() if kind in POINTERS.values()],
+        "launch": f"{options} { {name: str(value) for name, value in constants.items()} }",
+    }
+
+
+def launch_all(key, candidates, launch):
+    results = [launch(candidate) for candidate in candidates]
+    return results[0]
+
+
+def run(dim: int, size: int, dtype: torch.dtype, autocast: torch.dtype | None, v2: bool):
+    def parameter(*shape):
+        return torch.ones(shape, dtype=dtype, requires_grad=True)
+
+    x, mask = torch.ones(2, dim, size, size, dtype=dtype, requires_grad=True), torch.ones(2)
+    scale = {"res_scale" if v2 else "layer_scale": parameter(dim)}
+    rest = {"norm_bias": dim, "bias1": 4 * dim, "bias2": dim}
+    if v2:
+        rest = {"act_scale": 1, "act_bias": 1}
+    rest = {name: parameter(length) for name, length in rest.items()}
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        y, statistics = ops.pool_mixer(
+            x, pool_size=3, eps=1e-5, weight=parameter(dim), mask=mask, with_statistics=True, backend="triton", **scale
+        )
+        y, _ = ops.channel_mlp(
+            y,
+            parameter(4 * dim, dim),
+            parameter(dim, 4 * dim),
+            activation="star_relu" if v2 else "gelu",
+            eps=1e-5,
+            norm_weight=parameter(dim),
+            mask=mask,
+            statistics=statistics,
+            with_statistics=True,
+            backend="triton",
+            **scale,
+            **rest,
+        )
+    y.sum().backward()
+
+
+def main():
+    JITFunction.run = compile_instead
+    ops.why_not_triton = lambda *tensors: None
+    pool_mixer.tuned = channel_mlp.tuned = launch_all
+    run(128, 14, torch.bfloat16, None, v2=False)
+    run(96, 14, torch.bfloat16, None, v2=True)
+    run(64, 14, torch.float32, torch.bfloat16, v2=False)
+    run(64, 14, torch.float32, None, v2=False)
+    run(20, 7, torch.float16, None, v2=False)
+    print(json.dumps(list(reports.values())))
+
+
+if __name__ == "__main__":
+    main()
