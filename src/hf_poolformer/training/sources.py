@@ -3,6 +3,7 @@
 A source knows its splits and opens each as a stream of undecoded rows. What the columns mean is decided in `data.py`.
 """
 
+import abc
 import glob
 import hashlib
 import logging
@@ -47,16 +48,16 @@ class Split:
     num_examples: int | None
 
 
-class Source:
+class Source(abc.ABC):
     """A dataset with named splits. `local_bytes` is the size of its files here, None for a remote one."""
 
     name: str
     splits: list[str]
     local_bytes: int | None = None
 
+    @abc.abstractmethod
     def open(self, split: str) -> Split:
         """Opens one of `splits`."""
-        raise NotImplementedError
 
     def column(self, split: str, column: str) -> Iterator[Any]:
         """All values of one column, without reading the others where the format allows it."""
