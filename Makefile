@@ -39,7 +39,7 @@ benchmark: $(VENV)/.installed-dev
 # GPU machines come with a torch of their own; only rooms that need neither datasets nor evaluate are tested here.
 gpu: export PYTHONPATH = src
 gpu:
-	$(PYTHON) -m pytest -q -m gpu tests/test_modeling_poolformer.py tests/test_image_processing_poolformer.py
+	$(PYTHON) -m pytest -q -m gpu tests/test_modeling_poolformer.py tests/test_image_processing_poolformer.py tests/kernels
 	$(PYTHON) scripts/benchmark.py --compile --dtype bfloat16 --batch_size 256 --json benchmarks/gpu.json
 
 clean:
