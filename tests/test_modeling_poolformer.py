@@ -60,6 +60,27 @@ def test_logits_equal_the_built_in_ones(settings, size, scramble):
         assert relative_error(ours_state, their_state) < 1e-6
 
 
+@pytest.mark.parametrize("stages", [2, 3, 5])
+def test_other_numbers_of_stages_are_the_built_in_ones_too(stages, scramble, tmp_path):
+    settings = {"num_encoder_blocks": stages, "depths": [1] * stages, "hidden_sizes": [8, 16, 24, 32, 40][:stages]}
+    if stages > 4:
+        settings |= {"patch_sizes": [7, 3, 3, 3, 3], "strides": [4, 2, 2, 2, 2], "padding": [2, 1, 1, 1, 1]}
+    theirs = scramble(built_in.PoolFormerForImageClassification(BuiltInConfig(**settings)))
+    theirs.save_pretrained(tmp_path)
+    ours = PoolFormerForImageClassification.from_pretrained(tmp_path).eval()
+    pixel_values = torch.randn(2, 3, 96, 72)
+    assert relative_error(ours(pixel_values).logits, theirs(pixel_values).logits) < 1e-6
+    backbone = PoolFormerBackbone(PoolFormerConfig(**settings, out_indices=list(range(1, stages + 1))))
+    assert [maps.shape[1] for maps in backbone(pixel_values).feature_maps] == settings["hidden_sizes"]
+
+
+def test_integer_targets_of_a_regression_are_no_classes():
+    model = PoolFormerForImageClassification(PoolFormerConfig(num_labels=2, problem_type="regression"))
+    targets = torch.tensor([[5, 300], [-7, 2]])
+    outputs = model(torch.randn(2, 3, 32, 32), labels=targets)
+    torch.testing.assert_close(outputs.loss, nn.functional.mse_loss(outputs.logits, targets.float()))
+
+
 def test_parameter_count_of_s12():
     with torch.device("meta"):
         model = PoolFormerForImageClassification(MetaFormerConfig.from_variant("poolformer_s12"))

@@ -123,12 +123,11 @@ class MetaFormerConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_stages(self):
-        """Every per-stage list has one entry per stage."""
-        names = ["depths", "hidden_sizes", "patch_sizes", "strides", "padding"]
-        names += ["token_mixers", "res_scale_init_values", "position_embeddings"]
-        for name in names:
+        """Every per-stage list has one entry per stage; of kernels, strides and paddings more are left unused."""
+        exact = ("depths", "hidden_sizes", "token_mixers", "res_scale_init_values", "position_embeddings")
+        for name in (*exact, "patch_sizes", "strides", "padding"):
             value = getattr(self, name)
-            if len(value) != self.num_encoder_blocks:
+            if len(value) < self.num_encoder_blocks or (name in exact and len(value) > self.num_encoder_blocks):
                 raise ValueError(
                     f"{name} has {len(value)} entries but num_encoder_blocks={self.num_encoder_blocks}: {value}"
                 )
@@ -157,9 +156,8 @@ class MetaFormerConfig(BackboneConfigMixin, PreTrainedConfig):
         """Height and width in tokens of `stage` (0-based) for an input of `image_size`."""
         size = self.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        for kernel, stride, padding in list(zip(self.patch_sizes, self.strides, self.padding, strict=True))[
-            : stage + 1
-        ]:
+        for i in range(stage + 1):
+            kernel, stride, padding = self.patch_sizes[i], self.strides[i], self.padding[i]
             height, width = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
         return height, width
 
@@ -191,14 +189,15 @@ class Fixed:
     never used, and such a stray key must survive a round trip without changing the function.
     """
 
-    def __init__(self, value: Any):
+    def __init__(self, value: Any, per_stage: bool = False):
         self.value = value
+        self.per_stage = per_stage
 
     def __set_name__(self, owner: type, name: str):
         self.name = name
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self.value
+        return (self.value,) * (instance or owner).num_encoder_blocks if self.per_stage else self.value
 
     def __set__(self, instance: Any, value: Any):
         logger.warning_once(
@@ -231,7 +230,7 @@ class PoolFormerConfig(MetaFormerConfig):
     stride: int = 16
 
     image_size: ClassVar[Any] = None
-    token_mixers: ClassVar[Any] = Fixed(("pooling",) * 4)
+    token_mixers: ClassVar[Any] = Fixed("pooling", per_stage=True)
     attention_head_dim: ClassVar[Any] = Fixed(32)
     norm_layer: ClassVar[Any] = Fixed("group_norm")
     norm_bias: ClassVar[Any] = Fixed(True)
@@ -240,8 +239,8 @@ class PoolFormerConfig(MetaFormerConfig):
     embedding_norm: ClassVar[Any] = Fixed("none")
     use_residual: ClassVar[Any] = Fixed(True)
     use_mlp: ClassVar[Any] = Fixed(True)
-    res_scale_init_values: ClassVar[Any] = Fixed((None,) * 4)
-    position_embeddings: ClassVar[Any] = Fixed((False,) * 4)
+    res_scale_init_values: ClassVar[Any] = Fixed(None, per_stage=True)
+    position_embeddings: ClassVar[Any] = Fixed(False, per_stage=True)
     head_norm_first: ClassVar[Any] = Fixed(True)
     head_type: ClassVar[Any] = Fixed("linear")
 

@@ -445,7 +445,10 @@ class MetaFormerForImageClassification(MetaFormerPreTrainedModel):
 
         loss = None
         if labels is not None:
-            check_labels(labels, self.num_labels)
+            if self.num_labels == 0:
+                raise ValueError("labels were given to a feature extractor: num_labels is 0")
+            if self.config.problem_type in (None, "single_label_classification"):
+                check_labels(labels, self.num_labels)
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
 
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
@@ -457,8 +460,6 @@ def check_labels(labels: torch.Tensor, num_labels: int):
 
     Only where looking is free: on an accelerator it would wait for the device, and a compiled graph would break.
     """
-    if num_labels == 0:
-        raise ValueError("labels were given to a feature extractor: num_labels is 0")
     if torch.compiler.is_compiling() or labels.device.type != "cpu" or labels.is_floating_point():
         return
     outside = (labels < 0) | (labels >= num_labels)
