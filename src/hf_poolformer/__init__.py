@@ -5,10 +5,19 @@ Importing this package registers its classes with transformers' Auto classes; fo
 the built-in ones.
 """
 
+import re
+
 import transformers
+from transformers.models.auto import modeling_auto
 
 from .configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
 from .image_processing_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil
+from .modeling_detection import (
+    MetaFormerForInstanceSegmentation,
+    MetaFormerForObjectDetection,
+    PoolFormerForInstanceSegmentation,
+    PoolFormerForObjectDetection,
+)
 from .modeling_poolformer import (
     AUTO_CLASSES,
     MetaFormerBackbone,
@@ -18,6 +27,7 @@ from .modeling_poolformer import (
     PoolFormerForImageClassification,
     PoolFormerModel,
 )
+from .modeling_segmentation import MetaFormerForSemanticSegmentation, PoolFormerForSemanticSegmentation
 from .token_mixers import TOKEN_MIXERS
 
 
@@ -33,6 +43,17 @@ def register_auto_classes():
     for auto_class, model_classes in AUTO_CLASSES.items():
         for model_class in model_classes:
             getattr(transformers, auto_class).register(model_class.config_class, model_class, exist_ok=True)
+    # The image-segmentation pipeline tries this one first: the architecture in the saved configuration decides.
+    kinds = (AUTO_CLASSES["AutoModelForSemanticSegmentation"], AUTO_CLASSES["AutoModelForInstanceSegmentation"])
+    for model_classes in zip(*kinds, strict=True):
+        config_class = model_classes[0].config_class
+        transformers.AutoModelForImageSegmentation.register(config_class, model_classes, exist_ok=True)
+    # The pipelines of dense tasks look up their own tables of class names, and call others unsupported. The key is no
+    # model type, so that nothing else reads it.
+    for task in ("SemanticSegmentation", "InstanceSegmentation", "ObjectDetection"):
+        table = "_".join(["MODEL_FOR", *re.findall("[A-Z][a-z]+", task), "MAPPING_NAMES"]).upper()
+        names = tuple(model_class.__name__ for model_class in AUTO_CLASSES[f"AutoModelFor{task}"])
+        getattr(modeling_auto, table, {})["hf_poolformer"] = names
 
 
 register_auto_classes()
@@ -43,10 +64,16 @@ __all__ = [
     "MetaFormerBackbone",
     "MetaFormerConfig",
     "MetaFormerForImageClassification",
+    "MetaFormerForInstanceSegmentation",
+    "MetaFormerForObjectDetection",
+    "MetaFormerForSemanticSegmentation",
     "MetaFormerModel",
     "PoolFormerBackbone",
     "PoolFormerConfig",
     "PoolFormerForImageClassification",
+    "PoolFormerForInstanceSegmentation",
+    "PoolFormerForObjectDetection",
+    "PoolFormerForSemanticSegmentation",
     "PoolFormerImageProcessor",
     "PoolFormerImageProcessorPil",
     "PoolFormerModel",

@@ -6,7 +6,7 @@ Sources: *MetaFormer Is Actually What You Need for Vision* (arXiv 2111.11418) fo
 
 import difflib
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -16,9 +16,95 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+MAX_LABELS = 10_000_000
+
+
+class DenseHeadConfig(PreTrainedConfig):
+    r"""
+    The part of a configuration that only the heads for segmentation and detection read; the classifier has none of it.
+
+    Defaults are the first paper's (its configurations for mmdetection and mmsegmentation). A field is saved only where
+    it differs from its default, so that the JSON of a classifier keeps exactly the keys of the built-in PoolFormer.
+
+    Args:
+        fpn_feature_size (`int`, *optional*, defaults to 256):
+            Channels of the feature pyramid, and of the convolutions of the detection and mask heads.
+        decoder_hidden_size (`int`, *optional*, defaults to 128):
+            Channels of the Semantic FPN head.
+        classifier_dropout_prob (`float`, *optional*, defaults to 0.1):
+            Dropout of whole channels before the last convolution of the Semantic FPN head.
+        semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
+            Label of pixels that the loss of semantic segmentation leaves out.
+        anchor_ratios (`list[float]`, *optional*, defaults to `[0.5, 1.0, 2.0]`):
+            Height over width of the anchors, of RetinaNet and the region proposal network.
+        retinanet_anchor_scale (`float`, *optional*, defaults to 4.0):
+            Side of RetinaNet's smallest square anchor of a level, in strides of that level.
+        retinanet_scales_per_octave (`int`, *optional*, defaults to 3):
+            Anchor sizes of a level, evenly spaced up to twice the smallest.
+        retinanet_positive_iou, retinanet_negative_iou (`float`, *optional*, defaults to 0.5 and 0.4):
+            Overlap from which an anchor is an object, and below which it is background.
+        focal_alpha, focal_gamma (`float`, *optional*, defaults to 0.25 and 2.0):
+            Of RetinaNet's focal loss.
+        rpn_anchor_scale (`float`, *optional*, defaults to 8.0):
+            Side of the square anchors of the region proposal network, in strides.
+        rpn_positive_iou, rpn_negative_iou (`float`, *optional*, defaults to 0.7 and 0.3):
+            Overlap from which its anchor is an object, and below which it is background.
+        rpn_batch_size (`int`, *optional*, defaults to 256), rpn_positive_fraction (`float`, defaults to 0.5):
+            Anchors per image that enter its loss, and the share of objects among them at most.
+        rpn_nms_threshold (`float`, *optional*, defaults to 0.7), rpn_num_proposals (`int`, defaults to 1000):
+            Overlap above which the weaker proposal goes, and how many stay per image.
+        roi_positive_iou (`float`, *optional*, defaults to 0.5):
+            Overlap from which a proposal is an object.
+        roi_batch_size (`int`, *optional*, defaults to 512), roi_positive_fraction (`float`, defaults to 0.25):
+            Proposals per image that enter the loss of the box head, and the share of objects among them at most.
+        box_head_hidden_size (`int`, *optional*, defaults to 1024):
+            Channels of the two linear layers of the box head.
+        mask_head_num_convs (`int`, *optional*, defaults to 4):
+            Convolutions of the mask head before it doubles the resolution.
+        score_threshold, nms_threshold (`float`, *optional*, defaults to 0.05 and 0.5):
+            Of detections: score from which they count, overlap above which the weaker of one class goes.
+        max_detections (`int`, *optional*, defaults to 100):
+            Detections per image.
+    """
+
+    fpn_feature_size: int = 256
+    decoder_hidden_size: int = 128
+    classifier_dropout_prob: float | int = 0.1
+    semantic_loss_ignore_index: int = 255
+    anchor_ratios: list[float] | tuple[float, ...] = (0.5, 1.0, 2.0)
+    retinanet_anchor_scale: float | int = 4.0
+    retinanet_scales_per_octave: int = 3
+    retinanet_positive_iou: float = 0.5
+    retinanet_negative_iou: float = 0.4
+    focal_alpha: float = 0.25
+    focal_gamma: float | int = 2.0
+    rpn_anchor_scale: float | int = 8.0
+    rpn_positive_iou: float = 0.7
+    rpn_negative_iou: float = 0.3
+    rpn_batch_size: int = 256
+    rpn_positive_fraction: float = 0.5
+    rpn_nms_threshold: float = 0.7
+    rpn_num_proposals: int = 1000
+    roi_positive_iou: float = 0.5
+    roi_batch_size: int = 512
+    roi_positive_fraction: float = 0.25
+    box_head_hidden_size: int = 1024
+    mask_head_num_convs: int = 4
+    score_threshold: float | int = 0.05
+    nms_threshold: float | int = 0.5
+    max_detections: int = 100
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        for name in DenseHeadConfig.__annotations__:
+            default = getattr(DenseHeadConfig, name)
+            if output.get(name) == (list(default) if isinstance(default, tuple) else default):
+                del output[name]
+        return output
+
 
 @strict
-class MetaFormerConfig(BackboneConfigMixin, PreTrainedConfig):
+class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
     r"""
     Configuration of any MetaFormer: four stages of blocks `norm, token mixer, residual; norm, channel MLP, residual`.
 
@@ -68,8 +154,13 @@ class MetaFormerConfig(BackboneConfigMixin, PreTrainedConfig):
             DropPath of the last block; grows linearly with depth from 0.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the truncated normal initialisation.
+        kernels (`str`, *optional*):
+            Who computes the blocks: `"auto"`, `"cpu"`, `"triton"` or `"reference"`, see `ops.py`. The environment
+            variable `HF_POOLFORMER_KERNELS` overrides it. `None` is `"auto"`, and is not saved.
         out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
             Feature maps of the backbone, out of `"stem"`, `"stage1"`, ... `"stage4"`. Defaults to the last.
+
+    Segmenters and detectors read the fields of [`DenseHeadConfig`] besides.
 
     Example:
 
@@ -110,6 +201,7 @@ class MetaFormerConfig(BackboneConfigMixin, PreTrainedConfig):
     head_type: str = "linear"
     drop_path_rate: float | int = 0.0
     initializer_range: float = 0.02
+    kernels: Literal["auto", "cpu", "triton", "reference"] | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -121,6 +213,19 @@ class MetaFormerConfig(BackboneConfigMixin, PreTrainedConfig):
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "MetaFormerConfig":
+        """As transformers'; a ValueError, and no other exception, for values that make no configuration."""
+        num_labels = config_dict.get("num_labels")
+        if isinstance(num_labels, int) and num_labels > MAX_LABELS:
+            # transformers would write down a name for each.
+            raise ValueError(f"num_labels={num_labels} is more than {MAX_LABELS}")
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"this is no configuration of a {cls.model_type}: {text}") from error
 
     def validate_stages(self):
         """Every per-stage list has one entry per stage; of kernels, strides and paddings more are left unused."""
@@ -140,6 +245,13 @@ class MetaFormerConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_drop_path_rate(self):
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        # A matter of the machine rather than of the model; and the built-in PoolFormer has no such key.
+        if output.get("kernels") is None:
+            output.pop("kernels", None)
+        return output
 
     def validate_head_type(self):
         if self.head_type not in ("linear", "mlp"):
@@ -178,7 +290,9 @@ class MetaFormerConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"Unknown variant {name!r}. Did you mean one of {', '.join(near)}?")
         variant = VARIANTS[name]
         config_class = PoolFormerConfig if variant.model_type == "poolformer" else MetaFormerConfig
-        return config_class(**{"num_labels": variant.num_labels, **variant.config, **overrides})
+        # Given labels come with their number.
+        labels = {} if "id2label" in overrides else {"num_labels": variant.num_labels}
+        return config_class(**{**labels, **variant.config, **overrides})
 
 
 class Fixed:

@@ -5,6 +5,8 @@ Baselines for Vision* (arXiv 2210.13452); what differs between them is the confi
 height, width) throughout.
 """
 
+import copy
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -24,7 +26,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_poolformer import MetaFormerConfig, PoolFormerConfig
-from .ops import ACTIVATIONS, channel_mlp, pool_mixer, use_kernels
+from .ops import ACTIVATIONS, channel_mlp, choose_backend, infer_blocks, pool_mixer
 from .token_mixers import TOKEN_MIXERS, DefaultInitConv2d, Pooling, SquaredReLU, activation
 
 
@@ -120,10 +122,24 @@ class MetaFormerEmbeddings(nn.Module):
             self.position_embeddings = nn.Parameter(torch.zeros(1, dim, *config.stage_resolution(stage)))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.post_norm(self.projection(self.pre_norm(hidden_states)))
+        hidden_states = self.post_norm(self.project(self.pre_norm(hidden_states)))
         if self.position_embeddings is not None:
             hidden_states = hidden_states + self.resize_positions(hidden_states.shape[-2:])
         return hidden_states
+
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = self.projection.weight
+        if (
+            hidden_states.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and not hidden_states.is_contiguous()
+            and weight.is_contiguous()
+            and weight.numel() > hidden_states.numel()
+        ):
+            # For a channels_last input PyTorch reorders a contiguous weight in every call, which for one image takes
+            # longer than the convolution; the input is the smaller one here.
+            return self.projection(hidden_states.contiguous()).contiguous(memory_format=torch.channels_last)
+        return self.projection(hidden_states)
 
     def initialize(self, std: float):
         if self.position_embeddings is not None:
@@ -153,6 +169,19 @@ class MetaFormerMLP(nn.Module):
         return self.conv2(self.act_fn(self.conv1(hidden_states)))
 
 
+def are_plain(parts: dict[nn.Module, type | None]) -> bool:
+    """
+    Whether modules are of these very classes (None: any), with no hooks and no forward of their own.
+
+    A fused operation would pass these by, and with them adapters, quantised layers, and accelerate's offloading.
+    """
+    return all(
+        (kind is None or type(part) is kind)
+        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
+        for part, kind in parts.items()
+    )
+
+
 class MetaFormerBlock(GradientCheckpointingLayer):
     """
     The MetaFormer block: `x + mixer(norm(x))`, then `x + mlp(norm(x))`, for any token mixer.
@@ -169,6 +198,7 @@ class MetaFormerBlock(GradientCheckpointingLayer):
         self.drop_path = DropPath(drop_path_rate)
         self.use_mlp = config.use_mlp
         self.activation = config.hidden_act
+        self.kernels = config.kernels
         if self.use_mlp:
             self.after_norm = make_norm(config.norm_layer, dim, config)
             self.output = MetaFormerMLP(config, dim)
@@ -186,63 +216,65 @@ class MetaFormerBlock(GradientCheckpointingLayer):
             init.constant_(scale, self.scale_init_values[name[:-2]])
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if use_kernels(hidden_states) and self.is_fusible():
-            return self.fused_forward(hidden_states)
-        branch = self.token_mixer(self.before_norm(hidden_states))
-        hidden_states = self.merge(hidden_states, branch, self.layer_scale_1, self.res_scale_1)
-        if self.use_mlp:
+        fused = choose_backend(hidden_states, preferred=self.kernels) != "reference"
+        mixer = self.mixer_arguments() if fused else None
+        mlp = self.mlp_arguments() if fused and self.use_mlp else None
+        statistics = None
+        if mixer is not None:
+            mask = self.drop_path.mask(hidden_states)
+            hidden_states, statistics = pool_mixer(
+                hidden_states, mask=mask, with_statistics=mlp is not None, preferred=self.kernels, **mixer
+            )
+        else:
+            branch = self.token_mixer(self.before_norm(hidden_states))
+            hidden_states = self.merge(hidden_states, branch, self.layer_scale_1, self.res_scale_1)
+        if mlp is not None:
+            mask = self.drop_path.mask(hidden_states)
+            hidden_states, _ = channel_mlp(
+                hidden_states, mask=mask, statistics=statistics, preferred=self.kernels, **mlp
+            )
+        elif self.use_mlp:
             branch = self.output(self.after_norm(hidden_states))
             hidden_states = self.merge(hidden_states, branch, self.layer_scale_2, self.res_scale_2)
         return hidden_states
 
-    def is_fusible(self) -> bool:
-        """Whether `fused_forward` is this block's function; adapters and hooks on its parts would be passed by."""
-        if not (self.use_residual and self.use_mlp):
-            return False
-        parts = {
-            self.before_norm: MetaFormerGroupNorm,
-            self.token_mixer: Pooling,
-            self.after_norm: MetaFormerGroupNorm,
-            self.output: MetaFormerMLP,
-            self.output.conv1: nn.Conv2d,
-            self.output.act_fn: nn.Module,
-            self.output.conv2: nn.Conv2d,
-        }
-        plain = all(kind is nn.Module or type(part) is kind for part, kind in parts.items())
-        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-        return plain and not hooked and self.activation in ACTIVATIONS
+    def mixer_arguments(self) -> dict | None:
+        """What `pool_mixer` needs to compute the first branch and its shortcut; None where it cannot."""
+        norm, mixer = self.before_norm, self.token_mixer
+        if not (self.use_residual and type(mixer) is Pooling):
+            return None
+        parts = {norm: MetaFormerGroupNorm, mixer: Pooling, mixer.pool: nn.AvgPool2d, self.drop_path: DropPath}
+        if not are_plain(parts):
+            return None
+        weight = norm.weight
+        if norm.bias is not None and norm.bias.requires_grad and torch.is_grad_enabled():
+            # The bias cancels, but DistributedDataParallel waits for its gradient: zero.
+            weight = weight + 0.0 * norm.bias
+        scales = {"layer_scale": self.layer_scale_1, "res_scale": self.res_scale_1}
+        return {"pool_size": mixer.pool.kernel_size, "eps": norm.eps, "weight": weight, **scales}
 
-    def fused_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`forward` in two operations; the first hands the statistics of its result to the second's norm."""
-        hidden_states, statistics = pool_mixer(
-            hidden_states,
-            pool_size=self.token_mixer.pool.kernel_size,
-            eps=self.before_norm.eps,
-            weight=self.before_norm.weight,
-            layer_scale=self.layer_scale_1,
-            res_scale=self.res_scale_1,
-            mask=self.drop_path.mask(hidden_states),
-            with_statistics=True,
-        )
-        conv1, act_fn, conv2 = self.output.conv1, self.output.act_fn, self.output.conv2
-        hidden_states, _ = channel_mlp(
-            hidden_states,
-            conv1.weight,
-            conv2.weight,
-            activation=self.activation,
-            eps=self.after_norm.eps,
-            norm_weight=self.after_norm.weight,
-            norm_bias=self.after_norm.bias,
-            bias1=conv1.bias,
-            bias2=conv2.bias,
-            act_scale=getattr(act_fn, "scale", None),
-            act_bias=getattr(act_fn, "bias", None),
-            layer_scale=self.layer_scale_2,
-            res_scale=self.res_scale_2,
-            mask=self.drop_path.mask(hidden_states),
-            statistics=statistics,
-        )
-        return hidden_states
+    def mlp_arguments(self) -> dict | None:
+        """What `channel_mlp` needs to compute the second branch and its shortcut; None where it cannot."""
+        norm, mlp = self.after_norm, self.output
+        if not (self.use_residual and self.activation in ACTIVATIONS and type(mlp) is MetaFormerMLP):
+            return None
+        parts = {norm: MetaFormerGroupNorm, self.drop_path: DropPath, mlp: None, mlp.act_fn: None}
+        if not are_plain(parts | {mlp.conv1: nn.Conv2d, mlp.conv2: nn.Conv2d}):
+            return None
+        return {
+            "weight1": mlp.conv1.weight,
+            "weight2": mlp.conv2.weight,
+            "activation": self.activation,
+            "eps": norm.eps,
+            "norm_weight": norm.weight,
+            "norm_bias": norm.bias,
+            "bias1": mlp.conv1.bias,
+            "bias2": mlp.conv2.bias,
+            "act_scale": getattr(mlp.act_fn, "scale", None),
+            "act_bias": getattr(mlp.act_fn, "bias", None),
+            "layer_scale": self.layer_scale_2,
+            "res_scale": self.res_scale_2,
+        }
 
     def merge(
         self,
@@ -274,11 +306,28 @@ class MetaFormerStage(nn.ModuleList):
             MetaFormerBlock(config, stage, token_mixer=TOKEN_MIXERS[name](config, stage), drop_path_rate=rate)
             for rate in config.drop_path_rates[stage]
         )
+        self.kernels = config.kernels
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            fused = infer_blocks(hidden_states, self.fused_arguments(), preferred=self.kernels)
+            if fused is not None:
+                return fused
         for block in self:
             hidden_states = block(hidden_states)
         return hidden_states
+
+    def fused_arguments(self) -> list[tuple[dict, dict]]:
+        """Of all blocks, for `infer_blocks`; empty if one is not fused or drops paths."""
+        arguments = []
+        for block in self:
+            drops = block.training and block.drop_path.rate > 0
+            mixer = block.mixer_arguments() if block.use_mlp and not drops and are_plain({block: None}) else None
+            mlp = None if mixer is None else block.mlp_arguments()
+            if mlp is None:
+                return []
+            arguments.append((mixer, mlp))
+        return arguments
 
 
 @auto_docstring
@@ -303,12 +352,13 @@ class MetaFormerPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As transformers', with every Auto class of this model type in `auto_map`, not only this model's own."""
+        """As transformers', with every Auto class that the saved code serves in `auto_map`, not only this model's."""
+        saved = {parent.__module__ for parent in type(self).__mro__}
         self.config.auto_map = {
             auto_class: f"{model_class.__module__.split('.')[-1]}.{model_class.__name__}"
             for auto_class, model_classes in AUTO_CLASSES.items()
             for model_class in model_classes
-            if model_class.config_class.model_type == self.config.model_type
+            if model_class.config_class.model_type == self.config.model_type and model_class.__module__ in saved
         }
         super().save_pretrained(save_directory, **kwargs)
 
@@ -337,10 +387,31 @@ class MetaFormerEncoder(MetaFormerPreTrainedModel):
     def forward(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithNoAttention:
-        hidden_states = pixel_values
+        hidden_states = self.lay_out(pixel_values)
         for embed, stage in zip(self.patch_embeddings, self.block, strict=True):
             hidden_states = stage(embed(hidden_states))
         return BaseModelOutputWithNoAttention(last_hidden_state=hidden_states)
+
+    def lay_out(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`pixel_values` in the memory format that the kernels work in, if they are to be used."""
+        if choose_backend(pixel_values, preferred=self.config.kernels) == "reference":
+            return pixel_values
+        # Here it costs least: three channels, and convolutions keep to it.
+        return pixel_values.contiguous(memory_format=torch.channels_last)
+
+
+class MetaFormerBackboneEncoder(MetaFormerEncoder):
+    """The encoder of a backbone: gives the output of the stem, then of each stage."""
+
+    # Nothing is recorded by hooks: a model around the backbone that records its own layers would get these, too.
+    _can_record_outputs = {}  # noqa: RUF012
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hidden_states = [self.patch_embeddings[0](self.lay_out(pixel_values))]
+        hidden_states.append(self.block[0](hidden_states[0]))
+        for embed, stage in zip(self.patch_embeddings[1:], self.block[1:], strict=True):
+            hidden_states.append(stage(embed(hidden_states[-1])))
+        return tuple(hidden_states)
 
 
 def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int):
@@ -475,7 +546,7 @@ class MetaFormerBackbone(BackboneMixin, MetaFormerPreTrainedModel):
 
     def __init__(self, config: MetaFormerConfig):
         super().__init__(config)
-        self.encoder = MetaFormerEncoder(config)
+        self.encoder = MetaFormerBackboneEncoder(config)
         self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
         # One norm per feature map, as the paper has for dense tasks (official norm0, norm2, norm4, norm6).
         self.hidden_states_norms = nn.ModuleDict(
@@ -498,19 +569,13 @@ class MetaFormerBackbone(BackboneMixin, MetaFormerPreTrainedModel):
         `hidden_states` are the same before the norm, the stem's first, one for each of `stage_names`.
         """
         check_pixel_values(pixel_values, self.config.num_channels)
-        hidden_state, hidden_states = pixel_values, []
-        for index, (embed, stage) in enumerate(zip(self.encoder.patch_embeddings, self.encoder.block, strict=True)):
-            hidden_state = embed(hidden_state)
-            if index == 0:
-                hidden_states.append(hidden_state)
-            hidden_state = stage(hidden_state)
-            hidden_states.append(hidden_state)
+        hidden_states = self.encoder(pixel_values)
         feature_maps = tuple(
             self.hidden_states_norms[name](hidden_state)
             for name, hidden_state in zip(self.stage_names, hidden_states, strict=True)
             if name in self.out_features
         )
-        return BackboneOutput(feature_maps=feature_maps, hidden_states=tuple(hidden_states))
+        return BackboneOutput(feature_maps=feature_maps, hidden_states=hidden_states)
 
 
 @auto_docstring(custom_intro="PoolFormer v1 without a head: MetaFormer with average pooling as the token mixer.")
@@ -528,17 +593,36 @@ class PoolFormerBackbone(PoolFormerPreTrainedModel, MetaFormerBackbone):
     pass
 
 
-AUTO_CLASSES = {
-    "AutoModel": (MetaFormerModel, PoolFormerModel),
-    "AutoModelForImageClassification": (MetaFormerForImageClassification, PoolFormerForImageClassification),
-    "AutoBackbone": (MetaFormerBackbone, PoolFormerBackbone),
-}
-# Saved models carry their code, so that they load with trust_remote_code=True where this package is not installed.
-for config_class in (MetaFormerConfig, PoolFormerConfig):
-    config_class.register_for_auto_class()
-for auto_class, model_classes in AUTO_CLASSES.items():
+def dense_backbone(
+    config: MetaFormerConfig, backbone_class: type[MetaFormerBackbone], first_stage: int = 1
+) -> MetaFormerBackbone:
+    """A backbone that gives all feature maps from `first_stage` on, whichever `config` names; `config` is copied."""
+    config = copy.deepcopy(config)
+    config.out_features = config.stage_names[first_stage:]
+    return backbone_class(config)
+
+
+AUTO_CLASSES: dict[str, tuple[type[MetaFormerPreTrainedModel], ...]] = {}
+
+
+def register_model_classes(auto_class: str, *model_classes: type[MetaFormerPreTrainedModel]):
+    """
+    Enter `model_classes` as those of transformers' `auto_class`.
+
+    Saved models then carry their code, so that they load with trust_remote_code=True without this package.
+    """
+    AUTO_CLASSES[auto_class] = model_classes
     for model_class in model_classes:
         model_class.register_for_auto_class(auto_class)
+
+
+for config_class in (MetaFormerConfig, PoolFormerConfig):
+    config_class.register_for_auto_class()
+register_model_classes("AutoModel", MetaFormerModel, PoolFormerModel)
+register_model_classes(
+    "AutoModelForImageClassification", MetaFormerForImageClassification, PoolFormerForImageClassification
+)
+register_model_classes("AutoBackbone", MetaFormerBackbone, PoolFormerBackbone)
 
 
 __all__ = [

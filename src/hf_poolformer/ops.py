@@ -4,16 +4,18 @@
     channel_mlp  res_scale * x + layer_scale * mask * (W2 act(W1 n(x) + b1) + b2)
 
 n is GroupNorm with one group, whose mean and variance are the `statistics` of each sample. The functions ending in
-`_reference` are the definition. Where x is on a GPU and Triton is there, kernels compute the same function with fewer
-passes over memory. The environment variable HF_POOLFORMER_KERNELS, or the argument `backend`, which wins, says which:
+`_reference` are the definition. Kernels compute the same function with fewer passes over memory. Who computes is said
+by the argument `backend`, else by the environment variable HF_POOLFORMER_KERNELS, else by the configuration's
+`kernels`, else it is auto:
 
-    reference  plain PyTorch (default, until the kernels have been measured on a GPU)
-    auto       kernels where they can run, else the reference
-    triton     kernels, or RuntimeError with the reason why not; with TRITON_INTERPRET=1 also on the CPU, slowly
+    auto       kernels where they can run and have been measured to be faster, which today is "cpu"
+    cpu        oneDNN on the CPU, or RuntimeError with the reason why not
+    triton     Triton on a GPU, or RuntimeError with the reason why not; with TRITON_INTERPRET=1 on the CPU, slowly
+    reference  plain PyTorch
 
-`why_not_triton` tells the reason for one input. Kernels have no double backward, forward-mode derivative or vmap rule,
-and an export would need this package to run: while exporting, auto takes the reference. A compiled function keeps the
-choice that held when it was compiled.
+`why_not_cpu` and `why_not_triton` tell the reason for one input. Kernels have no double backward, forward-mode
+derivative or vmap rule, and an export would need this package to run: under torch.func, forward-mode differentiation
+and export, auto takes the reference. A compiled function keeps the choice that held when it was compiled.
 
 Autocast: products run in autocast's dtype; statistics, sums and all that scales a channel are float32, and so is the
 result, as it is when PyTorch's own operations compute the branch under autocast.
@@ -26,7 +28,7 @@ import torch
 from torch.nn import functional as F
 
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "cpu", "triton", "reference")
 VARIABLE = "HF_POOLFORMER_KERNELS"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of the registered operations; kernels of another number have other arguments.
@@ -159,6 +161,7 @@ def pool_mixer(
     statistics: torch.Tensor | None = None,
     with_statistics: bool = False,
     backend: str | None = None,
+    preferred: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     `res_scale * x + layer_scale * mask * (pool(n(x)) - n(x))`, n GroupNorm(1) with `weight`, any bias, and `eps`.
@@ -171,7 +174,7 @@ def pool_mixer(
         statistics: (B, 2) of x as an operation before this one returned them, which saves a pass. The gradient
             accounts for their dependence on x; they themselves get none.
         with_statistics: also return the statistics of the result, where that costs no pass of its own.
-        backend: "auto", "triton" or "reference"; None takes HF_POOLFORMER_KERNELS.
+        backend: one of `BACKENDS`; None takes HF_POOLFORMER_KERNELS, or else `preferred`.
 
     Returns:
         The result, like x, and its statistics (B, 2), or None.
@@ -180,10 +183,13 @@ def pool_mixer(
         raise ValueError(f"pool_size must be odd and positive but is {pool_size}")
     x, _ = _autocast(x)
     parameters = (weight, layer_scale, res_scale, mask)
-    if not _use_triton(backend, x, parameters):
+    backend = choose_backend(x, *parameters, backend=backend, preferred=preferred)
+    if backend == "reference":
         known = _usable(statistics, x, parameters)
         return pool_mixer_reference(x, weight, layer_scale, res_scale, mask, pool_size, eps, known), None
     x = x.contiguous(memory_format=torch.channels_last)
+    if backend == "cpu":
+        return torch.ops.hf_poolformer.cpu_pool_mixer(x, *_contiguous(*parameters), pool_size, eps)[0], None
     y, statistics = torch.ops.hf_poolformer.pool_mixer(
         x,
         _known_statistics(x, statistics),
@@ -214,6 +220,7 @@ def channel_mlp(
     statistics: torch.Tensor | None = None,
     with_statistics: bool = False,
     backend: str | None = None,
+    preferred: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     `res_scale * x + layer_scale * mask * (weight2 act(weight1 n(x) + bias1) + bias2)`, n GroupNorm(1).
@@ -223,7 +230,7 @@ def channel_mlp(
         weight1, weight2: (R, C) and (C, R), or as 1x1 convolutions have them, (R, C, 1, 1) and (C, R, 1, 1).
         activation: one of `ACTIVATIONS`; act_scale and act_bias, (1,), are what star_relu learns.
         norm_weight, norm_bias, bias2, layer_scale, res_scale: (C,), bias1 (R,), or None for 1 or 0.
-        mask, statistics, with_statistics, backend: as in `pool_mixer`.
+        mask, statistics, with_statistics, backend, preferred: as in `pool_mixer`.
 
     Returns:
         The result, like x, and its statistics (B, 2), or None.
@@ -234,10 +241,16 @@ def channel_mlp(
     weight1, weight2 = weight1.flatten(1), weight2.flatten(1)
     vectors = (norm_weight, norm_bias, weight1, bias1, weight2, bias2, act_scale, act_bias)
     vectors = (*vectors, layer_scale, res_scale, mask)
-    if not _use_triton(backend, x, vectors):
+    backend = choose_backend(x, *vectors, backend=backend, preferred=preferred, product_dtype=dtype)
+    if backend == "reference":
         known = _usable(statistics, x, vectors)
         return channel_mlp_reference(x, *vectors, activation, eps, known), None
     x = x.contiguous(memory_format=torch.channels_last)
+    if backend == "cpu":
+        needs_gradient = _needs_gradient(x, vectors)
+        return torch.ops.hf_poolformer.cpu_channel_mlp(
+            x, *_contiguous(*vectors), activation, eps, dtype, needs_gradient
+        )[0], None
     y, statistics, _, _ = torch.ops.hf_poolformer.channel_mlp(
         x,
         _known_statistics(x, statistics),
@@ -249,6 +262,39 @@ def channel_mlp(
         with_statistics,
     )
     return y, statistics if with_statistics else None
+
+
+def infer_blocks(
+    x: torch.Tensor, blocks: list[tuple[dict, dict]], preferred: str | None = None
+) -> torch.Tensor | None:
+    """
+    Blocks in sequence, each the arguments of `pool_mixer` and of `channel_mlp`, without gradients and on the CPU.
+
+    A few samples at a time go through all blocks, which keeps them in the caches. None where that does not apply:
+    gradients are wanted, the graph is compiled, or another backend is to compute.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not blocks:
+        return None
+    x, dtype = _autocast(x)
+    tensors = [value for block in blocks for each in block for value in each.values() if torch.is_tensor(value)]
+    if choose_backend(x, *tensors, preferred=preferred, product_dtype=dtype) != "cpu":
+        return None
+    try:  # always there, but a copy of this file that travels may have imports of other packages only inside `try`
+        from hf_poolformer.kernels import cpu
+    except ImportError:
+        return None
+
+    mixers, mlps = [], []
+    for mixer, mlp in blocks:
+        scale = cpu.product(mixer["weight"], mixer["layer_scale"])
+        mixers.append(cpu.Mixer(scale, mixer["res_scale"], mixer["pool_size"], mixer["eps"]))
+        weight1, weight2 = mlp["weight1"].flatten(1).contiguous(), mlp["weight2"].flatten(1).contiguous()
+        weight1, bias1, weight2, bias2 = cpu.cast(dtype, weight1, mlp["bias1"], weight2, mlp["bias2"])
+        hidden = cpu.Hidden(mlp["activation"], mlp["act_scale"], mlp["act_bias"])
+        norm = mlp["norm_weight"], mlp["norm_bias"]
+        scales = mlp["layer_scale"], mlp["res_scale"]
+        mlps.append(cpu.MLP(*norm, weight1, bias1, weight2, bias2, *scales, hidden, mlp["eps"], dtype))
+    return cpu.infer(x, mixers, mlps)
 
 
 def _autocast(x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
@@ -285,29 +331,67 @@ def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def use_kernels(x: torch.Tensor) -> bool:
-    """Whether the operations on x (B, C, H, W) would run as kernels, by HF_POOLFORMER_KERNELS."""
-    return _use_triton(None, x, ())
+def choose_backend(
+    x: torch.Tensor,
+    *parameters: torch.Tensor | None,
+    backend: str | None = None,
+    preferred: str | None = None,
+    product_dtype: torch.dtype | None = None,
+) -> str:
+    """
+    Who computes an operation on x (B, C, H, W) with these parameters: "cpu", "triton" or "reference".
 
-
-def _use_triton(backend: str | None, x: torch.Tensor, parameters: tuple[torch.Tensor | None, ...]) -> bool:
-    backend = backend or _default_backend()
+    `preferred` counts where neither `backend` nor HF_POOLFORMER_KERNELS says anything. `product_dtype` is autocast's.
+    """
+    backend = backend or _default_backend() or preferred or "auto"
     if backend not in BACKENDS:
-        raise ValueError(f"{VARIABLE} (or backend) must be one of {', '.join(BACKENDS)} but is {backend!r}")
+        raise ValueError(f"{VARIABLE} (or kernels, backend) must be one of {', '.join(BACKENDS)} but is {backend!r}")
     if backend == "auto":
-        exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-        return x.is_cuda and not exporting and why_not_triton(x, *parameters) is None
-    if backend == "triton":
-        reason = why_not_triton(x, *parameters)
-        if reason is not None:
-            raise RuntimeError(f"The kernels cannot run: {reason}. {VARIABLE}=auto uses them only where they can.")
-        return True
-    return False
+        usable = x.device.type == "cpu" and not _is_transformed()
+        return "cpu" if usable and why_not_cpu(x, *parameters, product_dtype=product_dtype) is None else "reference"
+    if backend == "reference":
+        return backend
+    reason = why_not_triton(x, *parameters)
+    if backend == "cpu":
+        reason = why_not_cpu(x, *parameters, product_dtype=product_dtype)
+    if reason is not None:
+        raise RuntimeError(f"The kernels cannot run: {reason}. {VARIABLE}=auto uses them only where they can.")
+    return backend
 
 
 @torch.compiler.assume_constant_result
-def _default_backend() -> str:
-    return os.environ.get(VARIABLE) or "reference"
+def _default_backend() -> str | None:
+    return os.environ.get(VARIABLE) or None
+
+
+def _is_transformed() -> bool:
+    """Whether something is going on that kernels have no rule for: an export, torch.func, forward-mode derivatives."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    if torch.jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def why_not_cpu(
+    x: torch.Tensor, *parameters: torch.Tensor | None, product_dtype: torch.dtype | None = None
+) -> str | None:
+    """Why the CPU's kernels cannot compute an operation on x (B, C, H, W), or None if they can."""
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, not on the CPU"
+    for dtype in {x.dtype, product_dtype or x.dtype}:
+        if not _has_onednn(dtype):
+            return f"oneDNN has no fast products of {dtype} on this CPU, or is missing"
+    return _unfit(x, parameters)
+
+
+@torch.compiler.assume_constant_result
+def _has_onednn(dtype: torch.dtype) -> bool:
+    try:
+        import hf_poolformer.kernels.cpu
+    except ImportError:  # this file is a copy that travelled with a checkpoint, to a machine without the package
+        return False
+    return hf_poolformer.kernels.INTERFACE == INTERFACE and hf_poolformer.kernels.cpu.has_onednn(dtype)
 
 
 def why_not_triton(x: torch.Tensor, *parameters: torch.Tensor | None) -> str | None:
@@ -319,6 +403,11 @@ def why_not_triton(x: torch.Tensor, *parameters: torch.Tensor | None) -> str | N
         return f"x is {x.dtype}, not one of float32, bfloat16, float16"
     if x.dtype == torch.bfloat16 and x.is_cuda and not _has_bfloat16(x.device.index):
         return "this GPU has no bfloat16"
+    return _unfit(x, parameters)
+
+
+def _unfit(x: torch.Tensor, parameters: tuple[torch.Tensor | None, ...]) -> str | None:
+    """What no kernel can take."""
     if x.ndim != 4:
         return f"x has shape {tuple(x.shape)}, not (batch, channels, height, width)"
     if x.numel() == 0:
@@ -326,16 +415,13 @@ def why_not_triton(x: torch.Tensor, *parameters: torch.Tensor | None) -> str | N
     for parameter in parameters:
         if parameter is None:
             continue
+        if type(parameter) not in (torch.Tensor, torch.nn.Parameter):
+            return f"a parameter is a {type(parameter).__name__}, which may compute in another way"
         if parameter.device != x.device:
             return f"x is on {x.device} but a parameter on {parameter.device}"
         if parameter.dtype not in DTYPES:
             return f"a parameter is {parameter.dtype}, not one of float32, bfloat16, float16"
     return None
-
-
-def supported(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
-    """Whether the kernels can compute an operation on x with these parameters; `why_not_triton` says why not."""
-    return why_not_triton(x, *parameters) is None
 
 
 @torch.compiler.assume_constant_result
@@ -361,11 +447,13 @@ def _has_bfloat16(index: int | None) -> bool:
 
 
 def _kernels() -> ModuleType | str:
-    """The package of kernels, whose import registers them, or why it cannot be imported."""
+    """The package of Triton kernels, whose import registers them, or why it cannot be imported."""
     # Here rather than at the top: half of its time is Triton's, which the CPU does not need. Absolute, because this
     # file may travel to the Hub, where every relative import is taken for a file to copy.
     try:
-        import hf_poolformer.kernels
+        import hf_poolformer.kernels.channel_mlp
+        import hf_poolformer.kernels.pool_mixer
+        import hf_poolformer.kernels.statistics
     except ImportError as error:
         return f"{error.name or 'a module'} is not installed ({error})"
     return hf_poolformer.kernels
@@ -373,10 +461,12 @@ def _kernels() -> ModuleType | str:
 
 __all__ = [
     "ACTIVATIONS",
+    "BACKENDS",
     "channel_mlp",
+    "choose_backend",
+    "infer_blocks",
     "pool_mixer",
     "sample_statistics",
-    "supported",
-    "use_kernels",
+    "why_not_cpu",
     "why_not_triton",
 ]

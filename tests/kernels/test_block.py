@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification
-from hf_poolformer.modeling_poolformer import MetaFormerBlock
 
 
 TINY = {"depths": (1, 1, 1, 1), "hidden_sizes": (8, 8, 16, 16), "num_labels": 3, "mlp_ratio": 2}
@@ -25,13 +24,14 @@ def test_the_model_is_the_same_function(settings, device, scramble, relative_err
     model = scramble(MetaFormerForImageClassification(MetaFormerConfig(**TINY, **settings))).to(device)
     fused = copy.deepcopy(model)
     pixel_values, labels = torch.randn(2, 3, 36, 28, device=device), torch.tensor([0, 2], device=device)
+    monkeypatch.setenv("HF_POOLFORMER_KERNELS", "reference")
     wanted = model(pixel_values, labels=labels)
     wanted.loss.backward()
 
     monkeypatch.setenv("HF_POOLFORMER_KERNELS", "triton")
     calls = []
-    original = MetaFormerBlock.fused_forward
-    monkeypatch.setattr(MetaFormerBlock, "fused_forward", lambda *args: calls.append(1) or original(*args))
+    original = torch.ops.hf_poolformer.channel_mlp
+    monkeypatch.setattr(torch.ops.hf_poolformer, "channel_mlp", lambda *args: calls.append(1) or original(*args))
     got = fused(pixel_values, labels=labels)
     got.loss.backward()
     assert len(calls) == 4
@@ -50,18 +50,21 @@ def test_blocks_that_are_not_plain_keep_their_modules():
         model = MetaFormerForImageClassification(MetaFormerConfig(**{**TINY, **settings}))
         return model.metaformer.encoder.block[0][0]
 
-    assert block().is_fusible()
-    for other in (
-        {"norm_layer": "layer_norm"},
-        {"token_mixers": ("identity",) * 4},
-        {"use_residual": False},
-        {"use_mlp": False},
-        {"hidden_act": "gelu_new"},
+    def branches(block):
+        return block.mixer_arguments() is not None, block.use_mlp and block.mlp_arguments() is not None
+
+    assert branches(block()) == (True, True)
+    for other, fused in (
+        ({"norm_layer": "layer_norm"}, (False, False)),
+        ({"token_mixers": ("identity",) * 4}, (False, True)),
+        ({"use_residual": False}, (False, False)),
+        ({"use_mlp": False}, (True, False)),
+        ({"hidden_act": "gelu_new"}, (True, False)),
     ):
-        assert not block(**other).is_fusible(), other
+        assert branches(block(**other)) == fused, other
     hooked = block()
     hooked.output.conv1.register_forward_hook(lambda *_: None)
-    assert not hooked.is_fusible()
+    assert branches(hooked) == (True, False)
     adapted = block()
     adapted.output.conv2 = torch.nn.Sequential(adapted.output.conv2)
-    assert not adapted.is_fusible()
+    assert branches(adapted) == (True, False)
