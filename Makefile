@@ -1,29 +1,39 @@
-# make demo | test | check | style | benchmark | gpu         see README.md, "The two commands"
+# make demo | test | chaos | check | style | benchmark | gpu         see README.md, "The two commands"
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check style benchmark gpu clean help
+.PHONY: demo demo-dense test chaos check style cards benchmark gpu clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    install, then train a PoolFormer on handwritten digits and use it (no network once installed)"
+	@echo "make demo-dense  install, then train a segmenter and two detectors on Tux Paint's stamps"
 	@echo "make test    install, then run the tests"
+	@echo "make chaos   install, then break things on purpose: kill -9, bad lines, full disks, damaged bytes (an hour)"
 	@echo "make check   formatting and lint, changes nothing"
 	@echo "make style   formatting and lint, mends what it can"
-	@echo "make benchmark  time the model against transformers' own on this CPU, into benchmarks/cpu.json"
-	@echo "make gpu     on a machine with a GPU: its tests, then the benchmark; uses PYTHON as it is, installs nothing"
+	@echo "make cards   write the model cards of all published checkpoints into outputs/cards"
+	@echo "make benchmark  time the model against every peer on this CPU, in ten minutes, into benchmarks/cpu.*"
+	@echo "make gpu     on a machine with a GPU: its tests, then the benchmark, in eight minutes, into benchmarks/gpu.*;"
+	@echo "             uses PYTHON as it is, installs nothing"
 	@echo "make clean   remove build results and outputs/demo; .venv stays"
 	@echo "PYTHON=python3.12 picks the interpreter, VENV=/elsewhere the environment"
 
 # Neither the demo nor the tests may depend on the network.
-demo test benchmark gpu: export HF_HUB_OFFLINE = 1
+demo demo-dense test chaos cards benchmark gpu: export HF_HUB_OFFLINE = 1
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python scripts/demo.py
 
+demo-dense: $(VENV)/.installed-demo-dense
+	$(BIN)/python scripts/demo_dense.py
+
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+chaos: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow -rA tests/chaos tests/test_fuzzing.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check --no-cache .
@@ -33,17 +43,20 @@ style: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+cards: $(VENV)/.installed-demo
+	$(BIN)/python scripts/make_cards.py
+
 benchmark: $(VENV)/.installed-dev
-	$(BIN)/python scripts/benchmark.py --compile --json benchmarks/cpu.json
+	$(BIN)/python scripts/benchmark.py all --device cpu --output benchmarks/cpu
 
 # GPU machines come with a torch of their own; only rooms that need neither datasets nor evaluate are tested here.
 gpu: export PYTHONPATH = src
 gpu:
-	$(PYTHON) -m pytest -q -m gpu tests/test_modeling_poolformer.py tests/test_image_processing_poolformer.py tests/kernels
-	$(PYTHON) scripts/benchmark.py --compile --dtype bfloat16 --batch_size 256 --json benchmarks/gpu.json
+	$(PYTHON) -m pytest -q -m gpu tests/test_modeling_poolformer.py tests/test_image_processing_poolformer.py tests/kernels tests/benchmark
+	$(PYTHON) scripts/benchmark.py all --device cuda --seconds 8 --budget 300 --output benchmarks/gpu
 
 clean:
-	rm -rf build dist outputs/demo outputs/demo-data src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist outputs/demo outputs/demo-data outputs/demo-dense outputs/demo-dense-data src/*.egg-info .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -56,7 +69,11 @@ $(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
 	@touch $@
 
-# dev contains demo, so one install answers for both.
+$(VENV)/.installed-demo-dense: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo-dense]'
+	@touch $@
+
+# dev contains the demos, so one install answers for all.
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-	@touch $(VENV)/.installed-demo $@
+	@touch $(VENV)/.installed-demo $(VENV)/.installed-demo-dense $@

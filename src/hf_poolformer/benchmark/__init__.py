@@ -1,0 +1,14 @@
+"""Speed and memory of PoolFormer next to every other way of running it, in one interleaved run.
+
+case.py        what is measured: mode, variant, precision, batch, image size, device
+rows.py        the contestants: ours, transformers' built-in one, timm's, onnxruntime, OpenVINO
+gate.py        what every contestant has to compute before it is timed
+timing.py      turns, medians, spread, working memory
+floor.py       FLOP and bytes of a model, and what this machine can do at most
+comparison.py  one case: build, check, measure, time
+growth.py      how cost grows with batch, pixels and depth
+processors.py  image processors
+loop.py        the training loop: synthetic tensors, streamed photographs, and the bottleneck
+report.py      tables, JSON, charts, targets
+command.py     the command line
+"""

@@ -1,0 +1,464 @@
+"""The contestants: one model, the same weights, in every implementation and every way of running it.
+
+A row's name says all: library, how it runs, and NCHW where weights and images are not channels_last (NHWC).
+
+    ours       reference (HF_POOLFORMER_KERNELS=reference) or fused (=cpu on a CPU, =triton on a GPU), each also under
+               torch.compile, or captured as a CUDA graph
+    built-in   the PoolFormer of transformers: eager, torch.compile in its modes, CUDA graph
+    timm       the same of timm
+    onnxruntime, OpenVINO   the built-in model, exported to ONNX; CPU, inference
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fnmatch
+import functools
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.poolformer.configuration_poolformer import PoolFormerConfig as BuiltInConfig
+from transformers.models.poolformer.modeling_poolformer import PoolFormerForImageClassification as BuiltIn
+
+from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification
+from hf_poolformer.hub.key_maps import TIMM
+from hf_poolformer.ops import VARIABLE
+from hf_poolformer.training.errors import UserError
+
+from .case import DTYPES, Case
+
+
+Weights = dict[str, torch.Tensor]
+PYTORCH = ("ours", "built-in", "timm")
+RUNTIMES = ("onnxruntime", "OpenVINO")
+# What computes the fused operations on a device, as HF_POOLFORMER_KERNELS names it.
+BACKENDS = {"cpu": "cpu", "cuda": "triton"}
+COMPILE_MODES = ("compile", "reduce-overhead", "max-autotune", "frozen")
+
+
+class Unavailable(Exception):
+    """This contestant cannot run here, and the message says why; the others can."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    One contestant.
+
+    Attributes:
+        library: one of PYTORCH or RUNTIMES.
+        how: "eager" or one of COMPILE_MODES, of which "frozen" is Inductor's option `freezing`, that takes the weights
+            for constants; or "graph" for a CUDA graph.
+        operations: "reference" or "fused"; of ours only.
+        channels_last: memory format of weights and images.
+    """
+
+    library: str
+    how: str = "eager"
+    operations: str | None = None
+    channels_last: bool = True
+
+    @property
+    def name(self) -> str:
+        if self.library in RUNTIMES:
+            return self.library
+        words = [self.library, *([self.operations] if self.operations else [])]
+        if self.how != "eager" or not self.operations:
+            words.append(self.how)
+        return " ".join(words) + ("" if self.channels_last else " NCHW")
+
+    @property
+    def compiled(self) -> bool:
+        return self.how in COMPILE_MODES
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether it is what a user of PyTorch could pick instead of ours."""
+        return self.library in ("built-in", "timm")
+
+
+def all_rows(case: Case) -> list[Row]:
+    """Every row that makes sense for the case."""
+    on_gpu = case.device != "cpu"
+    ways = ["eager", "compile", "max-autotune"] + ["frozen"] * (case.mode != "train")
+    if on_gpu and case.mode == "latency":
+        ways += ["reduce-overhead", "graph"]
+    rows = [Row("ours", how, operations) for operations in ("reference", "fused") for how in ways]
+    rows += [Row(library, how) for library in ("built-in", "timm") for how in ways]
+    rows += [replace(row, channels_last=False) for row in rows if row.how != "graph"]
+    if not on_gpu and case.mode != "train":
+        rows += [Row("onnxruntime")] * (case.dtype == "float32") + [Row("OpenVINO")] * (case.dtype != "float16")
+    return rows
+
+
+# What is informative, and fits into the ten minutes of `make benchmark` and the eight of `make gpu`: compilation is
+# what costs. Left out are rows that never were the fastest of their library.
+DEFAULT_ROWS = {
+    ("cpu", "infer"): (
+        "ours reference",
+        "ours fused",
+        "ours fused compile",
+        "built-in eager NCHW",
+        "built-in eager",
+        "built-in compile",
+        "built-in max-autotune",
+        "built-in frozen",
+        "timm eager",
+        "timm compile",
+        "onnxruntime",
+        "OpenVINO",
+    ),
+    ("cpu", "latency"): (
+        "ours reference",
+        "ours fused",
+        "ours fused compile",
+        "built-in eager NCHW",
+        "built-in eager",
+        "built-in compile",
+        "timm eager",
+        "onnxruntime",
+        "OpenVINO",
+    ),
+    ("cpu", "train"): (
+        "ours reference",
+        "ours fused",
+        "ours fused compile",
+        "built-in eager NCHW",
+        "built-in eager",
+        "built-in compile",
+        "timm eager",
+    ),
+    ("cuda", "infer"): (
+        "ours reference",
+        "ours fused",
+        "ours fused compile",
+        "built-in eager NCHW",
+        "built-in eager",
+        "built-in compile",
+        "built-in compile NCHW",
+        "timm eager",
+        "timm compile",
+        "built-in max-autotune",
+    ),
+    ("cuda", "latency"): (
+        "ours fused",
+        "ours fused graph",
+        "built-in eager NCHW",
+        "built-in eager",
+        "built-in graph",
+        "built-in reduce-overhead",
+        "timm graph",
+        "ours fused reduce-overhead",
+        "built-in max-autotune",
+    ),
+    ("cuda", "train"): (
+        "ours reference",
+        "ours fused",
+        "built-in eager NCHW",
+        "built-in eager",
+        "built-in compile",
+        "timm eager",
+        "timm compile",
+        "ours fused compile",
+    ),
+}
+
+# The same graph was compiled and tuned in float32; it gains nothing in either.
+LEFT_OUT = {("cpu", "infer", "bfloat16"): ("built-in max-autotune",)}
+
+
+def choose_rows(case: Case, patterns: Sequence[str]) -> list[Row]:
+    """Rows by name; "default", "all" and shell patterns ("ours*", "*compile") stand for several.
+
+    Raises:
+        UserError: a pattern that fits no row of this case, neither here nor in another mode.
+    """
+    rows = {row.name: row for row in all_rows(case)}
+    chosen: dict[str, Row] = {}
+    for pattern in patterns:
+        if pattern == "all":
+            names = list(rows)
+        elif pattern == "default":
+            left_out = LEFT_OUT.get((case.device, case.mode, case.dtype), ())
+            names = [name for name in DEFAULT_ROWS[case.device, case.mode] if name in rows and name not in left_out]
+        else:
+            names = fnmatch.filter(rows, pattern)
+            if not names and pattern not in RUNTIMES:
+                raise UserError(f"--rows {pattern!r} fits none of: {', '.join(rows)}.")
+        chosen |= {name: rows[name] for name in names}
+    return list(chosen.values())
+
+
+def make_weights(config: PoolFormerConfig) -> Weights:
+    """Weights under which every part of the model matters: a fresh one's layer scales would hide all branches."""
+    model = PoolFormerForImageClassification(config)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(shape: torch.Size, std: float) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * std
+
+    weights = {}
+    for name, value in model.state_dict().items():
+        if value.ndim > 1:
+            weights[name] = normal(value.shape, value[0].numel() ** -0.5)
+        elif "layer_scale" in name:
+            weights[name] = torch.rand(value.shape, generator=generator) * 0.5 + 0.1
+        else:
+            weights[name] = normal(value.shape, 0.2) + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return weights
+
+
+class Contestant:
+    """
+    A row, built for a case.
+
+    `prepare(images)` brings images (B, 3, H, W) into the form it wants, which is not timed; calling it with that gives
+    logits (B, labels), a tensor or an array. `module` holds the weights, None for a runtime, and `our_name` maps the
+    names of its parameters to ours.
+    """
+
+    def __init__(
+        self,
+        row: Row,
+        forward: Callable[[Any], Any],
+        prepare: Callable[[torch.Tensor], Any],
+        module: nn.Module | None = None,
+        our_name: Callable[[str], str] = str,
+        backend: str | None = None,
+    ):
+        self.row = row
+        self.backend = backend
+        self.module = module
+        self.prepare = prepare
+        self.our_name = our_name
+        self._forward = forward
+
+    def __call__(self, images: Any) -> Any:
+        with kernels(self.backend):
+            return self._forward(images)
+
+    @property
+    def pools_first(self) -> bool:
+        """timm averages over the positions before its last norm, which is another function than the authors'."""
+        return self.row.library == "timm"
+
+    def named_gradients(self) -> dict[str, torch.Tensor]:
+        return {self.our_name(name): parameter.grad for name, parameter in self.module.named_parameters()}
+
+
+@contextlib.contextmanager
+def kernels(backend: str | None) -> Iterator[None]:
+    """Inside, our operations are computed by this backend; None leaves the choice as it is."""
+    if backend is None:
+        yield
+        return
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+
+
+def build(row: Row, case: Case, weights: Weights) -> Contestant:
+    """
+    The contestant with these weights, on the case's device and in its precision; compilation waits for the first call.
+
+    Raises:
+        Unavailable: a library is missing.
+    """
+    if row.library == "onnxruntime":
+        return _onnxruntime(row, case, weights)
+    if row.library == "OpenVINO":
+        return _openvino(row, case, weights)
+    module, our_name = (
+        _timm(case, weights) if row.library == "timm" else (transformers_model(row.library, case, weights), str)
+    )
+    layout = torch.channels_last if row.channels_last else torch.contiguous_format
+    module.to(case.device, DTYPES[case.dtype], memory_format=layout)
+    module.train(case.mode == "train")
+    forward = _isolated(module)
+    if row.compiled:
+        if row.how == "frozen":
+            forward = torch.compile(forward, options={"freezing": True}, dynamic=False)
+        else:
+            forward = torch.compile(forward, mode=None if row.how == "compile" else row.how, dynamic=False)
+    elif row.how == "graph":
+        forward = _CudaGraph(forward)
+    return Contestant(
+        row,
+        forward,
+        lambda images: images.contiguous(memory_format=layout),
+        module,
+        our_name,
+        backend=BACKENDS[case.device] if row.operations == "fused" else row.operations,
+    )
+
+
+def _isolated(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Logits of a module, through code of its own: torch.compile keeps what it compiled with the code, and would
+    otherwise give one row the other's."""
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        output = module(images)
+        return output if isinstance(output, torch.Tensor) else output.logits
+
+    forward.__code__ = forward.__code__.replace(co_name=f"forward_{id(module)}")
+    return forward
+
+
+class _CudaGraph:
+    """A forward recorded once as a CUDA graph and replayed, the copy of its input included."""
+
+    def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]):
+        self._forward = forward
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        if self._graph is None:
+            self._record(images)
+        self._input.copy_(images)
+        self._graph.replay()
+        return self._output
+
+    def _record(self, images: torch.Tensor) -> None:
+        self._input = images.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # tiles are chosen and workspaces made before
+            for _ in range(3):
+                self._forward(self._input)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._output = self._forward(self._input)
+
+
+def transformers_model(library: str, case: Case, weights: Weights) -> nn.Module:
+    """Our model ("ours") or the one of transformers ("built-in"), in float32 on the CPU."""
+    config = case.config()
+    if library == "ours":
+        model: nn.Module = PoolFormerForImageClassification(config)
+    else:
+        model = BuiltIn(BuiltInConfig.from_dict(config.to_dict()))
+    model.load_state_dict(weights)
+    return model
+
+
+def _timm(case: Case, weights: Weights) -> tuple[nn.Module, Callable[[str], str]]:
+    """timm's poolformer_s12 and its siblings: the arguments are those of its own factories."""
+    _need("timm")
+    from timm.models.metaformer import GroupNorm1, MetaFormer
+
+    config = case.config()
+    model = MetaFormer(
+        num_classes=config.num_labels,
+        depths=tuple(config.depths),
+        dims=tuple(config.hidden_sizes),
+        downsample_norm=None,
+        mlp_act=nn.GELU,
+        mlp_bias=True,
+        norm_layers=GroupNorm1,
+        layer_scale_init_values=config.layer_scale_init_value,
+        res_scale_init_values=None,
+        use_mlp_head=False,
+    )
+    bare = {name.removeprefix("poolformer."): name for name in weights}
+    theirs = TIMM.to_theirs(bare, config.position_embeddings)
+    model.load_state_dict({theirs[ours]: weights[name] for ours, name in bare.items()})
+    return model, {theirs[ours]: name for ours, name in bare.items()}.__getitem__
+
+
+def _need(*libraries: str) -> None:
+    missing = [library for library in libraries if importlib.util.find_spec(library) is None]
+    if missing:
+        raise Unavailable(f"{', '.join(missing)} missing: pip install 'hf-poolformer[benchmark]'")
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values).logits
+
+
+@functools.cache
+def _export_folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="hf-poolformer-benchmark-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _exported(case: Case, weights: Weights) -> Path:
+    """The built-in model as ONNX, opset 21, which has GroupNormalization; one file for all batch sizes."""
+    _need("onnx", "onnxscript")
+    path = _export_folder() / f"{case.variant}-{case.image_size}.onnx"
+    if not path.exists():
+        model = _Logits(transformers_model("built-in", case, weights)).eval()
+        example = torch.zeros(2, 3, case.image_size, case.image_size)
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            opset_version=21,
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes={"pixel_values": {0: "batch"}},
+            verbose=False,
+        )
+        program.save(path)
+    return path
+
+
+def _onnxruntime(row: Row, case: Case, weights: Weights) -> Contestant:
+    _need("onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    # Threads that spin between its turns would slow down everybody else.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(_exported(case, weights), options, providers=["CPUExecutionProvider"])
+    return Contestant(row, lambda images: session.run(None, {"pixel_values": images})[0], _array)
+
+
+def _openvino(row: Row, case: Case, weights: Weights) -> Contestant:
+    _need("openvino")
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(_exported(case, weights))
+    model.reshape([case.batch_size, 3, case.image_size, case.image_size])
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[case.dtype],
+    }
+    compiled = core.compile_model(model, "CPU", settings)
+    request = compiled.create_infer_request()
+
+    def forward(images: Any) -> Any:
+        return request.infer([images], share_inputs=True, share_outputs=True)[0]
+
+    return Contestant(row, forward, _array)
+
+
+def _array(images: torch.Tensor) -> Any:
+    return images.float().contiguous().numpy()
