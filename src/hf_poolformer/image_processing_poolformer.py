@@ -17,7 +17,6 @@ import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -27,8 +26,10 @@ from transformers.image_utils import (
     SizeDict,
     load_image,
 )
-from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.processing_utils import Unpack
 from transformers.utils import TensorType, logging
+
+from .image_processing_dense import DenseImageProcessorKwargs, DensePrediction, rescaled_size
 
 
 logger = logging.get_logger(__name__)
@@ -38,7 +39,7 @@ logger = logging.get_logger(__name__)
 MAX_WASTE = 16
 
 
-class PoolFormerImageProcessorKwargs(ImagesKwargs, total=False):
+class PoolFormerImageProcessorKwargs(DenseImageProcessorKwargs, total=False):
     r"""
     crop_pct (`float`, *optional*, defaults to `self.crop_pct`):
         Share of the resized image's edge that the centre crop keeps: the image is first resized to
@@ -65,7 +66,7 @@ def resized_size(height: int, width: int, size: SizeDict, crop_pct: float | None
         return edge if crop_pct is None else math.floor(edge / crop_pct)
 
     if size.shortest_edge and size.longest_edge and crop_pct is None:
-        return get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
+        return rescaled_size(height, width, size.shortest_edge, size.longest_edge)
     if size.height and size.width and (crop_pct is None or size.height != size.width):
         resized = enlarge(size.height), enlarge(size.width)
     else:
@@ -412,7 +413,7 @@ class EvaluationTransform:
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
 
-class PoolFormerImageProcessor(EvaluationTransform, TorchvisionBackend):
+class PoolFormerImageProcessor(DensePrediction, EvaluationTransform, TorchvisionBackend):
     """PoolFormer's evaluation transform on tensors, on the CPU or (`device="cuda"`) on an accelerator.
 
     Takes PIL images of any mode, numpy arrays and tensors (H, W), (H, W, C), (C, H, W), batches of rank 4, paths, URLs
@@ -532,7 +533,7 @@ class PoolFormerImageProcessor(EvaluationTransform, TorchvisionBackend):
         )
 
 
-class PoolFormerImageProcessorPil(EvaluationTransform, PilBackend):
+class PoolFormerImageProcessorPil(DensePrediction, EvaluationTransform, PilBackend):
     """PoolFormer's evaluation transform with Pillow; input, output and errors as in PoolFormerImageProcessor."""
 
     def process_image(
