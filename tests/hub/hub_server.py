@@ -4,6 +4,8 @@ It speaks the routes that `huggingface_hub` uses to create, fill, list and downl
 client with `HF_ENDPOINT` set to `HubServer.url` and `HF_HUB_DISABLE_XET=1` (both are read when huggingface_hub is
 imported, hence in a process of its own). Faults are injected with `HubServer.fail`. By hand:
 `python tests/hub/hub_server.py`.
+
+Interruptions are `HubServer.interrupt`: from some request on, nobody answers.
 """
 
 import base64
@@ -37,6 +39,7 @@ class Commit:
 @dataclass
 class Repo:
     private: bool = False
+    gated: bool | str = False
     branches: dict[str, list[Commit]] = field(default_factory=lambda: {"main": [Commit("0" * 40, "initial", {})]})
 
     def commit(self, revision: str) -> Commit | None:
@@ -63,6 +66,7 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         repos: (kind, id) -> Repo, e.g. `hub.repos["models", "me/x"].commit("main").files["config.json"]`.
         requests: (method, path) of everything asked, in order.
+        authorised: those of them that carried a token.
         tokens: who may write; a request with another token gets 401, one without may only read what is public.
     """
 
@@ -75,6 +79,10 @@ class HubServer(ThreadingHTTPServer):
         self.blobs: dict[str, bytes] = {}
         self.tokens = {TOKEN}
         self.requests: list[tuple[str, str]] = []
+        self.authorised: list[tuple[str, str]] = []
+        self.requests_left: int | None = None
+        self.answer_is_lost = False
+        self.on_interruption = lambda: None
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
 
@@ -92,6 +100,14 @@ class HubServer(ThreadingHTTPServer):
         """Answer the next `times` requests whose method and path match these regular expressions with `status`,
         or, with `drop`, close the connection without a word."""
         self.faults.append(Fault(method, path, status, times, body.encode(), headers or {}, drop))
+
+    def interrupt(self, at: int, *, answered: bool = True) -> None:
+        """After `at` more requests the line is dead: every later one is cut off unread. Without `answered`, the last
+        one before is carried out, but its answer is lost too. `on_interruption` is called once, with the first cut."""
+        self.requests_left, self.answer_is_lost = at, not answered
+
+    def restore(self) -> None:
+        self.requests_left = None
 
     def files(self, repo: str, revision: str = "main", kind: str = "models") -> dict[str, bytes]:
         return self.repos[kind, repo].commit(revision).files
@@ -115,6 +131,7 @@ class Answer(Exception):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two small writes, and the client would wait 40 ms between them
     server: HubServer
 
     def log_message(self, format: str, *args) -> None:
@@ -141,6 +158,10 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self._read_body()
         with self.server.lock:
             self.server.requests.append((method, path))
+            if "Authorization" in self.headers:
+                self.server.authorised.append((method, path))
+            if self._cut():
+                return
             fault = self._fault(method, path)
             if fault is not None:
                 if fault.drop:
@@ -160,6 +181,26 @@ class Handler(BaseHTTPRequestHandler):
                     headers["X-Error-Code"] = answer.code
                 self._json({"error": answer.message}, answer.status, headers)
 
+    def _cut(self) -> bool:
+        """Whether the line is dead for this request; with a lost answer, after it was carried out."""
+        server, self.mute = self.server, False
+        if server.requests_left is None:
+            return False
+        server.requests_left -= 1
+        if server.requests_left == 0 and server.answer_is_lost:
+            self.mute = True
+            return False
+        if server.requests_left >= 0:
+            return False
+        self._hang_up()
+        return True
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.close()
+        interrupted, self.server.on_interruption = self.server.on_interruption, lambda: None
+        interrupted()
+
     def _read_body(self) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             parts = []
@@ -178,6 +219,8 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        if self.mute:
+            return self._hang_up()
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -237,6 +280,32 @@ class Handler(BaseHTTPRequestHandler):
         self.server.repos[kind, repo] = Repo(private=private)
         self._json(answer)
 
+    def settings(self, kind: str, repo: str) -> None:
+        self._writer(repo)
+        found, wish = self._repo(kind, repo), json.loads(self.body)
+        if "gated" in wish:
+            found.gated = wish["gated"]
+        if "visibility" in wish or "private" in wish:
+            found.private = wish.get("visibility") == "private" or bool(wish.get("private"))
+        self._json({})
+
+    def discussions(self, kind: str, repo: str) -> None:
+        branches = self._repo(kind, repo).branches
+        found = [
+            {
+                "num": int(name.rpartition("/")[2]),
+                "title": commits[-1].message,
+                "author": {"name": USER},
+                "createdAt": "2024-01-01T00:00:00.000Z",
+                "status": "open",
+                "repo": {"name": repo, "type": kind.removesuffix("s")},
+                "isPullRequest": True,
+            }
+            for name, commits in branches.items()
+            if name.startswith("refs/pr/")
+        ]
+        self._json({"discussions": found, "count": len(found), "start": 0})
+
     def delete(self) -> None:
         wish = json.loads(self.body)
         repo, kind = f"{wish.get('organization') or USER}/{wish['name']}", f"{wish.get('type') or 'model'}s"
@@ -269,6 +338,7 @@ class Handler(BaseHTTPRequestHandler):
                 "modelId": repo,
                 "sha": commit.oid,
                 "private": found.private,
+                "gated": found.gated,
                 "tags": [],
                 "siblings": [{"rfilename": name} for name in sorted(commit.files)],
             }
@@ -315,8 +385,12 @@ class Handler(BaseHTTPRequestHandler):
         wanted = form["paths"] if form.get("paths") else json.loads(self.body)["paths"]
         self._json([describe(name, files[name]) for name in wanted if name in files])
 
+    def _may_commit(self, repo: str) -> None:
+        """Everybody may propose a change."""
+        self._writer(None if self.query.get("create_pr") == ["1"] else repo)
+
     def preupload(self, kind: str, repo: str, rev: str) -> None:
-        self._writer(repo)
+        self._may_commit(repo)
         files = self._commit(kind, repo, rev).files
         answers = []
         for wish in json.loads(self.body)["files"]:
@@ -327,7 +401,7 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"files": answers, "commitOid": self._commit(kind, repo, rev).oid})
 
     def commit(self, kind: str, repo: str, rev: str) -> None:
-        self._writer(repo)
+        self._may_commit(repo)
         files = dict(self._commit(kind, repo, rev).files)
         summary = ""
         for line in self.body.splitlines():
@@ -361,7 +435,7 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"commitUrl": url, "commitOid": oid, "pullRequestUrl": request, "success": True})
 
     def lfs_batch(self, repo: str, kind: str = "models") -> None:
-        self._writer(repo)
+        self._writer()  # anybody, as the file may be for a pull request
         self._repo(kind, repo)
         answers = []
         for wish in json.loads(self.body)["objects"]:
@@ -379,6 +453,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def resolve(self, repo: str, rev: str, file: str, kind: str = "models") -> None:
         commit = self._commit(kind, repo, rev)
+        if self._repo(kind, repo).gated and self._user() is None:
+            raise Answer(401, f"Access to {kind} {repo} is restricted", "GatedRepo")
         if file not in commit.files:
             raise Answer(404, "Entry not found", "EntryNotFound")
         data = commit.files[file]
@@ -409,6 +485,8 @@ ROUTES = [
     ("POST", r"/api/repos/create", Handler.create),
     ("DELETE", r"/api/repos/delete", Handler.delete),
     ("POST", r"/api/validate-yaml", Handler.validate_yaml),
+    ("PUT", rf"/api/{REPO}/settings", Handler.settings),
+    ("GET", rf"/api/{REPO}/discussions", Handler.discussions),
     ("GET HEAD", rf"/api/{REPO}/refs", Handler.refs),
     ("POST", rf"/api/{REPO}/branch/(?P<rev>.+)", Handler.branch),
     ("GET", rf"/api/{REPO}/commits/{REV}", Handler.commits),

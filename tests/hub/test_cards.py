@@ -8,7 +8,15 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from hf_poolformer.hub.cards import CardError, check_metadata, write_training_card
+from hf_poolformer.hub.cards import (
+    CardError,
+    check_card,
+    check_metadata,
+    folder_card,
+    local_names,
+    with_repo_id,
+    write_training_card,
+)
 
 
 RESULTS = {
@@ -88,7 +96,7 @@ def test_metadata_and_results(folder):
     assert 'pipeline("image-classification", model="me/digits")' in text
     assert "trust_remote_code" not in text
     assert "| `learning_rate` | 0.004 |" in text
-    assert "hf-poolformer" in text.split("### Framework versions")[1]
+    assert "hf-poolformer" in text.split("### Environment")[1]
 
 
 def test_the_snippets_are_python(folder):
@@ -256,3 +264,84 @@ def test_check_metadata_of_results():
     for change in ({"value": float("nan")}, {"value": "high"}, {"verified": True}, {"type": ""}):
         with pytest.raises(CardError):
             check_metadata(entry(**change))
+
+
+def test_emissions_only_if_measured(folder):
+    measured = RESULTS | {"energy_kwh": 0.5, "co2_eq_g": 190.0, "co2_country": "Germany", "device": "NVIDIA H100"}
+    text, data = write(folder, results=measured)
+    assert data["co2_eq_emissions"] == {
+        "emissions": 190.0,
+        "source": "CodeCarbon",
+        "training_type": "fine-tuning",
+        "geographical_location": "Germany",
+        "hardware_used": "NVIDIA H100",
+    }
+    assert "0.5 kWh" in text
+    assert "190 g of CO₂" in text
+    assert "- device: NVIDIA H100" in text
+    text, data = write(folder)
+    assert "co2_eq_emissions" not in data
+    assert "Emissions" not in text
+
+
+def test_pictures_to_try_it_on(folder):
+    (folder / "examples").mkdir()
+    for name in ("cell_1.png", "a b.jpg", "notes.txt"):
+        (folder / "examples" / name).write_bytes(b"")
+    _, data = write(folder, repo_id="me/cells")
+    assert data["widget"] == [
+        {"src": "https://huggingface.co/me/cells/resolve/main/examples/a%20b.jpg", "example_title": "a b"},
+        {"src": "https://huggingface.co/me/cells/resolve/main/examples/cell_1.png", "example_title": "cell 1"},
+    ]
+    _, data = write(folder)
+    assert "widget" not in data, "nobody knows where they will lie"
+
+
+def test_the_card_of_a_folder(folder):
+    """From what a run left there; without that, it claims nothing."""
+    (folder / "config.json").write_text(json.dumps({"model_type": "metaformer", "id2label": {"0": "a", "1": "b"}}))
+    text = folder_card(folder, repo_id="me/x", license="mit")
+    assert "with 2 classes, 1.5 M parameters." in text
+    assert "is not recorded here" in text
+    assert "from scratch" not in text
+    assert "## Results" not in text
+    (folder / "all_results.json").write_text(json.dumps(RESULTS))
+    (folder / "training_settings.yaml").write_text("model_name_or_path: sail/poolformer_s12\ntrain_dir: /data/cells\n")
+    text = folder_card(folder, repo_id="me/x")
+    assert "fine-tuned from" in text
+    assert "the local dataset cells" in text
+    assert "97.77 %" in text
+
+
+def test_the_repository_s_name_in_a_card(folder):
+    before, _ = write(folder)
+    expected, _ = write(folder, repo_id="me/digits")
+    for place in (folder, folder.parent / "renamed since"):
+        assert with_repo_id(before, local_names(place, before), "me/digits") == expected
+
+
+@pytest.mark.parametrize("name", ["$1", r"a\1b", "x y", 'q"q', "ünï"])
+def test_odd_names_of_folders_and_repositories(folder, name):
+    text = f'# {name}\n\n```python\npipeline("image-classification", model="{name}")\n```\n"{name}"\n'
+    assert with_repo_id(text, [name], "me/x-1.0_b").count("me/x-1.0_b") == 1
+    assert with_repo_id(text, ["other"], "me/x") == text
+
+
+@pytest.mark.parametrize("text", ["", "# no metadata\n", "---\ntags: [a]\n---\n", "---\r\nlicense: mit\r\n---\r\n# x"])
+def test_a_card_by_hand_may_say_little(text):
+    check_card(text)
+    check_card(text, "dataset")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("---\nlicense: [\n---\n", "no YAML"),
+        ("---\n- a\n---\n", "no mapping"),
+        ("---\nlicense: mine\n---\n", "mine"),
+    ],
+)
+def test_a_card_by_hand_may_not_be_wrong(text, message):
+    for repo_type in ("model", "dataset"):
+        with pytest.raises(CardError, match=message):
+            check_card(text, repo_type)

@@ -228,17 +228,17 @@ def test_old_files_that_are_no_zip_archives(tmp_path):
     assert read_checkpoint(tmp_path / "caformer.pth.tar").family == "caformer"
 
 
-@pytest.mark.parametrize("first", [0, 2])  # RetinaNet's checkpoints have no norm0
-def test_dense_checkpoints_give_their_backbone_and_name_the_rest(first, official, tmp_path):
-    head = {"neck.lateral_convs.0.conv.weight": torch.zeros(1), "bbox_head.retina_cls.bias": torch.zeros(1)}
+@pytest.mark.parametrize("first", [0, 2])  # checkpoints of detectors that begin with stage 2 have no norm0
+def test_dense_checkpoints_of_other_heads_give_their_backbone_and_name_the_rest(first, official, tmp_path):
+    head = {"neck.lateral_convs.0.conv.weight": torch.zeros(1), "bbox_head.atss_cls.bias": torch.zeros(1)}
 
     def dense(weights):
         kept = {key: value for key, value in weights.items() if first == 0 or not key.startswith("norm0")}
         return {"meta": {"epoch": 12}, "state_dict": {**{f"backbone.{k}": v for k, v in kept.items()}, **head}}
 
-    checkpoint = convert(official("poolformer_v1_feat", "retinanet.pth", dense), tmp_path / "out")
+    checkpoint = convert(official("poolformer_v1_feat", "atss.pth", dense), tmp_path / "out")
     assert checkpoint.left_out == list(head)
-    assert any("bbox_head.retina_cls.bias" in note for note in checkpoint.notes)
+    assert any("bbox_head.atss_cls.bias" in note for note in checkpoint.notes)
     backbone = PoolFormerBackbone.from_pretrained(tmp_path / "out").eval()
     expected = golden("poolformer_v1_feat")[1]
     with torch.no_grad():

@@ -15,14 +15,25 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .card_tasks import DenseTask, task_of
 
-__all__ = ["CardError", "check_metadata", "write_training_card"]
+
+__all__ = [
+    "CardError",
+    "check_card",
+    "check_metadata",
+    "folder_card",
+    "training_card",
+    "with_repo_id",
+    "write_training_card",
+]
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
@@ -54,9 +65,11 @@ LICENSES = frozenset(
 # What a reader needs to repeat the run, in this order. A list of what is shown, and not of what is hidden: a
 # setting that somebody adds later (a token, a path) stays out of the card until it is named here.
 SETTINGS_SHOWN = (
+    "task",
     "recipe",
     "config_overrides",
     "image_size",
+    "longest_edge",
     "num_train_epochs",
     "max_train_steps",
     "per_device_train_batch_size",
@@ -64,6 +77,9 @@ SETTINGS_SHOWN = (
     "learning_rate",
     "scale_learning_rate",
     "lr_scheduler_type",
+    "lr_power",
+    "lr_steps",
+    "lr_gamma",
     "num_warmup_steps",
     "num_warmup_epochs",
     "warmup_learning_rate",
@@ -79,6 +95,11 @@ SETTINGS_SHOWN = (
     "drop_path_rate",
     "label_smoothing",
     "crop_min_scale",
+    "scale_min",
+    "scale_max",
+    "crop_size",
+    "max_class_share",
+    "photometric_distortion",
     "horizontal_flip",
     "affine_degrees",
     "affine_translate",
@@ -101,6 +122,27 @@ RUN_FIGURES = {
     "skipped_images": "images skipped as broken",
 }
 
+# What the run says about the machine it ran on -> what it is called in the card.
+ENVIRONMENT = {"device": "device", "num_processes": "processes", "mixed_precision": "precision"}
+
+FIRST_PAPER = """@inproceedings{yu2022metaformer,
+  title     = {MetaFormer Is Actually What You Need for Vision},
+  author    = {Yu, Weihao and Luo, Mi and Zhou, Pan and Si, Chenyang and Zhou, Yichen and Wang, Xinchao and Feng, Jiashi and Yan, Shuicheng},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  pages     = {10819--10829},
+  year      = {2022}
+}"""  # noqa: E501
+SECOND_PAPER = """@article{yu2024metaformer,
+  title   = {MetaFormer Baselines for Vision},
+  author  = {Yu, Weihao and Si, Chenyang and Zhou, Pan and Luo, Mi and Zhou, Yichen and Feng, Jiashi and Yan, Shuicheng and Wang, Xinchao},
+  journal = {IEEE Transactions on Pattern Analysis and Machine Intelligence},
+  volume  = {46},
+  number  = {2},
+  pages   = {896--912},
+  year    = {2024},
+  doi     = {10.1109/TPAMI.2023.3329173}
+}"""  # noqa: E501
+
 VERSIONED = ("hf-poolformer", "transformers", "torch", "torchvision", "accelerate", "datasets", "huggingface_hub")
 
 
@@ -121,11 +163,45 @@ def write_training_card(
 ) -> Path:
     """Write `model_dir/README.md`, the model card of a training run, and return its path.
 
+    Arguments and errors are those of `training_card`; nothing is written when it raises.
+    """
+    card = training_card(
+        model_dir,
+        results=results,
+        settings=settings,
+        dataset_name=dataset_name,
+        base_model=base_model,
+        label_names=label_names,
+        repo_id=repo_id,
+        license=license,
+    )
+    path = Path(model_dir) / "README.md"
+    part = path.with_name(".README.md.part")
+    part.write_text(card, encoding="utf-8", newline="\n")
+    part.replace(path)
+    return path
+
+
+def training_card(
+    model_dir: str | os.PathLike,
+    *,
+    results: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    dataset_name: str | None,
+    base_model: str | None,
+    label_names: Sequence[str],
+    repo_id: str | None = None,
+    license: str = "apache-2.0",
+    trained: bool = True,
+) -> str:
+    """The model card of a training run.
+
     Args:
-        model_dir: folder of the trained model. `config.json`, `curves.png` and `confusion_matrix.png` are made use
-            of where present.
+        model_dir: folder of the trained model. `config.json`, `curves.png`, `confusion_matrix.png` and the pictures
+            in `examples/` are made use of where present.
         results: the content of `all_results.json`; `eval_accuracy`, `eval_top5_accuracy` and `eval_loss` become the
-            `model-index`, `eval_per_class_accuracy` (class name -> accuracy, or a list in label order) a table.
+            `model-index`, `eval_per_class_accuracy` (class name -> accuracy, or a list in label order) a table,
+            `energy_kwh` and `co2_eq_g`, if they were measured, the emissions.
         settings: the settings of the run; those named in `SETTINGS_SHOWN` are printed, all others ignored.
         dataset_name: Hub id of the dataset, or the path of a local one (None: the setting `train_dir`). Only an id
             becomes metadata; of a path, only the last component is printed.
@@ -133,9 +209,10 @@ def write_training_card(
         label_names: class names in the order of the logits.
         repo_id: where the model will be published, if that is known.
         license: a licence identifier of the Hub.
+        trained: False for a model of which nothing but the folder is known; the card then says so.
 
     Raises:
-        CardError: the metadata would not pass the Hub's validation. Nothing is written then.
+        CardError: the metadata would not pass the Hub's validation.
     """
     model_dir = Path(model_dir)
     config = _read_config(model_dir)
@@ -149,17 +226,22 @@ def write_training_card(
     name = repo_id.rpartition("/")[2] if repo_id else _one_line(model_dir.resolve().name)
     data_text = _data_text(dataset_name, dataset_id)
     classes = f"{len(label_names)} class" + ("" if len(label_names) == 1 else "es")
+    emissions = _emissions(results, base_model)
+    task = task_of(settings, config)  # None for a classifier
+    tag = task.pipeline_tag if task else PIPELINE_TAG
     card_data = ModelCardData(
         library_name="transformers",
-        pipeline_tag=PIPELINE_TAG,
+        pipeline_tag=tag,
         license=license,
-        tags=[PIPELINE_TAG, "vision", family.lower(), "hf-poolformer"],
+        tags=[tag, "vision", family.lower(), "hf-poolformer"],
         datasets=[dataset_id] if dataset_id else None,
-        metrics=["accuracy"],
+        metrics=[task.figures[0][1] if task else "accuracy"],
         base_model=base_id,
         base_model_relation="finetune" if base_id else None,
         model_name=name,
-        eval_results=_eval_results(results, settings, dataset_name, dataset_id, len(label_names)) or None,
+        eval_results=_eval_results(results, settings, dataset_name, dataset_id, len(label_names), task) or None,
+        co2_eq_emissions=emissions or None,
+        widget=_widget(model_dir, repo_id) or None,
     )
     if card_data.eval_results is None:
         card_data.pop("model_name")
@@ -173,39 +255,145 @@ def write_training_card(
     samples = _number(results.get("eval_samples"))
     evaluated = f"{int(samples)} images" if samples is not None else "images"
     where = f"of the split `{_one_line(str(eval_split))}`" if _is_plain(eval_split) else "held out from training"
-    card = ModelCard.from_template(
+    how = f", {origin} on {data_text}" if trained else ""
+    machine = {**settings, **results}
+    return render_card(
         card_data,
-        template_str=TEMPLATE.read_text(encoding="utf-8"),
-        md=_markdown,
         title=name,
-        summary=(
-            f"A [{family}](https://arxiv.org/abs/2111.11418) image classifier with {classes}{size}, {origin} on "
-            f"{data_text}."
-        ),
-        pipeline_snippet=_pipeline_snippet(repo_id, model_dir, config),
-        model_snippet=_model_snippet(repo_id, model_dir, config),
-        results=_result_rows(results, len(label_names)),
+        summary=f"A [{family}](https://arxiv.org/abs/2111.11418) {task.noun if task else 'image classifier'} with "
+        f"{classes}{size}{how}.",
+        pipeline_snippet=_pipeline_snippet(repo_id, model_dir, config, task),
+        model_snippet=_model_snippet(repo_id, model_dir, config, task),
+        results=_result_rows(results, len(label_names), task),
         results_intro=f"Measured on {evaluated} {where}, by the training script itself; nobody else verified it.",
-        per_class=_per_class(results.get("eval_per_class_accuracy"), label_names),
+        per_class=_per_class(results.get(task.per_class[0] if task else "eval_per_class_accuracy"), label_names),
+        per_class_heading=task.per_class[1] if task else "accuracy",
+        has_predictions=(model_dir / "predictions.png").is_file(),
         has_confusion_matrix=(model_dir / "confusion_matrix.png").is_file(),
-        training_intro=f"Data: {data_text}. Start: {origin}.",
+        training_intro=(
+            f"Data: {data_text}. Start: {origin}."
+            if trained
+            else "How and on what it was trained is not recorded here."
+        ),
         settings=[(key, _plain(settings[key])) for key in SETTINGS_SHOWN if settings.get(key) is not None],
         figures=[
             (text, _plain(results[key])) for key, text in RUN_FIGURES.items() if _number(results.get(key)) is not None
         ],
         has_curves=(model_dir / "curves.png").is_file(),
+        environment=[
+            (text, _plain(machine[key])) for key, text in ENVIRONMENT.items() if machine.get(key) is not None
+        ],
         versions=_versions(),
-        label_count=classes,
+        emissions=_emissions_text(results),
+        limits=task.limits
+        if task
+        else [
+            f"The model knows only the {classes} it was trained on and gives one of them to every image, whatever the "
+            "image shows.",
+            "It was measured on images like those it was trained on, if at all; a photograph from another camera, "
+            "country or population can fare worse. Nobody has examined this checkpoint for social bias.",
+        ],
+        citations=[FIRST_PAPER] if family == "PoolFormer" else [FIRST_PAPER, SECOND_PAPER],
     )
-    check_metadata(_metadata_of(str(card)))
-    if ModelCard(str(card)).data.to_dict() != card_data.to_dict():
-        raise CardError("the card's metadata do not survive being written and read back")
 
-    path = model_dir / "README.md"
-    part = path.with_name(".README.md.part")
-    part.write_text(str(card), encoding="utf-8", newline="\n")
-    part.replace(path)
-    return path
+
+def folder_card(model_dir: str | os.PathLike, *, repo_id: str | None = None, license: str | None = None) -> str:
+    """A card for a model's folder that has none: from what a run left there, or else from the model alone.
+
+    Raises:
+        CardError: as for `training_card`.
+    """
+    model_dir = Path(model_dir)
+    config = _read_config(model_dir)
+    labels = config.get("id2label") or {}
+    names = [str(labels[key]) for key in sorted(labels, key=int)]
+    results, settings = {}, {}
+    for path, values in ((model_dir / "all_results.json", results), (model_dir / "training_settings.yaml", settings)):
+        if path.is_file():
+            values.update(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    return training_card(
+        model_dir,
+        results=results,
+        settings=settings,
+        dataset_name=settings.get("dataset_name"),
+        base_model=settings.get("model_name_or_path"),
+        label_names=names,
+        repo_id=repo_id,
+        license=license or "apache-2.0",
+        trained=bool(settings),
+    )
+
+
+def render_card(card_data: ModelCardData, **values: Any) -> str:
+    """`card_template.md` with these values, and metadata that are known to be good.
+
+    Raises:
+        CardError: the metadata would not pass the Hub's validation, or do not survive being written.
+    """
+    card = ModelCard.from_template(
+        card_data, template_str=TEMPLATE.read_text(encoding="utf-8"), md=_markdown, **values
+    )
+    text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip("\n") + "\n"
+    check_metadata(_metadata_of(text))
+    if ModelCard(text).data.to_dict() != card_data.to_dict():
+        raise CardError("the card's metadata do not survive being written and read back")
+    return text
+
+
+def local_names(model_dir: str | os.PathLike, card: str) -> list[str]:
+    """What the card may call its model while that is still a folder on somebody's machine.
+
+    The folder may have got another name since the card was written; then the title of our own cards tells.
+    """
+    names = [Path(model_dir).resolve().name, "path/to/this/folder"]
+    title = re.search(r"^# (.+)$", card, re.MULTILINE)
+    if title and "\n- hf-poolformer\n" in card:
+        names.append(re.sub(r"\\([\\`*_{}\[\]#|~$!])", r"\1", title[1]))
+    return names
+
+
+def with_repo_id(text: str, names: Sequence[str], repo_id: str) -> str:
+    """The card with `repo_id` where its Python examples load one of `names`, and the repository's name as title.
+
+    All else stays as it is, in the text as in the metadata.
+    """
+    title = repo_id.rpartition("/")[2]
+    for name in names:
+        quoted = re.escape(f'"{name}"')
+        loads = re.compile(rf"((?:model=|from_pretrained\(|pipeline\([^\n]*, ?)){quoted}")
+        text = re.sub(
+            r"```python\n.*?```",
+            lambda code, loads=loads: loads.sub(rf'\1"{repo_id}"', code[0]),
+            text,
+            flags=re.DOTALL,
+        )
+        text = re.sub(rf"^# {re.escape(_markdown(name))}$", f"# {_markdown(title)}", text, count=1, flags=re.MULTILINE)
+        text = re.sub(
+            rf"^(model-index:\n- name: ){re.escape(name)}$", rf"\g<1>{title}", text, count=1, flags=re.MULTILINE
+        )
+    return text
+
+
+def check_card(text: str, repo_type: str = "model") -> None:
+    """Apply the Hub's rules to a card that somebody may have written by hand: what it says must be right.
+
+    Unlike `check_metadata`, which is for our own cards, nothing has to be there.
+
+    Raises:
+        CardError: the metadata are no YAML, or a field of them is wrong.
+    """
+    block = re.match(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
+    try:
+        data = yaml.safe_load(block[1]) if block else {}
+    except yaml.YAMLError as error:
+        raise CardError(f"its metadata are no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise CardError("its metadata are no mapping of names to values")
+    if repo_type == "model":
+        present = {"library_name": "transformers", "pipeline_tag": PIPELINE_TAG, "license": "apache-2.0"}
+        check_metadata({**present, **data})
+    elif "license" in data and not _known_licenses(data["license"]):
+        raise CardError(f"license {data['license']!r} is not an identifier the Hub knows, like 'apache-2.0' or 'mit'")
 
 
 def check_metadata(data: Mapping[str, Any]) -> None:
@@ -225,7 +413,7 @@ def check_metadata(data: Mapping[str, Any]) -> None:
 
     for field in ("library_name", "pipeline_tag", "license"):
         text(field, data.get(field))
-    if isinstance(data.get("license"), str) and data["license"] not in LICENSES:
+    if isinstance(data.get("license"), str) and not _known_licenses(data["license"]):
         faults.append(
             f"license {data.get('license')!r} is not an identifier the Hub knows, like 'apache-2.0' or 'mit'"
         )
@@ -254,6 +442,10 @@ def check_metadata(data: Mapping[str, Any]) -> None:
                     faults.append("model-index: only the Hub itself may call a result verified")
     if faults:
         raise CardError("the model card's metadata are not valid: " + "; ".join(faults))
+
+
+def _known_licenses(value: Any) -> bool:
+    return all(item in LICENSES for item in (value if isinstance(value, list) else [value]))
 
 
 # Metadata ---------------------------------------------------------------------------------------------------
@@ -299,10 +491,11 @@ def _eval_results(
     dataset_name: str | None,
     dataset_id: str | None,
     num_labels: int,
+    task: DenseTask | None,
 ) -> list[EvalResult]:
     common = dict(
-        task_type=PIPELINE_TAG,
-        task_name="Image classification",
+        task_type=task.pipeline_tag if task else PIPELINE_TAG,
+        task_name=task.name if task else "Image classification",
         dataset_type=_dataset_type(dataset_name, dataset_id),
         dataset_name=dataset_id or (_last_component(dataset_name) if dataset_name else "a local dataset"),
         dataset_config=settings.get("dataset_config_name") if dataset_id else None,
@@ -312,13 +505,15 @@ def _eval_results(
     )
     return [
         EvalResult(metric_type=kind, metric_name=name, metric_value=value, **common)
-        for key, kind, name in _metrics(num_labels)
+        for key, kind, name in _metrics(num_labels, task)
         if (value := _number(results.get(key))) is not None
     ]
 
 
-def _metrics(num_labels: int) -> list[tuple[str, str, str]]:
+def _metrics(num_labels: int, task: DenseTask | None) -> Sequence[tuple[str, str, str]]:
     """(key in all_results.json, metric id, name). Top-5 of five classes or fewer says nothing, so it is left out."""
+    if task:
+        return task.figures
     rows = [("eval_accuracy", "accuracy", "Top-1 accuracy")]
     if num_labels > 5:
         rows.append(("eval_top5_accuracy", "accuracy", "Top-5 accuracy"))
@@ -334,6 +529,48 @@ def _number(value: Any) -> float | None:
         return value if math.isfinite(value) else None
     except (TypeError, ValueError, RuntimeError):
         return None
+
+
+def _widget(model_dir: Path, repo_id: str | None) -> list[dict[str, str]]:
+    """Pictures to try the model on, out of those that its folder offers in `examples/`."""
+    if repo_id is None or not (model_dir / "examples").is_dir():
+        return []
+    paths = sorted(
+        path for path in (model_dir / "examples").iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")
+    )
+    return [
+        {
+            "src": f"https://huggingface.co/{repo_id}/resolve/main/examples/{quote(path.name)}",
+            "example_title": _one_line(path.stem.replace("_", " ")) or "example",
+        }
+        for path in paths[:5]
+    ]
+
+
+def _emissions(results: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:
+    """The Hub's `co2_eq_emissions`, of a run that measured them."""
+    grams = _number(results.get("co2_eq_g"))
+    if grams is None:
+        return {}
+    return {
+        "emissions": grams,
+        "source": "CodeCarbon",
+        "training_type": "fine-tuning" if base_model else "pre-training",
+        **({"geographical_location": str(results["co2_country"])} if results.get("co2_country") else {}),
+        **({"hardware_used": str(results["device"])} if results.get("device") else {}),
+    }
+
+
+def _emissions_text(results: Mapping[str, Any]) -> str:
+    energy, grams = _number(results.get("energy_kwh")), _number(results.get("co2_eq_g"))
+    if energy is None or grams is None:
+        return ""
+    country = f" with the electricity of {_markdown(results['co2_country'])}" if results.get("co2_country") else ""
+    return (
+        f"The training took {energy:.3g} kWh, which is {grams:.3g} g of CO₂ equivalent{country}, as CodeCarbon "
+        "estimates from the power of processors and memory during the run; cooling and the making of the machine are "
+        "not in it."
+    )
 
 
 # Text -------------------------------------------------------------------------------------------------------
@@ -379,9 +616,9 @@ def _percent(value: float) -> str:
     return f"{100 * value:.2f} %"
 
 
-def _result_rows(results: Mapping[str, Any], num_labels: int) -> list[tuple[str, str]]:
+def _result_rows(results: Mapping[str, Any], num_labels: int, task: DenseTask | None) -> list[tuple[str, str]]:
     rows = []
-    for key, _, name in _metrics(num_labels):
+    for key, _, name in _metrics(num_labels, task):
         value = _number(results.get(key))
         if value is not None:
             rows.append((name, f"{value:.4f}" if key == "eval_loss" else _percent(value)))
@@ -440,7 +677,11 @@ def _loading_arguments(config: Mapping[str, Any]) -> str:
     return "" if config.get("model_type", "poolformer") == "poolformer" else ", trust_remote_code=True"
 
 
-def _pipeline_snippet(repo_id: str | None, model_dir: Path, config: Mapping[str, Any]) -> str:
+def _pipeline_snippet(
+    repo_id: str | None, model_dir: Path, config: Mapping[str, Any], task: DenseTask | None = None
+) -> str:
+    if task:
+        return task.pipeline_code.replace("{source}", f'"{_source(repo_id, model_dir)}"')
     return (
         "from transformers import pipeline\n\n"
         f'classify = pipeline("{PIPELINE_TAG}", model="{_source(repo_id, model_dir)}"{_loading_arguments(config)})\n'
@@ -448,7 +689,11 @@ def _pipeline_snippet(repo_id: str | None, model_dir: Path, config: Mapping[str,
     )
 
 
-def _model_snippet(repo_id: str | None, model_dir: Path, config: Mapping[str, Any]) -> str:
+def _model_snippet(
+    repo_id: str | None, model_dir: Path, config: Mapping[str, Any], task: DenseTask | None = None
+) -> str:
+    if task:
+        return task.model_code.replace("{source}", f'"{_source(repo_id, model_dir)}"')
     source = f'"{_source(repo_id, model_dir)}"{_loading_arguments(config)}'
     return (
         "import torch\n"

@@ -170,13 +170,13 @@ TIMM = Format(
     stores_matrices=lambda mixer: mixer == "attention",
     token_mixers=("pooling", "identity", "separable_conv", "attention"),
 )
+PREFIXES, BACKBONE_PARTS = ("poolformer", "metaformer"), ("encoder", "hidden_states_norms")
 # This package, and transformers' built-in PoolFormer.
 TRANSFORMERS = Format(
     name="transformers",
     marker=r"(?:\w+\.)?encoder\.patch_embeddings\.0\.projection\.",
     rules=(
-        ("poolformer.encoder.{p}", "encoder.{p}"),
-        ("metaformer.encoder.{p}", "encoder.{p}"),
+        *((f"{prefix}.{part}.{{p}}", f"{part}.{{p}}") for prefix in PREFIXES for part in BACKBONE_PARTS),
         ("{p}", "{p}"),
     ),
     stores_matrices=lambda mixer: False,

@@ -1,12 +1,25 @@
-"""Publishing: one commit that carries a trained model's folder to the Hub, and errors a person can act on."""
+"""Publishing: one commit that carries a model's or a dataset's folder to the Hub, and errors a person can act on."""
 
+import argparse
+import dataclasses
+import json
 import os
+import re
 import shlex
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
+from hashlib import sha1
 from pathlib import Path
+from typing import Any, Literal
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
@@ -16,132 +29,308 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-
-__all__ = ["PublishError", "publish"]
-
-# What a run leaves beside the model: optimiser states, logs and the unfinished. Patterns of fnmatch, in which a star
-# also crosses a slash; `hf upload --exclude` reads them the same way.
-NOT_PUBLISHED = ("checkpoints/*", "logs/*", "runs/*", "*.part", "*.tmp", "*.log", ".*", "*/.*", "*__pycache__/*")
-
-# The largest file that is searched for the token before it leaves the machine. No text file of a run is larger.
-SEARCHED_BYTES = 8 * 2**20
+from .contents import REPO_TYPES, Contents, PublishError, collect
+from .dataset_cards import size_text
+from .verification import compare_answers, compare_files
 
 
-class PublishError(RuntimeError):
-    """Publishing failed. The message says why in one line and how to go on in a second; it holds no token."""
+__all__ = ["Publication", "PublishError", "publish", "upload"]
+
+# How often a commit is begun anew because somebody else's came first (412).
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What has been published. `str()` of it is the URL of the repository.
+
+    Attributes:
+        url: of the repository.
+        commit: hash of the commit; of the newest one where nothing had to change.
+        pull_request: URL of the pull request, if one was asked for.
+        files: paths in the repository.
+        size: bytes of all of them.
+        notes: what was changed on the way up, and what the verification found.
+    """
+
+    url: str
+    repo_id: str
+    repo_type: str
+    commit: str
+    pull_request: str | None
+    files: tuple[str, ...]
+    size: int
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.url
 
 
 def publish(
-    model_dir: str | os.PathLike,
+    folder: str | os.PathLike,
     repo_id: str,
     *,
+    repo_type: Literal["model", "dataset"] = "model",
     private: bool | None = None,
+    gated: Literal["auto", "manual"] | None = None,
     token: str | None = None,
     revision: str | None = None,
-    commit_message: str = "Upload model",
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    exclude: Sequence[str] = (),
+    license: str | None = None,
+    max_shard_size: str | int = "5GB",
+    verify: bool = True,
     endpoint: str | None = None,
-) -> str:
-    """Upload the folder of a trained model to the Hub in one commit, creating the repository if need be.
+) -> Publication:
+    """Upload the folder of a trained model, or of a dataset, to the Hub in one commit, and look whether it arrived.
 
-    The folder is only read. Checkpoints, logs and hidden files stay behind (`NOT_PUBLISHED`). Files that the
-    repository has and the folder has not are left alone.
+    The repository is created if need be. The folder is only read, and may be published again at any time: what has
+    arrived already is not sent twice. Checkpoints with optimiser states, pickles, trackers' logs and hidden files
+    stay behind; paths of this machine are cut out of settings; a missing card is written. Files that the repository
+    has and the folder has not are left alone, but for weights that would be taken for the new ones.
 
     Args:
-        model_dir: a folder with `config.json` and weights, as written by `save_pretrained` or `scripts/train.py`.
+        folder: a model (`config.json` and safetensors weights, as `save_pretrained` or scripts/train.py write them),
+            or with `repo_type="dataset"` images in folders, Parquet files or tar shards.
         repo_id: `user/name` (or `name`, for the owner of the token).
-        private: of a repository that is created now; None leaves it to the account's default.
+        private: True makes the repository private before anything is sent, whether it is new or not. False makes a
+            new one public, None leaves that to the account's default; neither changes one that exists.
+        gated: people have to ask for access: granted to everybody (`"auto"`) or by you (`"manual"`).
         token: a Hub token with the right to write; None takes the one `hf auth login` or HF_TOKEN left.
         revision: branch to commit to, `main` by default. It is created if it does not exist.
+        create_pr: propose the commit as a pull request to `main` rather than make it.
         commit_message: first line of the commit.
+        exclude: patterns (fnmatch) of files of the folder that stay behind too.
+        license: a licence identifier of the Hub, for the card of a folder that has none.
+        max_shard_size: weights above this size go up in several files; a number of bytes, or a text like `"5GB"`.
+        verify: download what was uploaded, compare every SHA-256, and for a model also compare its outputs with
+            those it gives in a process without this package.
         endpoint: another Hub than `HF_ENDPOINT` says.
 
-    Returns:
-        the URL of the repository.
-
     Raises:
-        PublishError: for whatever kept the upload from happening. The folder is complete as it was.
+        PublishError: for whatever kept the upload or its verification from happening. The folder is complete as it
+            was, and the message ends with the command that goes on.
     """
-    model_dir = Path(model_dir)
-    _check_folder(model_dir)
+    folder = Path(folder)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise PublishError(f"{repo_id!r} is not a repository id, which looks like user/name: {error}") from None
-
+    if create_pr and revision not in (None, "main"):
+        raise PublishError("a pull request goes to main; give either --create_pr or --revision")
     secret = token or get_token()
-    files = _files_to_publish(model_dir)
-    _refuse_token_inside(model_dir, files, secret)
-    api = HfApi(endpoint=endpoint, token=token)
-    try:
-        repo_url = api.create_repo(repo_id, private=private, exist_ok=True)
-        repo_id = repo_url.repo_id
-        if revision not in (None, "main"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        # create_commit and not upload_folder: the latter cuts a folder into several commits when it likes, and
-        # between two of them the repository would hold half a model.
-        api.create_commit(
+    with tempfile.TemporaryDirectory(prefix="hf-poolformer-") as scratch:
+        contents = collect(
+            folder,
             repo_id,
-            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(model_dir / name)) for name in files],
-            commit_message=commit_message,
-            revision=revision,
+            scratch,
+            repo_type=repo_type,
+            exclude=exclude,
+            max_shard_size=max_shard_size,
+            license=license,
+            secret=secret,
         )
-    except Exception as error:  # the Hub, the network, the disk or the storage client: all end in the same advice
-        reason = _redact(_reason(error, repo_id, api.endpoint), secret)
-        command = retry_command(model_dir, repo_id, private=private, revision=revision)
-        # `from None`: a server may echo what it was sent, and a traceback would print the original message.
-        raise PublishError(
-            f"the model was not published to {repo_id}: {reason} It is complete in {model_dir}.\nTo go on: {command}"
-        ) from None
-    return str(repo_url)
+        published, failure = None, None
+        try:
+            published = upload(
+                contents,
+                repo_id,
+                private=private,
+                gated=gated,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message or f"Upload {repo_type}",
+                endpoint=endpoint,
+            )
+            if verify:
+                notes = verification(contents, published, folder, Path(scratch), token, endpoint)
+                published = dataclasses.replace(published, notes=(*published.notes, *notes))
+        except Exception as error:  # the Hub, the network, the disk or the storage client: all end in the same advice
+            failure = reason(error, endpoint or HfApi().endpoint)
+    if failure is not None:
+        # Raised here and not above: a server may echo what it was sent, and the first exception would hang on this
+        # one as its context, for every log that writes contexts out.
+        command = publish_command(
+            folder,
+            repo_id,
+            repo_type=repo_type,
+            private=private,
+            gated=gated,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            exclude=exclude,
+            license=license,
+            max_shard_size=max_shard_size,
+            verify=verify,
+        )
+        what = (
+            f"the {repo_type} was not published to {repo_id}"
+            if published is None
+            else f"published to {published}, but"
+        )
+        text = f"{what}: {failure} It is complete in {folder}." if published is None else f"{what} {failure}"
+        raise PublishError(f"{redact(text, secret)}\nTo go on: {command}")
+    return published
 
 
-def retry_command(
-    model_dir: str | os.PathLike, repo_id: str, *, private: bool | None = None, revision: str | None = None
-) -> str:
-    """The shell command, of huggingface_hub's own `hf`, that uploads what `publish` uploads. It holds no token."""
-    words = ["hf", "upload", repo_id, str(model_dir), "."]
-    names = _files_in(Path(model_dir))
-    for pattern in NOT_PUBLISHED:
-        if any(fnmatch(name, pattern) for name in names):  # the others would only make the line long
-            words += ["--exclude", pattern]
-    if private:
-        words.append("--private")
-    if revision:
-        words += ["--revision", revision]
-    return shlex.join(words)
+def upload(
+    contents: Contents,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    gated: Literal["auto", "manual"] | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload",
+    endpoint: str | None = None,
+    space_sdk: str | None = None,
+) -> Publication:
+    """Create the repository if need be and put `contents` into it with one commit. The parts of `publish` that send.
+
+    Every step may be repeated: a repository, branch, setting or stored file that is there already stays, and a
+    commit or pull request that would change nothing is not made. Arguments as for `publish`.
+
+    Raises:
+        huggingface_hub's errors, unexplained.
+    """
+    api = HfApi(endpoint=endpoint, token=token)
+    kind = contents.repo_type
+    try:
+        # Without a namespace, a repository of that name may be somebody else's.
+        info = api.repo_info(repo_id, repo_type=kind) if "/" in repo_id else None
+    except RepositoryNotFoundError:
+        info = None
+    if info is None:
+        created = api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True, space_sdk=space_sdk)
+        repo_id = created.repo_id
+        info = api.repo_info(repo_id, repo_type=kind)
+    # Before anything is sent: what is meant to be private must not be public for a minute.
+    if private and not info.private:
+        api.update_repo_settings(repo_id, repo_type=kind, private=True)
+    if gated is not None and getattr(info, "gated", False) != gated:
+        api.update_repo_settings(repo_id, repo_type=kind, gated=gated)
+    revision = revision or "main"
+    if revision != "main" and not revision.startswith("refs/"):
+        api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True)
+    commit, pull_request = None, None
+    if create_pr:
+        commit, pull_request = open_request(api, contents, repo_id, commit_message)
+    if commit is None:
+        made = make_commit(api, contents, repo_id, revision, create_pr, commit_message)
+        commit, pull_request = made.oid, made.pr_url
+    notes = list(contents.notes)
+    if create_pr and pull_request is None:
+        notes.append("no pull request, as the repository holds these files already")
+    return Publication(
+        url=f"{api.endpoint}/{'' if kind == 'model' else f'{kind}s/'}{repo_id}",
+        repo_id=repo_id,
+        repo_type=kind,
+        commit=commit,
+        pull_request=pull_request,
+        files=tuple(sorted(contents.files)),
+        size=contents.total,
+        notes=tuple(notes),
+    )
 
 
-def _check_folder(model_dir: Path) -> None:
-    if not model_dir.is_dir():
-        raise PublishError(f"{model_dir} is not a folder")
-    if not (model_dir / "config.json").is_file() or not any(model_dir.glob("*.safetensors")):
-        raise PublishError(f"{model_dir} holds no model: config.json and model.safetensors are needed")
+def make_commit(
+    api: HfApi, contents: Contents, repo_id: str, revision: str, create_pr: bool, commit_message: str
+) -> CommitInfo:
+    """One commit on top of what the branch holds now; begun anew if somebody else's came in between."""
+    kind = contents.repo_type
+    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in contents.files.items()]
+    for attempt in range(ATTEMPTS):
+        head = api.repo_info(repo_id, repo_type=kind, revision=revision)
+        stale = [
+            CommitOperationDelete(path_in_repo=sibling.rfilename)
+            for sibling in head.siblings or []
+            if sibling.rfilename not in contents.files
+            and any(fnmatch(sibling.rfilename, pattern) for pattern in contents.replaces)
+        ]
+        try:
+            # create_commit and not upload_folder: the latter cuts a folder into several commits when it likes, and
+            # between two of them the repository would hold half a model.
+            return api.create_commit(
+                repo_id,
+                [*additions, *stale],
+                repo_type=kind,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                parent_commit=head.sha,
+            )
+        except HfHubHTTPError as error:
+            if error.response.status_code != 412 or attempt == ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable")
 
 
-def _files_in(model_dir: Path) -> list[str]:
-    return sorted(path.relative_to(model_dir).as_posix() for path in model_dir.rglob("*") if path.is_file())
+def open_request(api: HfApi, contents: Contents, repo_id: str, title: str) -> tuple[str | None, str | None]:
+    """Commit and URL of an open pull request of this title with just these files, left by an upload cut off."""
+    requests = api.get_repo_discussions(
+        repo_id, repo_type=contents.repo_type, discussion_type="pull_request", discussion_status="open"
+    )
+    for request in requests:
+        if request.title != title:
+            continue
+        revision = f"refs/pr/{request.num}"
+        try:
+            found = api.get_paths_info(repo_id, list(contents.files), repo_type=contents.repo_type, revision=revision)
+            if {file.path: stored_hash(file) for file in found} == {
+                file.path: contents.sha256(file.path) if file.lfs else blob_hash(contents, file.path) for file in found
+            } and len(found) == len(contents.files):
+                commit = api.repo_info(repo_id, repo_type=contents.repo_type, revision=revision).sha
+                return commit, request.url
+        except (RevisionNotFoundError, EntryNotFoundError):
+            continue  # closed meanwhile
+    return None, None
 
 
-def _files_to_publish(model_dir: Path) -> list[str]:
-    return [name for name in _files_in(model_dir) if not any(fnmatch(name, pattern) for pattern in NOT_PUBLISHED)]
+def stored_hash(file: Any) -> str:
+    return file.lfs.sha256 if file.lfs else file.blob_id
 
 
-def _refuse_token_inside(model_dir: Path, files: list[str], secret: str | None) -> None:
-    """A token in a published file is a token in everybody's hands: better not to publish at all."""
-    if not secret:
-        return
-    for name in files:
-        path = model_dir / name
-        if path.stat().st_size <= SEARCHED_BYTES and secret.encode() in path.read_bytes():
-            raise PublishError(f"{path} contains your Hub token; remove it there, then publish again")
+def blob_hash(contents: Contents, name: str) -> str:
+    """What git calls the file."""
+    content = contents.files[name]
+    data = content if isinstance(content, bytes) else content.read_bytes()
+    return sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _redact(text: str, secret: str | None) -> str:
-    return text.replace(secret, "<token>") if secret else text
+def verification(
+    contents: Contents, published: Publication, folder: Path, scratch: Path, token: str | None, endpoint: str | None
+) -> list[str]:
+    downloaded = compare_files(
+        contents, published.repo_id, published.commit, scratch / "downloaded", token=token, endpoint=endpoint
+    )
+    notes = [f"verified: {len(contents.files)} files downloaded again, every SHA-256 the same"]
+    if contents.repo_type == "model":
+        notes.append(f"verified: {compare_answers(folder, downloaded, scratch)}")
+    return notes
 
 
-def _reason(error: Exception, repo_id: str, endpoint: str) -> str:
+# What went wrong --------------------------------------------------------------------------------------------
+
+
+def redact(text: str, secret: str | None) -> str:
+    """`text` without the token, without signatures of storage addresses and without passwords in addresses."""
+    if secret:
+        text = text.replace(secret, "<token>")
+    text = re.sub(r"\bhf_[A-Za-z0-9]{30,}", "<token>", text)
+    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", text)
+    return re.sub(r"(https?://)[^/@\s]+@", r"\1", text)
+
+
+def reason(error: Exception, endpoint: str) -> str:
     """One sentence about `error`, with what to do about it."""
+    if isinstance(error, PublishError):
+        return f"{error}."
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__  # of the storage, which huggingface_hub wraps
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so nothing may be sent; unset it."
     if isinstance(error, LocalTokenNotFoundError):
@@ -166,5 +355,131 @@ def _reason(error: Exception, repo_id: str, endpoint: str) -> str:
         return f"{advice} ({status}{': ' + said if said else ''})."
     said = " ".join(str(error).split())[:300]
     if isinstance(error, ValueError) and "metadata" in said:
-        return f"the Hub refuses the model card: {said}"
+        return f"the Hub refuses the card: {said}"
     return f"{endpoint} cannot be reached or broke off ({type(error).__name__}{': ' + said if said else ''})."
+
+
+def publish_command(folder: str | os.PathLike, repo_id: str, **options: Any) -> str:
+    """The shell command that publishes with the same options, which are `publish`'s. It holds no token."""
+    words = [*program(), str(folder), "--repo_id", repo_id]
+    for action in parser()._actions:
+        value = options.get(action.dest)
+        if action.dest == "no_verify":
+            value = options.get("verify") is False
+        if value in (None, False, action.default) or value == ():
+            continue
+        words.append(action.option_strings[0])
+        if value is not True:
+            words += list(value) if isinstance(value, (list, tuple)) else [str(value)]
+    return shlex.join(words)
+
+
+def program() -> list[str]:
+    """scripts/publish.py where one of our scripts runs, else the installed command, else the module."""
+    script = Path(sys.argv[0] or "-").with_name("publish.py")  # empty in an interactive Python
+    if script.is_file():
+        return ["python", str(script)]
+    return ["hf-poolformer", "publish"] if shutil.which("hf-poolformer") else ["python", "-m", "hf_poolformer.hub"]
+
+
+# The command ------------------------------------------------------------------------------------------------
+
+
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line of scripts/publish.py and of `hf-poolformer publish`."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=(
+            "Publish the folder of a trained model, or of a dataset, on the Hugging Face Hub: one commit with "
+            "weights, configuration, code, processor, card, figures and the log of the training, downloaded again "
+            "and compared. Interrupted, the same command goes on."
+        ),
+        epilog="The token is the one `hf auth login` or HF_TOKEN left; it is written nowhere.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="MODEL_DIR", type=Path, help="the folder; it is only read")
+    parser.add_argument("--repo_id", required=True, metavar="USER/NAME", help="where to; created if need be")
+    parser.add_argument("--repo_type", choices=REPO_TYPES, default="model", help="(default: %(default)s)")
+    parser.add_argument("--private", action="store_true", default=None, help="only you can see the repository")
+    parser.add_argument(
+        "--gated", choices=("auto", "manual"), help="people ask for access: everybody gets it, or you grant it"
+    )
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to; created if need be (default: main)")
+    parser.add_argument("--create_pr", action="store_true", help="propose the commit as a pull request")
+    parser.add_argument("--commit_message", metavar="TEXT", help="first line of the commit")
+    parser.add_argument(
+        "--exclude", nargs="+", default=(), metavar="PATTERN", help="files that stay behind, like 'predictions*'"
+    )
+    parser.add_argument("--license", metavar="ID", help="licence, for the card of a folder that has none")
+    parser.add_argument(
+        "--max_shard_size",
+        default="5GB",
+        metavar="SIZE",
+        help="weights above this go up in several files (default: %(default)s)",
+    )
+    parser.add_argument("--no_verify", action="store_true", help="do not download and compare what was uploaded")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="only list what would go up and what would stay; sends nothing"
+    )
+    parser.add_argument("--json", action="store_true", help="print the outcome as JSON, for programs")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Entry point; returns the exit status: 0, 2 for an error that is explained on stderr, 130 if interrupted."""
+    arguments = parser(prog).parse_args(argv)
+    options = {name: value for name, value in vars(arguments).items() if name not in ("dry_run", "json", "no_verify")}
+    options["verify"] = not arguments.no_verify
+    folder, repo_id = options.pop("folder"), options.pop("repo_id")
+
+    def terminate(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        if arguments.dry_run:
+            return list_contents(folder, repo_id, arguments)
+        published = publish(folder, repo_id, **options)
+    except PublishError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        command = publish_command(folder, repo_id, **options)
+        print(f"interrupted; {folder} is complete.\nTo go on: {command}", file=sys.stderr)
+        return 130
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(published), indent=2))
+        return 0
+    for note in published.notes:
+        print(f"note: {note}")
+    print(f"{len(published.files)} files, {size_text(published.size)}, commit {published.commit[:8]}")
+    print(f"Published: {published.pull_request or published.url}")
+    return 0
+
+
+def list_contents(folder: Path, repo_id: str, arguments: argparse.Namespace) -> int:
+    """What `--dry_run` prints."""
+    with tempfile.TemporaryDirectory(prefix="hf-poolformer-") as scratch:
+        contents = collect(
+            folder,
+            repo_id,
+            scratch,
+            repo_type=arguments.repo_type,
+            exclude=arguments.exclude,
+            max_shard_size=arguments.max_shard_size,
+            license=arguments.license,
+            secret=get_token(),
+        )
+        sizes = {name: contents.size(name) for name in sorted(contents.files)}
+    if arguments.json:
+        print(json.dumps({"files": sizes, "left_out": contents.left_out, "notes": contents.notes}, indent=2))
+        return 0
+    print(f"{folder} -> {arguments.repo_type} {repo_id}: {len(sizes)} files, {size_text(sum(sizes.values()))}")
+    for name, size in sizes.items():
+        print(f"{size:>13,}  {name}")
+    for name, why in contents.left_out.items():
+        print(f"{'stays':>13}  {name} ({why})")
+    for note in contents.notes:
+        print(f"note: {note}")
+    print("Nothing was sent (--dry_run).")
+    return 0

@@ -1,0 +1,156 @@
+"""Dataset cards: the README.md of a folder of images, Parquet files or tar shards, written from the files alone."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from .cards import LICENSES, CardError, _markdown, _one_line
+
+
+__all__ = ["dataset_card"]
+
+TEMPLATE = Path(__file__).with_name("dataset_card_template.md")
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SHARD = re.compile(r"(?:(?P<folder>.*)/)?(?P<split>[\w.]+?)[-_](?P<number>\d+)(?:-of-\d+)?\.(?:parquet|tar)")
+
+# More classes than this make a table nobody reads.
+MAX_CLASSES_IN_TABLE = 100
+
+SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+
+
+def dataset_card(folder: str | Path, files: Mapping[str, Any], *, repo_id: str, license: str | None = None) -> str:
+    """The card of the dataset in `folder`.
+
+    Args:
+        files: the files that are published, by their path in the folder; values are not looked at.
+        repo_id: where the dataset will be published.
+        license: a licence identifier of the Hub; without one the card says `unknown`.
+
+    Raises:
+        CardError: an unknown licence.
+    """
+    folder = Path(folder)
+    license = license or "unknown"
+    if license not in LICENSES:
+        raise CardError(f"license {license!r} is not an identifier the Hub knows, like 'cc-by-4.0' or 'mit'")
+    data = DatasetCardData(
+        license=license,
+        tags=["image", "hf-poolformer"],
+        pretty_name=_one_line(repo_id.rpartition("/")[2]),
+    )
+    shards = group_by_split([name for name in files if name.lower().endswith((".parquet", ".tar"))])
+    classes: list[str] = []
+    counts: dict[str, int | None] = {}
+    if shards:
+        unit = "examples"
+        data.configs = [
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": sorted(names)} for split, names in shards.items()],
+            }
+        ]
+        if all(name.lower().endswith(".parquet") for names in shards.values() for name in names):
+            classes, counts = describe_parquet(folder, shards, data)
+    else:
+        unit = "images"
+        shards = group_by_folder([name for name in files if Path(name).suffix.lower() in IMAGES])
+        counts = {split: len(names) for split, names in shards.items()}
+        classes = sorted(
+            {parts[-2] for names in shards.values() for name in names if len(parts := Path(name).parts) > 1}
+        )
+        classes = [] if set(classes) <= set(shards) else classes
+    total = None if not counts or None in counts.values() else sum(count or 0 for count in counts.values())
+    if classes:
+        data.task_categories = ["image-classification"]
+    if total is not None:
+        data.size_categories = [next((text for limit, text in SIZES if total < limit), "n>10M")]
+    splits = [
+        {
+            "name": split,
+            "examples": "?" if counts.get(split) is None else f"{counts[split]:,}",
+            "files": len(names),
+            "size": size_text(sum((folder / name).stat().st_size for name in names)),
+        }
+        for split, names in shards.items()
+    ]
+    what = f"{total:,} images" if total is not None else "Images"
+    of = f" of {len(classes)} classes" if classes else ""
+    card = DatasetCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        md=_markdown,
+        title=repo_id.rpartition("/")[2],
+        summary=f"{what}{of}, in {'1 split' if len(splits) == 1 else f'{len(splits)} splits'}.",
+        unit=unit,
+        splits=splits,
+        classes=classes if len(classes) <= MAX_CLASSES_IN_TABLE else [],
+        repo_id=repo_id,
+        snippet=(
+            "from datasets import load_dataset\n\n"
+            f'dataset = load_dataset("{repo_id}", streaming=True)\n'
+            f'print(next(iter(dataset["{next(iter(shards), "train")}"])))'
+        ),
+    )
+    return str(card).rstrip("\n") + "\n"
+
+
+def size_text(size: int) -> str:
+    """Bytes for people: 241 kB, 3.7 MB."""
+    return f"{size / 1e3:.0f} kB" if size < 10**6 else f"{size / 1e6:.1f} MB"
+
+
+def group_by_split(names: Sequence[str]) -> dict[str, list[str]]:
+    """Shards by the split that their names begin with; `train` where they do not say."""
+    splits: dict[str, list[str]] = {}
+    for name in sorted(names):
+        found = SHARD.fullmatch(name)
+        splits.setdefault(found["split"] if found else split_in(Path(name).parts[:-1]), []).append(name)
+    return in_order(splits)
+
+
+def group_by_folder(names: Sequence[str]) -> dict[str, list[str]]:
+    splits: dict[str, list[str]] = {}
+    for name in sorted(names):
+        splits.setdefault(split_in(Path(name).parts[:-1]), []).append(name)
+    return in_order(splits)
+
+
+def split_in(parts: Sequence[str]) -> str:
+    known = {"train": "train", "valid": "validation", "validation": "validation", "val": "validation", "test": "test"}
+    return next((known[part.lower()] for part in parts if part.lower() in known), "train")
+
+
+def in_order(splits: dict[str, list[str]]) -> dict[str, list[str]]:
+    first = ("train", "validation", "test")
+    return dict(sorted(splits.items(), key=lambda item: (first.index(item[0]) if item[0] in first else 3, item[0])))
+
+
+def describe_parquet(
+    folder: Path, shards: Mapping[str, Sequence[str]], data: DatasetCardData
+) -> tuple[list[str], dict[str, int | None]]:
+    """Class names, examples per split; features and sizes go into the metadata as `dataset_info`."""
+    try:
+        import pyarrow.parquet as parquet
+        from datasets import ClassLabel, DatasetInfo, Features
+        from datasets.info import DatasetInfosDict
+        from datasets.splits import SplitDict, SplitInfo
+    except ImportError:  # the extra `train`; the card is poorer without
+        return [], dict.fromkeys(shards)
+    counts: dict[str, int | None] = {}
+    splits, features = SplitDict(), None
+    for split, names in shards.items():
+        opened = [parquet.ParquetFile(folder / name) for name in names]
+        counts[split] = sum(file.metadata.num_rows for file in opened)
+        features = features or Features.from_arrow_schema(opened[0].schema_arrow)
+        size = sum((folder / name).stat().st_size for name in names)
+        splits.add(SplitInfo(name=split, num_bytes=size, num_examples=counts[split]))
+    total = sum((folder / name).stat().st_size for names in shards.values() for name in names)
+    info = DatasetInfo(features=features, splits=splits, download_size=total, dataset_size=total)
+    DatasetInfosDict({"default": info}).to_dataset_card_data(data)
+    labels = [feature for feature in (features or {}).values() if isinstance(feature, ClassLabel)]
+    return (list(labels[0].names) if labels else []), counts
