@@ -1,6 +1,14 @@
-"""Labels images: `python scripts/predict.py MODEL INPUT... --output predictions.parquet`."""
+"""Label images, or compute their features: files, folders, datasets, streams of any length.
+
+    python scripts/predict.py MODEL photos --output predictions.csv
+    accelerate launch scripts/predict.py MODEL --dataset_name USER/DATASET --output outputs/labels
+
+An --output that ends in .parquet, .csv or .jsonl is one table. Any other is a folder of Parquet parts, which several
+processes fill together; killed or stopped, the same command goes on where it was.
+"""
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,18 +18,23 @@ from pathlib import Path
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
 from hf_poolformer.prediction import predict  # noqa: E402
+from hf_poolformer.prediction.run import PART_SIZE  # noqa: E402
 from hf_poolformer.training.errors import UserError  # noqa: E402
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder or Hub id of an image classifier")
     add("inputs", metavar="INPUT", nargs="*", help="image files, folders, globs, Parquet files, WebDataset tars")
-    add("--output", required=True, help="table to write: .parquet, .csv or .jsonl")
+    add("--output", required=True, help="a table (.parquet, .csv, .jsonl) or a folder of Parquet parts")
     add("--overwrite", action="store_true", help="replace the output if it exists")
     add("--top_k", type=int, default=5, help="classes per image (default: %(default)s)")
+    add("--embeddings", action="store_true", help="also write the features that the head classifies")
     add("--batch_size", type=int, default=32, help="images at once (default: %(default)s)")
+    add("--part_size", type=int, default=PART_SIZE, help="rows of a part in a folder (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: an accelerator if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default: %(default)s")
     add("--num_workers", type=int, help="processes that decode (default: by cores)")
@@ -47,17 +60,24 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, terminate)
     try:
+        if "MASTER_ADDR" in os.environ:  # accelerate launch was asked for several processes
+            from hf_poolformer.training.processes import start_cpu_processes
+
+            start_cpu_processes()
         summary = predict(**vars(arguments), should_stop=lambda: terminated)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped: {arguments.output} was not written", file=sys.stderr)
+        kept = "was not written" if Path(arguments.output).suffix else "is not complete; the same command goes on"
+        print(f"stopped: {arguments.output} {kept}", file=sys.stderr)
         return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
     for example in summary.examples:
         print(f"broken: {example}", file=sys.stderr)
-    print(summary)
-    return 0 if summary.predicted else 1
+    # Of several processes, the one that came last speaks for all.
+    if summary.complete or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        print(summary)
+    return 0 if summary.predicted or not summary.broken else 1
 
 
 if __name__ == "__main__":

@@ -182,8 +182,8 @@ def test_what_cannot_be_done_is_said_first(model, folder, tmp_path):
     table = tmp_path / "t.csv"
     for inputs, output, message in [
         ([folder], tmp_path / "t.xlsx", r"must end in .parquet, .csv, .jsonl"),
-        ([folder], tmp_path / "t", r"must end in"),
-        ([folder], folder, r"must end in"),
+        ([folder], folder, r"holds other files, .* for one"),
+        ([folder], folder / "0.png" / "t", r"cannot be made"),
         ([], table, r"nothing to predict"),
         ([tmp_path / "absent"], table, r"absent: no such file"),
         ([tmp_path / "*.bmp"], table, r"no such file"),
@@ -257,6 +257,266 @@ def test_interrupted_it_leaves_nothing_behind(model, tmp_path, name):
     assert process.returncode == 128 + signal.Signals[name]
     assert errors.strip().splitlines()[-1] == f"stopped: {output} was not written" and "Traceback" not in errors
     assert list(output.parent.iterdir()) == []
+
+
+# A folder of parts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two Parquet files of 26 images in row groups of 5, three image files, a damaged image in each."""
+    root = tmp_path / "shards"
+    root.mkdir()
+    for number in range(2):
+        images = [{"bytes": encode(100 * number + seed), "path": None} for seed in range(26)]
+        images[11]["bytes"] = b"junk"
+        Dataset.from_dict({"image": images}, features=Features({"image": ImageFeature()})).to_parquet(
+            root / f"{number}.parquet", batch_size=5
+        )
+    for seed in range(3):
+        (root / f"{seed}.png").write_bytes(encode(seed))
+    (root / "broken.png").write_bytes(b"junk")
+    return root
+
+
+def fill(model, shards, folder, **options):
+    settings = {"batch_size": 3, "part_size": 7, "num_workers": 0, **options}
+    return predict(model, [shards], folder, progress=False, **settings)
+
+
+def parts_of(folder: Path) -> dict[str, list[dict]]:
+    return {path.name: read(path) for path in sorted(folder.glob("part-*"))}
+
+
+def interrupt(after: int):
+    count = iter(range(after))
+    return lambda: next(count, None) is None
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_parts_in_order_are_the_table(model, shards, tmp_path, num_workers):
+    summary = fill(model, shards, tmp_path / "out", num_workers=num_workers)
+    assert (summary.predicted, summary.broken, summary.complete) == (53, 3, True)
+    assert "53 images predicted, 3 broken (see broken.csv)" in str(summary)
+    parts = parts_of(tmp_path / "out")
+    # Whole row groups, of five rows, as many as fit into seven; image files between the Parquet files by themselves.
+    assert [len(rows) for rows in parts.values()] == [5, 5, 5, 5, 6, 1, 5, 5, 5, 5, 6, 3]
+    fill(model, shards, tmp_path / "table.parquet")
+    rows, expected = [row for part in parts.values() for row in part], read(tmp_path / "table.parquet")
+    assert [row["path"] for row in rows] == [row["path"] for row in expected]
+    assert [row["error"] for row in rows] == [row["error"] for row in expected]
+    for row, same in zip(rows, expected, strict=True):
+        assert row["labels"] == same["labels"]
+        if row["labels"]:
+            # Other batches, hence other last digits.
+            assert row["scores"] == pytest.approx(same["scores"], rel=1e-5)
+    stored = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert stored == {"predicted": 53, "broken": 3, "parts": {name: len(part) for name, part in parts.items()}}
+    with open(tmp_path / "out" / "broken.csv", newline="") as file:
+        broken = list(csv.DictReader(file))
+    assert [row["path"] for row in broken] == [row["path"] for row in rows if row["error"]]
+    assert all(row["error"] == "not an image in a format that Pillow knows" for row in broken)
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+@pytest.mark.parametrize("after", [1, 4, 9, 13])
+def test_stopped_and_started_again_the_rows_are_the_same(model, shards, tmp_path, after):
+    fill(model, shards, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fill(model, shards, tmp_path / "out", should_stop=interrupt(after))
+    done = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in parts_of(tmp_path / "out")}
+    assert not list((tmp_path / "out").glob(".*")) and not (tmp_path / "out" / "summary.json").exists()
+    # Killed while it wrote: an unfinished part of a process that is no more.
+    (tmp_path / "out" / ".part-00000-of-00015-00009.parquet.1.partial").write_bytes(b"PAR1")
+    summary = fill(model, shards, tmp_path / "out")
+    assert summary.before == sum(len(rows) for name, rows in parts_of(tmp_path / "out").items() if name in done)
+    assert parts_of(tmp_path / "out") == parts_of(tmp_path / "whole")
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in done} == done
+    again = fill(model, shards, tmp_path / "out")
+    assert (again.predicted, again.broken, again.before) == (53, 3, 56)
+
+
+def test_processes_share_the_shards_and_may_change_in_number(model, shards, tmp_path):
+    fill(model, shards, tmp_path / "whole")
+    first = fill(model, shards, tmp_path / "out", process_index=1, num_processes=3)
+    assert not first.complete and "not complete yet" in str(first)
+    with pytest.raises(KeyboardInterrupt):
+        fill(model, shards, tmp_path / "out", process_index=0, num_processes=3, should_stop=interrupt(3))
+    assert not fill(model, shards, tmp_path / "out", process_index=0, num_processes=2).complete
+    last = fill(model, shards, tmp_path / "out", process_index=1, num_processes=2)
+    assert last.complete and (last.predicted, last.broken) == (53, 3)
+    assert parts_of(tmp_path / "out") == parts_of(tmp_path / "whole")
+    # More processes than shards.
+    assert fill(model, shards, tmp_path / "out", process_index=40, num_processes=41).complete
+
+
+def test_what_is_done_is_not_read_again(model, folder, tmp_path):
+    (folder / "below" / "extra.png").write_bytes(encode(50))
+    options = {"part_size": 4, "batch_size": 2, "num_workers": 0, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        predict(model, [folder], tmp_path / "out", should_stop=interrupt(3), **options)
+    for seed in range(4):
+        (folder / f"{seed}.png").write_bytes(b"gone")
+    assert predict(model, [folder], tmp_path / "out", **options).broken == 2
+    assert all(row["error"] is None for row in parts_of(tmp_path / "out")["part-00000-of-00003-00000.parquet"])
+
+
+def test_a_tar_is_entered_again_in_the_middle(model, tmp_path):
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        for seed in range(9):
+            member = tarfile.TarInfo(f"{seed}.png")
+            member.size = len(encode(seed))
+            tar.addfile(member, io.BytesIO(encode(seed)))
+    with pytest.raises(KeyboardInterrupt):
+        fill(model, tmp_path / "images.tar", tmp_path / "out", part_size=4, batch_size=2, should_stop=interrupt(3))
+    assert list(parts_of(tmp_path / "out")) == ["part-00000-of-00001-00000.parquet"]
+    fill(model, tmp_path / "images.tar", tmp_path / "out", part_size=4, batch_size=2)
+    names = [row["path"] for part in parts_of(tmp_path / "out").values() for row in part]
+    assert names == [f"{tmp_path}/images.tar#{seed}.png" for seed in range(9)]
+
+
+def test_a_damaged_part_is_made_again(model, shards, tmp_path):
+    fill(model, shards, tmp_path / "out")
+    expected = parts_of(tmp_path / "out")
+    victim = tmp_path / "out" / list(expected)[3]
+    victim.write_bytes(victim.read_bytes()[:-20])
+    (tmp_path / "out" / list(expected)[5]).unlink()
+    assert fill(model, shards, tmp_path / "out").complete
+    assert parts_of(tmp_path / "out") == expected
+
+
+def test_another_jobs_folder_is_refused(model, shards, tmp_path):
+    out = tmp_path / "out"
+    fill(model, shards, out)
+    expected = parts_of(out)
+    other = PoolFormerForImageClassification.from_pretrained(model)
+    with torch.no_grad():
+        other.classifier.bias.add_(0.1)
+    other.save_pretrained(tmp_path / "other")
+    PoolFormerImageProcessor.from_pretrained(model).save_pretrained(tmp_path / "other")
+    for changes, message in [
+        ({"model": tmp_path / "other"}, "another model"),
+        ({"top_k": 3}, "top_k 5 instead of 3"),
+        ({"part_size": 8}, "part_size 7 instead of 8"),
+        ({"embeddings": True}, "columns"),
+        ({"shards": shards / "0.parquet"}, "other images"),
+    ]:
+        with pytest.raises(UserError, match=message) as caught:
+            fill(**{"model": model, "shards": shards, "folder": out, **changes})
+        assert "--overwrite" in str(caught.value)
+    assert parts_of(out) == expected
+    (out / "notes.txt").write_text("mine")
+    fill(tmp_path / "other", shards, out, overwrite=True)
+    assert parts_of(out).keys() == expected.keys() and parts_of(out) != expected
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        fill(model, shards, out)
+    with pytest.raises(UserError, match="several processes fill a folder"):
+        fill(model, shards, tmp_path / "t.csv", process_index=0, num_processes=2)
+
+
+def test_storage_out_of_reach_is_waited_for_and_never_taken_for_the_end(model, tmp_path, monkeypatch):
+    from datasets import IterableDataset
+
+    from hf_poolformer.prediction import inputs, run
+    from hf_poolformer.training import faults
+
+    failures = []
+
+    def rows():
+        for seed in range(10):
+            if seed == 6 and failures:
+                raise failures.pop()
+            yield {"image": {"bytes": encode(seed), "path": None}}
+
+    class Remote(inputs.Images):
+        count = 10
+
+        def shards(self, size):
+            stream = IterableDataset.from_generator(rows, features=Features({"image": ImageFeature(decode=False)}))
+            return [inputs.StreamShard(stream, "image", "remote", 10, by_name=False)]
+
+    monkeypatch.setattr(run, "find_images", lambda *_, **__: [Remote()])
+    monkeypatch.setattr(faults, "DELAYS", (0.0, 0.0))
+    options = {"part_size": 4, "batch_size": 4, "num_workers": 0, "progress": False}
+    failures[:] = [ConnectionResetError("reset"), TimeoutError("slow")]
+    predict(model, [], tmp_path / "once", **options)
+    failures[:] = [ConnectionResetError("reset")] * 3
+    with pytest.raises(UserError, match=r"reading failed at remote after 6 images: reset.*same command"):
+        predict(model, [], tmp_path / "twice", **options)
+    assert list(parts_of(tmp_path / "twice")) == ["part-00000-of-00001-00000.parquet"]
+    assert predict(model, [], tmp_path / "twice", **options).before == 4
+    assert parts_of(tmp_path / "once") == parts_of(tmp_path / "twice")
+    paths = [row["path"] for part in parts_of(tmp_path / "once").values() for row in part]
+    assert paths == [f"remote#{index}" for index in range(10)]
+    failures[:] = [ValueError("damaged")]
+    summary = predict(model, [], tmp_path / "damaged", **options)
+    assert (summary.predicted, summary.broken) == (6, 1)
+
+
+def test_a_full_disk_costs_a_part(model, shards, tmp_path, run_python):
+    code = """
+import resource, sys
+from hf_poolformer.prediction import predict
+from hf_poolformer.training.errors import UserError
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+model, shards, out = sys.argv[1:]
+options = {"batch_size": 3, "part_size": 7, "num_workers": 0, "progress": False, "embeddings": True}
+count = iter(range(6))
+def limit():
+    if next(count, None) is None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    predict(model, [shards], out, should_stop=limit, **options)
+except UserError as error:
+    print(error)
+"""
+    done = run_python(code, model, shards, tmp_path / "out")
+    assert "cannot be written" in done.stdout and "File too large" in done.stdout
+    assert 0 < len(parts_of(tmp_path / "out")) < 8 and not list((tmp_path / "out").glob(".*"))
+    fill(model, shards, tmp_path / "out", embeddings=True)
+    fill(model, shards, tmp_path / "whole", embeddings=True)
+    assert parts_of(tmp_path / "out") == parts_of(tmp_path / "whole")
+
+
+# Features ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+def test_embeddings_are_what_the_head_takes(model, folder, tmp_path, suffix):
+    predict(model, [folder], tmp_path / f"t.{suffix}", embeddings=True, batch_size=4, progress=False)
+    rows = read(tmp_path / f"t.{suffix}")
+    classifier = PoolFormerForImageClassification.from_pretrained(model).eval()
+    for row in rows:
+        embedding = row["embedding"]
+        if row["error"]:
+            assert embedding is None
+            continue
+        embedding = torch.tensor(json.loads(embedding) if isinstance(embedding, str) else embedding)
+        assert embedding.shape == (64,)
+        with torch.no_grad():
+            scores = classifier.classifier(embedding).softmax(-1).sort(descending=True).values
+        torch.testing.assert_close(scores[:5], torch.tensor(row["scores"]), rtol=1e-4, atol=1e-6)
+    if suffix == "parquet":
+        stored = pq.read_schema(tmp_path / "t.parquet").field("embedding").type
+        assert str(stored).startswith("fixed_size_list<") and str(stored).endswith("float>[64]")
+
+
+def test_embeddings_of_a_model_without_a_head(folder, tmp_path):
+    torch.manual_seed(0)
+    bare = PoolFormerModel(config()).eval()
+    bare.save_pretrained(tmp_path / "headless")
+    PoolFormerImageProcessor().save_pretrained(tmp_path / "headless")
+    fill(tmp_path / "headless", folder / "0.png", tmp_path / "out", embeddings=True)
+    fill(tmp_path / "headless", folder / "0.png", tmp_path / "out", embeddings=True)  # the same job, whatever its head
+    (rows,) = parts_of(tmp_path / "out").values()
+    assert rows[0].keys() == {"path", "embedding", "error"}
+    pixels = PoolFormerImageProcessor()(Image.open(folder / "0.png"), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = bare(pixels).pooler_output[0]
+    torch.testing.assert_close(torch.tensor(rows[0]["embedding"]), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_files_need_no_datasets(model, folder, tmp_path, run_python):

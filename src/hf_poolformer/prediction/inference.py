@@ -1,0 +1,240 @@
+"""Undecoded images to rows of a table: decoding in worker processes, the model, its best classes and its features."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
+
+from ..training.decoding import BrokenImage, decode_image
+from ..training.errors import UserError
+from ..training.files import one_line
+from ..training.initialisation import belongs_to_head, load_checkpoint
+from ..training.workers import prepare_worker
+
+
+LABEL_COLUMNS = ("label", "score", "labels", "scores")
+
+
+def decode(items: Sequence[tuple[str, Any]], processor: Any) -> dict[str, Any]:
+    """Names and undecoded sources to `names`, `errors` (None or a reason) and `groups`: (indices, pixel_values).
+
+    A group holds the images of one size: a processor that does not crop leaves many.
+    """
+    groups: dict[tuple[int, ...], tuple[list[int], list[torch.Tensor]]] = {}
+    errors: list[str | None] = []
+    for index, (_, source) in enumerate(items):
+        try:
+            if isinstance(source, BrokenImage):
+                raise source
+            image = decode_image(source)
+            pixels = processor(image, return_tensors="pt")["pixel_values"][0]
+        except (BrokenImage, ValueError) as error:
+            errors.append(one_line(error))
+            continue
+        errors.append(None)
+        indices, tensors = groups.setdefault(tuple(pixels.shape), ([], []))
+        indices.append(index)
+        tensors.append(pixels)
+    stacked = [(indices, torch.stack(tensors)) for indices, tensors in groups.values()]
+    return {"names": [name for name, _ in items], "errors": errors, "groups": stacked}
+
+
+class Predictor:
+    """A classifier on its device, and its image processor.
+
+    Attributes:
+        columns: what a row holds besides `path` and `error`: `LABEL_COLUMNS` and, if asked for, `embedding`.
+        embedding_size: length of an embedding, None if there are none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        top_k: int = 5,
+        embeddings: bool = False,
+        device: str | torch.device = "auto",
+        dtype: str = "float32",
+        revision: str = "main",
+        token: str | None = None,
+        cache_dir: str | None = None,
+        trust_remote_code: bool = False,
+    ):
+        """
+        Args:
+            name: folder or Hub id of an image classifier; with `embeddings` also of a model without a head.
+            embeddings: also give the features that the head classifies: what its first layer takes, after the final
+                norm and the mean over the positions. Of a model without a head, only these, without that norm.
+
+        Raises:
+            UserError: no such model, no trained head, no such device.
+        """
+        where = {"revision": revision, "token": token, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+        self.model, self.processor, fresh = load_checkpoint(name, **where)
+        head_only = all(belongs_to_head(weight, self.model) or weight.startswith("norm.") for weight in fresh)
+        headless = bool(embeddings and fresh and head_only)
+        if fresh and not headless:
+            hint = "" if embeddings else "; --embeddings writes the features of a model without a head"
+            raise UserError(f"{name} is not a trained classifier: it has no weights for {', '.join(fresh[:3])}{hint}")
+        self.top_k = top_k
+        self.dtype = dtype
+        self._head = None if headless else _head(self.model)
+        if embeddings and not headless and self._head is None:
+            raise UserError(
+                f"{name} has no head of a known name ({', '.join(_HEADS)}), so its features cannot be told"
+            )
+        self._labels = not headless
+        self._embeddings = embeddings
+        self.device = find_device(device)
+        try:
+            self.model.to(self.device, getattr(torch, dtype), memory_format=torch.channels_last).eval()
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise UserError(f"the model cannot be put on {self.device} as {dtype}: {one_line(error)}") from error
+        self.embedding_size = self._measure() if embeddings else None
+        self.columns = (*(LABEL_COLUMNS if self._labels else ()), *(("embedding",) if embeddings else ()))
+
+    def digest(self) -> str:
+        """Hash of everything in the model and the processor that decides what is predicted."""
+        sha = hashlib.sha256()
+        # A head that was not in the checkpoint is another at each start, and unused.
+        used = self.model if self._labels else self.model.base_model
+        for name, tensor in sorted(used.state_dict().items()):
+            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for facts in (self.model.config.to_dict(), self.processor.to_dict()):
+            decisive = {name: value for name, value in facts.items() if name not in _INDECISIVE}
+            sha.update(json.dumps(decisive, sort_keys=True, default=str).encode())
+        return sha.hexdigest()
+
+    @torch.inference_mode()
+    def rows(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """Predictions for what `decode` returned, in order; of a broken image all but `path` and `error` is None."""
+        rows = [
+            {"path": name, **dict.fromkeys(self.columns), "error": error}
+            for name, error in zip(batch["names"], batch["errors"], strict=True)
+        ]
+        for indices, pixel_values in batch["groups"]:
+            try:
+                outputs, features = self._forward(pixel_values)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"{len(pixel_values)} images at once need too much memory: lower --batch_size"
+                ) from error
+            if self._labels:
+                self._add_labels(rows, indices, outputs.logits.float())
+            if features is not None:
+                for index, embedding in zip(indices, features.float().cpu().numpy(), strict=True):
+                    rows[index]["embedding"] = embedding
+        return rows
+
+    def _forward(self, pixel_values: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
+        pixel_values = pixel_values.to(
+            self.device, self.model.dtype, memory_format=torch.channels_last, non_blocking=True
+        )
+        if not self._embeddings:
+            return self.model(pixel_values=pixel_values), None
+        if self._head is None:
+            outputs = self.model.base_model(pixel_values)
+            return outputs, outputs.pooler_output.flatten(1)
+        taken: list[torch.Tensor] = []
+        handle = self._head.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
+        try:
+            outputs = self.model(pixel_values=pixel_values)
+        finally:
+            handle.remove()
+        return outputs, taken[0].flatten(1)
+
+    def _add_labels(self, rows: list[dict[str, Any]], indices: list[int], logits: torch.Tensor) -> None:
+        config = self.model.config
+        if config.problem_type == "regression":
+            scores = logits
+        elif config.problem_type == "multi_label_classification" or config.num_labels == 1:
+            scores = logits.sigmoid()
+        else:
+            scores = logits.softmax(dim=-1)
+        best = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1)
+        for index, values, classes in zip(indices, best.values.tolist(), best.indices.tolist(), strict=True):
+            labels = [config.id2label[label] for label in classes]
+            rows[index] |= {"label": labels[0], "score": values[0], "labels": labels, "scores": values}
+
+    def _measure(self) -> int:
+        from PIL import Image
+
+        pixels = self.processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            _, features = self._forward(pixels)
+        return features.shape[1]
+
+
+class Decoder(Dataset):
+    """Runs in the workers of a DataLoader: names and sources to pixels.
+
+    The loader's sampler hands out the sources themselves, not indices: they are read once, in order, by the main
+    process, undecoded, and everything costly is done here. A batch is (items, anything): the latter is passed on.
+    """
+
+    def __init__(self, processor: Any):
+        self._processor = processor
+
+    def __getitems__(self, batch: tuple[list[tuple[str, Any]], Any]) -> tuple[dict[str, Any], Any]:
+        items, tag = batch
+        return decode(items, self._processor), tag
+
+
+def make_loader(
+    predictor: Predictor,
+    batches: Iterator[tuple[list[Any], Any]],
+    batch_size: int,
+    total: int | None,
+    num_workers: int | None,
+) -> DataLoader:
+    """A loader that yields `(decoded batch, tag)` for each `(items, tag)`, in order.
+
+    Args:
+        num_workers: chosen by the number of images and cores if None.
+    """
+    if num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        num_workers = 0 if total is not None and total <= batch_size else min(8, max(1, cores - 1))
+    return DataLoader(
+        Decoder(predictor.processor),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        worker_init_fn=prepare_worker,
+        pin_memory=predictor.device.type == "cuda",
+    )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+_HEADS = ("classifier", "head", "fc")
+_INDECISIVE = frozenset(["_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "auto_map"])
+
+
+def _head(model: PreTrainedModel) -> torch.nn.Module | None:
+    return next((head for name in _HEADS if isinstance(head := getattr(model, name, None), torch.nn.Module)), None)
+
+
+def find_device(wanted: str | torch.device) -> torch.device:
+    """The device meant; `auto` is the accelerator if there is one, of several processes' each its own."""
+    if str(wanted) == "auto":
+        best = torch.accelerator.current_accelerator(check_available=True)
+        if best is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+            return torch.device("cpu")
+        number = int(os.environ.get("LOCAL_RANK", 0)) % max(torch.accelerator.device_count(), 1)
+        return torch.device(best.type, number) if "LOCAL_RANK" in os.environ else best
+    try:
+        return torch.device(wanted)
+    except RuntimeError as error:
+        raise UserError(f"there is no device {str(wanted)!r}") from error
