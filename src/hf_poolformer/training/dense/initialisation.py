@@ -1,0 +1,131 @@
+"""The segmenter or detector that a run starts with, and its image processor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForInstanceSegmentation,
+    AutoModelForObjectDetection,
+    AutoModelForSemanticSegmentation,
+    PreTrainedModel,
+)
+
+from ...configuration_poolformer import VARIANTS, MetaFormerConfig
+from ...image_processing_poolformer import PoolFormerImageProcessor
+from ..errors import UserError
+from ..initialisation import first_line, looks_like_checkpoint, shown
+from .arguments import DenseSettings
+
+
+logger = logging.getLogger(__name__)
+
+AUTO_MODELS = {
+    "semantic-segmentation": AutoModelForSemanticSegmentation,
+    "object-detection": AutoModelForObjectDetection,
+    "instance-segmentation": AutoModelForInstanceSegmentation,
+}
+
+
+def initial_dense_model(settings: DenseSettings, label_names: Sequence[str]) -> tuple[PreTrainedModel, Any]:
+    """The model of a run, with a head for these classes, and its image processor.
+
+    From a checkpoint of another task comes the backbone, from one of the same task the head as well; what does not fit
+    starts afresh, and that is said.
+
+    Raises:
+        UserError: there is no such checkpoint or variant, or the backbone of the checkpoint does not fit.
+    """
+    names = list(label_names)
+    changes = {
+        **settings.overrides(),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+    if settings.drop_path_rate is not None:
+        changes["drop_path_rate"] = settings.drop_path_rate
+    model = (
+        from_checkpoint(settings, names, changes) if settings.model_name_or_path else from_scratch(settings, changes)
+    )
+    if settings.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    size = {"shortest_edge": settings.image_size, "longest_edge": settings.longest_edge}
+    mean_and_std = {}
+    if settings.model_name_or_path:
+        mean_and_std = checkpoint_colours(settings)
+    if settings.task == "semantic-segmentation":
+        extra = {"do_reduce_labels": True} if settings.reduce_labels else {}
+        return model, PoolFormerImageProcessor.for_segmentation(size=size, **mean_and_std, **extra)
+    return model, PoolFormerImageProcessor.for_detection(size=size, **mean_and_std)
+
+
+def from_scratch(settings: DenseSettings, changes: dict[str, Any]) -> PreTrainedModel:
+    name = settings.config_name
+    try:
+        if name in VARIANTS:
+            labels = {"num_labels": len(changes["id2label"])}
+            config = MetaFormerConfig.from_variant(name, **{**labels, **changes})
+        elif looks_like_checkpoint(name):
+            config = AutoConfig.from_pretrained(name, **where(settings), **changes)
+        else:
+            raise UserError(f"--config_name {name}: neither a variant ({', '.join(VARIANTS)}) nor a folder or Hub id.")
+        return AUTO_MODELS[settings.task].from_config(config)
+    except UserError:
+        raise
+    except Exception as error:  # configurations validate themselves, with many kinds of exception
+        raise UserError(f"cannot build {name} with these overrides: {first_line(error)}") from error
+
+
+def from_checkpoint(settings: DenseSettings, names: list[str], changes: dict[str, Any]) -> PreTrainedModel:
+    name = settings.model_name_or_path
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UserError(f"{name} is not a model: it has no config.json.")
+    source = {**where(settings), "revision": settings.model_revision}
+    try:
+        before = AutoConfig.from_pretrained(name, **source)
+        model, info = AUTO_MODELS[settings.task].from_pretrained(
+            name, **source, **changes, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except Exception as error:  # whatever a foreign folder provokes
+        raise UserError(f"cannot start from {name}: {first_line(error)}") from error
+    fresh = sorted({*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])})
+    # The norms of the feature maps are the backbone's, but no classifier has them.
+    body = f"{model.base_model_prefix}."
+    lost = [key for key in fresh if key.startswith(body) and not key.startswith(f"{body}hidden_states_norms.")]
+    if lost and not settings.ignore_mismatched_sizes:
+        raise UserError(
+            f"the checkpoint {name} has another backbone than the model asked for: {lost[0]} and {len(lost) - 1} more "
+            "weights do not fit. Change --config_overrides, or give --ignore_mismatched_sizes to start those afresh."
+        )
+    heads = sorted({key.split(".")[0] for key in fresh if not key.startswith(body)})
+    if heads:
+        logger.warning("%s starts afresh: %s has no weights that fit.", ", ".join(heads), name)
+    elif [before.id2label[index] for index in range(len(before.id2label))] != names:
+        # Equally many classes that mean something else: as good a start as any, but not the same classes.
+        logger.warning("The checkpoint's classes were others; the head now learns %s.", shown(names))
+    return model
+
+
+def checkpoint_colours(settings: DenseSettings) -> dict[str, Any]:
+    """Mean and standard deviation of the pixels that a checkpoint was trained with."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            settings.model_name_or_path, **where(settings), revision=settings.model_revision
+        )
+    except Exception as error:
+        raise UserError(f"{settings.model_name_or_path} has no image processor: {first_line(error)}") from error
+    return {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
+
+
+def where(settings: DenseSettings) -> dict[str, Any]:
+    return {
+        "token": settings.hub_token,
+        "cache_dir": settings.cache_dir,
+        "trust_remote_code": settings.trust_remote_code,
+    }

@@ -1,0 +1,302 @@
+"""Training of segmenters and detectors: `train(settings)` from the first image to the published model.
+
+Steps, checkpoints, signals and the log are those of `training.loop`; here is what a step is, and what is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import DistributedType
+from accelerate.utils import set_seed
+from torch import nn
+from tqdm import tqdm
+
+from ...hub.cards import write_training_card
+from ...hub.publishing import publish
+from .. import checkpoints
+from ..checkpoints import Progress, TrainingState
+from ..emissions import EmissionsMeter, device_name
+from ..initialisation import label_order
+from ..loop import Run, keep_if_best, record, save_and_leave, save_checkpoint, train_epoch
+from ..optimisation import WeightAverage, make_optimizer, scaled_learning_rate
+from ..preparation import due, make_accelerator, plan, prepare_output
+from ..processes import Agreement, StopSignal, telling_of_lost_processes
+from ..reports import RunLog, write_json
+from .arguments import DenseSettings
+from .augmentation import collate, collate_maps
+from .data import make_dense_loader, numbered, open_dense_datasets
+from .evaluation import DIVISOR, Example, evaluate, named_results
+from .initialisation import initial_dense_model
+from .metrics import pycocotools
+from .optimisation import make_dense_schedule
+from .pictures import METRICS, write_curves, write_predictions
+
+
+PICTURES = 8  # predictions in the picture
+
+
+def train(settings: DenseSettings) -> dict[str, Any]:
+    """Trains a segmenter or detector as the settings say and leaves everything about it in `settings.output_dir`.
+
+    Every process of a run calls it. Leaves by `Stopped` (a SystemExit) after SIGTERM or Ctrl-C, with a checkpoint.
+
+    Returns:
+        what `all_results.json` holds: the `eval_*` figures of `evaluation.evaluate`, `train_loss` (mean of the last
+        epoch), `train_runtime` in seconds, `train_samples_per_second`, `train_data_wait_share`, `epoch`, `step`,
+        `skipped_images`.
+
+    Raises:
+        UserError: what was asked for cannot be done; the message says why.
+        hf_poolformer.hub.publishing.PublishError: trained and saved, but not published.
+    """
+    if settings.task != "semantic-segmentation":
+        pycocotools()  # missing, it would be missed only after an epoch
+    accelerator = make_accelerator(settings)
+    output_dir, resume_from = prepare_output(settings, accelerator)
+    # Of a resumed run only a part could be measured, which tells nothing.
+    measured = settings.emissions_country and accelerator.is_main_process and resume_from is None
+    meter = EmissionsMeter(settings.emissions_country) if measured else None
+
+    # Data: opened undecoded; the classes decide the model's head.
+    datasets = open_dense_datasets(settings)
+    label_names = label_order(settings, datasets["train"].label_names)
+    datasets = {split: numbered(dataset, label_names) for split, dataset in datasets.items()}
+
+    # Model: equal on all processes, then every process goes its own random way.
+    set_seed(settings.seed)
+    model, processor = initial_dense_model(settings, label_names)
+    if accelerator.distributed_type == DistributedType.MULTI_GPU:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    set_seed(settings.seed + 1 + accelerator.process_index)
+    channels_last = settings.memory_format in ("auto", "channels_last")
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model.to(accelerator.device, memory_format=memory_format)
+    ema = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
+
+    loaders = {
+        split: make_dense_loader(dataset, settings, accelerator, processor, training=split == "train")
+        for split, dataset in datasets.items()
+    }
+    accumulation = accelerator.gradient_accumulation_steps
+    global_batch = settings.per_device_train_batch_size * accelerator.num_processes * accumulation
+    total_steps, epochs = plan(settings, datasets["train"].images.num_examples, global_batch)
+
+    learning_rate = scaled_learning_rate(settings, global_batch)
+    optimizer = make_optimizer(model, settings, learning_rate)
+    scheduler = make_dense_schedule(optimizer, settings, learning_rate, total_steps, epochs)
+    # The loaders are not prepared: they are sharded already, and batches go to the device below.
+    wrapped, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+
+    progress = Progress(num_processes=accelerator.num_processes, global_batch=global_batch, label_names=label_names)
+    state = TrainingState(accelerator, model, optimizer, scheduler, ema, progress)
+    if resume_from is not None:
+        saved = checkpoints.load(resume_from, state)
+        accelerator.print(f"Going on from {resume_from}: step {progress.step}, epoch {progress.epoch + 1}.")
+        if saved.global_batch != global_batch:
+            accelerator.print(
+                f"It was made with {saved.global_batch} images per step, this run has {global_batch}: learning rate "
+                f"and length follow this run's settings, {total_steps} steps in all."
+            )
+
+    main = accelerator.is_main_process
+    if main:
+        settings.save(output_dir / "training_settings.yaml")
+    log = RunLog(output_dir / "training_log.jsonl", progress.step if resume_from else None) if main else None
+    if accelerator.log_with:
+        config = {name: value if value is not None else "" for name, value in settings.to_dict().items()}
+        accelerator.init_trackers("hf-poolformer", config=config)
+    accelerator.print(
+        f"{settings.task}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(label_names)} "
+        f"classes, {datasets['train'].images.num_examples or 'unknown number of'} training images, {total_steps} "
+        f"steps of {global_batch} images, learning rate {learning_rate:.2e}, "
+        f"{accelerator.num_processes} x {accelerator.device.type}."
+    )
+
+    with (
+        telling_of_lost_processes(),
+        StopSignal() as stop,
+        tqdm(
+            total=total_steps,
+            initial=progress.step,
+            unit="step",
+            disable=not main,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        ) as bar,
+    ):
+        run = Run(
+            settings=settings,
+            accelerator=accelerator,
+            agreement=Agreement(accelerator),
+            stop=stop,
+            state=state,
+            model=wrapped,
+            train_loader=loaders["train"],
+            eval_loader=loaders.get("validation"),
+            mixer=None,
+            memory_format=memory_format,
+            log=log,
+            bar=bar,
+            total_steps=total_steps,
+            accumulation=accumulation,
+            global_batch=global_batch,
+            optimise=optimiser_step,
+        )
+        # Resumed behind its last step, a run has still an epoch to close.
+        while (progress.step < total_steps or progress.batches) and (
+            settings.max_train_steps or progress.epoch < epochs
+        ):
+            train_epoch(run)
+            done = progress.step >= total_steps or (not settings.max_train_steps and progress.epoch >= epochs)
+            if run.eval_loader is not None and not done and due(progress.epoch, settings.eval_epochs):
+                evaluate_now(run, processor)
+            if settings.checkpointing_steps == "epoch":
+                save_checkpoint(run)
+        evaluation, examples = evaluate_now(run, processor, keep=PICTURES) if run.eval_loader is not None else ({}, [])
+        run.saver.finish()
+
+    results = {**named_results(evaluation, label_names), **training_figures(run)}
+    if meter is not None:
+        results.update(meter.stop())
+    if main:
+        save_model(run, output_dir, processor, results, examples)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if main:
+        print(summary(output_dir, results, settings.task))
+        if settings.push_to_hub:
+            repo_id = settings.hub_model_id or output_dir.resolve().name
+            published = publish(output_dir, repo_id, private=settings.hub_private_repo, token=settings.hub_token)
+            print(f"Published to {published}")
+    return results
+
+
+def optimiser_step(run: Run, window: list[dict[str, Any]]) -> torch.Tensor:
+    """Gradients over a window of micro-batches and one step; returns their mean loss, still on the device."""
+    accelerator, state = run.accelerator, run.state
+    total = torch.zeros((), device=accelerator.device)
+    for index, batch in enumerate(window):
+        inputs = model_inputs(batch, accelerator.device, run.memory_format)
+        last = index == len(window) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
+            loss = run.model(**inputs).loss
+            # accelerate divides by the size of a full window; the last one of an epoch may be shorter.
+            accelerator.backward(loss * (run.accumulation / len(window)))
+        total += loss.detach() / len(window)
+    if run.settings.max_grad_norm:
+        accelerator.clip_grad_norm_(run.model.parameters(), run.settings.max_grad_norm)
+    state.optimizer.step()
+    if not accelerator.optimizer_step_was_skipped:
+        state.scheduler.step()
+    state.optimizer.zero_grad()
+    if state.ema is not None:
+        state.ema.update(state.model)
+    return total
+
+
+def model_inputs(batch: dict[str, Any], device: torch.device, memory_format: torch.memory_format) -> dict[str, Any]:
+    """A batch of the loader as arguments of the model, on its device."""
+    labels = batch["labels"]
+    of_objects = isinstance(labels[0], dict)
+    pixel_values, pixel_mask = collate(batch["pixel_values"], DIVISOR if of_objects else 1)
+    inputs: dict[str, Any] = {"pixel_values": pixel_values.to(device, memory_format=memory_format, non_blocking=True)}
+    if of_objects:
+        if pixel_mask is not None:
+            inputs["pixel_mask"] = pixel_mask.to(device, non_blocking=True)
+        moved = [{name: value.to(device, non_blocking=True) for name, value in label.items()} for label in labels]
+        return {**inputs, "labels": moved}
+    return {**inputs, "labels": collate_maps(labels, pixel_values.shape[-2:]).to(device, non_blocking=True)}
+
+
+def evaluate_now(run: Run, processor: Any, keep: int = 0) -> tuple[dict[str, Any], list[Example]]:
+    """Evaluates what would be saved now: the moving average if there is one."""
+    results, examples = evaluate(
+        run.model if run.state.ema is None else run.state.ema.module,
+        run.eval_loader,
+        task=run.settings.task,
+        processor=processor,
+        accelerator=run.accelerator,
+        num_labels=len(run.progress.label_names),
+        keep=keep if run.accelerator.is_main_process else 0,
+        progress=run.accelerator.is_main_process and sys.stderr.isatty(),
+        should_stop=run.stop.check,
+    )
+    if not results:
+        save_and_leave(run, -run.agreement.minimum(-run.stop.check())[0])
+    named = named_results(results, run.progress.label_names)
+    figures = {name: value for name, value in named.items() if isinstance(value, (int, float))}
+    record(run, {"step": run.progress.step, "epoch": run.progress.epoch, **figures})
+    if run.accelerator.is_main_process:
+        run.bar.write(f"epoch {run.progress.epoch}: {describe(named, run.settings.task)}", file=sys.stderr)
+    if run.settings.keep_best:
+        keep_if_best(run, figures)
+    return results, examples
+
+
+def training_figures(run: Run) -> dict[str, Any]:
+    progress = run.progress
+    seconds = max(progress.train_seconds, 1e-9)
+    return {
+        "train_loss": progress.train_loss,
+        "train_runtime": progress.train_seconds,
+        "train_samples_per_second": progress.images / seconds,
+        "train_data_wait_share": progress.wait_seconds / seconds,
+        "epoch": progress.epoch,
+        "step": progress.step,
+        "skipped_images": progress.skipped_images,
+        "skipped_shards": progress.damaged_shards,
+        "device": device_name(run.accelerator.device),
+        "num_processes": run.accelerator.num_processes,
+    }
+
+
+def describe(results: dict[str, Any], task: str) -> str:
+    """The results of an evaluation in one line."""
+    parts = [f"{name} {results[key]:.3f}" for key, name in METRICS[task] if results.get(key) is not None]
+    return (
+        f"{', '.join(parts) or 'nothing to find'}, {results['eval_samples']} images at "
+        f"{results['eval_samples_per_second']:.1f} images/s"
+        + (f", {results['eval_skipped_images']} broken images left out" if results["eval_skipped_images"] else "")
+    )
+
+
+def summary(output_dir: Path, results: dict[str, Any], task: str) -> str:
+    """What a finished run did and where everything is."""
+    result = f"Result: {describe(results, task)}.\n" if "eval_samples" in results else ""
+    pipeline = "object-detection" if task == "object-detection" else "image-segmentation"
+    return (
+        f"{result}Trained {results['step']} steps in {results['train_runtime']:.0f} s, "
+        f"{results['train_samples_per_second']:.1f} images/s, {results['train_data_wait_share']:.0%} of the time "
+        f"waiting for data, {results['skipped_images']} broken images skipped.\n"
+        f"In {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir() if path.name[0] != '.'))}.\n"
+        f'Use it: pipeline("{pipeline}", "{output_dir}")'
+    )
+
+
+def save_model(
+    run: Run, output_dir: Path, processor: Any, results: dict[str, Any], examples: Sequence[Example]
+) -> None:
+    """Everything a finished run leaves; the model first, so that a failure further down cannot cost it."""
+    settings, label_names = run.settings, run.progress.label_names
+    model = run.state.model if run.state.ema is None else run.state.ema.module
+    model.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    write_json(output_dir / "all_results.json", results)
+    write_curves(output_dir / "curves.png", run.log.rows, settings.task)
+    if examples:
+        colours = processor.image_mean, processor.image_std
+        write_predictions(output_dir / "predictions.png", examples, label_names, *colours)
+    write_training_card(
+        output_dir,
+        results=results,
+        settings=settings.to_dict(),
+        dataset_name=settings.dataset_name,
+        base_model=settings.model_name_or_path,
+        label_names=label_names,
+        repo_id=settings.hub_model_id,
+    )

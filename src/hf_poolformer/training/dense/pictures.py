@@ -1,0 +1,149 @@
+"""What a run leaves for the eyes: curves, and predictions beside the truth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ...image_processing_dense import IGNORE_INDEX
+from ..reports import new_figure, save_figure
+from .evaluation import Example
+
+
+# Below this a detection is not drawn; the metric counts all of them.
+SHOWN_SCORE = 0.4
+# What each task's metric is called: (key of the results, its name), the first being the one that matters.
+METRICS = {
+    "semantic-segmentation": [("eval_miou", "mean IoU"), ("eval_pixel_accuracy", "pixel accuracy")],
+    "object-detection": [("eval_map", "mAP, IoU .50 to .95"), ("eval_map_50", "mAP, IoU .50")],
+    "instance-segmentation": [
+        ("eval_mask_map", "mask mAP, IoU .50 to .95"),
+        ("eval_mask_map_50", "mask mAP, IoU .50"),
+        ("eval_map_50", "box mAP, IoU .50"),
+    ],
+}
+
+
+def colours(count: int) -> np.ndarray:
+    """`count` colours that differ, (count, 3) of 0..1."""
+    from matplotlib import colormaps
+
+    if count <= 10:
+        return np.array(colormaps["tab10"].colors[:count])
+    return colormaps["gist_rainbow"](np.linspace(0, 1, count))[:, :3]
+
+
+def write_curves(path: Path, rows: Sequence[dict[str, Any]], task: str) -> None:
+    """PNG of the training loss (left) and the task's metrics (right) over optimiser steps."""
+    training = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if METRICS[task][0][0] in row]
+    figure, (left, right) = new_figure((10, 4), columns=2)
+    left.plot([row["step"] for row in training], [row["loss"] for row in training], linewidth=1)
+    left.set(xlabel="optimiser step", ylabel="training loss", title="Loss")
+    for key, label in METRICS[task]:
+        points = [(row["step"], row[key]) for row in evaluations if row.get(key) is not None]
+        right.plot(*zip(*points, strict=True), "o-", label=label) if points else None
+    right.set(xlabel="optimiser step", title="Evaluation split", ylim=(0, 1))
+    if evaluations:
+        right.legend(loc="best")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def write_predictions(
+    path: Path, examples: Sequence[Example], label_names: Sequence[str], mean: Sequence[float], std: Sequence[float]
+) -> None:
+    """PNG of images in pairs: the truth on the left, what the model found on the right.
+
+    Args:
+        mean, std: of the image processor, to see the images as they were.
+    """
+    palette = colours(len(label_names))
+    pairs = min(2, len(examples))
+    rows = math.ceil(len(examples) / pairs)
+    figure, grid = new_figure((3.2 * 2 * pairs, 3.3 * rows), rows=rows, columns=2 * pairs)
+    grid = np.asarray(grid).reshape(rows, 2 * pairs)
+    for axes in grid.flat:
+        axes.axis("off")
+    used: set[int] = set()
+    for index, example in enumerate(examples):
+        row, column = divmod(index, pairs)
+        image = as_seen(example, mean, std)
+        left, right = grid[row, 2 * column : 2 * column + 2]
+        if example.truth.objects is None:
+            used |= draw_map(left, image, example.truth.map, palette)
+            used |= draw_map(right, image, example.found, palette)
+        else:
+            objects = example.truth.objects
+            used |= draw_objects(left, image, objects.boxes, objects.labels, objects.masks, None, palette)
+            found = {name: value for name, value in example.found.items() if value is not None}
+            sure = found["scores"] >= SHOWN_SCORE
+            found = {name: value[sure] for name, value in found.items()}
+            used |= draw_objects(
+                right, image, found["boxes"], found["labels"], found.get("masks"), found["scores"], palette
+            )
+        left.set_title("truth", fontsize=9)
+        right.set_title("predicted", fontsize=9)
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=palette[index], label=label_names[index]) for index in sorted(used)[:20]]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=9)
+    save_figure(figure, path)
+
+
+def as_seen(example: Example, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """The image as uint8 (height, width, 3), in its stored size."""
+    pixels = example.pixel_values.float().cpu().numpy().transpose(1, 2, 0) * np.array(std) + np.array(mean)
+    image = Image.fromarray(np.rint(pixels.clip(0, 1) * 255).astype(np.uint8))
+    height, width = example.truth.size
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def draw_map(axes: Any, image: np.ndarray, classes: np.ndarray, palette: np.ndarray) -> set[int]:
+    """The image under the colours of its classes; what has no class stays grey. Returns the classes it has."""
+    known = classes != IGNORE_INDEX
+    coloured = np.full(image.shape, 0.5)
+    coloured[known] = palette[classes[known]]
+    axes.imshow(0.45 * image / 255 + 0.55 * coloured)
+    return set(np.unique(classes[known]).tolist())
+
+
+def draw_objects(
+    axes: Any,
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    masks: np.ndarray | None,
+    scores: np.ndarray | None,
+    palette: np.ndarray,
+) -> set[int]:
+    """Boxes, masks and scores over the image. Returns the classes there are."""
+    from matplotlib.patches import Rectangle
+
+    shown = image / 255
+    for mask, label in zip(masks if masks is not None else (), labels, strict=False):
+        shown[mask] = 0.4 * shown[mask] + 0.6 * palette[label]
+    axes.imshow(shown)
+    for index, ((left, top, right, bottom), label) in enumerate(zip(boxes, labels, strict=True)):
+        axes.add_patch(
+            Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color=palette[label], lw=1.5)
+        )
+        if scores is not None:
+            axes.text(
+                min(max(left, 0), image.shape[1] - 1),
+                max(top, 6),
+                f"{scores[index]:.2f}",
+                fontsize=7,
+                color="white",
+                verticalalignment="bottom",
+                clip_on=True,
+                bbox={"facecolor": palette[label], "edgecolor": "none", "pad": 1},
+            )
+    return set(labels.tolist())
