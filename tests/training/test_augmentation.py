@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -6,13 +8,15 @@ from PIL import Image
 from hf_poolformer import PoolFormerImageProcessor
 from hf_poolformer.training.arguments import TrainingSettings
 from hf_poolformer.training.augmentation import (
-    OPERATIONS,
     BatchMixer,
+    Box,
+    Draws,
     EvalTransform,
-    RandAugment,
     TrainTransform,
+    draw_erased,
     input_size,
 )
+from hf_poolformer.training.decoding import EncodedImage, decode_image
 
 
 @pytest.fixture
@@ -30,29 +34,72 @@ def transform(recipe, processor, **changes):
     return TrainTransform(settings, processor)
 
 
-@pytest.mark.parametrize("index", range(len(OPERATIONS)))
-@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
-def test_operations_keep_size_and_mode(picture, index, strength):
-    result = OPERATIONS[index](picture, strength, [128, 128, 128])
-    assert result.size == picture.size and result.mode == "RGB"
+def jpeg(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **{"quality": 95, **options})
+    return buffer.getvalue()
 
 
-def test_rand_augment_applies_about_one_of_two_operations(picture):
-    augment = RandAugment(9.0, 0.5, 2)
-    counts = [len(augment.make_params([picture])["operations"]) for _ in range(400)]
-    strengths = [strength for _ in range(400) for _, strength in augment.make_params([picture])["operations"]]
-    assert 0.85 < np.mean(counts) < 1.15 and set(counts) == {0, 1, 2}
-    assert abs(np.mean(strengths) - 0.9) < 0.01 and 0.035 < np.std(strengths) < 0.06 and max(strengths) <= 1.0
+def natural(height, width):
+    """Shapes of all sizes with soft edges: coarse noise, enlarged, upon finer and finer noise."""
+    generator = np.random.default_rng(1)
+    total = np.zeros((height, width, 3))
+    for side in (4, 16, 64):
+        coarse = generator.uniform(0, 255, (side, side, 3)).astype(np.uint8)
+        total += np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC), dtype=float) / side
+    total = (total - total.min()) / (total.max() - total.min())
+    return Image.fromarray((255 * total).astype(np.uint8))
 
 
-def test_rand_augment_follows_torchs_seed(picture):
-    augment = RandAugment()
-    torch.manual_seed(3)
-    first = [np.asarray(augment(picture)) for _ in range(5)]
-    torch.manual_seed(3)
-    again = [np.asarray(augment(picture)) for _ in range(5)]
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    assert any(not np.array_equal(a, np.asarray(picture)) for a in first)
+@pytest.mark.parametrize(
+    ("crop", "expected"),
+    [
+        (Box(0, 0, 95, 400), 1),  # 95 / 32 is less than 2 x 1.5
+        (Box(8, 6, 96, 200), 2),
+        (Box(3, 5, 192, 192), 4),
+        (Box(0, 0, 384, 390), 8),
+        (None, 8),
+    ],
+)
+def test_the_crop_decides_how_finely_a_jpeg_is_decoded(processor, crop, expected):
+    image, draws = natural(400, 420), Draws(crop)
+    exact, reduced = transform("paper", processor, reduced_decoding=False), transform("paper", processor)
+    assert exact.reduction(draws, 400, 420) == 1 and reduced.reduction(draws, 400, 420) == expected
+    data = jpeg(image)
+    with EncodedImage(data) as first, EncodedImage(data) as second:
+        whole, small = exact.decode_crop(first, draws), reduced.decode_crop(second, draws)
+    assert whole.shape == small.shape == (3, 32, 32) and whole.dtype == small.dtype == torch.uint8
+    # Half a pixel of the reduced image at most, which is a third of a pixel of the example, and rounding.
+    difference = (whole.float() - small.float()).abs().mean()
+    assert difference < 3 if expected > 1 else torch.equal(whole, small)
+
+
+def test_reduced_decoding_in_every_orientation(processor):
+    image, draws = natural(300, 420), Draws(Box(6, 12, 216, 192))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = jpeg(image, exif=exif)
+        upright = decode_image(data)
+        expected = transform("paper", processor).crop(upright, draws).float()
+        with EncodedImage(data) as encoded:
+            assert (encoded.height, encoded.width) == (upright.height, upright.width)
+            result = transform("paper", processor).decode_crop(encoded, draws).float()
+        assert (result - expected).abs().mean() < 3, orientation
+
+
+def test_erased_rectangles_hold_noise_of_the_datas_scale(processor):
+    torch.manual_seed(0)
+    boxes = [draw_erased(32, 32) for _ in range(300)]
+    areas = [box.height * box.width / 1024 for box in boxes]
+    assert min(areas) + 0.01 >= 0.02 and max(areas) < 0.36 and 0.15 < np.mean(areas) < 0.2
+    assert all(box.top + box.height <= 32 and box.left + box.width <= 32 for box in boxes)
+    grey = Image.new("RGB", (32, 32), (124, 116, 104))  # ImageNet's mean: zero once normalised
+    erase = transform("demo", processor, random_erasing=1.0, affine_degrees=0, affine_translate=0, affine_scale=0)
+    values = torch.stack([erase(grey) for _ in range(100)])
+    noise = values[values.abs() > 0.05]
+    assert 0.1 < noise.numel() / values.numel() < 0.25
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.05
 
 
 @pytest.mark.parametrize("recipe", ["finetune", "paper", "demo"])

@@ -1,6 +1,7 @@
 """Every image that can be broken, in every way that is cheap to make."""
 
 import io
+import math
 import struct
 import warnings
 import zlib
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_poolformer.training.decoding import BrokenImage, decode_image, describe_source
+from hf_poolformer.training.decoding import BrokenImage, EncodedImage, decode_image, describe_source
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -152,3 +153,103 @@ def test_describe_source():
     assert describe_source({"bytes": b"", "path": "a/b.png"}) == "a/b.png"
     assert describe_source({"bytes": b"", "path": None}) is None
     assert describe_source("a.png") == "a.png"
+
+
+SMOOTH = Image.fromarray(np.random.default_rng(1).integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((203, 157), 3)
+
+
+def with_orientation(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+WHOLE = SMOOTH.crop((0, 0, 200, 152))  # turned, incomplete pixels come first, and others are not where they were
+JPEGS = {
+    "baseline": encode(SMOOTH, "JPEG", quality=95),
+    "progressive": encode(SMOOTH, "JPEG", quality=95, progressive=True),
+    "grey": encode(SMOOTH.convert("L"), "JPEG", quality=95),
+    "CMYK": encode(SMOOTH.convert("CMYK"), "JPEG", quality=95),
+    "on its side": encode(WHOLE, "JPEG", quality=95, exif=with_orientation(6)),
+    "upside down": encode(WHOLE, "JPEG", quality=95, exif=with_orientation(3)),
+    "several pictures": encode(SMOOTH, "MPO", quality=95, save_all=True, append_images=[SMOOTH.rotate(180)]),
+}
+
+
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", JPEGS)
+def test_jpegs_are_decoded_at_a_reduced_size(kind, reduction):
+    whole = decode_image(JPEGS[kind])
+    with EncodedImage(JPEGS[kind]) as encoded:
+        assert (encoded.width, encoded.height) == whole.size
+        small, by = encoded.decode(reduction)
+    assert by == reduction and small.mode == "RGB"
+    assert small.size == (math.ceil(whole.width / reduction), math.ceil(whole.height / reduction))
+    # Pixel k of the reduced image is about the mean of pixels kr to kr + r - 1 of the other.
+    rows, columns = whole.height // reduction, whole.width // reduction
+    means = np.asarray(whole, dtype=float)[: rows * reduction, : columns * reduction]
+    means = means.reshape(rows, reduction, columns, reduction, 3).mean((1, 3))
+    assert np.abs(means - np.asarray(small)[:rows, :columns]).mean() < 2
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_other_formats_keep_their_size(kind):
+    with EncodedImage(encode(SMOOTH, kind)) as encoded:
+        image, by = encoded.decode(8)
+    assert by == 1 and image.size == SMOOTH.size and encoded.plain_jpeg() is None
+
+
+def test_an_image_that_is_open_already_keeps_its_size():
+    opened = Image.open(io.BytesIO(JPEGS["baseline"]))
+    with EncodedImage(opened) as encoded:
+        assert encoded.decode(4)[1] == 1
+    assert opened.getpixel((0, 0))  # and stays open
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (7, 5), (9, 17)])
+def test_the_smallest_jpegs(size):
+    for reduction in (2, 4, 8):
+        with EncodedImage(encode(photograph(*size), "JPEG")) as encoded:
+            image, by = encoded.decode(reduction)
+        assert image.size == (math.ceil(size[1] / by), math.ceil(size[0] / by))
+
+
+def test_a_header_may_be_fine_and_the_pixels_not(tmp_path):
+    file = tmp_path / "torn.jpg"
+    file.write_bytes(JPEGS["baseline"][:-500])
+    with EncodedImage(str(file)) as encoded:
+        assert (encoded.width, encoded.height) == SMOOTH.size and encoded.name == str(file)
+        assert encoded.plain_jpeg() is None  # no end: the device's decoder might make grey of it
+        with pytest.raises(BrokenImage, match=r"(?i)truncated|broken"):
+            encoded.decode(2)
+
+
+def test_what_is_a_plain_jpeg():
+    plain = {}
+    for kind, data in JPEGS.items():
+        with EncodedImage(data) as encoded:
+            content = encoded.plain_jpeg()
+            plain[kind] = content is not None
+            assert content in (None, data)
+            assert encoded.decode()[0].size == (encoded.width, encoded.height)  # afterwards, too
+    assert plain == {kind: kind not in ("CMYK", "several pictures") for kind in JPEGS}
+    # Notes behind the end do no harm; an Adobe marker that says "RGB as it is" is for Pillow.
+    with EncodedImage(JPEGS["baseline"] + b"\0" * 100) as encoded:
+        assert encoded.plain_jpeg()
+    with EncodedImage(encode(SMOOTH, "JPEG", keep_rgb=True)) as encoded:
+        assert encoded.plain_jpeg() is None
+        assert np.abs(np.asarray(encoded.decode()[0], float) - np.asarray(SMOOTH, float)).mean() < 10
+
+
+def test_damaged_bytes_raise_nothing_else_at_a_reduced_size():
+    random = np.random.default_rng(1)
+    for _ in range(200):
+        data = bytearray(JPEGS["baseline"])
+        for position in random.integers(0, len(data), 8):
+            data[position] = random.integers(256)
+        try:
+            with EncodedImage(bytes(data)) as encoded:
+                encoded.plain_jpeg()
+                assert encoded.decode(4)[0].mode == "RGB"
+        except BrokenImage as reason:
+            assert str(reason)

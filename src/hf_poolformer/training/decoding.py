@@ -1,10 +1,13 @@
 """Bytes to pixels, for images that nobody has vouched for."""
 
+from __future__ import annotations
+
+import contextlib
 import io
 import os
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,9 @@ MAX_PIXELS = 2 * 89_478_485
 # Evaluation resizes the short side to a fixed length, so a line of 60 000 x 1 pixels would grow to gigabytes.
 MAX_ASPECT_RATIO = 500
 
+# End of image, and how far from the end of the file it is looked for: some programs write notes behind it.
+_JPEG_END = b"\xff\xd9"
+_JPEG_TAIL = 4096
 _ORIENTATION_TAG = 0x0112
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,14 +41,12 @@ class BrokenImage(Exception):
     """This image cannot be used, and the message says why; the images beside it may be fine."""
 
 
-def decode_image(
-    source: bytes | str | os.PathLike | Mapping[str, Any] | Image.Image | None,
-    *,
-    max_pixels: int = MAX_PIXELS,
-    max_aspect_ratio: float = MAX_ASPECT_RATIO,
-    token: str | bool | None = None,
-) -> Image.Image:
-    """Decodes one image to RGB, upright, first frame.
+class EncodedImage:
+    """One image whose header has been read and judged; its pixels are still encoded where that can be of use.
+
+    A JPEG's size is known from its first bytes, and libjpeg can decode it at a half, a quarter or an eighth of it, for
+    less work. So whoever needs a part of an image decides here which part and how fine, and then decodes. All other
+    formats are decoded at once. A context manager, which closes the file.
 
     Args:
         source: encoded bytes, a path, the `{"bytes", "path"}` of an undecoded `datasets.Image`, whose path may be
@@ -51,17 +55,110 @@ def decode_image(
         max_aspect_ratio: images longer than this many times their width (or the reverse) are refused.
         token: Hub token for a remote path.
 
+    Attributes:
+        height, width: of the image when it is upright, in pixels.
+        orientation: as in EXIF, 1 to 8: how the stored image must be turned to be upright.
+        name: the path by which a person would look for it, or None.
+
     Raises:
         BrokenImage: for anything that does not decode, whatever the reason.
     """
+
+    def __init__(
+        self,
+        source: bytes | str | os.PathLike | Mapping[str, Any] | Image.Image | None,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        max_aspect_ratio: float = MAX_ASPECT_RATIO,
+        token: str | bool | None = None,
+    ):
+        self.name = describe_source(source)
+        self._files = contextlib.ExitStack()
+        try:
+            with _broken_if_it_fails(max_pixels):
+                if isinstance(source, Image.Image):
+                    self._file, image = None, source
+                else:
+                    self._file = self._files.enter_context(_open_source(source, token))
+                    image = self._files.enter_context(Image.open(self._file))
+                _judge_size(*image.size, max_pixels, max_aspect_ratio)
+                self._image = image
+                self._scalable = self._file is not None and image.format in ("JPEG", "MPO")
+                if not self._scalable:
+                    image.load()  # of an animation, the first frame; some formats tell their orientation only now
+                self.orientation = _orientation(image)
+                width, height = image.size
+                self.height, self.width = (width, height) if self.orientation >= 5 else (height, width)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> EncodedImage:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._files.close()
+
+    def decode(self, reduction: int = 1) -> tuple[Image.Image, int]:
+        """The image, RGB and upright, and how many times smaller it is than it was stored.
+
+        Args:
+            reduction: 1, 2, 4 or 8. JPEGs shrink by it, the incomplete pixels at the right and bottom edge of the
+                stored image included; other images keep their size.
+
+        Raises:
+            BrokenImage: the pixels cannot be read.
+        """
+        with _broken_if_it_fails():
+            image, reduced = self._image, 1
+            if reduction > 1 and self._scalable:
+                width, height = image.size
+                scaled = image.draft(None, (max(width // reduction, 1), max(height // reduction, 1)))
+                reduced = 1 if scaled is None else round(width / scaled[1][2])
+            image.load()
+            rgb = pil_to_rgb(image)
+            transpose = _ORIENTATIONS.get(self.orientation)
+            return (rgb if transpose is None else rgb.transpose(transpose)), reduced
+
+    def plain_jpeg(self) -> bytes | None:
+        """The encoded bytes if they are a JPEG such as every decoder reads: whole, grey or YCbCr. None otherwise.
+
+        Not plain are CMYK, RGB stored as such, several pictures in one file, and a file without its end, of which
+        decoders make different things. Arithmetic coding is not looked for: a decoder that lacks it says so.
+        """
+        image = self._image
+        if not self._scalable or image.format != "JPEG" or image.mode not in ("L", "RGB"):
+            return None
+        if image.mode == "RGB" and image.info.get("adobe_transform") == 0:
+            return None
+        with _broken_if_it_fails():
+            self._file.seek(0)
+            data = self._file.read()
+        return data if _JPEG_END in data[-_JPEG_TAIL:] else None
+
+
+def decode_image(
+    source: bytes | str | os.PathLike | Mapping[str, Any] | Image.Image | None,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_aspect_ratio: float = MAX_ASPECT_RATIO,
+    token: str | bool | None = None,
+) -> Image.Image:
+    """Decodes one image to RGB, upright, first frame; arguments and errors as of `EncodedImage`."""
+    with EncodedImage(source, max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio, token=token) as encoded:
+        return encoded.decode()[0]
+
+
+@contextlib.contextmanager
+def _broken_if_it_fails(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
     try:
-        if isinstance(source, Image.Image):
-            return _decode(source, max_pixels, max_aspect_ratio)
-        with _open_source(source, token) as file, warnings.catch_warnings():
-            # Corrupt EXIF, sizes between Pillow's two limits: judged below, and not worth a line per image.
+        with warnings.catch_warnings():
+            # Corrupt EXIF, sizes between Pillow's two limits: judged here, and not worth a line per image.
             warnings.simplefilter("ignore")
-            with Image.open(file) as image:
-                return _decode(image, max_pixels, max_aspect_ratio)
+            yield
     except BrokenImage:
         raise
     except Image.DecompressionBombError:
@@ -90,25 +187,21 @@ def read_bytes(path: str, token: str | bool | None = None) -> bytes:
         return file.read()
 
 
-def _decode(image: Image.Image, max_pixels: int, max_aspect_ratio: float) -> Image.Image:
-    width, height = image.size
+def _judge_size(width: int, height: int, max_pixels: int, max_aspect_ratio: float) -> None:
     if width * height > max_pixels:
         raise BrokenImage(f"{width}x{height} pixels, more than the limit of {max_pixels}")
     if width * height == 0:
         raise BrokenImage(f"{width}x{height} pixels")
     if max(width, height) > max_aspect_ratio * min(width, height):
         raise BrokenImage(f"{width}x{height} pixels, beyond an aspect ratio of {max_aspect_ratio:g}")
-    image.load()  # of an animation, the first frame
-    rgb = pil_to_rgb(image)
-    transpose = _ORIENTATIONS.get(_orientation(image))
-    return rgb.transpose(transpose) if transpose is not None else rgb
 
 
-def _orientation(image: Image.Image) -> int | None:
+def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(_ORIENTATION_TAG)
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+        return orientation if orientation in _ORIENTATIONS else 1
     except Exception:  # EXIF is a format of its own to be broken in; the pixels are fine
-        return None
+        return 1
 
 
 def _open_source(source: Any, token: str | bool | None) -> Any:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from .arguments import TrainingSettings
+from .checkpoints import whole
 
 
 STAGE = re.compile(r"\bencoder\.(?:patch_embeddings\.(\d+)|block\.(\d+)\.(\d+))\.")
@@ -164,7 +165,7 @@ class WeightAverage:
     def update(self, model: nn.Module) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averaged, current = list(self.module.parameters()), [p.detach() for p in model.parameters()]
+        averaged, current = list(self.module.parameters()), [whole(p.detach()) for p in model.parameters()]
         torch._foreach_lerp_(averaged, current, 1 - decay)
         for kept, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
             kept.copy_(buffer)
