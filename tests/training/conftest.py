@@ -58,6 +58,19 @@ def digits(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def all_digits(tmp_path_factory):
+    """Folder with four of five digits for training, in 4 shards, and every fifth for testing, in 2."""
+    folder = tmp_path_factory.mktemp("all-digits")
+    images, labels = load_digits(return_X_y=True)
+    images = (images * 255 / 16).round().astype(np.uint8).reshape(-1, 8, 8)
+    held_out = np.arange(len(labels)) % 5 == 0
+    disable_progress_bar()
+    write_shards(folder, "train", images[~held_out], labels[~held_out], 4)
+    write_shards(folder, "test", images[held_out], labels[held_out], 2)
+    return folder
+
+
 @pytest.fixture
 def make_settings(digits, tmp_path):
     """Settings of the demo recipe for a very small model on the digits; keywords change them."""

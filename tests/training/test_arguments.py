@@ -72,6 +72,8 @@ def test_a_checkpoint_takes_the_place_of_the_recipes_architecture():
         ([*REQUIRED, "--learning_rate", "nan"], "--learning_rate must be"),
         ([*REQUIRED, "--label_smoothing", "2"], "--label_smoothing must be between 0 and"),
         ([*REQUIRED, "--checkpointing_steps", "often"], "number of steps, 'epoch' or 'no'"),
+        ([*REQUIRED, "--device_preprocessing", "gpu"], "invalid choice: 'gpu' (choose from"),
+        ([*REQUIRED, "--reduced_decoding", "half"], "half"),
         ([*REQUIRED, "--config_overrides", "depths=1"], "not JSON"),
         ([*REQUIRED, "--config_file", "nowhere.yaml"], "cannot read the settings"),
     ],
@@ -120,6 +122,7 @@ def test_help_is_grouped_and_shows_the_recipes_defaults(capsys):
     for group in GROUPS:
         assert f"\n{group._argument_group_name}:\n" in text
     assert "(default: 300)" in text and "--learning-rate" not in text
+    assert "--device_preprocessing {no,augment,decode}" in text and "--reduced_decoding true|false" in text
 
 
 def test_every_setting_is_used():

@@ -47,7 +47,7 @@ def test_a_loaded_run_goes_on_as_the_saved_one(tmp_path):
 
     other = make_state(ema=True)
     checkpoints.load(path, other)
-    assert other.progress.step == 1 and other.stream == {"position": 17}
+    assert other.progress.step == 1 and other.streams == [{"position": 17}]
     assert [random.random(), np.random.rand()] == after
     step(other)
     assert torch.equal(weights(other), weights(state))
@@ -56,7 +56,7 @@ def test_a_loaded_run_goes_on_as_the_saved_one(tmp_path):
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("where", ["seal", "sync", "save_model"])
+@pytest.mark.parametrize("where", ["seal", "sync", "save_file", "save_tensors"])
 def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch, where):
     state = make_state()
     step(state)
@@ -66,7 +66,7 @@ def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch,
     class Crash(BaseException):
         pass
 
-    def crash(*_):
+    def crash(*_, **__):
         raise Crash
 
     with monkeypatch.context() as patch:
@@ -79,17 +79,81 @@ def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
 
 
-def test_a_full_disk_is_reported(tmp_path, monkeypatch):
+@pytest.mark.parametrize("which", ["model.safetensors", "state.pt"])
+def test_no_room_for_a_file_is_reported(tmp_path, which):
+    resource = pytest.importorskip("resource")
+    state = make_state()
+    first = checkpoints.save(tmp_path, state)
+    step(state)
+    limit = (checkpoints.save(tmp_path, state) / which).stat().st_size - 100
+    step(state)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"larger than is allowed here: it needs [\d.]+ MB, [\d,.]+ MB are free"):
+            checkpoints.save(tmp_path, state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0", "step-1"]
+    assert checkpoints.is_complete(first) and checkpoints.find("latest", tmp_path).name == "step-1"
+
+
+def test_a_full_disk(tmp_path, monkeypatch, caplog):
+    state = make_state()
+    for _ in range(3):
+        checkpoints.save(tmp_path, state)
+        step(state)
+    usage = checkpoints.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"the disk is full: it needs 1.\d MB, 0.0 MB are free. Those before"):
+        checkpoints.save(tmp_path, state)
+    saver = checkpoints.Saver(tmp_path, state.accelerator, keep=3, carry_on=True)
+    saver.save(state)
+    assert "the disk is full" in caplog.text and "goes on without it" in caplog.text
+    # What would have gone in the end went first; the newest stay.
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()].count("step-0") == 0
+    assert checkpoints.find("latest", tmp_path).name == "step-2"
+    monkeypatch.undo()
+    saver.save(state)
+    assert checkpoints.find("latest", tmp_path).name == "step-3"
+
+
+def test_in_the_background_the_state_is_that_of_the_call(tmp_path):
+    state = make_state(ema=True)
+    step(state)
+    saver = checkpoints.Saver(tmp_path, state.accelerator, background=True)
+    before = weights(state).clone()
+    saver.save(state)
+    step(state)
+    assert saver.finish() == tmp_path / "step-1" and not torch.equal(weights(state), before)
+    checkpoints.load(tmp_path / "step-1", state)
+    assert torch.equal(weights(state), before) and state.progress.step == 1
+
+
+def test_a_failure_in_the_background_is_told(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     state = make_state()
-    first = checkpoints.save(tmp_path, state)
-    step(state)
+    saver = checkpoints.Saver(tmp_path, state.accelerator, background=True)
     monkeypatch.setattr(checkpoints.torch, "save", full)
-    with pytest.raises(UserError, match="No space left on device"):
-        checkpoints.save(tmp_path, state)
-    assert checkpoints.find("latest", tmp_path) == first
+    saver.save(state)
+    with pytest.raises(UserError, match="the disk is full"):
+        saver.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_best_stays(tmp_path):
+    state = make_state()
+    for number in range(5):
+        state.progress.step = number
+        checkpoints.save(tmp_path, state, keep=2)
+        if number == 1:
+            checkpoints.mark_best(tmp_path, 1, 0.9)
+    assert [path.name for path in checkpoints.all_steps(tmp_path)] == ["step-1", "step-3", "step-4"]
+    assert checkpoints.best_of(tmp_path) == (1, 0.9)
+    checkpoints.set_aside(tmp_path)
+    assert checkpoints.best_of(tmp_path) is None
 
 
 @pytest.mark.parametrize("damage", ["marker", "bytes", "short", "missing", "garbage"])
@@ -154,3 +218,14 @@ def test_unreadable_contents_are_reported(tmp_path):
     (path / "progress.json").write_text(json.dumps({"steps": 3}))
     with pytest.raises(UserError, match="cannot be read"):
         checkpoints.load(path, make_state())
+
+
+def test_a_step_that_is_saved_is_not_saved_again_and_still_told(tmp_path):
+    state = make_state()
+    saver = checkpoints.Saver(tmp_path, state.accelerator)
+    assert saver.finish() is None
+    saver.save(state)
+    written = (tmp_path / "step-0" / MARKER).stat().st_mtime_ns
+    saver.save(state)
+    assert saver.finish() == tmp_path / "step-0"
+    assert (tmp_path / "step-0" / MARKER).stat().st_mtime_ns == written

@@ -70,6 +70,17 @@ class DataSettings:
     max_skipped: float = setting(
         0.01, "Broken images tolerated before the run stops: a fraction if below 1, else a number."
     )
+    max_skipped_shards: int = setting(
+        0, "Shards tolerated, per process and epoch, that end early: truncated, gone. Network trouble is waited for."
+    )
+    reduced_decoding: bool = setting(
+        True, "Decode JPEGs at 1/2, 1/4 or 1/8 size where the random crop is large enough. Training only."
+    )
+    device_preprocessing: Literal["no", "augment", "decode"] = setting(
+        "no",
+        "What the device does in the place of the data workers: nothing; augmentation; or (CUDA) JPEG decoding, "
+        "too. Worth a try where the progress line shows much waiting for data.",
+    )
 
 
 @dataclass
@@ -140,6 +151,17 @@ class RunSettings:
     )
     checkpointing_steps: str = setting("epoch", "Checkpoint every so many steps, or at each 'epoch', or 'no'.")
     save_total_limit: int = setting(2, "Checkpoints to keep; 0: all.")
+    keep_best: str | None = setting(
+        None, "Keep the best checkpoint by this metric (eval_accuracy, eval_loss, ...), beyond --save_total_limit."
+    )
+    checkpoint_failure: Literal["stop", "continue"] = setting(
+        "stop", "What the run does when a checkpoint cannot be written, on a full disk say."
+    )
+    async_checkpointing: bool | None = setting(
+        None,
+        "Write checkpoints in the background, which takes the memory of one more copy of model and optimiser. "
+        "Unset: yes, unless the CPU trains.",
+    )
     resume_from_checkpoint: str | None = setting(
         None, "'latest' for the newest complete checkpoint in the output folder, or a checkpoint's folder."
     )
@@ -149,6 +171,9 @@ class RunSettings:
     with_tracking: bool = setting(False, "Send figures to the experiment trackers that are installed.")
     report_to: str | None = setting(
         None, "Trackers to use, separated by commas: tensorboard, trackio, wandb, ... or all. Implies --with_tracking."
+    )
+    emissions_country: str | None = setting(
+        None, "Estimate energy and CO2 for the card, with the electricity of this country (ISO code like DEU)."
     )
 
 
@@ -343,6 +368,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "shuffle_buffer_size": (1, math.inf),
     "num_workers": (0, math.inf),
     "max_skipped": (0, math.inf),
+    "max_skipped_shards": (0, math.inf),
     "crop_min_scale": (0.01, 1),
     "horizontal_flip": (0, 1),
     "affine_degrees": (0, 180),

@@ -4,24 +4,30 @@ A checkpoint is a folder `step-N`:
 
     model.safetensors   weights of the bare model
     state.pt            optimiser, scheduler, gradient scaler, moving average
-    rank-R.pt           random generators and data stream of process R
+    processes.pt        by rank: random generators and place in the data stream
     progress.json       where the run stands
     complete.json       size and SHA-256 of each file; written last
 
-It is written under another name and renamed when everything is on the disk, so a run that dies while it writes leaves
-the previous checkpoint as it was.
+Everything is brought to the main process, which alone writes; the weights are whole, however they were distributed.
+They are written under another name and renamed when everything is on the disk, so a run that dies while it writes, or
+finds the disk full, leaves the previous checkpoint as it was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
+import logging
 import os
 import pickle
 import random
 import re
 import shutil
+import threading
+import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,14 +36,19 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import UserError
 
 
+logger = logging.getLogger(__name__)
+
 MARKER = "complete.json"
+BEST = "best.json"  # which checkpoint of a run stays, whatever the limit
 STEP = re.compile(r"step-(\d+)$")
 
 
@@ -50,12 +61,14 @@ class Progress:
     batches: int = 0  # micro-batches that each process has taken from the current epoch
     images: int = 0  # training images seen, over all processes
     skipped_images: int = 0  # broken images left out, over all processes
+    damaged_shards: list[str] = field(default_factory=list)  # of all processes: where and why
     train_seconds: float = 0.0
     wait_seconds: float = 0.0  # of these, spent waiting for data
     epoch_loss: float = 0.0  # sum over the optimiser steps of the current epoch
     epoch_steps: int = 0
     train_loss: float | None = None  # mean over the last epoch
     num_processes: int = 1
+    global_batch: int = 0  # images per optimiser step
     label_names: list[str] = field(default_factory=list)
 
 
@@ -65,7 +78,8 @@ class TrainingState:
 
     Attributes:
         model: bare model.
-        stream: state of the data stream of this process, whatever the loader makes of it; None if it has none.
+        stream: place of this process in its data, whatever the loader makes of it; None between two epochs.
+        streams: of all processes of the run that was loaded, by rank; None where a checkpoint lies between two epochs.
     """
 
     accelerator: Accelerator
@@ -75,66 +89,257 @@ class TrainingState:
     ema: Any | None
     progress: Progress
     stream: dict[str, Any] | None = None
+    streams: list[dict[str, Any]] | None = None
+
+
+@dataclass
+class Snapshot:
+    """What a checkpoint holds, in the memory of the main process."""
+
+    step: int
+    weights: dict[str, torch.Tensor]
+    shared: dict[str, Any]
+    processes: list[dict[str, Any]]
+    progress: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes on the disk, more or less."""
+        tensors: dict[int, int] = {}
+        stack: list[Any] = [self.weights, self.shared, self.processes]
+        while stack:
+            value = stack.pop()
+            if isinstance(value, torch.Tensor):
+                tensors[id(value)] = value.numel() * value.element_size()
+            elif isinstance(value, dict):
+                stack += value.values()
+            elif isinstance(value, (list, tuple)):
+                stack += value
+            elif isinstance(value, str):
+                tensors[id(value)] = len(value)
+        return sum(tensors.values()) + (1 << 20)
+
+
+class Saver:
+    """Writes the checkpoints of a run.
+
+    Args:
+        root: folder of all checkpoints of the run.
+        keep: how many remain, 0 for all; only complete ones are deleted, oldest first, and not the best.
+        background: training goes on while a copy of the state is written; at most one is under way.
+        carry_on: a checkpoint that cannot be written is a warning; otherwise it ends the run.
+    """
+
+    def __init__(
+        self, root: Path, accelerator: Accelerator, keep: int = 0, background: bool = False, carry_on: bool = False
+    ):
+        self.root, self.accelerator, self.keep = root, accelerator, keep
+        self.background, self.carry_on = background, carry_on
+        self.seconds = 0.0  # that training has waited for checkpoints, in this process
+        self._writer: threading.Thread | None = None
+        self._target: Path | None = None
+        self._step: int | None = None  # of the last one, written or under way
+        self._fault: str | None = None
+        self._copy: Snapshot | None = None
+
+    def save(self, state: TrainingState) -> None:
+        """Saves, or begins to; every process must call it.
+
+        Raises:
+            UserError: in every process, unless told to carry on: this checkpoint or, in the background, the one before
+                cannot be written. Those that were there already are untouched.
+        """
+        self.finish()
+        if self._step == state.progress.step:
+            return
+        start = time.perf_counter()
+        taken = snapshot(state, copy=self.background, into=self._copy)
+        self._copy = taken if self.background else None
+        self._step, self._target = state.progress.step, self.root / f"step-{state.progress.step}"
+        if taken is not None and self.background:
+            self._writer = threading.Thread(target=self._write, args=(taken,), name="checkpoint")
+            self._writer.start()
+        elif taken is not None:
+            self._write(taken)
+        self.seconds += time.perf_counter() - start
+        if not self.background:
+            self.finish()
+
+    def finish(self) -> Path | None:
+        """Waits for what is being written; every process must call it.
+
+        Returns:
+            the checkpoint that was saved last, None if there is none or it could not be written.
+
+        Raises:
+            UserError: as `save`.
+        """
+        if self._target is None:
+            return None if self._step is None else self.root / f"step-{self._step}"
+        start = time.perf_counter()
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        [fault, *_] = gather_object([self._fault])
+        self.seconds += time.perf_counter() - start
+        target, self._target, self._fault = self._target, None, None
+        if fault is None:
+            return target
+        self._step = None
+        if not self.carry_on:
+            raise UserError(fault)
+        if self.accelerator.is_main_process:
+            logger.warning("%s Training goes on without it.", fault)
+        return None
+
+    def _write(self, taken: Snapshot) -> None:
+        try:
+            write(self.root, taken, self.keep)
+        except UserError as error:
+            self._fault = str(error)
+        except Exception as error:
+            if not self.background:
+                raise
+            # It would end the thread, and look like a checkpoint.
+            self._fault = f"cannot write the checkpoint step-{taken.step} to {self.root}: {error!r}."
 
 
 def save(root: Path, state: TrainingState, keep: int = 0) -> Path:
-    """Writes the checkpoint `root/step-N`; every process must call it.
+    """Writes the checkpoint `root/step-N`; every process must call it. See `Saver`."""
+    saver = Saver(root, state.accelerator, keep)
+    saver.save(state)
+    return root / f"step-{state.progress.step}"
+
+
+def snapshot(state: TrainingState, copy: bool = False, into: Snapshot | None = None) -> Snapshot | None:
+    """The state brought to the main process, None in the others; every process must call it.
 
     Args:
-        root: folder of all checkpoints of a run.
-        keep: how many checkpoints remain, 0 for all; only complete ones are deleted, and only oldest first.
-
-    Raises:
-        UserError: it cannot be written (a full disk, say); those already there are untouched.
+        copy: of everything, so that training may go on. Otherwise it shares memory with the model and the optimiser
+            where these are on the CPU.
+        into: a former copy, which is overwritten: fresh memory costs several times as much as copying.
     """
     accelerator = state.accelerator
-    target = root / f"step-{state.progress.step}"
-    temporary = root / f".writing-step-{state.progress.step}"
-    if target.is_dir() and is_complete(target):
-        return target
-    if accelerator.is_main_process:
+    main = accelerator.is_main_process
+    processes = gather_object([{"rng": random_states(), "stream": state.stream}])
+    tensors = {
+        "weights": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "ema": state.ema.state_dict() if state.ema is not None else None,
+    }
+    former = None if into is None else {"weights": into.weights, **into.shared}
+    tensors = to_host(tensors, copy, main, former)
+    if not main:
+        return None
+    shared = {
+        "optimizer": tensors["optimizer"],
+        "scheduler": state.scheduler.state_dict(),
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        "ema": tensors["ema"],
+    }
+    progress = dataclasses.asdict(state.progress)
+    return Snapshot(state.progress.step, tensors["weights"], shared, processes, progress)
+
+
+def to_host(value: Any, copy: bool, keep: bool, into: Any = None) -> Any:
+    """A nested structure with whole tensors on the CPU, those of FSDP brought together; None where `keep` is False."""
+    if isinstance(value, dict):
+        former = into if isinstance(into, dict) else {}
+        result: Any = {name: to_host(item, copy, keep, former.get(name)) for name, item in value.items()}
+    elif isinstance(value, (list, tuple)):
+        result = type(value)(to_host(item, copy, keep) for item in value)
+    elif not isinstance(value, torch.Tensor):
+        result = value
+    else:
+        tensor = whole(value).detach()
+        if not keep:
+            return None
+        alike = isinstance(into, torch.Tensor) and (into.shape, into.dtype) == (tensor.shape, tensor.dtype)
+        result = into.copy_(tensor) if copy and alike else tensor.to("cpu", copy=copy)
+    return result if keep else None
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP has distributed, brought together; every process must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def write(root: Path, taken: Snapshot, keep: int = 0) -> Path:
+    """Writes a snapshot as `root/step-N`; the main process alone.
+
+    Raises:
+        UserError: it cannot be written; what was there is untouched.
+    """
+    target = root / f"step-{taken.step}"
+    temporary = root / f".writing-step-{taken.step}"
+    try:
+        if target.is_dir() and is_complete(target):
+            return target
         for left_over in root.glob(".writing-step-*"):
             shutil.rmtree(left_over, ignore_errors=True)
         make_folder(temporary)
-    accelerator.wait_for_everyone()
-    try:
-        own = {"rng": random_states(), "stream": state.stream}
-        torch.save(own, temporary / f"rank-{accelerator.process_index}.pt")
-        if accelerator.is_main_process:
-            save_model(state.model, str(temporary / "model.safetensors"))
-            shared = {
-                "optimizer": state.optimizer.state_dict(),
-                "scheduler": state.scheduler.state_dict(),
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                "ema": state.ema.state_dict() if state.ema is not None else None,
-            }
-            torch.save(shared, temporary / "state.pt")
-            progress = dataclasses.asdict(state.progress)
-            (temporary / "progress.json").write_text(json.dumps(progress, indent=2), encoding="utf-8")
+        if shutil.disk_usage(root).free < taken.size and keep > 1:
+            # Makes room with what would be deleted afterwards anyway, and never with the newest.
+            prune(root, keep - 1)
+        if shutil.disk_usage(root).free < taken.size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        weights = {name: tensor.contiguous() for name, tensor in taken.weights.items()}
+        save_file(weights, str(temporary / "model.safetensors"), metadata={"format": "pt"})
+        save_tensors(taken.shared, temporary / "state.pt")
+        save_tensors(taken.processes, temporary / "processes.pt")
+        progress = json.dumps(taken.progress, indent=2)
+        (temporary / "progress.json").write_text(progress, encoding="utf-8")
+        seal(temporary)
+        if target.exists():
+            # Not complete, or it would have been used above.
+            target.rename(free_name(root / f"broken-{target.name}"))
+        temporary.rename(target)
+        sync(root)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot write a checkpoint to {root}: {error}. Those before it are as they were.") from error
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        try:
-            seal(temporary)
-            if target.exists():
-                # Not complete, or it would have been used above.
-                target.rename(free_name(root / f"broken-{target.name}"))
-            temporary.rename(target)
-            sync(root)
-        except OSError as error:
-            raise UserError(
-                f"cannot write a checkpoint to {root}: {error}. Those before it are as they were."
-            ) from error
-        prune(root, keep)
-    accelerator.wait_for_everyone()
+        reason = failure(error, root, taken.size)
+        # Half a checkpoint on a full disk is in the way of everything else.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"cannot write the checkpoint {target.name} to {root}: {reason}. Those before it are as they were."
+        ) from error
+    prune(root, keep)
     return target
 
 
-def load(path: Path, state: TrainingState) -> None:
+def save_tensors(value: Any, path: Path) -> None:
+    # To a file of Python's: given a path, PyTorch says "unexpected pos" for whatever the system says.
+    with path.open("wb") as file:
+        torch.save(value, file)
+
+
+def failure(error: BaseException, root: Path, needed: int) -> str:
+    """What the system said, in words; `needed` and free bytes where it is about space."""
+    current: BaseException | None = error
+    number = None
+    while current is not None and number is None:
+        told = re.search(r"os error (\d+)", str(current))  # safetensors says it in its text
+        number = current.errno if isinstance(current, OSError) else int(told.group(1)) if told else None
+        current = current.__cause__ or current.__context__
+    reasons = {
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EFBIG: "a file of it would be larger than is allowed here",
+    }
+    if number not in reasons:
+        return (os.strerror(number) if number else str(error)).rstrip(".")
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(root).free
+        return f"{reasons[number]}: it needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+    return reasons[number]
+
+
+def load(path: Path, state: TrainingState) -> Progress:
     """Brings everything in `state` to where the checkpoint was; every process must call it.
 
-    A process that the saved run did not have starts with its own random state.
+    A process that the saved run did not have keeps its own random state.
+
+    Returns:
+        the progress as it was saved, `num_processes` and `global_batch` included, which may be others now.
 
     Raises:
         UserError: the checkpoint belongs to another architecture, other labels or other settings, or is damaged.
@@ -142,29 +347,56 @@ def load(path: Path, state: TrainingState) -> None:
     try:
         progress = Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
         check_fits(path, state, progress)
-        load_model(state.model, str(path / "model.safetensors"))
+        state.model.load_state_dict(
+            like(load_file(str(path / "model.safetensors")), state.model.state_dict(keep_vars=True))
+        )
         shared = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         if (shared["ema"] is None) != (state.ema is None):
             there = "without" if shared["ema"] is None else "with"
             raise UserError(f"{path} was made {there} --ema_decay; go on with the same setting.")
-        state.optimizer.load_state_dict(shared["optimizer"])
+        parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+        optimizer = shared["optimizer"]
+        optimizer["state"] = {
+            index: like(values, dict.fromkeys(values, parameters[index]))
+            for index, values in optimizer["state"].items()
+        }
+        state.optimizer.load_state_dict(optimizer)
         state.scheduler.load_state_dict(shared["scheduler"])
         if state.accelerator.scaler is not None and shared["scaler"]:
             state.accelerator.scaler.load_state_dict(shared["scaler"])
         if state.ema is not None:
             state.ema.load_state_dict(shared["ema"])
-        own = path / f"rank-{state.accelerator.process_index}.pt"
-        if own.exists():
-            mine = torch.load(own, map_location="cpu", weights_only=True)
-            set_random_states(mine["rng"])
-            state.stream = mine["stream"]
+        processes = torch.load(path / "processes.pt", map_location="cpu", weights_only=True)
+        if state.accelerator.process_index < len(processes):
+            set_random_states(processes[state.accelerator.process_index]["rng"])
+        streams = [process["stream"] for process in processes]
+        state.streams = streams if all(streams) else None
     except UserError:
         raise
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
         raise UserError(f"{path} cannot be read as a checkpoint of this run: {error}") from error
-    for name, value in dataclasses.asdict(progress).items():
-        setattr(state.progress, name, value)
-    state.progress.num_processes = state.accelerator.num_processes
+    for name in set(vars(progress)) - {"num_processes", "global_batch", "label_names"}:
+        setattr(state.progress, name, getattr(progress, name))
+    return progress
+
+
+def like(values: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
+    """Whole tensors distributed as those they belong to, where these are."""
+    return {
+        name: distribute_tensor(value.to(models[name].device), models[name].device_mesh, models[name].placements)
+        if isinstance(models.get(name), DTensor) and value.shape == models[name].shape
+        else value
+        for name, value in values.items()
+    }
 
 
 def check_fits(path: Path, state: TrainingState, progress: Progress) -> None:
@@ -217,7 +449,13 @@ def find(spec: str, root: Path) -> Path | None:
 def all_steps(root: Path) -> list[Path]:
     """Folders `step-N`, complete or not, by rising N."""
     found = [path for path in root.glob("step-*") if STEP.search(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(STEP.search(path.name).group(1)))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The N of a folder `step-N`; -1 if it has another name."""
+    match = STEP.search(path.name)
+    return int(match.group(1)) if match else -1
 
 
 def is_complete(path: Path) -> bool:
@@ -252,17 +490,38 @@ def seal(folder: Path) -> None:
 
 
 def prune(root: Path, keep: int) -> None:
-    """Deletes the oldest complete checkpoints beyond `keep`; 0 keeps all."""
-    complete = [path for path in all_steps(root) if (path / MARKER).is_file()]
+    """Deletes the oldest complete checkpoints beyond `keep`, 0 keeps all, and never the best one."""
+    complete, best = [path for path in all_steps(root) if (path / MARKER).is_file()], best_of(root)
     for path in complete[: max(len(complete) - keep, 0)] if keep else []:
+        if best is not None and step_of(path) == best[0]:
+            continue
         # Unmarked first: a deletion that is cut short must not leave something that looks complete.
         (path / MARKER).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
 
 
-def set_aside(root: Path) -> None:
-    """Moves the checkpoints of an earlier run out of the way of a new one, into `root/previous-N`."""
-    steps = all_steps(root)
+def best_of(root: Path) -> tuple[int, float] | None:
+    """Step and value of the best checkpoint, None if none is marked as that."""
+    try:
+        best = json.loads((root / BEST).read_text(encoding="utf-8"))
+        return int(best["step"]), float(best["value"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def mark_best(root: Path, step: int, value: float) -> None:
+    """Makes `step-N` the one that stays; the one before it loses this privilege."""
+    temporary = root / f".{BEST}"
+    temporary.write_text(json.dumps({"step": step, "value": value}), encoding="utf-8")
+    sync(temporary)
+    temporary.replace(root / BEST)
+
+
+def set_aside(root: Path, after: int = -1) -> None:
+    """Moves checkpoints of steps `after` some step out of the way of another run, into `root/previous-N`."""
+    steps, best = [path for path in all_steps(root) if step_of(path) > after], best_of(root)
+    if best is not None and best[0] > after:
+        (root / BEST).unlink()
     if steps:
         aside = free_name(root / "previous")
         aside.mkdir()

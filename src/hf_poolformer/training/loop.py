@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
@@ -22,14 +25,24 @@ from ..hub.publishing import publish
 from . import checkpoints
 from .arguments import TrainingSettings
 from .augmentation import BatchMixer, input_size
-from .checkpoints import Progress, TrainingState
+from .checkpoints import Progress, Saver, TrainingState, whole
+from .emissions import EmissionsMeter, device_name
 from .errors import Diverged, UserError
 from .evaluation import check_labels, evaluate, named_results
 from .initialisation import initial_model, label_order
 from .optimisation import WeightAverage, make_optimizer, make_schedule, scaled_learning_rate
 from .preparation import due, make_accelerator, make_loaders, open_data, plan, prepare_output
-from .processes import Agreement, Stopped, StopSignal
-from .reports import RunLog, describe, resume_command, summary, write_confusion_matrix, write_curves, write_json
+from .processes import Agreement, Stopped, StopSignal, telling_of_lost_processes
+from .reports import (
+    RunLog,
+    describe,
+    note_skipped,
+    resume_command,
+    summary,
+    write_confusion_matrix,
+    write_curves,
+    write_json,
+)
 
 
 @dataclass
@@ -44,27 +57,41 @@ class Run:
     model: Any  # wrapped
     train_loader: Any
     eval_loader: Any
-    mixer: BatchMixer
+    mixer: BatchMixer | None
     memory_format: torch.memory_format
     log: RunLog | None  # of the main process
     bar: tqdm
     total_steps: int
     accumulation: int
     global_batch: int
+    optimise: Callable[[Run, list[dict[str, Any]]], torch.Tensor] | None = None  # in the place of `optimiser_step`
+    replica: nn.Module | None = None  # of a model that is distributed, to be filled when it is needed
+    saver: Saver = field(init=False)
     losses: list[torch.Tensor] = field(default_factory=list)  # since the last point of the curve, on the device
     images: int = 0  # of this process since the last point
     seconds: float = 0.0
     waited: float = 0.0
     skipped: int = 0  # of this process since the processes last added them up
 
+    def __post_init__(self) -> None:
+        background = self.settings.async_checkpointing
+        self.saver = Saver(
+            Path(self.settings.output_dir) / "checkpoints",
+            self.accelerator,
+            keep=self.settings.save_total_limit,
+            background=self.accelerator.device.type != "cpu" if background is None else background,
+            carry_on=self.settings.checkpoint_failure == "continue",
+        )
+
     @property
     def progress(self) -> Progress:
         return self.state.progress
 
 
-def train(settings: TrainingSettings) -> dict[str, Any]:
+def train(settings: TrainingSettings, make_loaders: Callable[..., tuple[Any, Any]] = make_loaders) -> dict[str, Any]:
     """Trains a classifier as the settings say and leaves everything about it in `settings.output_dir`.
 
+    `make_loaders` may give other loaders than those of the settings' dataset, to measure the loop without them.
     Every process of a run calls it. Leaves by `Stopped` (a SystemExit) after SIGTERM or Ctrl-C, with a checkpoint.
 
     Returns:
@@ -76,8 +103,11 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
         UserError: what was asked for cannot be done; the message says why.
         hf_poolformer.hub.publishing.PublishError: trained and saved, but not published.
     """
-    accelerator = make_accelerator(settings)
+    accelerator = make_accelerator(settings, fsdp=True)
     output_dir, resume_from = prepare_output(settings, accelerator)
+    # Of a resumed run only a part could be measured, which tells nothing.
+    measured = settings.emissions_country and accelerator.is_main_process and resume_from is None
+    meter = EmissionsMeter(settings.emissions_country) if measured else None
 
     # Data: opened undecoded; the labels decide the model's head.
     datasets = open_data(settings)
@@ -89,8 +119,11 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
     set_seed(settings.seed + 1 + accelerator.process_index)
     channels_last = settings.memory_format in ("auto", "channels_last")
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    model.to(accelerator.device, memory_format=memory_format)
+    # FSDP takes the model apart, which works for contiguous weights; evaluating and saving it needs it whole.
+    fsdp = accelerator.distributed_type == DistributedType.FSDP
+    model.to(accelerator.device, memory_format=torch.contiguous_format if fsdp else memory_format)
     ema = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
+    replica = copy.deepcopy(model).requires_grad_(False) if fsdp and ema is None else None
 
     train_loader, eval_loader = make_loaders(settings, accelerator, datasets, model.config.label2id, processor)
     accumulation = accelerator.gradient_accumulation_steps
@@ -103,11 +136,17 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
     # The loaders are not prepared: they are sharded already, and batches go to the device below.
     wrapped, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
 
-    progress = Progress(num_processes=accelerator.num_processes, label_names=label_names)
+    progress = Progress(num_processes=accelerator.num_processes, global_batch=global_batch, label_names=label_names)
     state = TrainingState(accelerator, model, optimizer, scheduler, ema, progress)
     if resume_from is not None:
-        checkpoints.load(resume_from, state)
+        saved = checkpoints.load(resume_from, state)
         accelerator.print(f"Going on from {resume_from}: step {progress.step}, epoch {progress.epoch + 1}.")
+        if saved.global_batch != global_batch:
+            accelerator.print(
+                f"It was made with {saved.global_batch} images per step, this run has {global_batch}: learning rate "
+                f"and length follow this run's settings, {total_steps} steps in all, counted on from {progress.step}. "
+                "--gradient_accumulation_steps and --per_device_train_batch_size bring the two together."
+            )
 
     main = accelerator.is_main_process
     if main:
@@ -124,6 +163,7 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
     )
 
     with (
+        telling_of_lost_processes(),
         StopSignal() as stop,
         tqdm(
             total=total_steps,
@@ -155,8 +195,12 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
             total_steps=total_steps,
             accumulation=accumulation,
             global_batch=global_batch,
+            replica=replica,
         )
-        while progress.step < total_steps and (settings.max_train_steps or progress.epoch < epochs):
+        # Resumed behind its last step, a run has still an epoch to close.
+        while (progress.step < total_steps or progress.batches) and (
+            settings.max_train_steps or progress.epoch < epochs
+        ):
             train_epoch(run)
             done = progress.step >= total_steps or (not settings.max_train_steps and progress.epoch >= epochs)
             if eval_loader is not None and not done and due(progress.epoch, settings.eval_epochs):
@@ -164,9 +208,13 @@ def train(settings: TrainingSettings) -> dict[str, Any]:
             if settings.checkpointing_steps == "epoch":
                 save_checkpoint(run)
         results, matrix = final_results(run)
+        run.saver.finish()
+    if meter is not None:
+        results.update(meter.stop())
 
+    trained = trained_model(run)
     if main:
-        save_model(run, output_dir, processor, results, matrix)
+        save_model(run, trained, output_dir, processor, results, matrix)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if main:
@@ -183,18 +231,23 @@ def train_epoch(run: Run) -> None:
     progress, settings = run.progress, run.settings
     run.model.train()
     run.train_loader.set_epoch(progress.epoch)
+    if run.state.streams is not None:
+        statement = run.train_loader.load_state_dict(run.state.streams)
+        run.state.streams = None
+        if statement and run.log is not None:
+            run.bar.write(f"Not quite as before: {statement}.", file=sys.stderr)
     batches = iter(run.train_loader)
-    for _ in itertools.islice(batches, progress.batches):
-        pass  # taken before the checkpoint
     first_step, clock = progress.step, time.perf_counter()
     while progress.step < run.total_steps:
         window = list(itertools.islice(batches, run.accumulation))
         waited = time.perf_counter() - clock
-        run.skipped += sum(len(batch["skipped"]) for batch in window)
+        skipped = [description for batch in window for description in batch["skipped"]]
+        run.skipped += len(skipped)
+        note_skipped(Path(settings.output_dir), progress.epoch + 1, skipped)
         # The one exchange of a step: how many micro-batches everybody has, and whether anybody was told to stop.
         count, stop = run.agreement.minimum(len(window), -run.stop.check())
         if count:
-            run.losses.append(optimiser_step(run, window[:count]))
+            run.losses.append((run.optimise or optimiser_step)(run, window[:count]))
             progress.step += 1
             progress.batches += count
             run.images += sum(len(batch["labels"]) for batch in window[:count])
@@ -205,14 +258,17 @@ def train_epoch(run: Run) -> None:
                 log_point(run)
         if stop:
             save_and_leave(run, -stop)
-        if count < run.accumulation:
-            break
-        if settings.checkpointing_steps.isdigit() and progress.step % int(settings.checkpointing_steps) == 0:
+        every = settings.checkpointing_steps
+        if count and every.isdigit() and progress.step % int(every) == 0:
             save_checkpoint(run)
             clock = time.perf_counter()
+        if count < run.accumulation:
+            break
     if progress.step == first_step and not progress.batches:
         raise UserError("some process has no full batch of training images: use fewer processes or smaller batches.")
     log_point(run)
+    damaged = gather_object(list(getattr(run.train_loader, "damaged", ())))
+    progress.damaged_shards = sorted({*progress.damaged_shards, *damaged})
     if progress.epoch_steps:
         progress.train_loss = progress.epoch_loss / progress.epoch_steps
     progress.epoch, progress.batches, progress.epoch_loss, progress.epoch_steps = progress.epoch + 1, 0, 0.0, 0
@@ -287,9 +343,9 @@ def record(run: Run, row: dict[str, Any]) -> None:
 
 def evaluate_now(run: Run) -> dict[str, Any]:
     """Evaluates what would be saved now: the moving average if there is one."""
-    model = run.model if run.state.ema is None else run.state.ema.module
+    plain = run.state.ema is None and run.replica is None
     results = evaluate(
-        model,
+        run.model if plain else trained_model(run),
         run.eval_loader,
         accelerator=run.accelerator,
         num_labels=run.mixer.num_labels,
@@ -303,16 +359,37 @@ def evaluate_now(run: Run) -> dict[str, Any]:
     record(run, {"step": run.progress.step, "epoch": run.progress.epoch, **figures})
     if run.accelerator.is_main_process:
         run.bar.write(f"epoch {run.progress.epoch}: {describe(results)}", file=sys.stderr)
+    if run.settings.keep_best:
+        keep_if_best(run, figures)
     return results
+
+
+def keep_if_best(run: Run, figures: dict[str, float]) -> None:
+    """Saves a checkpoint that stays, if what `--keep_best` names was never better; every process must call it."""
+    progress, metric, root = run.progress, run.settings.keep_best, run.saver.root
+    if metric not in figures:
+        raise UserError(f"--keep_best {metric}: an evaluation gives {', '.join(figures)}.")
+    best, sign = checkpoints.best_of(root), -1 if metric.endswith("loss") else 1
+    # A mark from a later step is from before this run was set back.
+    better = best is None or best[0] > progress.step or sign * figures[metric] > sign * best[1]
+    if not broadcast_object_list([better])[0]:
+        return
+    save_checkpoint(run)
+    saved = run.saver.finish()
+    if saved is not None and run.accelerator.is_main_process:
+        checkpoints.mark_best(root, progress.step, figures[metric])
+        checkpoints.prune(root, run.saver.keep)  # of the former best, perhaps
 
 
 def save_checkpoint(run: Run) -> None:
     log_point(run)  # a loss that is not finite ends the run before it is saved
-    checkpoints.save(Path(run.settings.output_dir) / "checkpoints", run.state, keep=run.settings.save_total_limit)
+    run.state.stream = run.train_loader.state_dict() if run.progress.batches else None
+    run.saver.save(run.state)
 
 
 def save_and_leave(run: Run, number: int) -> None:
     save_checkpoint(run)
+    run.saver.finish()
     run.bar.close()
     folder, accelerator = Path(run.settings.output_dir), run.accelerator
     accelerator.print(
@@ -337,15 +414,29 @@ def final_results(run: Run) -> tuple[dict[str, Any], Any]:
         "epoch": progress.epoch,
         "step": progress.step,
         "skipped_images": progress.skipped_images,
+        "skipped_shards": progress.damaged_shards,
+        "device": device_name(run.accelerator.device),
+        "num_processes": run.accelerator.num_processes,
     }
     results = {**named_results(evaluation, progress.label_names), **training}
     return results, evaluation.get("confusion_matrix")
 
 
-def save_model(run: Run, output_dir: Path, processor: Any, results: dict[str, Any], matrix: Any) -> None:
+def trained_model(run: Run) -> nn.Module:
+    """What is evaluated and saved: the moving average if there is one, and whole; every process must call it."""
+    if run.state.ema is not None:
+        return run.state.ema.module
+    if run.replica is None:
+        return run.state.model
+    run.replica.load_state_dict({name: whole(value) for name, value in run.state.model.state_dict().items()})
+    return run.replica
+
+
+def save_model(
+    run: Run, model: nn.Module, output_dir: Path, processor: Any, results: dict[str, Any], matrix: Any
+) -> None:
     """Everything a finished run leaves; the model first, so that a failure further down cannot cost it."""
     settings, label_names = run.settings, run.progress.label_names
-    model = run.state.model if run.state.ema is None else run.state.ema.module
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     write_json(output_dir / "all_results.json", results)

@@ -8,17 +8,21 @@ from typing import Any
 
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
 from . import checkpoints, data
 from .arguments import TrainingSettings
-from .augmentation import EvalTransform, TrainTransform
+from .augmentation import EvalTransform
+from .device_pipeline import make_pipeline
 from .errors import UserError
 from .evaluation import check_classification, data_workers, skip_limit
 
 
-def make_accelerator(settings: TrainingSettings) -> Accelerator:
+def make_accelerator(settings: TrainingSettings, fsdp: bool = False) -> Accelerator:
     """Accelerate with the settings' precision, compilation and accumulation, or its own where they say nothing.
+
+    Args:
+        fsdp: the caller knows how to evaluate and save a model that is distributed over the processes.
 
     Raises:
         UserError: a tracker that is not installed, a precision that the device lacks, a way to distribute the model
@@ -38,15 +42,14 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         )
     except (ValueError, KeyError) as error:
         raise UserError(f"accelerate refuses these settings: {error}") from error
-    if accelerator.distributed_type in (
-        DistributedType.FSDP,
-        DistributedType.DEEPSPEED,
-        DistributedType.MEGATRON_LM,
-    ):
+    way = accelerator.distributed_type
+    if way in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (way == DistributedType.FSDP and not fsdp):
         raise UserError(
-            f"{accelerator.distributed_type.value} is not supported: the largest model has 73M parameters and fits "
-            "every GPU whole. Launch with --multi_gpu instead."
+            f"{way.value} is not supported here: the largest model has 100M parameters and fits every GPU whole. "
+            "Launch with --multi_gpu instead."
         )
+    if way == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UserError("FSDP is supported in its second version: launch with --fsdp_version 2.")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("fp16 needs a GPU; on the CPU use --mixed_precision bf16 or no.")
     return accelerator
@@ -83,7 +86,7 @@ def prepare_output(settings: TrainingSettings, accelerator: Accelerator) -> tupl
     root = output_dir / "checkpoints"
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file.")
-    found = checkpoints.find(settings.resume_from_checkpoint, root) if settings.resume_from_checkpoint else None
+    found = find_checkpoint(settings.resume_from_checkpoint, root, accelerator)
     same_run = found is not None and root.resolve() in found.resolve().parents
     if settings.resume_from_checkpoint == "latest" and found is None:
         # Killed before its first checkpoint: its settings are there, a model is not.
@@ -101,8 +104,25 @@ def prepare_output(settings: TrainingSettings, accelerator: Accelerator) -> tupl
         checkpoints.make_folder(output_dir)
         if not same_run or found is None:
             checkpoints.set_aside(root)
+        elif settings.resume_from_checkpoint != "latest":
+            # Later ones belong to what that run did next; this one may do something else.
+            checkpoints.set_aside(root, after=checkpoints.step_of(found))
     accelerator.wait_for_everyone()
     return output_dir, found
+
+
+def find_checkpoint(spec: str | None, root: Path, accelerator: Accelerator) -> Path | None:
+    """As `checkpoints.find`; the main process looks, and checks every byte, for all."""
+    answer: list[Any] = [None, None]
+    if spec and accelerator.is_main_process:
+        try:
+            answer[0] = checkpoints.find(spec, root)
+        except UserError as error:
+            answer[1] = str(error)
+    found, fault = broadcast_object_list(answer)
+    if fault:
+        raise UserError(fault)
+    return found
 
 
 def open_data(settings: TrainingSettings) -> dict[str, data.ImageDataset]:
@@ -134,21 +154,26 @@ def make_loaders(
     label2id: dict[str, int],
     processor: Any,
 ) -> tuple[Any, Any | None]:
-    """Loaders of this process's share of the training and evaluation images, labels as the model numbers them."""
+    """Loaders of this process's share of the training and evaluation images, labels as the model numbers them.
+
+    Raises:
+        UserError: the device cannot do what `device_preprocessing` gives it to do.
+    """
     common = {
         "num_workers": data_workers(settings.num_workers, accelerator),
         "seed": settings.seed,
         "max_skipped": skip_limit(settings.max_skipped),
+        "max_skipped_shards": settings.max_skipped_shards,
         "process_index": accelerator.process_index,
         "num_processes": accelerator.num_processes,
         "pin_memory": accelerator.device.type == "cuda",
     }
     training = data.make_loader(
         data.align_labels(datasets["train"], label2id),
-        TrainTransform(settings, processor),
         batch_size=settings.per_device_train_batch_size,
         training=True,
         shuffle_buffer_size=settings.shuffle_buffer_size,
+        **make_pipeline(settings, processor, accelerator.device),
         **common,
     )
     if "validation" not in datasets:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
 
 import psutil
@@ -15,8 +18,11 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import str_to_bool
 
 from .errors import UserError
+from .files import one_line
 
 
+# As gloo puts it, which has no exceptions of its own.
+_LOST = r"gloo|Connection (closed|reset) by peer|Broken pipe|Timed out waiting"
 LAUNCHER = "HF_POOLFORMER_LAUNCHER"  # process id of `accelerate launch`, for processes that are not its children
 
 
@@ -74,6 +80,20 @@ class Agreement:
         numbers = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(numbers, op=operation, group=self.group)
         return numbers.tolist()
+
+
+@contextlib.contextmanager
+def telling_of_lost_processes() -> Iterator[None]:
+    """Turns what torch.distributed says when another process is gone, or does not answer, into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not re.search(_LOST, str(error)):
+            raise
+        raise UserError(
+            f"another process of this run has died or does not answer: {one_line(error)}. The checkpoints are as they "
+            "were: start all processes again with --resume_from_checkpoint latest."
+        ) from error
 
 
 class Stopped(SystemExit):

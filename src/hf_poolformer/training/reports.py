@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import io
 import json
 import os
 import shlex
@@ -13,6 +16,11 @@ from typing import Any
 import numpy as np
 
 from .errors import UserError
+
+
+SKIPPED = "skipped.csv"
+# Share of the time spent waiting for data above which a summary says what could be done about it.
+MUCH_WAITING = 0.3
 
 
 class RunLog:
@@ -60,13 +68,26 @@ def describe(results: dict[str, Any]) -> str:
 def summary(output_dir: Path, results: dict[str, Any]) -> str:
     """What a finished run did and where everything is."""
     result = f"Result: {describe(results)}.\n" if "eval_accuracy" in results else ""
+    damaged = "".join(f"Damaged {shard}\n" for shard in results.get("skipped_shards", ()))
+    listed = f" (see {SKIPPED})" if results["skipped_images"] else ""
+    waited = results["train_data_wait_share"] > MUCH_WAITING
+    slow = "Data was the bottleneck: see --num_workers and --device_preprocessing.\n" if waited else ""
     return (
         f"{result}Trained {results['step']} steps in {results['train_runtime']:.0f} s, "
         f"{results['train_samples_per_second']:.0f} images/s, {results['train_data_wait_share']:.0%} of the time "
-        f"waiting for data, {results['skipped_images']} broken images skipped.\n"
+        f"waiting for data, {results['skipped_images']} broken images skipped{listed}.\n{slow}{damaged}"
         f"In {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir() if path.name[0] != '.'))}.\n"
         f'Use it: pipeline("image-classification", "{output_dir}")'
     )
+
+
+def note_skipped(output_dir: Path, epoch: int, descriptions: Sequence[str]) -> None:
+    """Adds broken images to `skipped.csv`; all processes do. What a resumed run meets again is there again."""
+    if descriptions:
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows((epoch, description) for description in descriptions)
+        with contextlib.suppress(OSError), open(output_dir / SKIPPED, "a", encoding="utf-8") as file:
+            file.write(lines.getvalue())
 
 
 def resume_command(output_dir: Path, num_processes: int, cpu: bool) -> str:
@@ -74,7 +95,8 @@ def resume_command(output_dir: Path, num_processes: int, cpu: bool) -> str:
     command = ["accelerate", "launch"]
     if num_processes > 1:
         command += ["--num_processes", str(num_processes), *(["--cpu"] if cpu else [])]
-    command.append(sys.argv[0] if sys.argv[0].endswith("train.py") else "scripts/train.py")
+    # Any of our training scripts; a run that was started from Python goes on by the plain one.
+    command.append(sys.argv[0] if Path(sys.argv[0]).stem.startswith("train") else "scripts/train.py")
     command += ["--config_file", str(output_dir / "training_settings.yaml"), "--resume_from_checkpoint", "latest"]
     return shlex.join(command)
 
@@ -149,14 +171,14 @@ def write_confusion_matrix(path: Path, matrix: np.ndarray, label_names: Sequence
     save_figure(figure, path)
 
 
-def new_figure(size: tuple[float, float], columns: int = 1) -> tuple[Any, Any]:
+def new_figure(size: tuple[float, float], columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
     # A figure of its own rather than pyplot's: no display, no global state, nothing to close.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(rows, columns)
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -1,0 +1,160 @@
+"""What the columns of a dataset mean: which holds the images, which the labels, and what a row's label is."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Image, IterableDataset, Value
+
+from .errors import UserError
+
+
+logger = logging.getLogger(__name__)
+
+_IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
+_LABEL_NAMES = ("label", "labels", "cls", "class", "target", "category", "fine_label", "class_label", "label_name")
+_CAPTION_NAMES = ("cls.txt", "txt")  # a tar without .cls may keep the class name in .txt
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageDataset:
+    """One split: a stream of undecoded images, and what its columns mean.
+
+    Attributes:
+        stream: rows; the image column holds `{"bytes", "path"}`.
+        label_column: None if unlabelled; `json.label` means the field `label` of the column `json`.
+        label_names: class names by index; None for unlabelled images and for regression.
+        label_ids: stored label -> class index; None where the stored integers are the indices.
+        problem_type: as in a model's config; None if unlabelled.
+        num_examples: exact if known, else None.
+        name: what messages call it.
+        token: Hub token, for rows that name remote files.
+    """
+
+    stream: IterableDataset
+    image_column: str
+    label_column: str | None
+    label_names: list[str] | None
+    num_examples: int | None
+    label_ids: Mapping[Any, int] | None = None
+    problem_type: str | None = None
+    name: str = "dataset"
+    token: str | bool | None = None
+
+    @property
+    def num_labels(self) -> int | None:
+        """Outputs a model needs for these labels: classes, or 1 for regression."""
+        if self.label_names is not None:
+            return len(self.label_names)
+        return 1 if self.problem_type == "regression" else None
+
+
+def find_image_column(features: datasets.Features, wanted: str | None, name: str) -> str:
+    if wanted is not None:
+        if wanted not in features:
+            raise UserError(f"{name} has no column {wanted!r} (--image_column_name), only {columns_of(features)}")
+        return wanted
+    by_type = [column for column, feature in features.items() if isinstance(feature, Image)]
+    if not by_type:  # Parquet written without datasets: plain bytes, or a struct of bytes and path
+        by_type = [
+            column
+            for column, feature in features.items()
+            if (isinstance(feature, dict) and "bytes" in feature)
+            or (isinstance(feature, Value) and feature.dtype in ("binary", "large_binary"))
+        ]
+    return _choose(by_type, _IMAGE_NAMES[:1], "image", features, name) or missing("image", features, name)
+
+
+def find_label_column(features: datasets.Features, wanted: str | None, name: str) -> str | None:
+    if wanted is not None:
+        if wanted not in features and feature_of(features, wanted) is None:
+            raise UserError(f"{name} has no column {wanted!r} (--label_column_name), only {columns_of(features)}")
+        return wanted
+    typed = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
+    if typed:
+        return _choose(typed, _LABEL_NAMES[:2], "label", features, name)
+    # A WebDataset's .json is a struct; its label is one level down.
+    nested = [
+        f"{column}.{field}" for column, feature in features.items() if isinstance(feature, dict) for field in feature
+    ]
+    for names in (_LABEL_NAMES, _CAPTION_NAMES):
+        for candidates in (list(features), nested):
+            named = [
+                column
+                for column in candidates
+                if (column if column in features else column.split(".", 1)[1]).lower() in names
+                and isinstance(feature_of(features, column), Value)
+            ]
+            if named:
+                return _choose(named, _LABEL_NAMES[:3], "label", features, name)
+    return None
+
+
+def _choose(
+    candidates: list[str], preferred: tuple[str, ...], kind: str, features: datasets.Features, name: str
+) -> str | None:
+    if len(candidates) <= 1:
+        return candidates[0] if candidates else None
+    for column in preferred:
+        if column in candidates:
+            logger.info("%s has several %s columns, %s: using %r", name, kind, some(candidates), column)
+            return column
+    raise UserError(
+        f"{name} has several {kind} columns, {some(candidates)}: choose one with --{kind}_column_name "
+        f"(columns: {columns_of(features)})"
+    )
+
+
+def missing(kind: str, features: datasets.Features, name: str) -> Any:
+    raise UserError(
+        f"{name} has no {kind} column that could be told by its type; its columns are {columns_of(features)}: "
+        f"name one with --{kind}_column_name"
+    )
+
+
+def feature_of(features: Mapping[str, Any], column: str) -> Any:
+    if column in features:
+        return features[column]
+    parent, _, field = column.partition(".")
+    inside = features.get(parent)
+    return inside.get(field) if isinstance(inside, dict) else None
+
+
+def field_of(row: Mapping[str, Any], column: str) -> Any:
+    if column in row:
+        return row[column]
+    parent, _, field = column.partition(".")
+    return (row.get(parent) or {}).get(field)
+
+
+def columns_needed(dataset: ImageDataset) -> list[str]:
+    label_column = dataset.label_column
+    if label_column not in dataset.stream.features:
+        label_column = label_column.partition(".")[0]
+    return [dataset.image_column, label_column]
+
+
+def label_key(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.strip()
+    return int(value) if isinstance(value, bool | np.integer) else value
+
+
+def unlabelled() -> str:
+    return "label -1, which stands for `no label` in test splits: choose another split"
+
+
+def kind_of(feature: Any) -> str:
+    return feature.dtype if isinstance(feature, Value) else type(feature).__name__
+
+
+def columns_of(features: Mapping[str, Any]) -> str:
+    return some([f"{column} ({kind_of(feature)})" for column, feature in features.items()], limit=20)
+
+
+def some(items: list[str], limit: int = 5) -> str:
+    shown = ", ".join(map(str, items[:limit])) or "none"
+    return shown if len(items) <= limit else f"{shown}, ... ({len(items)} in all)"

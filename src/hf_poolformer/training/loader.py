@@ -1,0 +1,530 @@
+"""Batches from a stream: rows are decoded in the workers, broken ones counted, and the place is known."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from torch.utils.data import DataLoader, default_collate, get_worker_info
+
+from .columns import ImageDataset, columns_needed, field_of, label_key, unlabelled
+from .decoding import BrokenImage, decode_image, describe_source
+from .errors import UserError
+from .files import one_line
+from .stream import Lane, Order, Piece, Row, Start, deal, fresh_pieces, lane_seed, remaining
+from .workers import prepare_worker
+
+
+logger = logging.getLogger(__name__)
+
+# A share of broken images says nothing before this many were seen.
+_MIN_SEEN = 64
+
+
+def make_loader(
+    dataset: ImageDataset,
+    transform: Callable[[PILImage.Image], torch.Tensor],
+    *,
+    batch_size: int,
+    training: bool,
+    num_workers: int = 0,
+    seed: int = 0,
+    epoch: int = 0,
+    shuffle_buffer_size: int = 1000,
+    process_index: int = 0,
+    num_processes: int = 1,
+    max_skipped: float | int = 0.05,
+    max_skipped_shards: int = 0,
+    drop_last: bool | None = None,
+    pin_memory: bool = False,
+    prefetch_factor: int = 2,
+    batches: "Callable[..., DecodedBatches] | None" = None,
+    finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> "ImageLoader":
+    """Batches of one process's share of a labelled dataset.
+
+    Yields `{"pixel_values": (B, C, H, W), "labels": (B,), "skipped": [str, ...]}`: labels are int64 class indices, or
+    float32 for regression; `skipped` describes the broken images met since the batch before. When training, the
+    stream is shuffled, anew at each `set_epoch`, and an incomplete last batch is dropped unless it is the only one.
+
+    The shares of the processes are disjoint and complete but not always equally long: whoever reduces gradients over
+    processes must stop all of them when the first runs out. They are made here, once: do not pass the loader through
+    `accelerator.prepare`.
+
+    Args:
+        transform: RGB image to a tensor (C, H, W) of fixed size; runs in the workers. When training, torch's, numpy's
+            and Python's global generators are seeded for each image from `seed`, epoch and its place in the dataset.
+        num_workers: upper limit; no more are started than this process has shards.
+        shuffle_buffer_size: undecoded images held by each worker, on average.
+        max_skipped: the run stops when more than this fraction (float) or number (int) of an epoch's images is
+            broken. 1.0 never stops it, 0 does at the first.
+        max_skipped_shards: the run stops when more of this process's shards than this end early, because they are
+            truncated, say, or gone.
+        drop_last: overrides the rule above.
+        batches: what makes examples and batches of rows, where these are not images with one label each.
+        finish: what the main process does with each message of the workers, on the device say; it may leave out images
+            and describe them in `skipped`.
+
+    Raises:
+        UserError: from the loader's iteration too: too many broken images, a label outside the range, nothing to read.
+    """
+    if dataset.label_column is None:
+        raise UserError(f"{dataset.name} has no labels")
+    if batch_size < 1 or num_workers < 0:
+        raise UserError(f"a batch needs at least one image and zero workers, not {batch_size} and {num_workers}")
+    stream = dataset.stream.select_columns(columns_needed(dataset))
+    order = Order(
+        stream,
+        shuffle=training,
+        buffer_size=max(1, shuffle_buffer_size),
+        seed=seed,
+        process_index=process_index,
+        num_processes=num_processes,
+        num_workers=num_workers,
+        divided=stream.num_shards < max(num_workers, 1) * num_processes,  # Parquet: by row group instead of by file
+    )
+    if process_index == 0 and num_processes > 1 and order.num_shards % num_processes:
+        logger.info(
+            "%s: %d shards do not divide among %d processes, so %d are read by each, which keeps every %dth image",
+            dataset.name,
+            order.num_shards,
+            num_processes,
+            order.num_shards % num_processes,
+            num_processes,
+        )
+    if process_index == 0 and order.num_workers < num_workers:
+        logger.info(
+            "%s: %d data workers per process instead of %d, one for each of its shards",
+            dataset.name,
+            order.num_workers,
+            num_workers,
+        )
+    images = (batches or DecodedBatches)(dataset, order, transform, batch_size, training)
+    loader = ImageLoader(
+        images,
+        max_skipped=max_skipped,
+        max_skipped_shards=max_skipped_shards,
+        drop_last=training if drop_last is None else drop_last,
+        finish=finish or _as_is,
+        num_workers=order.num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(seed),  # else every epoch draws from the model's
+        **({"prefetch_factor": prefetch_factor, "persistent_workers": True} if order.num_workers else {}),
+    )
+    loader.set_epoch(epoch)
+    return loader
+
+
+class ImageLoader(DataLoader):
+    """What `make_loader` returns: a DataLoader that counts broken images, reports errors without a traceback, and
+    knows its place.
+
+    Attributes:
+        seen: images met by this process in the current epoch, broken ones included.
+        skipped: how many of them were broken.
+        damaged: shards of this process that ended early in the current epoch: where and why.
+    """
+
+    def __init__(
+        self,
+        images: "DecodedBatches",
+        *,
+        max_skipped: float | int,
+        max_skipped_shards: int,
+        drop_last: bool,
+        finish: Callable[[dict[str, Any]], dict[str, Any]],
+        **arguments: Any,
+    ):
+        # Workers put batches together themselves: batch_size None, and nothing left to collate here.
+        super().__init__(images, batch_size=None, collate_fn=_as_is, worker_init_fn=prepare_worker, **arguments)
+        self._images = images
+        self._max_skipped = max_skipped
+        self._max_skipped_shards = max_skipped_shards
+        self._drop_incomplete = drop_last
+        self._finish = finish
+        self._place = _Place()
+        self._resumed = _Place()  # where `order.start` is
+        self.seen = 0
+        self.skipped = 0
+        self.damaged: list[str] = []
+        self._examples: list[str] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the shuffle order and the augmentations of the next iteration."""
+        self._images.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place behind the batch that was handed out last, of this process: small, and nothing but plain values.
+
+        What workers have read ahead is not part of it. Costs no reading; see `stream.py`.
+        """
+        order, epoch, place = self._images.order, self._images.epoch, self._place
+        start = order.start_of(epoch)
+        return {
+            "epoch": epoch,
+            "batch_size": self._images.batch_size,
+            "num_shards": order.shards(start.divided).num_shards,
+            "divided": start.divided,
+            "layout": order.layout,
+            "pieces": None if start.pieces is None else [[tuple(piece) for piece in lane] for lane in start.pieces],
+            "lanes": [place.lanes.get(number) for number in range(order.layout["lanes"])],
+            "turn": place.turn,
+            "tail": place.tail,
+            "batches": place.batches,
+            "seen": place.seen,
+            "skipped": place.skipped,
+            "examples": list(place.examples),
+        }
+
+    def load_state_dict(self, states: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str | None:
+        """Goes on where the states were taken, when the epoch they belong to is iterated over; chooses this epoch.
+
+        With as many processes, workers and images per batch as then, what follows is the same, bit by bit. With
+        others, what had not been handed out in this epoch is dealt anew: nothing is lost and nothing comes twice.
+
+        Args:
+            states: of all processes of the run that is continued, by rank; or the state of the only one.
+
+        Returns:
+            None if what follows is the same as it would have been, otherwise a statement for the person who resumes.
+        """
+        states = [states] if isinstance(states, Mapping) else list(states)
+        order, own = self._images.order, None
+        epoch, divided = states[0]["epoch"], states[0]["divided"]
+        self._iterator = None  # workers that run already would not hear of it
+        self.set_epoch(epoch)
+        num_shards = order.shards(divided).num_shards
+        if states[0]["num_shards"] != num_shards:
+            return (
+                f"{self._images.name} has {num_shards} shards and had {states[0]['num_shards']} when the checkpoint "
+                f"was written: epoch {epoch + 1} starts from its beginning"
+            )
+        if len(states) == order.num_processes:
+            own = states[order.process_index]
+        if own and own["layout"] == order.layout and own["batch_size"] == self._images.batch_size:
+            lanes = [json.loads(lane) if lane else None for lane in own["lanes"]]
+            order.start = Start(epoch, divided, own["turn"], lanes, _pieces(own))
+            kept = {number: lane for number, lane in enumerate(own["lanes"]) if lane}
+            names = ("turn", "tail", "batches", "seen", "skipped")
+            self._resumed = _Place(lanes=kept, examples=list(own["examples"]), **{name: own[name] for name in names})
+            self._place = self._resumed.copy()
+            return None
+        begun, untouched, unfinished = _left_over(order, states)
+        mine = [deal(pieces, order.num_processes)[order.process_index] for pieces in (begun, untouched)]
+        count = order.layout["lanes"]
+        lanes = [mine[0][number::count] + mine[1][number::count] for number in range(count)]
+        order.start = Start(epoch, divided, pieces=lanes)
+        self._resumed = _Place(batches=max(state["batches"] for state in states))
+        self._place = self._resumed.copy()
+        then, now = states[0]["layout"], order.layout
+        return (
+            f"the checkpoint is of {then['num_processes']} processes with {then['lanes']} data workers each, this run "
+            f"has {now['num_processes']} with {now['lanes']}: the images left of epoch {epoch + 1} are dealt anew, "
+            "each once, in another order than the uninterrupted run's"
+            + (f"; up to {unfinished} images of its end are left out" if unfinished else "")
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        order, epoch = self._images.order, self._images.epoch
+        resumes = order.start is not None and order.start.epoch == epoch
+        place = self._place = self._resumed.copy() if resumes else _Place()
+        self.seen, self.skipped, self._examples = place.seen, place.skipped, list(place.examples)
+        states = [json.loads(lane) for lane in place.lanes.values()]
+        self.damaged = [text for state in states for text in state.get("damaged", {}).values()]
+        held: dict[str, Any] | None = None  # one batch behind, so that late broken images still find one to go with
+        incomplete: list[dict[str, Any]] = []  # each worker ends with one; together they may fill batches
+        for message in super().__iter__():
+            # As the worker made it: what is found to be broken later makes a batch smaller, and nothing else.
+            whole = len(message.get("labels", ())) == self._images.batch_size
+            message = self._finish(message)
+            self._account(message)
+            if not whole or "labels" not in message:
+                incomplete.append(message)
+                continue
+            if held is not None:
+                yield self._hand_out(held, held)
+            held = message
+        incomplete.sort(key=lambda message: message["lane"])  # whichever lane came first
+        late = [description for message in incomplete for description in message["skipped"]]
+        tail = list(self._complete(incomplete, only=held is None and not place.batches))
+        if held is None and not tail:
+            if not place.batches:
+                self._explain_nothing()
+            return
+        if not tail:
+            held["skipped"] = held["skipped"] + late
+            yield self._hand_out(held, held, *incomplete)
+            return
+        if held is not None:
+            yield self._hand_out(held, held)
+        for number in range(place.tail, len(tail)):
+            last = number + 1 == len(tail)
+            place.tail = 0 if last else number + 1
+            yield self._hand_out({**tail[number], "skipped": [] if number else late}, *(incomplete if last else ()))
+
+    def _hand_out(self, batch: dict[str, Any], *messages: dict[str, Any]) -> dict[str, Any]:
+        """A batch for the caller; with it, what these messages say about the place becomes true."""
+        place = self._place
+        place.batches += 1
+        for message in messages:
+            place.lanes[message["lane"]] = message["state"]
+            place.turn = (message["lane"] + 1) % self._images.order.layout["lanes"]
+            place.seen += message["seen"]
+            place.skipped += len(message["skipped"])
+            place.examples += message["skipped"][: 5 - len(place.examples)]
+        return {name: value for name, value in batch.items() if name not in ("seen", "lane", "state", "damaged")}
+
+    def _complete(self, incomplete: list[dict[str, Any]], only: bool) -> Iterator[dict[str, Any]]:
+        incomplete = [message for message in incomplete if "labels" in message]
+        if not incomplete:
+            return
+        size = self._images.batch_size
+        pixel_values = _joined([message["pixel_values"] for message in incomplete])
+        labels = _joined([message["labels"] for message in incomplete])
+        for start in range(0, len(labels), size):
+            if len(labels) - start < size and self._drop_incomplete and not (only and start == 0):
+                return
+            yield {"pixel_values": pixel_values[start : start + size], "labels": labels[start : start + size]}
+
+    def _account(self, message: dict[str, Any]) -> None:
+        if "error" in message:
+            raise UserError(message["error"])
+        self.seen += message["seen"]
+        for damage in message["damaged"]:
+            self.damaged.append(damage)
+            logger.warning("%s: %s", self._images.name, damage)
+        if len(self.damaged) > self._max_skipped_shards:
+            raise UserError(
+                f"{self._images.name} is damaged: {'; '.join(self.damaged[:5])}. Mend it, or go on without what is "
+                f"lost: --max_skipped_shards {len(self.damaged)}"
+            )
+        self.skipped += len(message["skipped"])
+        self._examples += message["skipped"][: 5 - len(self._examples)]
+        counted = isinstance(self._max_skipped, int)
+        limit = self._max_skipped if counted else self._max_skipped * self.seen
+        if self.skipped > limit and (counted or self.seen >= _MIN_SEEN):
+            raise UserError(
+                f"{self.skipped} of the first {self.seen} images of {self._images.name} are broken, more than "
+                f"{self._max_skipped if counted else format(self._max_skipped, '.1%')} is allowed: "
+                f"{'; '.join(self._examples)}"
+            )
+
+    def _explain_nothing(self) -> None:
+        if self.skipped:
+            raise UserError(
+                f"none of the {self.seen} images of {self._images.name} can be read: {'; '.join(self._examples)}"
+            )
+        # A process may be left without a share; the only process is not.
+        if self._images.order.num_processes == 1:
+            raise UserError(f"{self._images.name} is empty")
+
+
+class DecodedBatches(torch.utils.data.IterableDataset):
+    """Runs in the workers: takes rows from the worker's lane and yields messages.
+
+    A message holds `skipped`, `damaged` shards and `seen` since the one before, a batch if there is one, and the
+    `lane` with its `state` behind these rows; or an `error`.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        order: Order,
+        transform: Callable[[PILImage.Image], torch.Tensor],
+        batch_size: int,
+        training: bool,
+    ):
+        self.name = dataset.name
+        self.batch_size = batch_size
+        self.order = order
+        self._dataset = dataset
+        self._transform = transform
+        self._training = training
+        # Shared memory: workers that outlive an epoch see the next one's number.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker, epoch = get_worker_info(), self.epoch
+        number, lane = self.order.lane(epoch, worker.id if worker is not None else 0)
+        self._reported = set(lane.damaged)
+        examples: list[tuple[Any, Any]] = []
+        skipped: list[str] = []
+        seen = 0
+        rows = iter(lane)
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:
+                # Whatever the storage raises: said in one line by the loader, not as a worker's traceback.
+                yield {"error": f"reading {self.name} failed after {lane.read} images: {one_line(error)}"}
+                return
+            if row is None:
+                break
+            seen += 1
+            try:
+                image, label = self._read(row.values)
+                if self._training:
+                    with _seeded((self.order.seed, epoch, row.shard, row.index), restore=worker is None):
+                        examples.append(self._example(image, label))
+                else:
+                    examples.append(self._example(image, label))
+            except BrokenImage as reason:
+                skipped.append(f"{self._describe(row)}: {reason}")
+                continue
+            except UserError as error:
+                yield {"error": f"{self._describe(row)} of {self.name}: {error}"}
+                return
+            if len(examples) == self.batch_size:
+                yield self._message(examples, skipped, seen, number, lane)
+                examples, skipped, seen = [], [], 0
+        if seen or lane.damaged:
+            yield self._message(examples, skipped, seen, number, lane)
+
+    def _message(
+        self, examples: list[tuple[Any, Any]], skipped: list[str], seen: int, number: int, lane: Lane
+    ) -> dict[str, Any]:
+        batch = self._batch(*map(list, zip(*examples, strict=True))) if examples else {}
+        damaged = [text for shard, text in lane.damaged.items() if shard not in self._reported]
+        self._reported.update(lane.damaged)
+        # As text, which neither a queue nor a thread that pins memory looks into.
+        about = {"skipped": skipped, "damaged": damaged, "seen": seen, "lane": number}
+        return {**batch, **about, "state": json.dumps(lane.state())}
+
+    # What a subclass may replace, to read something else than one label per image: these three.
+
+    def _read(self, row: Mapping[str, Any]) -> tuple[PILImage.Image, Any]:
+        """Image and label of a row. BrokenImage leaves the row out and counts it, UserError ends the run."""
+        label = self._label(row)
+        return decode_image(row[self._dataset.image_column], token=self._dataset.token), label
+
+    def _example(self, image: PILImage.Image, label: Any) -> tuple[Any, Any]:
+        """What goes into a batch; the global generators are seeded for this image. Errors as of `_read`."""
+        return self._transform(image), label
+
+    def _batch(self, pixels: list[Any], labels: list[Any]) -> dict[str, Any]:
+        """`pixel_values` and `labels`, each a tensor or a list, one element per image."""
+        dtype = torch.float32 if self._dataset.problem_type == "regression" else torch.int64
+        # default_collate stacks straight into shared memory when it runs in a worker.
+        return {"pixel_values": default_collate(pixels), "labels": torch.tensor(labels, dtype=dtype)}
+
+    def _label(self, row: Mapping[str, Any]) -> int | float:
+        dataset = self._dataset
+        value = field_of(row, dataset.label_column)
+        if value is None:
+            raise BrokenImage("it has no label")
+        if dataset.problem_type == "regression":
+            if not math.isfinite(value):
+                raise BrokenImage(f"its label is {value}")
+            return float(value)
+        value = label_key(value)
+        if dataset.label_ids is not None:
+            index = dataset.label_ids.get(value)
+            if index is None:
+                raise UserError(unlabelled() if value == -1 else f"label {value!r} is none of the known ones")
+            return index
+        if value == -1:
+            raise UserError(unlabelled())
+        num_labels = len(dataset.label_names)
+        if not 0 <= value < num_labels:
+            raise UserError(f"label {value} lies outside 0..{num_labels - 1}")
+        return value
+
+    def _describe(self, row: Row) -> str:
+        path = describe_source(row.values[self._dataset.image_column])
+        return path or f"image {row.index} of shard {row.shard}"
+
+
+@dataclasses.dataclass
+class _Place:
+    """How far a process has got in an epoch, by what it has handed out.
+
+    Attributes:
+        lanes: number of a lane -> its state, as JSON; those without one have not handed out anything.
+        turn: the lane whose batch comes next.
+        tail: batches handed out of those that are put together from what the lanes leave over at the end.
+        batches: all that were handed out.
+    """
+
+    lanes: dict[int, str] = dataclasses.field(default_factory=dict)
+    turn: int = 0
+    tail: int = 0
+    batches: int = 0
+    seen: int = 0
+    skipped: int = 0
+    examples: list[str] = dataclasses.field(default_factory=list)
+
+    def copy(self) -> "_Place":
+        return dataclasses.replace(self, lanes=dict(self.lanes), examples=list(self.examples))
+
+
+def _left_over(order: Order, states: Sequence[Mapping[str, Any]]) -> tuple[list[Piece], list[Piece], int]:
+    """Of all processes: pieces that were begun, pieces that were not, and at most how many images are given up."""
+    begun: list[Piece] = []
+    untouched: list[Piece] = []
+    given_up = 0
+    for rank, state in enumerate(states):
+        layout = state["layout"]
+        if state["tail"]:
+            # Some of what its lanes had left over is used already; which, only a reading would tell.
+            given_up += layout["lanes"] * state["batch_size"]
+            continue
+        dealt = _pieces(state) or fresh_pieces(state["num_shards"], order.shuffle, state["epoch"], layout, rank)
+        for number, (pieces, lane) in enumerate(zip(dealt, state["lanes"], strict=True)):
+            seed = lane_seed(layout["seed"], state["epoch"], rank, number)
+            parts = remaining(pieces, json.loads(lane) if lane else None, layout["window"], seed)
+            begun += parts[0]
+            untouched += parts[1]
+    return begun, untouched, given_up
+
+
+def _pieces(state: Mapping[str, Any]) -> list[list[Piece]] | None:
+    """By lane, from plain values; None where they are dealt out as usual."""
+    if state["pieces"] is None:
+        return None
+    return [
+        [
+            Piece(shard, tuple(map(tuple, strides)), start, tuple(extra), group, first)
+            for shard, strides, start, extra, group, first in lane
+        ]
+        for lane in state["pieces"]
+    ]
+
+
+@contextlib.contextmanager
+def _seeded(seed: tuple[int, ...], restore: bool) -> Iterator[None]:
+    """Global generators of the CPU seeded for one image. `restore` gives the main process its own state back."""
+    states = (torch.get_rng_state(), np.random.get_state(), random.getstate()) if restore else None
+    first, second = np.random.SeedSequence(seed).generate_state(2, np.uint64)
+    torch.default_generator.manual_seed(int(first >> np.uint64(1)))  # not torch.manual_seed: that reseeds the GPU too
+    np.random.seed(int(second) & 0xFFFFFFFF)
+    random.seed(int(second))
+    try:
+        yield
+    finally:
+        if states is not None:
+            torch.set_rng_state(states[0])
+            np.random.set_state(states[1])
+            random.setstate(states[2])
+
+
+def _as_is(message: Any) -> Any:
+    return message
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Tensors or lists, one behind the other."""
+    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else [item for part in parts for item in part]

@@ -1,0 +1,382 @@
+"""The order of a stream: who reads what, how rows are shuffled, and how a place in the middle is found again.
+
+The shards of a dataset are dealt to processes and their workers. What one worker reads is a `Lane`: a list of pieces,
+each a shard or a part of one, read one after the other. A lane is shuffled without a random choice that depends on
+what happened before: row `n` gets the key `n + window * u(n)`, `u(n)` being uniform in [0, 1) and a function of the
+seed, the epoch and `n` alone, and rows leave in the order of their keys. A row thus moves by up to `window` places,
+about half of `window` rows are held at a time, and a place in the stream is a handful of numbers: how far the lane has
+read, and the key that left last. Whoever continues there reads the last `window` rows once more, still encoded, keeps
+those with greater keys, and is where the other was. No buffer is ever written down.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import IterableDataset
+
+from .faults import Patience, is_transient
+from .files import one_line
+
+
+_END = 1 << 62  # a row that no shard reaches
+_KEYS = 4096  # keys are drawn in blocks
+
+
+class Piece(NamedTuple):
+    """Rows of one shard: those from `start` on that pass the strides, and `extra`.
+
+    Attributes:
+        strides: pairs (part, parts): of the rows, every `parts`-th from `part` on; of what remains, the next pair.
+        extra: rows before `start`, ascending.
+        group, first: where reading begins: the group that holds the first of these rows, and its first row.
+    """
+
+    shard: int
+    strides: tuple[tuple[int, int], ...] = ()
+    start: int = 0
+    extra: tuple[int, ...] = ()
+    group: int = 0
+    first: int = 0
+
+    def part(self, part: int, parts: int) -> Piece:
+        """One of `parts` disjoint parts of this piece."""
+        return self._replace(strides=(*self.strides, (part, parts)), extra=self.extra[part::parts])
+
+    def holds(self, row: int) -> bool:
+        if row < self.start:
+            place = bisect.bisect_left(self.extra, row)
+            return place < len(self.extra) and self.extra[place] == row
+        for part, parts in self.strides:
+            row, remainder = divmod(row, parts)
+            if remainder != part:
+                return False
+        return True
+
+    @property
+    def end(self) -> int:
+        """No row from here on belongs to the piece."""
+        return _END if self.start < _END else (self.extra[-1] + 1 if self.extra else 0)
+
+
+class Row(NamedTuple):
+    shard: int
+    index: int  # in the shard
+    values: dict[str, Any]
+
+
+class DamagedShard(Exception):
+    """A shard cannot be read from here on, now or later: truncated, gone, not what its name says."""
+
+
+class Shards:
+    """Access by shard to a stream of rows.
+
+    Args:
+        divided: take the groups of the shards for shards; for Parquet these are the row groups.
+    """
+
+    def __init__(self, stream: IterableDataset, divided: bool = False):
+        self._stream = stream.reshard() if divided else stream
+        self.num_shards: int = self._stream.num_shards
+        self._blocks: dict[int, IterableDataset] = {}
+
+    def rows(self, shard: int, group: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Rows with the number of their group, from the beginning of a group to the end of the shard.
+
+        A group is what can be read without what lies before it: a row group of a Parquet file, elsewhere the shard.
+        What breaks off for a passing reason is opened again where it broke.
+
+        Raises:
+            DamagedShard: it breaks off for another reason.
+        """
+        patience = Patience()
+        groups, done = None, 0
+        while True:
+            try:
+                if groups is None:
+                    groups = self._only(shard).reshard()
+                while group < groups.num_shards:
+                    for row in itertools.islice(_rows(groups, group), done, None):
+                        done += 1
+                        patience.renew()
+                        yield group, row
+                    group, done = group + 1, 0
+                return
+            except Exception as error:
+                if not is_transient(error):
+                    raise DamagedShard(one_line(error).rstrip(".")) from error
+                if not patience.wait(f"reading shard {shard} failed: {one_line(error)}"):
+                    raise
+
+    def _only(self, shard: int) -> IterableDataset:
+        """One shard; by way of a block of them, since taking one out of thousands looks at all of them."""
+        size = max(math.isqrt(self.num_shards), 1)
+        blocks = -(-self.num_shards // size)
+        sizes = [self.num_shards // blocks + (block < self.num_shards % blocks) for block in range(blocks)]
+        starts = [0, *itertools.accumulate(sizes)]
+        block = next(index for index in range(blocks) if shard < starts[index + 1])
+        if block not in self._blocks:
+            self._blocks[block] = self._stream.shard(blocks, block)
+        return self._blocks[block].shard(sizes[block], shard - starts[block])
+
+
+def _rows(groups: IterableDataset, group: int) -> Iterator[dict[str, Any]]:
+    one = groups.shard(groups.num_shards, group) if groups.num_shards > 1 else groups
+    # `iter`, because iterating over the stream itself divides it among the workers of a DataLoader.
+    for batch in one.iter(batch_size=1):
+        yield {column: values[0] for column, values in batch.items()}
+
+
+class Lane:
+    """What one worker reads in one epoch, shuffled.
+
+    Args:
+        window: rows move by up to so many places; 0 leaves the stored order.
+        seed: of the shuffling: of run, epoch, process and worker.
+        state: a former `state()`, to go on from there.
+
+    Attributes:
+        read: rows read, in all.
+        damaged: number of a shard that could not be read to its end -> where and why. It ends there.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        pieces: Sequence[Piece],
+        window: int,
+        seed: Sequence[int],
+        state: Mapping[str, Any] | None = None,
+    ):
+        self._shards = shards
+        self._pieces = pieces
+        self._window = window
+        self._keys = Keys(window, seed)
+        self._begin = tuple(state["marks"][0]) if state and state["marks"] else None
+        self._last = state["last"] if state else -1.0
+        self.read = 0
+        self.damaged: dict[str, str] = dict(state.get("damaged", {})) if state else {}
+        self._next = 0
+        self._marks: deque[tuple[int, int, int, int]] = deque()
+
+    def __iter__(self) -> Iterator[Row]:
+        held: list[tuple[float, int, Row]] = []
+        for number, row in self._stored():
+            key = self._keys[number]
+            if key > self._last:  # otherwise it has left before
+                heapq.heappush(held, (key, number, row))
+            while held and held[0][0] < number + 1:  # no later key is smaller
+                yield self._leave(held)
+        while held:
+            yield self._leave(held)
+
+    def state(self) -> dict[str, Any]:
+        """The place behind the row that came last, in numbers; a few dozen bytes per group within the window."""
+        while len(self._marks) > 1 and self._marks[1][0] <= self._last - self._window:
+            self._marks.popleft()
+        marks = [list(mark) for mark in self._marks]
+        state = {"marks": marks, "read": self.read, "next": self._next, "last": self._last}
+        return {**state, "damaged": dict(self.damaged)} if self.damaged else state
+
+    def _leave(self, held: list[tuple[float, int, Row]]) -> Row:
+        self._last, _, row = heapq.heappop(held)
+        return row
+
+    def _stored(self) -> Iterator[tuple[int, Row]]:
+        """Numbered rows in stored order. Marks note at which number, in which piece, each group begins."""
+        self.read, start, group, first = self._begin or (0, 0, 0, 0)
+        for number in range(start, len(self._pieces)):
+            piece = self._pieces[number]
+            if number > start or self._begin is None:
+                group, first = piece.group, piece.first
+            current = -1
+            rows = self._readable(piece.shard, group, first) if first < piece.end else ()
+            for index, (found, values) in enumerate(rows, first):
+                if found != current:
+                    current = found
+                    self._marks.append((self.read, number, found, index))
+                self._next = index + 1
+                if piece.holds(index):
+                    self.read += 1
+                    yield self.read - 1, Row(piece.shard, index, values)
+                if self._next >= piece.end:
+                    break
+
+    def _readable(self, shard: int, group: int, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Of a damaged shard, what comes before the damage."""
+        count = first
+        try:
+            for row in self._shards.rows(shard, group):
+                count += 1
+                yield row
+        except DamagedShard as error:
+            self.damaged.setdefault(str(shard), f"shard {shard} ends after {count} rows: {error}")
+
+
+class Keys:
+    """By which rows are ordered: `keys[n]` is `n + window * u(n)`."""
+
+    def __init__(self, window: int, seed: Sequence[int]):
+        self._window, self._seed = window, seed
+        self._number, self._block = -1, np.zeros(0)
+
+    def __getitem__(self, number: int) -> float:
+        if not self._window:
+            return float(number)
+        if number // _KEYS != self._number:
+            self._number = number // _KEYS
+            self._block = np.random.default_rng([*self._seed, self._number]).random(_KEYS)
+        return number + self._window * float(self._block[number % _KEYS])
+
+
+def deal(pieces: Sequence[Piece], hands: int) -> list[list[Piece]]:
+    """Disjoint shares, whole pieces as far as they go round; each of the rest is divided row by row among all."""
+    whole = len(pieces) // hands * hands
+    shares = [list(pieces[hand:whole:hands]) for hand in range(hands)]
+    for piece in pieces[whole:]:
+        for hand, share in enumerate(shares):
+            share.append(piece.part(hand, hands))
+    return shares
+
+
+def remaining(
+    pieces: Sequence[Piece], state: Mapping[str, Any] | None, window: int, seed: Sequence[int]
+) -> tuple[list[Piece], list[Piece]]:
+    """What a lane left in `state` has not handed out: pieces that it has begun, and pieces it has not touched.
+
+    Found without reading anything: keys are a function of the number of a row, and the marks tell which row has it.
+    """
+    if state is None or not state["marks"]:
+        return [], list(pieces)
+    keys = Keys(window, seed)
+    begun: dict[int, Piece] = {}
+    marks = [*state["marks"], [state["read"], None, None, None]]
+    for (count, number, group, first), (until, *_) in itertools.pairwise(marks):
+        piece = pieces[number]
+        rows = (row for row in itertools.count(first) if piece.holds(row))
+        pending = tuple(row for key, row in zip(range(count, until), rows, strict=False) if keys[key] > state["last"])
+        if number not in begun:
+            begun[number] = Piece(piece.shard, start=_END, group=group, first=first)
+        if pending and not begun[number].extra:
+            begun[number] = begun[number]._replace(group=group, first=first)
+        begun[number] = begun[number]._replace(extra=begun[number].extra + pending)
+    _, number, group, first = state["marks"][-1]
+    piece, last = pieces[number], begun[number]
+    if not last.extra:
+        last = last._replace(group=group, first=first)
+    # Extra rows of a piece that was such a remainder itself may not have been reached.
+    beyond = tuple(row for row in piece.extra if row >= state["next"])
+    start = max(piece.start, state["next"])
+    begun[number] = last._replace(strides=piece.strides, start=start, extra=last.extra + beyond)
+    return [piece for piece in begun.values() if piece.end], list(pieces[number + 1 :])
+
+
+class Order:
+    """Who reads what in each epoch, as a process sees it; the same for all that are given the same numbers.
+
+    Args:
+        stream: undecoded rows.
+        shuffle: the shards anew in each epoch, and the rows of each lane within a window of `2 * buffer_size`, so that
+            it holds about `buffer_size` of them.
+        lanes: workers of this process; one where there are none.
+        divided: see `Shards`.
+
+    Attributes:
+        start: the place to go on from, in the epoch it belongs to; what `ImageLoader.load_state_dict` found out.
+    """
+
+    def __init__(
+        self,
+        stream: IterableDataset,
+        *,
+        shuffle: bool,
+        buffer_size: int,
+        seed: int,
+        process_index: int,
+        num_processes: int,
+        num_workers: int,
+        divided: bool,
+    ):
+        self.stream = stream
+        self.shuffle, self.seed, self.window = shuffle, seed, 2 * buffer_size if shuffle else 0
+        self.process_index, self.num_processes = process_index, num_processes
+        self.divided = divided
+        self.start: Start | None = None
+        self._shards: dict[bool, Shards] = {}
+        self.num_shards = self.shards(divided).num_shards
+        share = len(deal([Piece(shard) for shard in range(self.num_shards)], num_processes)[process_index])
+        self.num_workers = min(num_workers, share)
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """What must be equal for a place to mean the same."""
+        return {
+            "seed": self.seed,
+            "window": self.window,
+            "num_processes": self.num_processes,
+            "lanes": max(self.num_workers, 1),
+        }
+
+    def shards(self, divided: bool) -> Shards:
+        if divided not in self._shards:
+            self._shards[divided] = Shards(self.stream, divided)
+        return self._shards[divided]
+
+    def lane(self, epoch: int, worker: int) -> tuple[int, Lane]:
+        """The number of a worker's lane, and what it reads."""
+        start, lanes = self.start_of(epoch), self.layout["lanes"]
+        number = (worker + start.turn) % lanes
+        pieces = self.pieces(epoch)[number]
+        seed = lane_seed(self.seed, epoch, self.process_index, number)
+        state = start.states[number] if start.states else None
+        return number, Lane(self.shards(start.divided), pieces, self.window, seed, state)
+
+    def pieces(self, epoch: int) -> list[list[Piece]]:
+        """By lane of this process."""
+        start = self.start_of(epoch)
+        if start.pieces is not None:
+            return start.pieces
+        num_shards = self.shards(start.divided).num_shards
+        return fresh_pieces(num_shards, self.shuffle, epoch, self.layout, self.process_index)
+
+    def start_of(self, epoch: int) -> Start:
+        return self.start if self.start and self.start.epoch == epoch else Start(epoch, self.divided)
+
+
+class Start(NamedTuple):
+    """Where an epoch begins: at its beginning, unless told otherwise.
+
+    Attributes:
+        turn: the lane whose batch comes first.
+        states: by lane.
+        pieces: by lane, where they are not dealt out as usual.
+    """
+
+    epoch: int
+    divided: bool
+    turn: int = 0
+    states: list[dict[str, Any] | None] | None = None
+    pieces: list[list[Piece]] | None = None
+
+
+def lane_seed(seed: int, epoch: int, process_index: int, number: int) -> tuple[int, ...]:
+    return seed, epoch, process_index, number
+
+
+def fresh_pieces(
+    num_shards: int, shuffle: bool, epoch: int, layout: Mapping[str, int], process_index: int
+) -> list[list[Piece]]:
+    """What the lanes of a process read in an epoch that nothing has interrupted."""
+    shards = np.arange(num_shards)
+    if shuffle:
+        shards = np.random.default_rng([layout["seed"], epoch]).permutation(num_shards)
+    share = deal([Piece(int(shard)) for shard in shards], layout["num_processes"])[process_index]
+    return [share[number :: layout["lanes"]] for number in range(layout["lanes"])]

@@ -1,0 +1,115 @@
+"""The place of a loader: what comes after it is what would have come, in other processes and with other workers."""
+
+import io
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+
+from hf_poolformer.training.data import make_loader, open_datasets
+
+
+COUNT = 70
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """70 images in five Parquet files, 10 rows to a row group; the first pixel tells which it is."""
+    folder = tmp_path_factory.mktemp("numbers")
+    features = Features({"image": Image(), "label": ClassLabel(names=["even", "odd"])})
+    for number, part in enumerate(np.array_split(np.arange(COUNT), 5)):
+        encoded = []
+        for value in part:
+            buffer = io.BytesIO()
+            PILImage.fromarray(np.full((4, 4, 3), value, dtype=np.uint8)).save(buffer, "PNG")
+            encoded.append({"bytes": buffer.getvalue() if value != 33 else b"broken", "path": f"{value}.png"})
+        rows = {"image": encoded, "label": [int(value) % 2 for value in part]}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{number}.parquet", batch_size=10)
+    return open_datasets(dataset_name=folder, train_val_split=0)["train"]
+
+
+def augment(image):
+    """Tells which image it is and what was drawn for it."""
+    return torch.tensor([float(np.array(image)[0, 0, 0]), torch.rand(()).item(), np.random.rand()])
+
+
+def loader_of(dataset, rank=0, count=1, **changes):
+    arguments = {"batch_size": 4, "training": True, "shuffle_buffer_size": 10, "seed": 5, "max_skipped": 1.0}
+    arguments |= changes
+    return make_loader(dataset, augment, process_index=rank, num_processes=count, epoch=2, **arguments)
+
+
+def taken(batches):
+    return [(batch["pixel_values"].tolist(), batch["labels"].tolist(), batch["skipped"]) for batch in batches]
+
+
+def numbers(batches):
+    return Counter(int(image[0]) for images, _, _ in batches for image in images)
+
+
+@pytest.mark.parametrize(("count", "num_workers"), [(1, 0), (2, 0), (1, 2), (1, 3)])
+def test_the_same_from_any_place(dataset, count, num_workers):
+    whole = [taken(loader_of(dataset, rank, count, num_workers=num_workers)) for rank in range(count)]
+    everything = range(min(map(len, whole)) + 1)
+    for stop in everything if not num_workers else (5, everything[-2]):
+        states = []
+        for rank in range(count):
+            loader = loader_of(dataset, rank, count, num_workers=num_workers)
+            batches = iter(loader)
+            assert taken(next(batches) for _ in range(stop)) == whole[rank][:stop]
+            states.append(loader.state_dict())
+        for rank in range(count):
+            loader = loader_of(dataset, rank, count, num_workers=num_workers)
+            assert loader.load_state_dict(states) is None
+            assert loader.state_dict() == states[rank]
+            assert taken(loader) == whole[rank][stop:]
+    if count == 1:
+        assert loader.seen == COUNT and loader.skipped == 1
+    # The epoch after is a fresh one.
+    loader.set_epoch(3)
+    other = loader_of(dataset, rank, count, num_workers=num_workers)
+    other.set_epoch(3)
+    assert taken(loader) == taken(other)
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, 0), (3, 0)), ((3, 0), (1, 2)), ((1, 2), (2, 0)), ((1, 2), (1, 0))])
+def test_other_processes_and_workers_take_what_is_left(dataset, before, after):
+    found, states = Counter(), []
+    for rank in range(before[0]):
+        loader = loader_of(dataset, rank, before[0], num_workers=before[1])
+        batches = iter(loader)
+        found += numbers(taken(next(batches) for _ in range(3)))
+        states.append(loader.state_dict())
+    for rank in range(after[0]):
+        loader = loader_of(dataset, rank, after[0], num_workers=after[1], drop_last=False, batch_size=3)
+        statement = loader.load_state_dict(states)
+        assert "dealt anew, each once" in statement and "left out" not in statement
+        found += numbers(taken(loader))
+    assert found == Counter(set(range(COUNT)) - {33})
+
+
+def test_another_dataset_starts_its_epoch_again(dataset, tmp_path):
+    loader = loader_of(dataset)
+    next(iter(loader))
+    state = loader.state_dict()
+    state["num_shards"] += 1
+    other = loader_of(dataset)
+    assert "5 shards" in other.load_state_dict(state) and "from its beginning" in other.load_state_dict(state)
+    assert taken(other) == taken(loader_of(dataset))
+
+
+def test_uneven_shards_end_early_and_repeat_nothing(tmp_path, dataset):
+    """Shards of 63 and 7 rows over two processes."""
+    rows = list(dataset.stream)
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=["even", "odd"])})
+    for name, part in {"a": rows[:63], "b": rows[63:]}.items():
+        Dataset.from_list(part, features=features).to_parquet(tmp_path / f"{name}.parquet")
+    uneven = open_datasets(dataset_name=tmp_path, train_val_split=0)["train"]
+    shares = [taken(loader_of(uneven, rank, 2)) for rank in range(2)]
+    assert sorted(map(len, shares)) == [1, 15]
+    assert max(numbers(shares[0] + shares[1]).values()) == 1
+    evaluation = [taken(loader_of(uneven, rank, 2, training=False)) for rank in range(2)]
+    assert numbers(evaluation[0] + evaluation[1]) == Counter(set(range(COUNT)) - {33})
