@@ -4,8 +4,9 @@
     python scripts/convert.py timm/caformer_s18.sail_in1k converted/caformer_s18
     python scripts/convert.py converted/caformer_s18 back --to official
 
-Reads official `.pth` and `.pth.tar` files (classifiers, and backbones of mmdetection and mmsegmentation), files and
-folders of timm and transformers, and Hub ids of either. Exits with status 2 and one line on stderr if it cannot.
+Reads official `.pth` and `.pth.tar` files (classifiers; RetinaNet and Mask R-CNN of mmdetection, Semantic FPN of
+mmsegmentation, and the backbone of their other methods), files and folders of timm and transformers, and Hub ids of
+either. Exits with status 2 and one line on stderr if it cannot.
 """
 
 import argparse

@@ -5,6 +5,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.poolformer.configuration_poolformer import PoolFormerConfig as BuiltInConfig
 
 from hf_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
+from hf_poolformer.configuration_poolformer import DenseHeadConfig
 
 
 def test_json_has_exactly_the_built_in_keys(tmp_path):
@@ -77,6 +78,21 @@ def test_variants_make_configurations(name):
     config = MetaFormerConfig.from_variant(name, num_labels=3)
     assert config.num_labels == 3
     assert config.model_type == VARIANTS[name].model_type
+
+
+def test_labels_of_a_variant_come_with_their_number():
+    config = MetaFormerConfig.from_variant("poolformer_s12", id2label={0: "sky", 1: "sea", 2: "land"})
+    assert config.num_labels == 3
+    assert config.id2label[1] == "sea"
+
+
+def test_heads_for_dense_tasks_are_saved_only_where_they_differ(tmp_path):
+    PoolFormerConfig(anchor_ratios=[0.5, 1.0, 2.0], fpn_feature_size=256, focal_gamma=3.0).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content.keys() & DenseHeadConfig.__annotations__.keys() == {"focal_gamma"}
+    loaded = PoolFormerConfig.from_pretrained(tmp_path, fpn_feature_size=64)
+    assert (loaded.focal_gamma, loaded.fpn_feature_size, tuple(loaded.anchor_ratios)) == (3.0, 64, (0.5, 1.0, 2.0))
+    assert BuiltInConfig.from_pretrained(tmp_path).hidden_sizes == [64, 128, 320, 512]
 
 
 def test_unknown_variant_names_the_nearest():

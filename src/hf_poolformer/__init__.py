@@ -48,12 +48,12 @@ def register_auto_classes():
     for model_classes in zip(*kinds, strict=True):
         config_class = model_classes[0].config_class
         transformers.AutoModelForImageSegmentation.register(config_class, model_classes, exist_ok=True)
-    # The pipelines of dense tasks look up their own tables of class names, and call others unsupported. The key is no
-    # model type, so that nothing else reads it.
+    # The pipelines of dense tasks merge tables of class names, and call other classes unsupported. The keys are no
+    # model types, so that nothing else reads them.
     for task in ("SemanticSegmentation", "InstanceSegmentation", "ObjectDetection"):
         table = "_".join(["MODEL_FOR", *re.findall("[A-Z][a-z]+", task), "MAPPING_NAMES"]).upper()
         names = tuple(model_class.__name__ for model_class in AUTO_CLASSES[f"AutoModelFor{task}"])
-        getattr(modeling_auto, table, {})["hf_poolformer"] = names
+        getattr(modeling_auto, table, {})[f"hf_poolformer {task}"] = names
 
 
 register_auto_classes()
