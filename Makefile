@@ -29,8 +29,10 @@ demo: $(VENV)/.installed-demo
 demo-dense: $(VENV)/.installed-demo-dense
 	$(BIN)/python scripts/demo_dense.py
 
+# Files side by side, one thread each: more threads would wait for each other.
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow -rA tests/chaos tests/test_fuzzing.py

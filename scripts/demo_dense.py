@@ -28,6 +28,8 @@ import hf_poolformer  # noqa: F401  (the pipelines below find our classes)
 datasets.disable_progress_bars()
 
 ROOT = Path(__file__).resolve().parents[1]
+# Few and unlike, so that minutes are enough to tell them apart.
+CATEGORIES = ("animals", "food")
 # Task, folder of the data, heads of the small model beside the backbone that it starts from, result that counts,
 # what it should reach at least.
 PYRAMID = {"fpn_feature_size": 64, "max_detections": 20}
@@ -55,7 +57,14 @@ def main() -> int:
     started = time.perf_counter()
     heading(1, f"the data, as Parquet shards in {arguments.data_dir}")
     build = [sys.executable, str(ROOT / "examples/tuxpaint_stamps.py"), str(arguments.data_dir)]
-    build += ["--train", str(arguments.images), "--validation", str(max(arguments.images // 10, 1))]
+    build += [
+        "--categories",
+        *CATEGORIES,
+        "--train",
+        str(arguments.images),
+        "--validation",
+        str(max(arguments.images // 10, 1)),
+    ]
     run(build + (["--stamps", str(arguments.stamps)] if arguments.stamps else []))
 
     # Everything accelerate would otherwise take from a configuration file of the user's, and warn about; and threads

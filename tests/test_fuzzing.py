@@ -35,6 +35,9 @@ from hf_poolformer.hub.conversion import ConversionError, read_checkpoint
 from hf_poolformer.training.decoding import BrokenImage, decode_image
 
 
+# Minutes for ten thousand inputs, more on a machine that does something else.
+pytestmark = pytest.mark.timeout(3600)
+
 COUNTS = [pytest.param(200, id="few"), pytest.param(10_000, id="ten thousand", marks=pytest.mark.slow)]
 MEMORY = 3 << 30  # bytes of address space beyond what the process has; Pillow's own limit is 179 megapixels
 SECONDS = 20  # of processor time; an input takes milliseconds

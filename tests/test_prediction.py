@@ -240,7 +240,7 @@ def test_the_script(model, folder, tmp_path):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_interrupted_it_leaves_nothing_behind(model, tmp_path, name):
     (tmp_path / "many").mkdir()
-    for index in range(1500):
+    for index in range(4000):
         (tmp_path / "many" / f"{index}.png").write_bytes(encode(index % 7))
     output = tmp_path / "out" / "t.jsonl"
     process = subprocess.Popen(

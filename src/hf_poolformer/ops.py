@@ -415,7 +415,7 @@ def _unfit(x: torch.Tensor, parameters: tuple[torch.Tensor | None, ...]) -> str 
     for parameter in parameters:
         if parameter is None:
             continue
-        if type(parameter) not in (torch.Tensor, torch.nn.Parameter):
+        if type(parameter) not in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
             return f"a parameter is a {type(parameter).__name__}, which may compute in another way"
         if parameter.device != x.device:
             return f"x is on {x.device} but a parameter on {parameter.device}"

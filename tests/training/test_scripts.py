@@ -112,7 +112,7 @@ def test_a_push_that_fails_keeps_the_model_and_says_how_to_retry(flags, tmp_path
     command += ["--push_to_hub", "true", "--hub_model_id", "someone/digits", "--hub_token", "hf_secretsecret"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
     assert done.returncode == 3
-    assert "hf upload someone/digits" in done.stderr and "Traceback" not in done.stderr
+    assert "publish.py" in done.stderr and "--repo_id someone/digits" in done.stderr and "Traceback" not in done.stderr
     assert (tmp_path / "run/model.safetensors").is_file()
     written = "".join(path.read_text() for path in (tmp_path / "run").iterdir() if path.suffix in (".yaml", ".md"))
     assert "hf_secretsecret" not in written + done.stderr + done.stdout

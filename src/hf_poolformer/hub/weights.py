@@ -31,6 +31,10 @@ WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors", "*.pth",
 class ConversionError(ValueError):
     """A checkpoint that cannot be read or written; the message, one line, says why and what to do."""
 
+    def __init__(self, message: str):
+        # Keys come from the file, which may put anything into them.
+        super().__init__("".join(character if character.isprintable() else " " for character in message))
+
 
 @dataclass
 class Source:

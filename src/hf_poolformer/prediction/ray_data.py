@@ -62,8 +62,8 @@ def predict_dataset(
     cores = ray.cluster_resources().get("CPU", 0) if ray.is_initialized() else 0
     if 0 < cores <= num_actors * num_cpus:
         logger.warning(
-            "%d actors with %g cores each leave none of the cluster's %g cores for reading and writing; unless it grows, "
-            "nothing will move: take fewer actors, or fewer cores for each",
+            "%d actors with %g cores each leave none of the cluster's %g cores for reading and writing; unless it "
+            "grows, nothing will move: take fewer actors, or fewer cores for each",
             num_actors,
             num_cpus,
             cores,

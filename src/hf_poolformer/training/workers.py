@@ -11,14 +11,15 @@ def prepare_worker(worker_id: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach every process of a job. The main process alone decides what to do then,
     # and needs its workers while it saves: they end when it tells them to, or dies.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        # Before any thread is started: they take over the mask, and one without it would die with the whole worker.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
     parent = multiprocessing.parent_process()
     if parent is not None:
         # PyTorch asks for the parent's process id instead, which under `forkserver` is the fork server's: workers of a
         # main process that was killed would stay for ever.
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def _end_with(parent: multiprocessing.process.BaseProcess) -> None:

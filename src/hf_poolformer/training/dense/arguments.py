@@ -192,8 +192,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "semantic-segmentation": {
             **DEMO,
             "config_overrides": f'{{{SMALL_BACKBONE}, "fpn_feature_size": 64, "decoder_hidden_size": 32}}',
-            "num_train_epochs": 10,
-            "eval_epochs": 2,
+            "num_train_epochs": 12,
+            "eval_epochs": 3,
             "scale_min": 0.75,
             "scale_max": 1.5,
             "crop_size": 128,

@@ -155,7 +155,12 @@ def predict(
         )
         masks = [part["segmentation"].cpu().numpy() for part in segments]
     return [
-        {**{name: values.float().cpu().numpy() for name, values in part.items()}, "masks": mask}
+        {
+            "boxes": part["boxes"].float().cpu().numpy(),
+            "scores": part["scores"].float().cpu().numpy(),
+            "labels": part["labels"].cpu().numpy(),
+            "masks": mask,
+        }
         for part, mask in zip(found, masks, strict=True)
     ]
 

@@ -45,10 +45,8 @@ def make_dense_schedule(
             rate *= settings.lr_gamma ** sum(step >= drop for drop in drops)
         elif kind == "poly" and not warming_up:
             minimum = min(settings.min_learning_rate, peak)
-            rate = (
-                minimum
-                + (peak - minimum) * (1 - min(step / max(total_steps - cooldown_steps, 1), 1.0)) ** settings.lr_power
-            )
+            left = 1 - min(step / max(total_steps - cooldown_steps, 1), 1.0)
+            rate = minimum + (peak - minimum) * left**settings.lr_power
         return rate / peak
 
     return LambdaLR(optimizer, factor)
