@@ -26,7 +26,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_poolformer import MetaFormerConfig, PoolFormerConfig
-from .ops import ACTIVATIONS, channel_mlp, choose_backend, infer_blocks, pool_mixer
+from .ops import ACTIVATIONS, channel_mlp, choose_backend, infer_blocks, lay_out, pool_mixer
 from .token_mixers import TOKEN_MIXERS, DefaultInitConv2d, Pooling, SquaredReLU, activation
 
 
@@ -387,17 +387,10 @@ class MetaFormerEncoder(MetaFormerPreTrainedModel):
     def forward(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithNoAttention:
-        hidden_states = self.lay_out(pixel_values)
+        hidden_states = lay_out(pixel_values, preferred=self.config.kernels)
         for embed, stage in zip(self.patch_embeddings, self.block, strict=True):
             hidden_states = stage(embed(hidden_states))
         return BaseModelOutputWithNoAttention(last_hidden_state=hidden_states)
-
-    def lay_out(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`pixel_values` in the memory format that the kernels work in, if they are to be used."""
-        if choose_backend(pixel_values, preferred=self.config.kernels) == "reference":
-            return pixel_values
-        # Here it costs least: three channels, and convolutions keep to it.
-        return pixel_values.contiguous(memory_format=torch.channels_last)
 
 
 class MetaFormerBackboneEncoder(MetaFormerEncoder):
@@ -407,7 +400,8 @@ class MetaFormerBackboneEncoder(MetaFormerEncoder):
     _can_record_outputs = {}  # noqa: RUF012
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        hidden_states = [self.patch_embeddings[0](self.lay_out(pixel_values))]
+        pixel_values = lay_out(pixel_values, preferred=self.config.kernels)
+        hidden_states = [self.patch_embeddings[0](pixel_values)]
         hidden_states.append(self.block[0](hidden_states[0]))
         for embed, stage in zip(self.patch_embeddings[1:], self.block[1:], strict=True):
             hidden_states.append(stage(embed(hidden_states[-1])))

@@ -165,7 +165,7 @@ def test_a_model_takes_them_by_itself(model, pixel_values, count_operations, mon
         assert count_operations(lambda: model(pixel_values)) == (0, 0, 4)
         # float32: other orders of summation, five blocks deep.
         assert relative_error(model(pixel_values).logits, wanted) < 1e-5
-    assert count_operations(lambda: model(pixel_values)) == (5, 5, 0), "with gradients: block by block"
+    assert count_operations(lambda: model(pixel_values)) == (0, 0, 0), "with gradients: plain PyTorch is faster"
     assert relative_error(model(pixel_values).logits, wanted) < 1e-5
 
 
@@ -224,19 +224,25 @@ def test_function_transforms_and_higher_derivatives_take_the_reference(model, pi
 
     per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, pixel_values)
     assert all(gradient.shape[0] == 3 and gradient.isfinite().all() for gradient in per_sample.values())
-    _, tangent = torch.func.jvp(lambda x: model(x).logits, (pixel_values,), (torch.ones_like(pixel_values),))
-    assert tangent.isfinite().all()
+    with torch.no_grad():
+        _, tangent = torch.func.jvp(lambda x: model(x).logits, (pixel_values,), (torch.ones_like(pixel_values),))
+        assert tangent.isfinite().all()
+        each = torch.func.vmap(lambda image: model(image[None]).logits)(pixel_values)
+        torch.testing.assert_close(each[:, 0], model(pixel_values).logits)
 
 
-def test_compiled_into_one_graph(model, pixel_values, relative_error):
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for grad in (False, True):
+def test_compiled_into_one_graph(model, pixel_values, relative_error, monkeypatch):
+    for grad, backend in ((False, "auto"), (True, "auto"), (True, "cpu")):
+        monkeypatch.setenv("HF_POOLFORMER_KERNELS", backend)
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         with torch.set_grad_enabled(grad):
             assert relative_error(compiled(pixel_values).logits, model(pixel_values).logits) < 1e-5
 
 
-def test_all_parameters_get_a_gradient(model, pixel_values):
+def test_all_parameters_get_a_gradient(model, pixel_values, monkeypatch):
     """DistributedDataParallel waits for each of them, also for the norm's bias that cancels."""
+    monkeypatch.setenv("HF_POOLFORMER_KERNELS", "cpu")
     model(pixel_values, labels=torch.tensor([0, 1, 2])).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -252,6 +258,7 @@ def test_what_they_cannot_compute_has_a_reason():
         (x, odd, "a parameter is a Other"),
     ):
         assert reason in ops.why_not_cpu(bad, parameter)
-        assert ops.choose_backend(bad, parameter) == "reference"
+        with torch.no_grad():
+            assert ops.choose_backend(bad, parameter) == "reference"
         with pytest.raises(RuntimeError, match="The kernels cannot run"):
             ops.choose_backend(bad, parameter, backend="cpu")
