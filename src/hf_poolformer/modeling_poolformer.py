@@ -310,7 +310,7 @@ class MetaFormerStage(nn.ModuleList):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
-            fused = infer_blocks(hidden_states, self.fused_arguments(), preferred=self.kernels)
+            fused = infer_blocks(hidden_states, self.fused_arguments(), owner=self, preferred=self.kernels)
             if fused is not None:
                 return fused
         for block in self:

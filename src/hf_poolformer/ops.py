@@ -9,6 +9,8 @@ by the argument `backend`, else by the environment variable HF_POOLFORMER_KERNEL
 `kernels`, else it is auto:
 
     auto       kernels where they can run and have been measured to be faster: today "cpu", without gradients
+    packed     as auto, but on the CPU a stage keeps its weights in oneDNN's layout from call to call. It notices what
+               optimisers, load_state_dict and assignments do to a weight, but not what is written through its `.data`
     cpu        oneDNN on the CPU, or RuntimeError with the reason why not
     triton     Triton on a GPU, or RuntimeError with the reason why not; with TRITON_INTERPRET=1 on the CPU, slowly
     reference  plain PyTorch
@@ -23,12 +25,14 @@ result, as it is when PyTorch's own operations compute the branch under autocast
 
 import os
 from types import ModuleType
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional as F
 
 
-BACKENDS = ("auto", "cpu", "triton", "reference")
+BACKENDS = ("auto", "packed", "cpu", "triton", "reference")
 VARIABLE = "HF_POOLFORMER_KERNELS"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of the registered operations; kernels of another number have other arguments.
@@ -265,13 +269,14 @@ def channel_mlp(
 
 
 def infer_blocks(
-    x: torch.Tensor, blocks: list[tuple[dict, dict]], preferred: str | None = None
+    x: torch.Tensor, blocks: list[tuple[dict, dict]], owner: torch.nn.Module, preferred: str | None = None
 ) -> torch.Tensor | None:
     """
     Blocks in sequence, each the arguments of `pool_mixer` and of `channel_mlp`, without gradients and on the CPU.
 
-    A few samples at a time go through all blocks, which keeps them in the caches. None where that does not apply:
-    gradients are wanted, the graph is compiled, or another backend is to compute.
+    A few samples at a time go through all blocks, which keeps them in the caches. For "packed", packed weights are
+    kept as long as the `owner`. None where this does not apply: gradients are wanted, the graph is compiled, or
+    another backend is to compute.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not blocks:
         return None
@@ -280,17 +285,56 @@ def infer_blocks(
     if choose_backend(x, *tensors, preferred=preferred, product_dtype=dtype) != "cpu":
         return None
     cpu = _cpu_kernels()
-    mixers, mlps = [], []
-    for mixer, mlp in blocks:
-        scale = cpu.product(mixer["weight"], mixer["layer_scale"])
-        mixers.append(cpu.Mixer(scale, mixer["res_scale"], mixer["pool_size"], mixer["eps"]))
-        weight1, weight2 = mlp["weight1"].flatten(1).contiguous(), mlp["weight2"].flatten(1).contiguous()
-        weight1, bias1, weight2, bias2 = cpu.cast(dtype, weight1, mlp["bias1"], weight2, mlp["bias2"])
-        hidden = cpu.Hidden(mlp["activation"], mlp["act_scale"], mlp["act_bias"])
-        norm = mlp["norm_weight"], mlp["norm_bias"]
-        scales = mlp["layer_scale"], mlp["res_scale"]
-        mlps.append(cpu.MLP(*norm, weight1, bias1, weight2, bias2, *scales, hidden, mlp["eps"], dtype))
-    return cpu.infer(x, mixers, mlps)
+    mixers = [
+        cpu.Mixer(
+            cpu.product(mixer["weight"], mixer["layer_scale"]), mixer["res_scale"], mixer["pool_size"], mixer["eps"]
+        )
+        for mixer, _ in blocks
+    ]
+    keep = _wanted_backend(None, preferred) == "packed" and not any(tensor.is_inference() for tensor in tensors)
+    if not keep:
+        return cpu.infer(x, mixers, [_prepared_mlp(mlp, dtype) for _, mlp in blocks])
+    kept = _packed.get(owner)
+    if kept is None or not kept.holds(tensors, dtype):
+        mlps = [cpu.packed_mlp(_prepared_mlp(mlp, dtype), tokens=x[:, 0].numel()) for _, mlp in blocks]
+        # Aliases: they keep the memory, so that no other weight can come to have the same address.
+        kept = _packed[owner] = Packed([tensor.detach() for tensor in tensors], versions(tensors), dtype, mlps)
+    return cpu.infer(x, mixers, kept.mlps)
+
+
+def _prepared_mlp(mlp: dict, dtype: torch.dtype) -> NamedTuple:
+    """The arguments of `channel_mlp` as the CPU's kernels take them, products in `dtype`."""
+    cpu = _cpu_kernels()
+    weight1, weight2 = mlp["weight1"].flatten(1).contiguous(), mlp["weight2"].flatten(1).contiguous()
+    weight1, bias1, weight2, bias2 = cpu.cast(dtype, weight1, mlp["bias1"], weight2, mlp["bias2"])
+    hidden = cpu.Hidden(mlp["activation"], mlp["act_scale"], mlp["act_bias"])
+    norm = mlp["norm_weight"], mlp["norm_bias"]
+    scales = mlp["layer_scale"], mlp["res_scale"]
+    return cpu.MLP(*norm, weight1, bias1, weight2, bias2, *scales, hidden, mlp["eps"], dtype)
+
+
+class Packed(NamedTuple):
+    """Packed weights of a stage, and what they were made of."""
+
+    tensors: list[torch.Tensor]
+    versions: list[int]
+    dtype: torch.dtype
+    mlps: list
+
+    def holds(self, tensors: list[torch.Tensor], dtype: torch.dtype) -> bool:
+        """Whether these tensors are still what was packed."""
+        if dtype != self.dtype or len(tensors) != len(self.tensors):
+            return False
+        same = all(old.data_ptr() == new.data_ptr() for old, new in zip(self.tensors, tensors, strict=True))
+        return same and versions(tensors) == self.versions
+
+
+def versions(tensors: list[torch.Tensor]) -> list[int]:
+    return [tensor._version for tensor in tensors]
+
+
+# By stage, outside of it: neither copying nor pickling a model has to know of it.
+_packed: "WeakKeyDictionary[torch.nn.Module, Packed]" = WeakKeyDictionary()
 
 
 def _autocast(x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
@@ -340,7 +384,7 @@ def choose_backend(
     `preferred` counts where neither `backend` nor HF_POOLFORMER_KERNELS says anything. `product_dtype` is autocast's.
     """
     backend = _wanted_backend(backend, preferred)
-    if backend == "auto":
+    if backend in ("auto", "packed"):
         # In training the CPU's kernels save a quarter of the memory, but are 5 % slower than plain PyTorch.
         faster = not torch.is_grad_enabled() and _suits_cpu(x, *parameters, product_dtype=product_dtype)
         return "cpu" if faster else "reference"
@@ -361,7 +405,7 @@ def lay_out(x: torch.Tensor, preferred: str | None = None) -> torch.Tensor:
     That is channels_last for kernels, and for plain PyTorch on the CPU, training included, unless the backend is
     "reference": that one leaves x as it is, and computes what the model built into transformers does to the bit.
     """
-    if _wanted_backend(None, preferred) == "auto":
+    if _wanted_backend(None, preferred) in ("auto", "packed"):
         if not _suits_cpu(x):
             return x
         if not torch.compiler.is_compiling():

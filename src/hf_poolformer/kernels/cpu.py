@@ -42,7 +42,7 @@ class Mixer(NamedTuple):
 
 
 class MLP(NamedTuple):
-    """Arguments of `cpu_channel_mlp` after x, for inference; weights may be packed and hold the layer scale."""
+    """Arguments of `cpu_channel_mlp` after x, for inference; packed weights hold the layer scale."""
 
     norm_weight: Optional
     norm_bias: Optional
@@ -55,6 +55,7 @@ class MLP(NamedTuple):
     hidden: "Hidden"
     eps: float
     dtype: torch.dtype
+    packed: bool = False
 
 
 class Hidden(NamedTuple):
@@ -94,10 +95,7 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def packed(weight: torch.Tensor, parts: list[slice], tokens: int) -> torch.Tensor:
-    """weight (R, C) as oneDNN wants it, if it serves several blocks: for one block the product packs it as fast.
-
-    Not kept from call to call: a weight that changes through its `data` cannot be noticed.
-    """
+    """weight (R, C) as oneDNN wants it, if it serves several blocks: for one block the product packs it as fast."""
     if len(parts) == 1:
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight, (parts[0].stop - parts[0].start) * tokens)
@@ -558,25 +556,28 @@ def infer(x: torch.Tensor, mixers: list[Mixer], mlps: list[MLP]) -> torch.Tensor
     parts = blocks(x, max(mlp.weight1.shape[0] for mlp in mlps), FORWARD_BLOCK)
     if len(parts) == 1:
         return _infer_part(x, mixers, mlps)
-    mlps = [_pack(mlp, parts, x[0, 0].numel()) for mlp in mlps]
+    tokens = x[parts[0], 0].numel()
+    mlps = [mlp if mlp.packed else packed_mlp(mlp, tokens) for mlp in mlps]
     y = torch.empty_like(x)
     for part in parts:
         y[part] = _infer_part(x[part], mixers, mlps)
     return y
 
 
-def _pack(mlp: MLP, parts: list[slice], tokens: int) -> MLP:
-    """Weights packed for several blocks, and the layer scale in the second, which leaves the shortcut to oneDNN."""
+def packed_mlp(mlp: MLP, tokens: int) -> MLP:
+    """Weights as oneDNN wants them for products of `tokens` rows, and the layer scale in the second one, which leaves
+    the shortcut to oneDNN."""
     weight2, bias2 = mlp.weight2, mlp.bias2
     if mlp.layer_scale is not None:
         scale = mlp.layer_scale.to(mlp.dtype)
         weight2 = weight2 * scale[:, None]
         bias2 = None if bias2 is None else bias2 * scale
     return mlp._replace(
-        weight1=packed(mlp.weight1, parts, tokens),
-        weight2=packed(weight2, parts, tokens),
+        weight1=torch.ops.mkldnn._reorder_linear_weight(mlp.weight1, tokens),
+        weight2=torch.ops.mkldnn._reorder_linear_weight(weight2, tokens),
         bias2=bias2,
         layer_scale=None,
+        packed=True,
     )
 
 
