@@ -6,6 +6,7 @@ the built-in ones.
 """
 
 import re
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from transformers.models.auto import modeling_auto
@@ -30,6 +31,9 @@ from .modeling_poolformer import (
 from .modeling_segmentation import MetaFormerForSemanticSegmentation, PoolFormerForSemanticSegmentation
 from .token_mixers import TOKEN_MIXERS
 
+
+if TYPE_CHECKING:
+    from .explanation.gradcam import gradcam
 
 __version__ = "0.1.0"
 
@@ -58,6 +62,20 @@ def register_auto_classes():
 
 register_auto_classes()
 
+
+def __getattr__(name: str) -> Any:
+    """What nobody needs to use a model is imported when it is first asked for."""
+    if name == "gradcam":
+        from .explanation.gradcam import gradcam
+
+        return gradcam
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 __all__ = [
     "TOKEN_MIXERS",
     "VARIANTS",
@@ -77,4 +95,5 @@ __all__ = [
     "PoolFormerImageProcessor",
     "PoolFormerImageProcessorPil",
     "PoolFormerModel",
+    "gradcam",
 ]

@@ -31,6 +31,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .contents import REPO_TYPES, Contents, PublishError, collect
 from .dataset_cards import size_text
+from .spaces import space_contents
 from .verification import compare_answers, compare_files
 
 
@@ -51,6 +52,7 @@ class Publication:
         files: paths in the repository.
         size: bytes of all of them.
         notes: what was changed on the way up, and what the verification found.
+        space: URL of the Space, if one was asked for.
     """
 
     url: str
@@ -61,6 +63,7 @@ class Publication:
     files: tuple[str, ...]
     size: int
     notes: tuple[str, ...]
+    space: str | None = None
 
     def __str__(self) -> str:
         return self.url
@@ -81,6 +84,7 @@ def publish(
     license: str | None = None,
     max_shard_size: str | int = "5GB",
     verify: bool = True,
+    space: bool | str = False,
     endpoint: str | None = None,
 ) -> Publication:
     """Upload the folder of a trained model, or of a dataset, to the Hub in one commit, and look whether it arrived.
@@ -106,6 +110,8 @@ def publish(
         max_shard_size: weights above this size go up in several files; a number of bytes, or a text like `"5GB"`.
         verify: download what was uploaded, compare every SHA-256, and for a model also compare its outputs with
             those it gives in a process without this package.
+        space: also make a Space, a page on which the model can be tried: of the model's name, or `user/name`. It
+            shows what is on `main`; images in the folder's `examples/` can be clicked on there.
         endpoint: another Hub than `HF_ENDPOINT` says.
 
     Raises:
@@ -113,12 +119,13 @@ def publish(
             was, and the message ends with the command that goes on.
     """
     folder = Path(folder)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise PublishError(f"{repo_id!r} is not a repository id, which looks like user/name: {error}") from None
+    check_repo_id(repo_id)
     if create_pr and revision not in (None, "main"):
         raise PublishError("a pull request goes to main; give either --create_pr or --revision")
+    if space and (repo_type != "model" or create_pr or revision not in (None, "main")):
+        raise PublishError("--space shows a model that is on main: publish one there, without --create_pr")
+    if isinstance(space, str):
+        check_repo_id(space)
     secret = token or get_token()
     with tempfile.TemporaryDirectory(prefix="hf-poolformer-") as scratch:
         contents = collect(
@@ -147,6 +154,23 @@ def publish(
             if verify:
                 notes = verification(contents, published, folder, Path(scratch), token, endpoint)
                 published = dataclasses.replace(published, notes=(*published.notes, *notes))
+            if space:
+                published = dataclasses.replace(
+                    published,
+                    space=upload_space(
+                        contents,
+                        published.repo_id,
+                        space if isinstance(space, str) else published.repo_id,
+                        private=private,
+                        token=token,
+                        verify=verify,
+                        scratch=Path(scratch),
+                        endpoint=endpoint,
+                    ),
+                )
+                if private or gated:
+                    note = "the Space needs the secret HF_TOKEN, of a token that may read the model (in its settings)"
+                    published = dataclasses.replace(published, notes=(*published.notes, note))
         except Exception as error:  # the Hub, the network, the disk or the storage client: all end in the same advice
             failure = reason(error, endpoint or HfApi().endpoint)
     if failure is not None:
@@ -165,6 +189,7 @@ def publish(
             license=license,
             max_shard_size=max_shard_size,
             verify=verify,
+            space=space,
         )
         what = (
             f"the {repo_type} was not published to {repo_id}"
@@ -174,6 +199,41 @@ def publish(
         text = f"{what}: {failure} It is complete in {folder}." if published is None else f"{what} {failure}"
         raise PublishError(f"{redact(text, secret)}\nTo go on: {command}")
     return published
+
+
+def check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PublishError(f"{repo_id!r} is not a repository id, which looks like user/name: {error}") from None
+
+
+def upload_space(
+    model: Contents,
+    model_id: str,
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | None,
+    verify: bool,
+    scratch: Path,
+    endpoint: str | None,
+) -> str:
+    """Make the Space `repo_id` of a model that has been published as `model_id`; its URL."""
+    contents = space_contents(model, model_id)
+    published = upload(
+        contents,
+        repo_id,
+        private=private,
+        token=token,
+        commit_message=f"Page for {model_id}",
+        endpoint=endpoint,
+        space_sdk="gradio",
+    )
+    if verify:
+        target = scratch / "downloaded-space"
+        compare_files(contents, published.repo_id, published.commit, target, token=token, endpoint=endpoint)
+    return published.url
 
 
 def upload(
@@ -417,6 +477,14 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         metavar="SIZE",
         help="weights above this go up in several files (default: %(default)s)",
     )
+    parser.add_argument(
+        "--space",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="USER/NAME",
+        help="also make a Space, a page to try the model on (default name: the model's)",
+    )
     parser.add_argument("--no_verify", action="store_true", help="do not download and compare what was uploaded")
     parser.add_argument(
         "--dry_run", action="store_true", help="only list what would go up and what would stay; sends nothing"
@@ -454,6 +522,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         print(f"note: {note}")
     print(f"{len(published.files)} files, {size_text(published.size)}, commit {published.commit[:8]}")
     print(f"Published: {published.pull_request or published.url}")
+    if published.space:
+        print(f"To try it: {published.space}")
     return 0
 
 
@@ -471,6 +541,9 @@ def list_contents(folder: Path, repo_id: str, arguments: argparse.Namespace) -> 
             secret=get_token(),
         )
         sizes = {name: contents.size(name) for name in sorted(contents.files)}
+        if arguments.space:
+            page = space_contents(contents, repo_id)
+            contents.notes.append(f"a Space would have {', '.join(sorted(page.files))}")
     if arguments.json:
         print(json.dumps({"files": sizes, "left_out": contents.left_out, "notes": contents.notes}, indent=2))
         return 0

@@ -1,0 +1,224 @@
+"""Which models a visitor may use, and loading them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForInstanceSegmentation,
+    AutoModelForObjectDetection,
+    AutoModelForSemanticSegmentation,
+    PreTrainedModel,
+)
+
+from ..prediction.inference import Predictor, find_device
+from ..training.errors import UserError
+from ..training.files import one_line
+
+
+logger = logging.getLogger(__name__)
+
+CLASSIFICATION = "image-classification"
+# The head in a class's name -> the task; anything else is taken for a classifier, which says so if it is none.
+HEADS = {
+    "ForSemanticSegmentation": "semantic-segmentation",
+    "ForInstanceSegmentation": "instance-segmentation",
+    "ForObjectDetection": "object-detection",
+}
+DENSE_CLASSES = {
+    "semantic-segmentation": AutoModelForSemanticSegmentation,
+    "instance-segmentation": AutoModelForInstanceSegmentation,
+    "object-detection": AutoModelForObjectDetection,
+}
+OUR_TYPES = ("poolformer", "metaformer")
+
+# In memory at a time, and the largest that a visitor may have downloaded: M48 has 294 MB of float32.
+KEPT_MODELS = 2
+MAX_DOWNLOAD = 2 * 2**30
+WEIGHTS = "model*.safetensors"
+DOWNLOADED = ("config.json", "preprocessor_config.json", WEIGHTS, "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A segmenter or detector on its device, and its image processor."""
+
+    task: str
+    model: PreTrainedModel
+    processor: Any
+    device: torch.device
+
+
+class Models:
+    """The models of an app, by the names that its visitors see; loaded when first used, the latest ones kept.
+
+    A visitor names a model by one of `names`, which say nothing of the folders on this machine. With
+    `allow_any_model` also by a Hub id. Such a model is downloaded without the operator's token, never taken from a
+    folder, has to be of this package's families, and neither code nor pickles of it are run.
+
+    Args:
+        sources: folders or Hub ids, the first being shown first.
+        trust_remote_code: for `sources`, never for what visitors name.
+        revision, token, cache_dir: for loading `sources`; the cache also for what visitors name.
+
+    Raises:
+        UserError: there is no such model among `sources`; the first is loaded at once, of the others the
+            configuration.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        *,
+        allow_any_model: bool = False,
+        device: str = "auto",
+        revision: str = "main",
+        token: str | None = None,
+        cache_dir: str | None = None,
+        trust_remote_code: bool = False,
+    ):
+        if not sources:
+            raise UserError("there is no model to show: name a folder or a Hub id")
+        self.allow_any_model = allow_any_model
+        self.device = find_device(device)
+        self._where = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "trust_remote_code": trust_remote_code,
+        }
+        self._sources = dict(zip(shown_names(sources), sources, strict=True))
+        self._loaded: OrderedDict[str, Predictor | DenseModel] = OrderedDict()
+        self._lock = threading.Lock()
+        self.tasks = {name: read_task(source, self._where) for name, source in self._sources.items()}
+        first = self.names[0]
+        self._loaded[first] = self._load(self._sources[first], self._where)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._sources)
+
+    def get(self, name: str | None) -> Predictor | DenseModel:
+        """A model that a visitor named; None is the first.
+
+        Raises:
+            UserError: with a message fit for the visitor.
+        """
+        name = self.names[0] if name is None else str(name).strip()
+        with self._lock:  # one download and one load at a time
+            if name not in self._loaded:
+                self._loaded[name] = self._fetch(name)
+                while len(self._loaded) > KEPT_MODELS:
+                    self._loaded.popitem(last=False)
+            self._loaded.move_to_end(name)
+            return self._loaded[name]
+
+    def _fetch(self, name: str) -> Predictor | DenseModel:
+        if name in self._sources:
+            try:
+                return self._load(self._sources[name], self._where)
+            except UserError as error:
+                logger.error("%s", error)  # which may name a folder of this machine
+                raise UserError(f"The model {name} cannot be loaded; whoever runs this page sees why.") from None
+        if not self.allow_any_model:
+            raise UserError(f"This page has no model {name!r}, but: {', '.join(self.names)}.")
+        folder = self._download(name)
+        where = {"revision": "main", "token": None, "cache_dir": None, "trust_remote_code": False}
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            if config.model_type not in OUR_TYPES:
+                raise UserError(f"it is a {config.model_type}, not a PoolFormer or MetaFormer")
+            return self._load(str(folder), where)
+        except Exception as error:  # whatever a foreign repository provokes
+            said = one_line(error).replace(str(folder), name)
+            raise UserError(f"The model {name} cannot be loaded: {said}") from None
+
+    def _download(self, repo_id: str) -> Path:
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError:
+            raise UserError(f"{repo_id!r} is not a Hub id, which looks like user/name.") from None
+        try:
+            # Without the operator's token: it may open models that visitors must not see.
+            api = HfApi(token=False)
+            commit = api.model_info(repo_id).sha
+            files = {
+                entry.path: entry.size
+                for entry in api.list_repo_tree(repo_id, revision=commit)
+                if isinstance(entry, RepoFile)
+            }
+            size = sum(size for file, size in files.items() if fnmatch(file, WEIGHTS))
+            if not size or "config.json" not in files:
+                raise UserError(f"{repo_id} has no config.json and safetensors weights.")
+            if size > MAX_DOWNLOAD:
+                raise UserError(f"{repo_id} has {size / 1e9:.1f} GB of weights, more than this page downloads.")
+            return Path(
+                snapshot_download(
+                    repo_id,
+                    revision=commit,
+                    token=False,
+                    cache_dir=self._where["cache_dir"],
+                    allow_patterns=list(DOWNLOADED),
+                )
+            )
+        except UserError:
+            raise
+        except Exception as error:  # no such repository, no network, no space left
+            logger.error("%s: %s", repo_id, one_line(error))
+            raise UserError(f"The Hub does not give {repo_id}: {type(error).__name__}.") from None
+
+    def _load(self, source: str, where: dict[str, Any]) -> Predictor | DenseModel:
+        task = read_task(source, where)
+        if task == CLASSIFICATION:
+            return Predictor(source, device=self.device, **where)
+        try:
+            model, info = DENSE_CLASSES[task].from_pretrained(source, **where, output_loading_info=True)
+            processor = AutoImageProcessor.from_pretrained(source, **where)
+        except Exception as error:  # whatever a foreign folder provokes
+            raise UserError(f"cannot load a model for {task} from {source}: {one_line(error)}") from error
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"])[:3])
+            raise UserError(f"{source} is not a trained model for {task}: it has no weights for {missing}")
+        model.to(self.device, memory_format=torch.channels_last).eval()
+        return DenseModel(task, model, processor, self.device)
+
+
+def shown_names(sources: Sequence[str]) -> list[str]:
+    """What visitors call the models: Hub ids as they are, of folders the last part, numbered if that is not enough."""
+    names: list[str] = []
+    for source in sources:
+        path = Path(source)
+        plain = path.resolve().name or "model" if path.is_dir() else str(source)
+        taken = sum(name == plain or name.startswith(f"{plain} (") for name in names)
+        names.append(f"{plain} ({taken + 1})" if taken else plain)
+    return names
+
+
+def read_task(source: str, where: dict[str, Any]) -> str:
+    """What a model does, by the architecture in its configuration.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise UserError(f"{source} is not a model: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(source, **where)
+    except Exception as error:
+        raise UserError(f"{source} is not a model: {one_line(error)}") from error
+    architecture = (config.architectures or [""])[0]
+    return next((task for head, task in HEADS.items() if architecture.endswith(head)), CLASSIFICATION)
