@@ -11,6 +11,13 @@ from datasets.utils.logging import disable_progress_bar
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
+from hf_poolformer import (
+    MetaFormerConfig,
+    MetaFormerForImageClassification,
+    PoolFormerConfig,
+    PoolFormerForImageClassification,
+    PoolFormerImageProcessor,
+)
 from hf_poolformer.training.arguments import TrainingSettings
 
 
@@ -89,5 +96,37 @@ def make_settings(digits, tmp_path):
             "shuffle_buffer_size": 64,
         }
         return TrainingSettings.from_recipe("demo", **{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path, scramble):
+    """Saves a very small classifier of 32 px images with random weights, and returns its folder."""
+
+    def make(name="checkpoint", labels=NAMES, metaformer=None, side=32, **changes) -> str:
+        classes = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        fields = {**TINY_MODEL, "problem_type": "single_label_classification", **classes, **changes}
+        if metaformer is None:
+            model = PoolFormerForImageClassification(PoolFormerConfig(**fields))
+        else:
+            model = MetaFormerForImageClassification(
+                MetaFormerConfig.from_variant(metaformer, **{"image_size": side, **fields})
+            )
+        scramble(model).save_pretrained(tmp_path / name)
+        size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        PoolFormerImageProcessor(**size, crop_pct=1.0).save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def make_settings_from(make_settings):
+    """As `make_settings`, for a run that starts from a checkpoint."""
+
+    def make(checkpoint: str, **changes) -> TrainingSettings:
+        scratch = {"config_name": None, "config_overrides": None, "image_size": None}
+        return make_settings(**{"model_name_or_path": checkpoint, **scratch, **changes})
 
     return make

@@ -181,3 +181,25 @@ def test_the_best_checkpoint_is_kept_beyond_the_limit(make_settings, tmp_path):
     assert checkpoints.best_of(folder / "checkpoints") == (best["step"], best["eval_accuracy"])
     steps = {checkpoints.step_of(path) for path in checkpoints.all_steps(folder / "checkpoints")}
     assert steps == {best["step"], rows[-1]["step"]}
+
+
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        ({"lora": 2, "lora_dropout": 0.2, "teacher": "teacher"}, 1),
+        ({"freeze_backbone": True}, 1),
+        pytest.param({"lora": 2, "lora_dropout": 0.2, "teacher": "teacher"}, 2, marks=pytest.mark.slow),
+        pytest.param({"freeze_backbone": True, "teacher": "teacher"}, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_while_it_adapts_or_distils(make_settings_from, make_checkpoint, tmp_path, method, count):
+    start = make_checkpoint(drop_path_rate=0.2)
+    if "teacher" in method:
+        method = {**method, "teacher": make_checkpoint("teacher")}
+    changes = {**SETTINGS, **method, "drop_path_rate": None, "num_workers": 0, "max_train_steps": 6}
+    whole = make_settings_from(start, **changes, output_dir=str(tmp_path / "whole"))
+    assert run(whole, count)
+    parts = make_settings_from(start, **changes, output_dir=str(tmp_path / "parts"))
+    assert not run(parts, count, kill_at=4)
+    assert run(parts, count)
+    assert_same(tmp_path / "parts", tmp_path / "whole")

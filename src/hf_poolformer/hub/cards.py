@@ -92,6 +92,13 @@ SETTINGS_SHOWN = (
     "layer_decay",
     "max_grad_norm",
     "ema_decay",
+    "distillation",
+    "distillation_alpha",
+    "distillation_temperature",
+    "lora",
+    "lora_alpha",
+    "lora_dropout",
+    "freeze_backbone",
     "drop_path_rate",
     "label_smoothing",
     "crop_min_scale",
@@ -120,6 +127,7 @@ RUN_FIGURES = {
     "train_samples_per_second": "training images per second",
     "train_data_wait_share": "share of the time spent waiting for data",
     "skipped_images": "images skipped as broken",
+    "trained_parameters": "parameters trained",
 }
 
 # What the run says about the machine it ran on -> what it is called in the card.
@@ -255,7 +263,8 @@ def training_card(
     samples = _number(results.get("eval_samples"))
     evaluated = f"{int(samples)} images" if samples is not None else "images"
     where = f"of the split `{_one_line(str(eval_split))}`" if _is_plain(eval_split) else "held out from training"
-    how = f", {origin} on {data_text}" if trained else ""
+    adaptation, distillation = _adaptation(settings), _distillation(settings)
+    how = f", {origin} on {data_text}{adaptation}{distillation}" if trained else ""
     machine = {**settings, **results}
     return render_card(
         card_data,
@@ -271,11 +280,15 @@ def training_card(
         has_predictions=(model_dir / "predictions.png").is_file(),
         has_confusion_matrix=(model_dir / "confusion_matrix.png").is_file(),
         training_intro=(
-            f"Data: {data_text}. Start: {origin}."
+            f"Data: {data_text}. Start: {origin}{adaptation}{distillation}."
             if trained
             else "How and on what it was trained is not recorded here."
         ),
-        settings=[(key, _plain(settings[key])) for key in SETTINGS_SHOWN if settings.get(key) is not None],
+        settings=[
+            (key, _plain(settings[key]))
+            for key in SETTINGS_SHOWN
+            if settings.get(key) is not None and _in_force(key, settings)
+        ],
         figures=[
             (text, _plain(results[key])) for key, text in RUN_FIGURES.items() if _number(results.get(key)) is not None
         ],
@@ -559,6 +572,33 @@ def _emissions(results: Mapping[str, Any], base_model: str | None) -> dict[str, 
         **({"geographical_location": str(results["co2_country"])} if results.get("co2_country") else {}),
         **({"hardware_used": str(results["device"])} if results.get("device") else {}),
     }
+
+
+def _adaptation(settings: Mapping[str, Any]) -> str:
+    """Which part of the model was trained, if not all of it."""
+    if settings.get("freeze_backbone"):
+        return ", training nothing but the head (linear probe)"
+    if settings.get("lora"):
+        return f", training the head and LoRA adapters of rank {_markdown(settings['lora'])}, merged into the weights"
+    return ""
+
+
+def _distillation(settings: Mapping[str, Any]) -> str:
+    """The teacher: its id on the Hub, or the name of its folder."""
+    teacher = settings.get("teacher")
+    if not teacher:
+        return ""
+    teacher_id = _hub_id(teacher, with_namespace=True)
+    name = _link(teacher_id) if teacher_id else _markdown(_last_component(teacher))
+    return f", with {name} as the teacher ({_markdown(settings.get('distillation', 'soft'))} distillation)"
+
+
+def _in_force(key: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a setting of distillation or adaptation did anything."""
+    if key == "distillation_temperature" and settings.get("distillation") == "hard":
+        return False
+    needs = {"distillation": "teacher", "lora": "lora", "freeze": "freeze_backbone"}.get(key.split("_")[0])
+    return needs is None or bool(settings.get(needs))
 
 
 def _emissions_text(results: Mapping[str, Any]) -> str:

@@ -18,8 +18,8 @@ from transformers import HfArgumentParser
 from .errors import UserError
 
 
-def setting(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, aliases: Sequence[str] = ()) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "aliases": list(aliases)})
 
 
 @dataclass
@@ -42,7 +42,7 @@ class ModelSettings:
     )
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass to save memory.")
     trust_remote_code: bool = setting(False, "Run code that comes with a checkpoint from the Hub.")
-    model_revision: str = setting("main", "Branch, tag or commit of the checkpoint.")
+    model_revision: str = setting("main", "Branch, tag or commit of the checkpoint.", ["--revision"])
     cache_dir: str | None = setting(None, "Where downloads are kept. Unset: the Hub's usual cache.")
 
 
@@ -61,7 +61,9 @@ class DataSettings:
     validation_split: str | None = setting(
         None, "Name of the evaluation split. Unset: validation, valid, dev or test."
     )
-    train_val_split: float = setting(0.15, "Part held out for validation where the dataset has no such split.")
+    train_val_split: float = setting(
+        0.15, "Part held out for validation where the dataset has no such split; 0: none, and no validation."
+    )
     image_column_name: str | None = setting(None, "Image column. Unset: found by its type.")
     label_column_name: str | None = setting(None, "Label column. Unset: found by its type.")
     streaming: bool = setting(True, "Read the dataset as a stream rather than download it first.")
@@ -134,10 +136,35 @@ class OptimisationSettings:
 
 
 @dataclass
+class TransferSettings:
+    _argument_group_name = "distillation and adaptation"
+
+    teacher: str | None = setting(
+        None,
+        "Classifier with the same labels, whose answers the model learns as well: a Hub id or a folder, timm's too.",
+    )
+    distillation: Literal["soft", "hard"] = setting(
+        "soft", "What the model learns of the teacher: its probabilities, or the label it thinks most probable."
+    )
+    distillation_alpha: float = setting(0.5, "Part of the loss that is the teacher's; the rest is the labels'.")
+    distillation_temperature: float = setting(
+        3.0, "Divides the logits of both in soft distillation: the higher, the more the less probable labels count."
+    )
+    lora: int = setting(
+        0, "Train adapters of this rank (LoRA) beside the checkpoint's frozen weights, and the head; 0: off."
+    )
+    lora_alpha: float | None = setting(
+        None, "What the adapters add is multiplied by this and divided by the rank. Unset: twice the rank."
+    )
+    lora_dropout: float = setting(0.0, "Dropout before the adapters.")
+    freeze_backbone: bool = setting(False, "Train nothing but the checkpoint's head (linear probe).")
+
+
+@dataclass
 class RunSettings:
     _argument_group_name = "run"
 
-    output_dir: str | None = setting(None, "Where the model and everything about the run go.")
+    output_dir: str | None = setting(None, "Where the model and everything about the run go.", ["--output"])
     overwrite_output_dir: bool = setting(
         False, "Write into a folder that holds another run; its checkpoints stay, its results are replaced."
     )
@@ -184,7 +211,9 @@ class HubSettings:
     push_to_hub: bool = setting(False, "Publish the model when it is trained and saved.")
     hub_model_id: str | None = setting(None, "Repository to publish to. Unset: named after the output folder.")
     hub_private_repo: bool | None = setting(None, "Make the repository private. Unset: your account's default.")
-    hub_token: str | None = setting(None, "Access token. Unset: the one you logged in with. Never written anywhere.")
+    hub_token: str | None = setting(
+        None, "Access token. Unset: the one you logged in with. Never written anywhere.", ["--token"]
+    )
 
 
 @dataclass
@@ -201,6 +230,7 @@ GROUPS = (
     DataSettings,
     AugmentationSettings,
     OptimisationSettings,
+    TransferSettings,
     RunSettings,
     HubSettings,
 )
@@ -259,6 +289,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 class TrainingSettings(
     HubSettings,
     RunSettings,
+    TransferSettings,
     OptimisationSettings,
     AugmentationSettings,
     DataSettings,
@@ -298,6 +329,13 @@ class TrainingSettings(
             )
         if not self.model_name_or_path and not self.config_name:
             raise UserError("give a checkpoint with --model_name_or_path or an architecture with --config_name.")
+        if self.distillation == "hard" and not self.teacher:
+            raise UserError("--distillation hard needs a teacher: --teacher MODEL.")
+        if self.lora and self.freeze_backbone:
+            raise UserError("--lora and --freeze_backbone exclude each other: adapters are trained in the backbone.")
+        if (self.lora or self.freeze_backbone) and not self.model_name_or_path:
+            flag = "--lora" if self.lora else "--freeze_backbone"
+            raise UserError(f"{flag} adapts a trained model: give one with --model_name_or_path.")
         if self.checkpointing_steps not in ("epoch", "no") and not (
             self.checkpointing_steps.isdigit() and int(self.checkpointing_steps) > 0
         ):
@@ -339,22 +377,33 @@ class EvaluationSettings:
     dataset_revision: str | None = setting(None, "Branch, tag or commit of the dataset.")
     validation_dir: str | None = setting(None, "Folder with the images, one folder per class.")
     split: str | None = setting(None, "Name of the split. Unset: validation, valid, dev or test.")
+    train_val_split: float | None = setting(
+        None,
+        "Measure on the part that training held out with this setting. Unset: the run's own, where the images are "
+        "those it was trained on; else, and with 0, all of them.",
+    )
     image_column_name: str | None = setting(None, "Image column. Unset: found by its type.")
     label_column_name: str | None = setting(None, "Label column. Unset: found by its type.")
     streaming: bool = setting(True, "Read the dataset as a stream rather than download it first.")
-    per_device_eval_batch_size: int = setting(64, "Images per device.")
+    per_device_eval_batch_size: int = setting(64, "Images per device.", ["--batch_size"])
     num_workers: int | None = setting(None, "Processes that decode images, per device. Unset: by the number of cores.")
     max_skipped: float = setting(
         0.01, "Broken images tolerated before the run stops: a fraction if below 1, else a number."
     )
+    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: an accelerator if there is one.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(None, "Unset: accelerate's own setting.")
     trust_remote_code: bool = setting(False, "Run code that comes with a checkpoint from the Hub.")
-    model_revision: str = setting("main", "Branch, tag or commit of the checkpoint.")
+    model_revision: str = setting("main", "Branch, tag or commit of the checkpoint.", ["--revision"])
     cache_dir: str | None = setting(None, "Where downloads are kept. Unset: the Hub's usual cache.")
-    hub_token: str | None = setting(None, "Access token. Unset: the one you logged in with.")
-    output_dir: str | None = setting(None, "Folder for all_results.json and the pictures. Unset: they are only shown.")
+    hub_token: str | None = setting(None, "Access token. Unset: the one you logged in with.", ["--token"])
+    output_dir: str | None = setting(
+        None, "Folder for all_results.json and the pictures. Unset: they are only shown.", ["--output"]
+    )
+    json: bool = setting(False, "Print the results as JSON, for programs.")
 
     def __post_init__(self) -> None:
+        if self.train_val_split is not None and not 0 <= self.train_val_split < 1:
+            raise UserError(f"--train_val_split must be at least 0 and below 1, not {self.train_val_split}.")
         if (self.dataset_name is None) == (self.validation_dir is None):
             raise UserError("give the images by either --dataset_name or --validation_dir.")
         if self.per_device_eval_batch_size < 1:
@@ -364,7 +413,7 @@ class EvaluationSettings:
 LIMITS: dict[str, tuple[float, float]] = {
     "image_size": (1, math.inf),
     "drop_path_rate": (0, 0.99),
-    "train_val_split": (0.001, 0.999),
+    "train_val_split": (0, 0.999),
     "shuffle_buffer_size": (1, math.inf),
     "num_workers": (0, math.inf),
     "max_skipped": (0, math.inf),
@@ -400,6 +449,11 @@ LIMITS: dict[str, tuple[float, float]] = {
     "layer_decay": (0.01, 1),
     "max_grad_norm": (0, math.inf),
     "ema_decay": (0, 0.99999999),
+    "distillation_alpha": (0, 1),
+    "distillation_temperature": (0.01, 1000),
+    "lora": (0, math.inf),
+    "lora_alpha": (0, math.inf),
+    "lora_dropout": (0, 0.99),
     "save_total_limit": (0, math.inf),
     "logging_steps": (1, math.inf),
     "eval_epochs": (0, math.inf),
@@ -407,7 +461,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 }
 
 
-def parse(argv: Sequence[str] | None = None) -> TrainingSettings:
+def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> TrainingSettings:
     """Settings from the command line: a flag wins over the YAML file, and that over the recipe.
 
     Raises:
@@ -427,7 +481,9 @@ def parse(argv: Sequence[str] | None = None) -> TrainingSettings:
     recipe = known.recipe or str(from_file.get("recipe") or "finetune")
     parser = SettingsParser(
         GROUPS,
-        description="Trains an image classifier on a streamed dataset; run it with accelerate launch.",
+        prog=prog,
+        description="Trains an image classifier on a streamed dataset. Several devices: accelerate launch -m "
+        "hf_poolformer train ...",
         epilog="--recipe NAME --help shows the defaults of that recipe.",
     )
     flags = parser.names_in(argv) | {name for name, value in from_file.items() if value is not None}
@@ -439,10 +495,12 @@ def parse(argv: Sequence[str] | None = None) -> TrainingSettings:
     return TrainingSettings(**{key: value for part in parts for key, value in vars(part).items()})
 
 
-def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluationSettings:
-    """Settings of `scripts/evaluate.py` from the command line."""
-    parser = SettingsParser((EvaluationSettings,), description="Evaluates an image classifier on a labelled dataset.")
-    parser.add_argument("model", help="Checkpoint: a Hub id or a folder.")
+def parse_evaluation(argv: Sequence[str] | None = None, prog: str | None = None) -> EvaluationSettings:
+    """Settings of `hf-poolformer evaluate` from the command line."""
+    parser = SettingsParser(
+        (EvaluationSettings,), prog=prog, description="Evaluates an image classifier on a labelled dataset."
+    )
+    parser.add_argument("model", metavar="MODEL", help="Checkpoint: a Hub id or a folder.")
     names = [field.name for field in dataclasses.fields(EvaluationSettings)]
     settings, rest = parser.parse(argv, names)
     settings.model = rest.model
@@ -516,11 +574,13 @@ class SettingsFormatter(argparse.HelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
+        # Of a setting's own name only the spelling with underscores; what else it may be called, too.
+        names = ", ".join(text for text in action.option_strings if "-" not in text[2:])
         if action.choices:
-            return f"{action.option_strings[0]} {{{','.join(map(str, action.choices))}}}"
+            return f"{names} {{{','.join(map(str, action.choices))}}}"
         kind = getattr(action.type, "__name__", "value")
         value = {"str": "TEXT", "int": "N", "float": "X", "string_to_bool": "true|false"}.get(kind, kind)
-        return f"{action.option_strings[0]} {value}"
+        return f"{names} {value}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""

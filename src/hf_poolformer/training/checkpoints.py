@@ -70,6 +70,7 @@ class Progress:
     num_processes: int = 1
     global_batch: int = 0  # images per optimiser step
     label_names: list[str] = field(default_factory=list)
+    method: dict[str, Any] = field(default_factory=dict)  # settings with which a run must go on as it began
 
 
 @dataclass
@@ -405,6 +406,7 @@ def check_fits(path: Path, state: TrainingState, progress: Progress) -> None:
             f"{path} was trained on other labels ({summary(progress.label_names)}) than the dataset has "
             f"({summary(state.progress.label_names)})."
         )
+    check_method(path, progress.method, state.progress.method)
     expected = {name: tuple(tensor.shape) for name, tensor in state.model.state_dict().items()}
     with safe_open(path / "model.safetensors", framework="pt") as weights:
         found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
@@ -415,6 +417,17 @@ def check_fits(path: Path, state: TrainingState, progress: Progress) -> None:
             f"{expected.get(wrong[0], 'missing')} here ({len(wrong)} such tensors). Resume with the settings it was "
             "made with, or start from it with --model_name_or_path."
         )
+
+
+def check_method(path: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+    for name in {**theirs, **mine}:
+        if name not in theirs or name not in mine:
+            made = f"{'with' if name in theirs else 'without'} --{name}"
+        elif theirs[name] != mine[name]:
+            made = "with another --teacher" if name == "teacher" else f"with --{name} {theirs[name]}"
+        else:
+            continue
+        raise UserError(f"{path} was made {made}; go on with the same setting.")
 
 
 def find(spec: str, root: Path) -> Path | None:

@@ -44,6 +44,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+# Ends the name of what was divided off.
+HELD_OUT = "(held-out part)"
 # Counting after a split by content means reading everything once; worth it up to this size.
 _CHEAP_TO_READ = 1 << 30
 
@@ -364,7 +366,7 @@ def _with_labels_of(dataset: ImageDataset, train: ImageDataset) -> ImageDataset:
 def _divide(dataset: ImageDataset, source: Source, split: str, fraction: float) -> tuple[ImageDataset, ImageDataset]:
     """Training and held-out part of a split, by content hash."""
     logger.info("%s has no validation split: holding out %.0f %% of it", dataset.name, 100 * fraction)
-    names = (f"{dataset.name} (training part)", f"{dataset.name} (held-out part)")
+    names = (f"{dataset.name} (training part)", f"{dataset.name} {HELD_OUT}")
     if isinstance(source, FolderSource):
         streams, counts = zip(
             *((part.stream, part.num_examples) for part in source.divide(split, fraction)), strict=True

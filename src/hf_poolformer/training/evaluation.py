@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,14 +16,17 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
+from ..export.folder import is_exported
 from . import data
-from .arguments import EvaluationSettings
+from .arguments import EvaluationSettings, read_yaml
 from .augmentation import EvalTransform
 from .errors import UserError
-from .initialisation import load_checkpoint
+from .initialisation import first_line, load_checkpoint
 from .metrics import Accuracy, ConfusionMatrix, PerClassAccuracy, TopKAccuracy
 from .reports import write_confusion_matrix, write_json
 
+
+logger = logging.getLogger(__name__)
 
 # Beyond this a confusion matrix (int64, classes squared) costs more memory than anyone will look at.
 MAX_CONFUSION_CLASSES = 5000
@@ -168,6 +172,44 @@ def named_results(results: dict[str, Any], label_names: Sequence[str]) -> dict[s
     return plain
 
 
+def make_accelerator(settings: EvaluationSettings) -> Accelerator:
+    """An Accelerator on the device that was asked for.
+
+    Raises:
+        UserError: there is no such device, or a launcher has chosen devices already.
+    """
+    if settings.device != "auto":
+        if "LOCAL_RANK" in os.environ:
+            raise UserError("--device is for one process; accelerate launch chooses by --cpu and --gpu_ids.")
+        try:
+            device = torch.empty(0, device=settings.device).device
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {settings.device} cannot be used: {first_line(error)}") from error
+        if device.type != "cpu":
+            torch.accelerator.set_device_index(device.index or 0)
+    return Accelerator(mixed_precision=settings.mixed_precision, cpu=settings.device == "cpu")
+
+
+def held_out_fraction(settings: EvaluationSettings) -> float:
+    """Which part of the images to measure on, as `open_datasets` takes it; 0 for all.
+
+    A model that is measured on images it was trained on looks better than it is: where its run's settings name these
+    very images, the part that the run held out is meant, unless `train_val_split` says otherwise.
+    """
+    if settings.train_val_split is not None:
+        return settings.train_val_split
+    written = Path(settings.model) / "training_settings.yaml"
+    if settings.split is not None or not written.is_file():
+        return 0.0
+    run = read_yaml(str(written))
+    if run.get("validation_dir") or run.get("validation_split"):
+        return 0.0
+    name, trained = settings.dataset_name or settings.validation_dir, run.get("dataset_name") or run.get("train_dir")
+    if trained is None or Path(name).resolve() != Path(trained).resolve():
+        return 0.0
+    return float(run.get("train_val_split") or 0.0)
+
+
 def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
     """Loads a checkpoint and a labelled dataset, evaluates, and writes the results if there is an `output_dir`.
 
@@ -177,24 +219,31 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
     Raises:
         UserError: not a model, not a labelled dataset, or labels that do not belong together.
     """
-    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
-    model, processor, fresh = load_checkpoint(
-        settings.model,
-        revision=settings.model_revision,
-        token=settings.hub_token,
-        cache_dir=settings.cache_dir,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    accelerator = make_accelerator(settings)
+    fraction = held_out_fraction(settings)
+    if is_exported(settings.model):
+        from ..export.runtime import load_classifier
+
+        model, processor, fresh = *load_classifier(settings.model), []
+    else:
+        model, processor, fresh = load_checkpoint(
+            settings.model,
+            revision=settings.model_revision,
+            token=settings.hub_token,
+            cache_dir=settings.cache_dir,
+            trust_remote_code=settings.trust_remote_code,
+        )
     if fresh:
         raise UserError(f"{settings.model} is not a trained classifier of its own shape: it lacks {fresh[0]}.")
     label_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     dataset = data.open_datasets(
         dataset_name=settings.dataset_name,
         dataset_config_name=settings.dataset_config_name,
-        validation_dir=settings.validation_dir,
+        # What is divided is a training folder; a validation folder is one as a whole.
+        **{"train_dir" if fraction else "validation_dir": settings.validation_dir},
         train_split=None,
         validation_split=settings.split,
-        train_val_split=0.0,
+        train_val_split=fraction,
         image_column_name=settings.image_column_name,
         label_column_name=settings.label_column_name,
         label_names=label_names,
@@ -204,6 +253,12 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
         streaming=settings.streaming,
     )["validation"]
     check_classification(dataset)
+    if settings.train_val_split is None and dataset.name.endswith(data.HELD_OUT) and accelerator.is_main_process:
+        logger.warning(
+            "%s was trained on the other images of %s: --train_val_split 0 would take all.",
+            settings.model,
+            dataset.name,
+        )
     loader = data.make_loader(
         data.align_labels(dataset, model.config.label2id, subset=True),
         EvalTransform(processor),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from ..configuration_poolformer import VARIANTS, MetaFormerConfig
@@ -40,8 +42,6 @@ def load_checkpoint(
         UserError: there is no such checkpoint, or it is not an image classifier.
     """
     where = {"revision": revision, "token": token, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UserError(f"{name} is not a model: it has no config.json.")
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
             name, **where, **config, ignore_mismatched_sizes=True, output_loading_info=True
@@ -49,7 +49,7 @@ def load_checkpoint(
         processor = AutoImageProcessor.from_pretrained(name, **where)
     except Exception as error:
         # Whatever a foreign folder provokes: missing files, wrong types, a truncated safetensors file, no network.
-        raise UserError(f"cannot load an image classifier from {name}: {first_line(error)}") from error
+        raise UserError(why_not_loaded(name, error)) from error
     mismatched = [item[0] for item in info["mismatched_keys"]]
     return model, processor, sorted({*info["missing_keys"], *mismatched})
 
@@ -128,7 +128,7 @@ def from_checkpoint(settings: TrainingSettings, names: list[str], labels: dict[s
     try:
         before = AutoConfig.from_pretrained(settings.model_name_or_path, **source)
     except Exception as error:
-        raise UserError(f"{settings.model_name_or_path} is not a model: {first_line(error)}") from error
+        raise UserError(why_not_loaded(settings.model_name_or_path, error)) from error
     learnt = [before.id2label[index] for index in range(len(before.id2label))]
     model, processor, fresh = load_checkpoint(settings.model_name_or_path, **source, **overrides, **labels)
     head = {name for name, _ in model.named_parameters() if belongs_to_head(name, model)}
@@ -165,7 +165,7 @@ def label_order(settings: TrainingSettings, dataset_names: Sequence[str]) -> lis
                 trust_remote_code=settings.trust_remote_code,
             )
         except Exception as error:
-            raise UserError(f"{settings.model_name_or_path} is not a model: {first_line(error)}") from error
+            raise UserError(why_not_loaded(settings.model_name_or_path, error)) from error
         learnt = [config.id2label[index] for index in range(len(config.id2label))]
         if sorted(learnt) == sorted(names):
             return learnt
@@ -203,6 +203,20 @@ def set_image_size(processor: Any, side: int) -> None:
 
 def looks_like_checkpoint(name: str) -> bool:
     return "/" in name or Path(name).exists()
+
+
+def why_not_loaded(name: str, error: BaseException, what: str = "an image classifier") -> str:
+    """One line on why transformers could not load `what` from a folder or Hub id."""
+    folder, text = Path(name), first_line(error)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return f"{name} is not a model: it has no config.json."
+    other = re.match(r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)Config'>", text)
+    if other:
+        return f"{name} is a {other[1]}, which cannot be {what}."
+    if "couldn't connect to" in text and not folder.is_dir():
+        network = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
+        return f"there is no folder {name}, no earlier download of it is here, and {network}."
+    return f"cannot load {what} from {name}: {text}"
 
 
 def first_line(error: BaseException) -> str:

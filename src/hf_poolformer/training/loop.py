@@ -8,7 +8,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,17 @@ from tqdm import tqdm
 from ..hub.cards import write_training_card
 from ..hub.publishing import publish
 from . import checkpoints
+from .adaptation import LinearProbe, adapt, describe_parameters, merged, method
 from .arguments import TrainingSettings
 from .augmentation import BatchMixer, input_size
 from .checkpoints import Progress, Saver, TrainingState, whole
+from .distillation import Teacher, distillation_loss, load_teacher
 from .emissions import EmissionsMeter, device_name
 from .errors import Diverged, UserError
 from .evaluation import check_labels, evaluate, named_results
 from .initialisation import initial_model, label_order
 from .optimisation import WeightAverage, make_optimizer, make_schedule, scaled_learning_rate
-from .preparation import due, make_accelerator, make_loaders, open_data, plan, prepare_output
+from .preparation import begin, due, make_accelerator, make_loaders, open_data, plan, prepare_output
 from .processes import Agreement, Stopped, StopSignal, telling_of_lost_processes
 from .reports import (
     RunLog,
@@ -64,7 +66,8 @@ class Run:
     total_steps: int
     accumulation: int
     global_batch: int
-    optimise: Callable[[Run, list[dict[str, Any]]], torch.Tensor] | None = None  # in the place of `optimiser_step`
+    compute_losses: Callable[[Run, dict[str, Any]], list[torch.Tensor]]  # what is minimised, then parts to be shown
+    teacher: Teacher | None = None
     replica: nn.Module | None = None  # of a model that is distributed, to be filled when it is needed
     saver: Saver = field(init=False)
     losses: list[torch.Tensor] = field(default_factory=list)  # since the last point of the curve, on the device
@@ -103,7 +106,8 @@ def train(settings: TrainingSettings, make_loaders: Callable[..., tuple[Any, Any
         UserError: what was asked for cannot be done; the message says why.
         hf_poolformer.hub.publishing.PublishError: trained and saved, but not published.
     """
-    accelerator = make_accelerator(settings, fsdp=True)
+    # Where hardly anything is trained there is nothing worth distributing.
+    accelerator = make_accelerator(settings, fsdp=not (settings.lora or settings.freeze_backbone))
     output_dir, resume_from = prepare_output(settings, accelerator)
     # Of a resumed run only a part could be measured, which tells nothing.
     measured = settings.emissions_country and accelerator.is_main_process and resume_from is None
@@ -116,9 +120,13 @@ def train(settings: TrainingSettings, make_loaders: Callable[..., tuple[Any, Any
     # Model: equal on all processes, then every process goes its own random way.
     set_seed(settings.seed)
     model, processor = initial_model(settings, label_names)
-    set_seed(settings.seed + 1 + accelerator.process_index)
+    adapt(model, settings)
     channels_last = settings.memory_format in ("auto", "channels_last")
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    teacher = None
+    if settings.teacher:
+        teacher = load_teacher(settings, label_names, processor, accelerator, memory_format)
+    set_seed(settings.seed + 1 + accelerator.process_index)
     # FSDP takes the model apart, which works for contiguous weights; evaluating and saving it needs it whole.
     fsdp = accelerator.distributed_type == DistributedType.FSDP
     model.to(accelerator.device, memory_format=torch.contiguous_format if fsdp else memory_format)
@@ -134,45 +142,25 @@ def train(settings: TrainingSettings, make_loaders: Callable[..., tuple[Any, Any
     optimizer = make_optimizer(model, settings, learning_rate)
     scheduler = make_schedule(optimizer, settings, learning_rate, total_steps, epochs)
     # The loaders are not prepared: they are sharded already, and batches go to the device below.
-    wrapped, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    trained = LinearProbe(model) if settings.freeze_backbone else model
+    wrapped, optimizer, scheduler = accelerator.prepare(trained, optimizer, scheduler)
 
-    progress = Progress(num_processes=accelerator.num_processes, global_batch=global_batch, label_names=label_names)
+    progress = Progress(
+        num_processes=accelerator.num_processes,
+        global_batch=global_batch,
+        label_names=label_names,
+        method=method(settings, teacher.fingerprint() if teacher else None),
+    )
     state = TrainingState(accelerator, model, optimizer, scheduler, ema, progress)
-    if resume_from is not None:
-        saved = checkpoints.load(resume_from, state)
-        accelerator.print(f"Going on from {resume_from}: step {progress.step}, epoch {progress.epoch + 1}.")
-        if saved.global_batch != global_batch:
-            accelerator.print(
-                f"It was made with {saved.global_batch} images per step, this run has {global_batch}: learning rate "
-                f"and length follow this run's settings, {total_steps} steps in all, counted on from {progress.step}. "
-                "--gradient_accumulation_steps and --per_device_train_batch_size bring the two together."
-            )
-
-    main = accelerator.is_main_process
-    if main:
-        settings.save(output_dir / "training_settings.yaml")
-    log = RunLog(output_dir / "training_log.jsonl", progress.step if resume_from else None) if main else None
-    if accelerator.log_with:
-        config = {name: value if value is not None else "" for name, value in settings.to_dict().items()}
-        accelerator.init_trackers("hf-poolformer", config=config)
+    log = begin(settings, state, output_dir, resume_from, total_steps)
     accelerator.print(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(label_names)} labels, "
+        f"{describe_parameters(model)}, {len(label_names)} labels, "
         f"{datasets['train'].num_examples or 'unknown number of'} training images at "
         f"{'x'.join(map(str, input_size(processor)))}, {total_steps} steps of {global_batch} images, "
         f"learning rate {learning_rate:.2e}, {accelerator.num_processes} x {accelerator.device.type}."
     )
 
-    with (
-        telling_of_lost_processes(),
-        StopSignal() as stop,
-        tqdm(
-            total=total_steps,
-            initial=progress.step,
-            unit="step",
-            disable=not main,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
-        ) as bar,
-    ):
+    with running(state, total_steps) as (stop, bar):
         run = Run(
             settings=settings,
             accelerator=accelerator,
@@ -195,35 +183,71 @@ def train(settings: TrainingSettings, make_loaders: Callable[..., tuple[Any, Any
             total_steps=total_steps,
             accumulation=accumulation,
             global_batch=global_batch,
+            compute_losses=classification_losses,
             replica=replica,
+            teacher=teacher,
         )
-        # Resumed behind its last step, a run has still an epoch to close.
-        while (progress.step < total_steps or progress.batches) and (
-            settings.max_train_steps or progress.epoch < epochs
-        ):
-            train_epoch(run)
-            done = progress.step >= total_steps or (not settings.max_train_steps and progress.epoch >= epochs)
-            if eval_loader is not None and not done and due(progress.epoch, settings.eval_epochs):
-                evaluate_now(run)
-            if settings.checkpointing_steps == "epoch":
-                save_checkpoint(run)
+        train_epochs(run, epochs, evaluate_now)
         results, matrix = final_results(run)
         run.saver.finish()
     if meter is not None:
         results.update(meter.stop())
 
-    trained = trained_model(run)
-    if main:
-        save_model(run, trained, output_dir, processor, results, matrix)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    if main:
-        print(summary(output_dir, results))
-        if settings.push_to_hub:
-            repo_id = settings.hub_model_id or output_dir.resolve().name
-            url = publish(output_dir, repo_id, private=settings.hub_private_repo, token=settings.hub_token)
-            print(f"Published to {url}")
+    final = trained_model(run)
+    if accelerator.is_main_process:
+        save_model(run, final, output_dir, processor, results, matrix)
+    finish(run, lambda: summary(output_dir, results))
     return results
+
+
+@contextlib.contextmanager
+def running(state: TrainingState, total_steps: int) -> Iterator[tuple[StopSignal, tqdm]]:
+    """While a run goes on: signals are noted, lost processes told of, and its steps shown."""
+    with (
+        telling_of_lost_processes(),
+        StopSignal() as stop,
+        tqdm(
+            total=total_steps,
+            initial=state.progress.step,
+            unit="step",
+            disable=not state.accelerator.is_main_process,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        ) as bar,
+    ):
+        yield stop, bar
+
+
+def train_epochs(run: Run, epochs: float, evaluate: Callable[[Run], Any]) -> None:
+    """All that is left of a run, with the evaluations (but the last) and checkpoints between its epochs."""
+    progress, settings = run.progress, run.settings
+    # Resumed behind its last step, a run has still an epoch to close.
+    while (progress.step < run.total_steps or progress.batches) and (
+        settings.max_train_steps or progress.epoch < epochs
+    ):
+        train_epoch(run)
+        done = progress.step >= run.total_steps or (not settings.max_train_steps and progress.epoch >= epochs)
+        if run.eval_loader is not None and not done and due(progress.epoch, settings.eval_epochs):
+            evaluate(run)
+        if settings.checkpointing_steps == "epoch":
+            save_checkpoint(run)
+
+
+def finish(run: Run, summary: Callable[[], str]) -> None:
+    """The end of a run whose model is saved: says where everything is, and publishes it if that is wanted.
+
+    Raises:
+        hf_poolformer.hub.publishing.PublishError: it could not be published.
+    """
+    settings, output_dir = run.settings, Path(run.settings.output_dir)
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+    if not run.accelerator.is_main_process:
+        return
+    print(summary())
+    if settings.push_to_hub:
+        repo_id = settings.hub_model_id or output_dir.resolve().name
+        url = publish(output_dir, repo_id, private=settings.hub_private_repo, token=settings.hub_token)
+        print(f"Published to {url}")
 
 
 def train_epoch(run: Run) -> None:
@@ -247,7 +271,7 @@ def train_epoch(run: Run) -> None:
         # The one exchange of a step: how many micro-batches everybody has, and whether anybody was told to stop.
         count, stop = run.agreement.minimum(len(window), -run.stop.check())
         if count:
-            run.losses.append((run.optimise or optimiser_step)(run, window[:count]))
+            run.losses.append(optimiser_step(run, window[:count]))
             progress.step += 1
             progress.batches += count
             run.images += sum(len(batch["labels"]) for batch in window[:count])
@@ -275,19 +299,20 @@ def train_epoch(run: Run) -> None:
 
 
 def optimiser_step(run: Run, window: list[dict[str, Any]]) -> torch.Tensor:
-    """Gradients over a window of micro-batches and one step; returns their mean loss, still on the device."""
-    accelerator, state, device = run.accelerator, run.state, run.accelerator.device
-    total = torch.zeros((), device=device)
+    """Gradients over a window of micro-batches and one step.
+
+    Returns:
+        the mean of what `run.compute_losses` gives for each, still on the device.
+    """
+    accelerator, state = run.accelerator, run.state
+    losses = []
     for index, batch in enumerate(window):
-        check_labels(batch["labels"], run.mixer.num_labels)
-        pixel_values = batch["pixel_values"].to(device, memory_format=run.memory_format, non_blocking=True)
-        pixel_values, targets = run.mixer(pixel_values, batch["labels"].to(device, non_blocking=True))
         last = index == len(window) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
-            loss = cross_entropy(run.model(pixel_values=pixel_values).logits.float(), targets)
+            parts = torch.stack(run.compute_losses(run, batch))
             # accelerate divides by the size of a full window; the last one of an epoch may be shorter.
-            accelerator.backward(loss * (run.accumulation / len(window)))
-        total += loss.detach() / len(window)
+            accelerator.backward(parts[0] * (run.accumulation / len(window)))
+        losses.append(parts.detach())
     if run.settings.max_grad_norm:
         accelerator.clip_grad_norm_(run.model.parameters(), run.settings.max_grad_norm)
     state.optimizer.step()
@@ -296,7 +321,25 @@ def optimiser_step(run: Run, window: list[dict[str, Any]]) -> torch.Tensor:
     state.optimizer.zero_grad()
     if state.ema is not None:
         state.ema.update(state.model)
-    return total
+    return torch.stack(losses).mean(0)
+
+
+def classification_losses(run: Run, batch: dict[str, Any]) -> list[torch.Tensor]:
+    """The loss of a micro-batch, a mean over its images; with a teacher followed by the labels' and the teacher's."""
+    device = run.accelerator.device
+    check_labels(batch["labels"], run.mixer.num_labels)
+    pixel_values = batch["pixel_values"].to(device, memory_format=run.memory_format, non_blocking=True)
+    pixel_values, targets = run.mixer(pixel_values, batch["labels"].to(device, non_blocking=True))
+    logits = run.model(pixel_values=pixel_values).logits.float()
+    labels = cross_entropy(logits, targets)
+    if run.teacher is None:
+        return [labels]
+    settings = run.settings
+    teachers = distillation_loss(
+        logits, run.teacher(pixel_values), settings.distillation, settings.distillation_temperature
+    )
+    part = settings.distillation_alpha
+    return [(1 - part) * labels + part * teachers, labels, teachers]
 
 
 def log_point(run: Run) -> None:
@@ -304,7 +347,7 @@ def log_point(run: Run) -> None:
     if not run.losses:
         return
     progress, count = run.progress, len(run.losses)
-    loss = run.accelerator.reduce(torch.stack(run.losses).mean(), "mean").item()
+    loss, *parts = run.accelerator.reduce(torch.stack(run.losses).mean(0), "mean").reshape(-1).tolist()
     images, skipped = run.agreement.total(run.images, run.skipped)
     if not math.isfinite(loss):
         raise Diverged(
@@ -321,6 +364,7 @@ def log_point(run: Run) -> None:
         "step": progress.step,
         "epoch": progress.epoch + 1,
         "loss": loss,
+        **dict(zip(("label_loss", "distillation_loss"), parts, strict=False)),
         "learning_rate": max(run.state.scheduler.get_last_lr()),
         "images_per_second": images / run.seconds,
         "data_wait_share": run.waited / run.seconds,
@@ -343,7 +387,7 @@ def record(run: Run, row: dict[str, Any]) -> None:
 
 def evaluate_now(run: Run) -> dict[str, Any]:
     """Evaluates what would be saved now: the moving average if there is one."""
-    plain = run.state.ema is None and run.replica is None
+    plain = run.state.ema is None and run.replica is None and not run.settings.lora
     results = evaluate(
         run.model if plain else trained_model(run),
         run.eval_loader,
@@ -404,9 +448,15 @@ def save_and_leave(run: Run, number: int) -> None:
 
 def final_results(run: Run) -> tuple[dict[str, Any], Any]:
     """Everything for `all_results.json`, and the confusion matrix."""
-    progress = run.progress
     evaluation = evaluate_now(run) if run.eval_loader is not None else {}
-    training = {
+    results = {**named_results(evaluation, run.progress.label_names), **training_figures(run)}
+    return results, evaluation.get("confusion_matrix")
+
+
+def training_figures(run: Run) -> dict[str, Any]:
+    """What a run tells of itself in `all_results.json`."""
+    progress = run.progress
+    return {
         "train_loss": progress.train_loss,
         "train_runtime": progress.train_seconds,
         "train_samples_per_second": progress.images / max(progress.train_seconds, 1e-9),
@@ -417,17 +467,18 @@ def final_results(run: Run) -> tuple[dict[str, Any], Any]:
         "skipped_shards": progress.damaged_shards,
         "device": device_name(run.accelerator.device),
         "num_processes": run.accelerator.num_processes,
+        "trained_parameters": sum(p.numel() for p in run.state.model.parameters() if p.requires_grad),
     }
-    results = {**named_results(evaluation, progress.label_names), **training}
-    return results, evaluation.get("confusion_matrix")
 
 
 def trained_model(run: Run) -> nn.Module:
-    """What is evaluated and saved: the moving average if there is one, and whole; every process must call it."""
-    if run.state.ema is not None:
-        return run.state.ema.module
+    """What is evaluated and saved: the moving average if there is one, whole, and without adapters.
+
+    Every process must call it.
+    """
     if run.replica is None:
-        return run.state.model
+        model = run.state.model if run.state.ema is None else run.state.ema.module
+        return merged(model) if run.settings.lora else model
     run.replica.load_state_dict({name: whole(value) for name, value in run.state.model.state_dict().items()})
     return run.replica
 

@@ -16,6 +16,7 @@ from .augmentation import EvalTransform
 from .device_pipeline import make_pipeline
 from .errors import UserError
 from .evaluation import check_classification, data_workers, skip_limit
+from .reports import RunLog
 
 
 def make_accelerator(settings: TrainingSettings, fsdp: bool = False) -> Accelerator:
@@ -208,6 +209,42 @@ def plan(settings: TrainingSettings, num_examples: int | None, global_batch: int
     if settings.max_train_steps is not None:
         return settings.max_train_steps, settings.max_train_steps / steps_per_epoch
     return math.ceil(epochs * max(math.floor(steps_per_epoch), 1)), epochs
+
+
+def begin(
+    settings: TrainingSettings,
+    state: checkpoints.TrainingState,
+    output_dir: Path,
+    resume_from: Path | None,
+    total_steps: int,
+) -> RunLog | None:
+    """Brings a run to where its checkpoint was, if it has one; then what tells of it: settings, log and trackers.
+
+    Returns:
+        the log, in the main process.
+
+    Raises:
+        UserError: the checkpoint does not fit.
+    """
+    accelerator, progress = state.accelerator, state.progress
+    if resume_from is not None:
+        global_batch = progress.global_batch
+        saved = checkpoints.load(resume_from, state)
+        accelerator.print(f"Going on from {resume_from}: step {progress.step}, epoch {progress.epoch + 1}.")
+        if saved.global_batch != global_batch:
+            accelerator.print(
+                f"It was made with {saved.global_batch} images per step, this run has {global_batch}: learning rate "
+                f"and length follow this run's settings, {total_steps} steps in all, counted on from {progress.step}. "
+                "--gradient_accumulation_steps and --per_device_train_batch_size bring the two together."
+            )
+    log = None
+    if accelerator.is_main_process:
+        settings.save(output_dir / "training_settings.yaml")
+        log = RunLog(output_dir / "training_log.jsonl", progress.step if resume_from else None)
+    if accelerator.log_with:
+        config = {name: value if value is not None else "" for name, value in settings.to_dict().items()}
+        accelerator.init_trackers("hf-poolformer", config=config)
+    return log
 
 
 def due(epoch: int, every: int) -> bool:

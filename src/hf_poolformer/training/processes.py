@@ -54,7 +54,11 @@ def start_cpu_processes() -> None:
         )
     processes = ["--standalone", "--nproc_per_node", str(known.num_processes)]
     environment[LAUNCHER] = str(os.getppid())
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *processes, *sys.argv])
+    program = sys.argv
+    started_as = sys.modules["__main__"].__spec__
+    if started_as is not None:  # python -m hf_poolformer train
+        program = ["-m", started_as.name.removesuffix(".__main__"), *sys.argv[1:]]
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *processes, *program])
 
 
 class Agreement:

@@ -92,11 +92,18 @@ def note_skipped(output_dir: Path, epoch: int, descriptions: Sequence[str]) -> N
 
 def resume_command(output_dir: Path, num_processes: int, cpu: bool) -> str:
     """The shell command that goes on with a run from its newest checkpoint."""
-    command = ["accelerate", "launch"]
+    program = Path(sys.argv[0])
+    launch = ["accelerate", "launch"]
     if num_processes > 1:
-        command += ["--num_processes", str(num_processes), *(["--cpu"] if cpu else [])]
-    # Any of our training scripts; a run that was started from Python goes on by the plain one.
-    command.append(sys.argv[0] if Path(sys.argv[0]).stem.startswith("train") else "scripts/train.py")
+        launch += ["--num_processes", str(num_processes), *(["--cpu"] if cpu else [])]
+    if program.stem.startswith("train"):  # any of our training scripts
+        command = [*launch, sys.argv[0]]
+    else:
+        # `hf-poolformer train`, `python -m hf_poolformer train`, or Python code, which goes on by the plain one.
+        called = sys.argv[1] if program.stem in ("hf-poolformer", "__main__") and len(sys.argv) > 1 else "train"
+        name = called if called.startswith("train") else "train"
+        alone = program.stem == "hf-poolformer" and num_processes == 1
+        command = ["hf-poolformer", name] if alone else [*launch, "-m", "hf_poolformer", name]
     command += ["--config_file", str(output_dir / "training_settings.yaml"), "--resume_from_checkpoint", "latest"]
     return shlex.join(command)
 
@@ -183,6 +190,6 @@ def new_figure(size: tuple[float, float], columns: int = 1, rows: int = 1) -> tu
 
 def save_figure(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp.png")
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the suffix says in which format
     figure.savefig(temporary, dpi=150)
     os.replace(temporary, path)

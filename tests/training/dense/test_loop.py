@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
 
 from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, PoolFormerImageProcessor
+from hf_poolformer.training import loop as steps
+from hf_poolformer.training.checkpoints import best_of
 from hf_poolformer.training.dense import loop
 from hf_poolformer.training.dense.arguments import DenseSettings, parse
 from hf_poolformer.training.dense.optimisation import make_dense_schedule
@@ -29,12 +31,12 @@ def weights(folder):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_leaves_everything_and_the_pipeline_reads_it(make_settings, tmp_path, task, capsys):
-    settings = make_settings(task, num_train_epochs=2, eval_epochs=1)
+    main = {"semantic-segmentation": "eval_miou", "object-detection": "eval_map"}.get(task, "eval_mask_map")
+    settings = make_settings(task, num_train_epochs=2, eval_epochs=1, keep_best=main)
     results = loop.train(settings)
     run = tmp_path / "run"
     assert results["step"] == 12 and results["epoch"] == 2 and results["eval_samples"] == COUNTS["validation"]
     assert json.loads((run / "all_results.json").read_text()) == results
-    main = {"semantic-segmentation": "eval_miou", "object-detection": "eval_map"}.get(task, "eval_mask_map")
     assert 0 <= results[main] <= 1
     per_class = results[f"{main[:4]}_per_class_iou" if "iou" in main else main.replace("map", "per_class_map")]
     assert set(per_class) == set(NAMES) | ({"ground"} if "iou" in main else set())
@@ -45,6 +47,7 @@ def test_a_run_leaves_everything_and_the_pipeline_reads_it(make_settings, tmp_pa
     assert str(run) in capsys.readouterr().out
     rows = [json.loads(line) for line in (run / "training_log.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows if main in row] == [1, 2]
+    assert best_of(run / "checkpoints")[1] == max(row[main] for row in rows if main in row)
     assert len([row for row in rows if "loss" in row]) == 6
 
     card = (run / "README.md").read_text()
@@ -80,7 +83,7 @@ def test_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(make_settings, t
 
 
 def test_a_signal_saves_and_leaves(make_settings, monkeypatch, capsys):
-    step = loop.optimiser_step
+    step = steps.optimiser_step
     count = iter(range(100))
 
     def interrupted(run, window):
@@ -88,7 +91,7 @@ def test_a_signal_saves_and_leaves(make_settings, monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGTERM)
         return step(run, window)
 
-    monkeypatch.setattr(loop, "optimiser_step", interrupted)
+    monkeypatch.setattr(steps, "optimiser_step", interrupted)
     with pytest.raises(Stopped):
         loop.train(make_settings("object-detection"))
     assert "To go on:" in capsys.readouterr().out

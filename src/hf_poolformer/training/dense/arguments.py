@@ -305,7 +305,7 @@ class DenseSettings(
         return epochs
 
 
-def parse(argv: Sequence[str] | None = None) -> DenseSettings:
+def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> DenseSettings:
     """Settings from the command line: a flag wins over the YAML file, and that over the recipe.
 
     Raises:
@@ -325,7 +325,9 @@ def parse(argv: Sequence[str] | None = None) -> DenseSettings:
     recipe = known.recipe or str(from_file.get("recipe") or "paper")
     parser = SettingsParser(
         GROUPS,
-        description="Trains a segmenter or detector on a streamed dataset; run it with accelerate launch.",
+        prog=prog,
+        description="Trains a segmenter or detector on a streamed dataset. Several devices: accelerate launch -m "
+        "hf_poolformer train-dense ...",
         epilog="--task TASK --recipe NAME --help shows the defaults of that task and recipe.",
     )
     flags = parser.names_in(argv) | {name for name, value in from_file.items() if value is not None}

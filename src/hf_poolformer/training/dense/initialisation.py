@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -19,7 +18,7 @@ from transformers import (
 from ...configuration_poolformer import VARIANTS, MetaFormerConfig
 from ...image_processing_poolformer import PoolFormerImageProcessor
 from ..errors import UserError
-from ..initialisation import first_line, looks_like_checkpoint, shown
+from ..initialisation import first_line, looks_like_checkpoint, shown, why_not_loaded
 from .arguments import DenseSettings
 
 
@@ -84,8 +83,6 @@ def from_scratch(settings: DenseSettings, changes: dict[str, Any]) -> PreTrained
 
 def from_checkpoint(settings: DenseSettings, names: list[str], changes: dict[str, Any]) -> PreTrainedModel:
     name = settings.model_name_or_path
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UserError(f"{name} is not a model: it has no config.json.")
     source = {**where(settings), "revision": settings.model_revision}
     try:
         before = AutoConfig.from_pretrained(name, **source)
@@ -93,7 +90,7 @@ def from_checkpoint(settings: DenseSettings, names: list[str], changes: dict[str
             name, **source, **changes, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except Exception as error:  # whatever a foreign folder provokes
-        raise UserError(f"cannot start from {name}: {first_line(error)}") from error
+        raise UserError(why_not_loaded(name, error, "the start of a segmenter or detector")) from error
     fresh = sorted({*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])})
     # The norms of the feature maps are the backbone's, but no classifier has them.
     body = f"{model.base_model_prefix}."

@@ -5,7 +5,6 @@ Steps, checkpoints, signals and the log are those of `training.loop`; here is wh
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,19 +14,16 @@ import torch
 from accelerate import DistributedType
 from accelerate.utils import set_seed
 from torch import nn
-from tqdm import tqdm
 
 from ...hub.cards import write_training_card
-from ...hub.publishing import publish
-from .. import checkpoints
 from ..checkpoints import Progress, TrainingState
-from ..emissions import EmissionsMeter, device_name
+from ..emissions import EmissionsMeter
 from ..initialisation import label_order
-from ..loop import Run, keep_if_best, record, save_and_leave, save_checkpoint, train_epoch
+from ..loop import Run, finish, keep_if_best, record, running, save_and_leave, train_epochs, training_figures
 from ..optimisation import WeightAverage, make_optimizer, scaled_learning_rate
-from ..preparation import due, make_accelerator, plan, prepare_output
-from ..processes import Agreement, StopSignal, telling_of_lost_processes
-from ..reports import RunLog, write_json
+from ..preparation import begin, make_accelerator, plan, prepare_output
+from ..processes import Agreement
+from ..reports import write_json
 from .arguments import DenseSettings
 from .augmentation import collate, collate_maps
 from .data import make_dense_loader, numbered, open_dense_datasets
@@ -95,22 +91,7 @@ def train(settings: DenseSettings) -> dict[str, Any]:
 
     progress = Progress(num_processes=accelerator.num_processes, global_batch=global_batch, label_names=label_names)
     state = TrainingState(accelerator, model, optimizer, scheduler, ema, progress)
-    if resume_from is not None:
-        saved = checkpoints.load(resume_from, state)
-        accelerator.print(f"Going on from {resume_from}: step {progress.step}, epoch {progress.epoch + 1}.")
-        if saved.global_batch != global_batch:
-            accelerator.print(
-                f"It was made with {saved.global_batch} images per step, this run has {global_batch}: learning rate "
-                f"and length follow this run's settings, {total_steps} steps in all."
-            )
-
-    main = accelerator.is_main_process
-    if main:
-        settings.save(output_dir / "training_settings.yaml")
-    log = RunLog(output_dir / "training_log.jsonl", progress.step if resume_from else None) if main else None
-    if accelerator.log_with:
-        config = {name: value if value is not None else "" for name, value in settings.to_dict().items()}
-        accelerator.init_trackers("hf-poolformer", config=config)
+    log = begin(settings, state, output_dir, resume_from, total_steps)
     accelerator.print(
         f"{settings.task}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(label_names)} "
         f"classes, {datasets['train'].images.num_examples or 'unknown number of'} training images, {total_steps} "
@@ -118,17 +99,7 @@ def train(settings: DenseSettings) -> dict[str, Any]:
         f"{accelerator.num_processes} x {accelerator.device.type}."
     )
 
-    with (
-        telling_of_lost_processes(),
-        StopSignal() as stop,
-        tqdm(
-            total=total_steps,
-            initial=progress.step,
-            unit="step",
-            disable=not main,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
-        ) as bar,
-    ):
+    with running(state, total_steps) as (stop, bar):
         run = Run(
             settings=settings,
             accelerator=accelerator,
@@ -145,58 +116,24 @@ def train(settings: DenseSettings) -> dict[str, Any]:
             total_steps=total_steps,
             accumulation=accumulation,
             global_batch=global_batch,
-            optimise=optimiser_step,
+            compute_losses=dense_losses,
         )
-        # Resumed behind its last step, a run has still an epoch to close.
-        while (progress.step < total_steps or progress.batches) and (
-            settings.max_train_steps or progress.epoch < epochs
-        ):
-            train_epoch(run)
-            done = progress.step >= total_steps or (not settings.max_train_steps and progress.epoch >= epochs)
-            if run.eval_loader is not None and not done and due(progress.epoch, settings.eval_epochs):
-                evaluate_now(run, processor)
-            if settings.checkpointing_steps == "epoch":
-                save_checkpoint(run)
+        train_epochs(run, epochs, lambda run: evaluate_now(run, processor))
         evaluation, examples = evaluate_now(run, processor, keep=PICTURES) if run.eval_loader is not None else ({}, [])
         run.saver.finish()
 
     results = {**named_results(evaluation, label_names), **training_figures(run)}
     if meter is not None:
         results.update(meter.stop())
-    if main:
+    if accelerator.is_main_process:
         save_model(run, output_dir, processor, results, examples)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    if main:
-        print(summary(output_dir, results, settings.task))
-        if settings.push_to_hub:
-            repo_id = settings.hub_model_id or output_dir.resolve().name
-            published = publish(output_dir, repo_id, private=settings.hub_private_repo, token=settings.hub_token)
-            print(f"Published to {published}")
+    finish(run, lambda: summary(output_dir, results, settings.task))
     return results
 
 
-def optimiser_step(run: Run, window: list[dict[str, Any]]) -> torch.Tensor:
-    """Gradients over a window of micro-batches and one step; returns their mean loss, still on the device."""
-    accelerator, state = run.accelerator, run.state
-    total = torch.zeros((), device=accelerator.device)
-    for index, batch in enumerate(window):
-        inputs = model_inputs(batch, accelerator.device, run.memory_format)
-        last = index == len(window) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
-            loss = run.model(**inputs).loss
-            # accelerate divides by the size of a full window; the last one of an epoch may be shorter.
-            accelerator.backward(loss * (run.accumulation / len(window)))
-        total += loss.detach() / len(window)
-    if run.settings.max_grad_norm:
-        accelerator.clip_grad_norm_(run.model.parameters(), run.settings.max_grad_norm)
-    state.optimizer.step()
-    if not accelerator.optimizer_step_was_skipped:
-        state.scheduler.step()
-    state.optimizer.zero_grad()
-    if state.ema is not None:
-        state.ema.update(state.model)
-    return total
+def dense_losses(run: Run, batch: dict[str, Any]) -> list[torch.Tensor]:
+    """The loss of a micro-batch, as the model computes it."""
+    return [run.model(**model_inputs(batch, run.accelerator.device, run.memory_format)).loss]
 
 
 def model_inputs(batch: dict[str, Any], device: torch.device, memory_format: torch.memory_format) -> dict[str, Any]:
@@ -236,23 +173,6 @@ def evaluate_now(run: Run, processor: Any, keep: int = 0) -> tuple[dict[str, Any
     if run.settings.keep_best:
         keep_if_best(run, figures)
     return results, examples
-
-
-def training_figures(run: Run) -> dict[str, Any]:
-    progress = run.progress
-    seconds = max(progress.train_seconds, 1e-9)
-    return {
-        "train_loss": progress.train_loss,
-        "train_runtime": progress.train_seconds,
-        "train_samples_per_second": progress.images / seconds,
-        "train_data_wait_share": progress.wait_seconds / seconds,
-        "epoch": progress.epoch,
-        "step": progress.step,
-        "skipped_images": progress.skipped_images,
-        "skipped_shards": progress.damaged_shards,
-        "device": device_name(run.accelerator.device),
-        "num_processes": run.accelerator.num_processes,
-    }
 
 
 def describe(results: dict[str, Any], task: str) -> str:

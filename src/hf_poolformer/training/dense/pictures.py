@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from ...image_processing_dense import IGNORE_INDEX
 from ..reports import new_figure, save_figure
-from .evaluation import Example
+
+
+if TYPE_CHECKING:
+    from .evaluation import Example
 
 
 # Below this a detection is not drawn; the metric counts all of them.
