@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ctypes.util
+import json
 import logging
 import os
 import shlex
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +38,7 @@ COMMANDS = {
     "latency": "one call at a time, milliseconds",
     "process": "image processors, without decoding",
     "growth": "how cost grows with batch, pixels and model",
+    "export": "exports, in 8 bits, too, next to OpenVINO and onnxruntime of the built-in model; CPU",
 }
 EPILOGUE = """\
 Before a row is timed it is checked against the built-in model; one that fails is reported, and the exit status is 1.
@@ -47,13 +50,13 @@ python scripts/benchmark.py growth --budget 300 --output benchmarks/growth
 """
 # Batches of the modes where --batch_size does not say.
 BATCH_SIZES = {"cpu": {"infer": 16, "train": 16, "latency": 1}, "cuda": {"infer": 256, "train": 256, "latency": 1}}
-BUDGETS = {"all": 540.0, "growth": 300.0}
+BUDGETS = {"all": 540.0, "growth": 300.0, "export": 240.0}
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str], prog: str | None = None) -> argparse.Namespace:
     """The arguments; without a command, "all" is meant."""
     parser = argparse.ArgumentParser(
-        prog="benchmark.py",
+        prog=prog or "benchmark.py",
         description="Time PoolFormer next to the one built into transformers, timm's, onnxruntime and OpenVINO.",
         epilog=EPILOGUE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,7 +68,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if not argv or (argv[0] not in COMMANDS and argv[0] not in ("-h", "--help")):
         argv.insert(0, "all")
     arguments = parser.parse_args(argv)
-    arguments.argv = argv
+    arguments.call = [*(prog.split() if prog else ["python", "scripts/benchmark.py"]), *argv]
     return arguments
 
 
@@ -126,9 +129,9 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     add("--json", type=Path, metavar="FILE", help="write the figures here")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Exit status: 0, 1 if a row failed its gate, 2 for a mistake in the arguments, 130 after Ctrl-C."""
-    arguments = parse(sys.argv[1:] if argv is None else argv)
+    arguments = parse(sys.argv[1:] if argv is None else argv, prog)
     quieten()
     try:
         check(arguments)
@@ -139,6 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         use_allocator(arguments.allocator)
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
+        if arguments.command == "export":
+            return run_exports(arguments)
         report = run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -189,14 +194,14 @@ def use_allocator(name: str) -> None:
         if library is None:
             raise UserError("--allocator jemalloc: it is not installed; on Debian: apt install libjemalloc2")
         settings["LD_PRELOAD"] = library
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **settings})
 
 
 def run(arguments: argparse.Namespace) -> Report:
     """Everything that was asked for."""
     deadline = Deadline(arguments.budget)
     report = Report(
-        command=shlex.join(["python", "scripts/benchmark.py", *arguments.argv]),
+        command=shlex.join(arguments.call),
         device=arguments.device,
         deadline=deadline,
         allocator=arguments.allocator,
@@ -267,6 +272,36 @@ def run_processors(arguments: argparse.Namespace, report: Report) -> None:
             show(f"process: skipped, {error}")
             return
         show(reports.processing_table(report.processing[-1]))
+
+
+def run_exports(arguments: argparse.Namespace) -> int:
+    """Measures, writes and prints by itself: its rows are formats and precisions, not implementations."""
+    from . import exports
+
+    if arguments.device != "cpu" or arguments.dtype:
+        raise UserError("export compares on the CPU, in float32, bfloat16 and int8: leave --device and --dtype out.")
+    deadline = Deadline(arguments.budget)
+    report = Report(shlex.join(arguments.call), "cpu", deadline, allocator=arguments.allocator)
+    base = Case("infer", arguments.variant, "float32", arguments.batch_size or 16, arguments.image_size)
+    try:
+        with tempfile.TemporaryDirectory(prefix="hf-poolformer-exports-") as folder:
+            tables = exports.measure_exports(base, Path(folder), deadline, arguments.seconds, arguments.rounds)
+    except Unavailable as error:
+        raise UserError(str(error)) from error
+    text, figures = exports.render(report, base, tables)
+    written = {arguments.json: "json"} if arguments.json else {}
+    if arguments.output:
+        written |= {arguments.output.with_suffix(f".{kind}"): kind for kind in ("json", "md")}
+    for path, kind in written.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=2) + "\n" if kind == "json" else text, encoding="utf-8")
+    print(text)
+    failed = exports.failures(tables)
+    if failed:
+        print("Failed:", *failed, sep="\n  ")
+    if written:
+        print(f"Written: {', '.join(map(str, written))}")
+    return 1 if failed else 0
 
 
 def run_loop(arguments: argparse.Namespace, report: Report) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from ..export.folder import is_exported
 from ..training.decoding import BrokenImage, decode_image
 from ..training.errors import UserError
 from ..training.files import one_line
@@ -69,7 +70,8 @@ class Predictor:
     ):
         """
         Args:
-            name: folder or Hub id of an image classifier; with `embeddings` also of a model without a head.
+            name: folder or Hub id of an image classifier, or folder of an export; with `embeddings` also of a model
+                without a head.
             embeddings: also give the features that the head classifies: what its first layer takes, after the final
                 norm and the mean over the positions. Of a model without a head, only these, without that norm.
 
@@ -77,7 +79,14 @@ class Predictor:
             UserError: no such model, no trained head, no such device.
         """
         where = {"revision": revision, "token": token, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-        self.model, self.processor, fresh = load_checkpoint(name, **where)
+        if is_exported(name):
+            from ..export.runtime import load_classifier
+
+            if embeddings or dtype != "float32":
+                raise UserError(f"{name} is an export, which gives no features and has the precision it was given")
+            self.model, self.processor, fresh = *load_classifier(name), []
+        else:
+            self.model, self.processor, fresh = load_checkpoint(name, **where)
         head_only = all(belongs_to_head(weight, self.model) or weight.startswith("norm.") for weight in fresh)
         headless = bool(embeddings and fresh and head_only)
         if fresh and not headless:
@@ -153,12 +162,7 @@ class Predictor:
 
     def _add_labels(self, rows: list[dict[str, Any]], indices: list[int], logits: torch.Tensor) -> None:
         config = self.model.config
-        if config.problem_type == "regression":
-            scores = logits
-        elif config.problem_type == "multi_label_classification" or config.num_labels == 1:
-            scores = logits.sigmoid()
-        else:
-            scores = logits.softmax(dim=-1)
+        scores = class_scores(logits, config)
         best = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1)
         for index, values, classes in zip(indices, best.values.tolist(), best.indices.tolist(), strict=True):
             labels = [config.id2label[label] for label in classes]
@@ -171,6 +175,15 @@ class Predictor:
         with torch.inference_mode():
             _, features = self._forward(pixels)
         return features.shape[1]
+
+
+def class_scores(logits: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
+    """Logits (B, classes) as what transformers' pipeline calls scores: probabilities, of a regression the values."""
+    if config.problem_type == "regression":
+        return logits
+    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+        return logits.sigmoid()
+    return logits.softmax(dim=-1)
 
 
 class Decoder(Dataset):

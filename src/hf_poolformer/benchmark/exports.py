@@ -1,0 +1,238 @@
+"""Exports of this package next to OpenVINO and onnxruntime of the built-in model, in one run, in turns.
+
+Each export is timed as `hf_poolformer.export.load` runs it; those of OpenVINO also as a graph alone, in the settings
+of the peer, which shows what is the graph's merit and what is that of running small pieces of a batch on two streams.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from hf_poolformer.export import formats
+from hf_poolformer.export.folder import FILES, Manifest, folder_size
+from hf_poolformer.export.graph import fold
+from hf_poolformer.export.images import photographs
+from hf_poolformer.export.quantisation import quantise
+from hf_poolformer.export.runtime import OpenVINO, open_graph
+from hf_poolformer.export.verification import TOLERANCES
+from hf_poolformer.image_processing_poolformer import PoolFormerImageProcessor
+
+from . import gate
+from .case import Case
+from .report import Report, environment, table
+from .rows import Row, Unavailable, Weights, build, make_weights, transformers_model
+from .timing import Deadline, take_turns
+
+
+# Images that int8 is calibrated on; the weights are random, so that more would not be better.
+CALIBRATION = 24
+PEERS = (("OpenVINO", "float32"), ("OpenVINO", "bfloat16"), ("onnxruntime", "float32"))
+EXPORTS = (
+    ("openvino", "float32"),
+    ("openvino", "bfloat16"),
+    ("openvino", "int8"),
+    ("onnx", "float32"),
+    ("onnx", "int8"),
+)
+# Row, the row it is held against, the least ratio of their speeds, and the batch.
+TARGETS = (
+    ("export openvino float32", "OpenVINO float32", 1.05, 16),
+    ("export openvino bfloat16", "OpenVINO bfloat16", 1.2, 16),
+    ("export openvino int8", "OpenVINO float32", 2.0, 16),
+    ("export openvino float32", "OpenVINO float32", 1 / 0.9, 1),
+    ("export openvino bfloat16", "OpenVINO bfloat16", 1 / 0.9, 1),
+    ("export openvino int8", "OpenVINO float32", 1 / 0.9, 1),
+)
+
+
+@dataclasses.dataclass
+class ExportRow:
+    """`error` is as `export.verification` says; `size` is bytes of the folder; `seconds` of one batch, the median."""
+
+    name: str
+    error: float | None = None
+    status: str = "passed"
+    size: int | None = None
+    seconds: float | None = None
+    spread: float | None = None
+
+
+def measure_exports(
+    base: Case, folder: Path, deadline: Deadline, seconds: float, rounds: int
+) -> dict[int, list[ExportRow]]:
+    """
+    Rows for a batch of `base.batch_size` and of one image.
+
+    Args:
+        folder: an empty one, for the exports.
+        seconds: of timing, per batch size.
+
+    Raises:
+        Unavailable: a library is missing.
+    """
+    try:
+        formats.need("onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
+    except ValueError as error:
+        raise Unavailable(str(error)) from error
+    weights = make_weights(base.config())
+    square = {"height": base.image_size, "width": base.image_size}
+    processor = PoolFormerImageProcessor(size={"shortest_edge": base.image_size}, crop_size=square)
+    pixel_values = photographs(processor, max(CALIBRATION, base.batch_size)).pixel_values
+    paths = write_exports(base, weights, pixel_values[:CALIBRATION], folder)
+    tables = {}
+    for batch_size in dict.fromkeys((base.batch_size, 1)):
+        tables[batch_size] = compare(
+            base.change(batch_size=batch_size), weights, pixel_values[:batch_size], paths, deadline, seconds, rounds
+        )
+    return tables
+
+
+def write_exports(
+    case: Case, weights: Weights, calibration: torch.Tensor, folder: Path
+) -> dict[tuple[str, str], Path]:
+    """The graphs, by format and precision."""
+    module = formats.Deployable(fold(transformers_model("ours", case, weights)), torch.float32)
+    size = (case.image_size, case.image_size)
+    original = formats.write_graph(module, folder, "onnx", precision="float32", image_size=size, dynamic_size=False)
+    paths = {}
+    for format, precision in tqdm(EXPORTS, desc="exports", leave=False):
+        path = folder / f"{format}-{precision}" / FILES[format]
+        path.parent.mkdir()
+        if format == "onnx":
+            shutil.copy(original, path)
+        else:
+            formats.onnx_to_openvino(original, path, precision)
+        if precision == "int8":
+            # Of random weights the best class means nothing: the first attempt is taken, and the gate judges it.
+            quantise(path, calibration.numpy(), lambda graph: 1.0, attention=False)
+        paths[format, precision] = path
+    return paths
+
+
+def compare(
+    case: Case,
+    weights: Weights,
+    pixel_values: torch.Tensor,
+    paths: dict[tuple[str, str], Path],
+    deadline: Deadline,
+    seconds: float,
+    rounds: int,
+) -> list[ExportRow]:
+    labels = torch.zeros(len(pixel_values), dtype=torch.long)
+    right = gate.standard(case, weights, pixel_values, labels, pools_first=False).logits
+    rows: list[ExportRow] = []
+    steps: dict[str, Callable[[], Any]] = {}
+
+    def admit(name: str, precision: str, size: int | None, step: Callable[[], Any]) -> None:
+        if deadline.left <= 0:
+            rows.append(ExportRow(name, status="skipped, no time left"))
+            return
+        row = ExportRow(name, gate_error(torch.as_tensor(step()), right, precision), size=size)
+        if row.error <= TOLERANCES[precision]:  # which NaN is not
+            steps[name] = step
+        else:
+            row.status = f"failed, allowed {TOLERANCES[precision]:.0e}"
+        rows.append(row)
+
+    for library, precision in PEERS:
+        contestant = build(Row(library), case.change(dtype=precision), weights)
+        batch = contestant.prepare(pixel_values)
+        admit(f"{library} {precision}", precision, None, lambda contestant=contestant, batch=batch: contestant(batch))
+    for (format, precision), path in paths.items():
+        manifest = manifest_of(case, format, precision)
+        run = open_graph(path, manifest)
+        admit(f"export {format} {precision}", precision, folder_size(path.parent), lambda run=run: run(pixel_values))
+        if format == "openvino" and len(pixel_values) > 1:
+            alone = OpenVINO(path, manifest, torch.get_num_threads())
+            step = lambda alone=alone: alone.infer(pixel_values.numpy())  # noqa: E731
+            admit(f"export {format} {precision}, the graph alone", precision, None, step)
+    timings = take_turns(
+        steps, device="cpu", rounds=rounds, seconds=min(seconds, max(deadline.left, 0.0)), turn=0.3, label=case.title
+    )
+    for row in rows:
+        if row.name in timings:
+            row.seconds, row.spread = timings[row.name].median, timings[row.name].spread
+    return rows
+
+
+def gate_error(got: torch.Tensor, right: torch.Tensor, precision: str) -> float:
+    if precision == "int8":
+        return ((got - right).square().mean().sqrt() / right.square().mean().sqrt()).item()
+    return gate.logits_error(got, right)
+
+
+def manifest_of(case: Case, format: str, precision: str) -> Manifest:
+    return Manifest(
+        format=format,
+        precision=precision,
+        task="image-classification",
+        file=FILES[format],
+        preprocessing=False,
+        input="pixel_values",
+        output="logits",
+        image_size=[case.image_size] * 2,
+        dynamic_size=False,
+    )
+
+
+def render(report: Report, base: Case, tables: dict[int, list[ExportRow]]) -> tuple[str, dict[str, Any]]:
+    """Markdown, and the same for JSON."""
+    about = environment("cpu", report.allocator, report.started)
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    parts = [
+        f"{about['date']}, commit {about['commit']}, {about['device']}, {about['threads']} threads, {versions}. "
+        f"`{report.command}`, {about['minutes']} minutes."
+    ]
+    for batch_size, rows in tables.items():
+        case = base.change(batch_size=batch_size)
+        peer = next(row.seconds for row in rows if row.name == "OpenVINO float32")
+        lines = []
+        for row in rows:
+            done = row.seconds is not None
+            lines.append(
+                [
+                    row.name if row.status == "passed" else f"{row.name} ({row.status})",
+                    f"{batch_size / row.seconds:.1f}" if done else "",
+                    f"{1e3 * row.seconds:.1f}" if done else "",
+                    f"{row.spread:.0%}" if done else "",
+                    f"{peer / row.seconds:.2f}" if done and peer else "",
+                    "" if row.size is None else f"{row.size / 1e6:.1f} MB",
+                    "" if row.error is None else f"{row.error:.0e}",
+                ]
+            )
+        header = ["", "images/s", "ms", "spread", "x OpenVINO float32", "folder", "error"]
+        title = f"**{case.variant}, batch {batch_size}, {case.image_size} px**"
+        parts.append(f"{title}\n\n{table(header, lines)}")
+    reached = targets(tables)
+    if reached:
+        lines = [[t["row"], t["against"], str(t["batch"]), f"{t['wanted']:.2f}", f"{t['got']:.2f}"] for t in reached]
+        parts.append(table(["", "against", "batch", "wanted", "reached"], lines))
+    named = {str(size): [dataclasses.asdict(row) for row in rows] for size, rows in tables.items()}
+    return "\n\n".join(parts) + "\n", {
+        "command": report.command,
+        "environment": about,
+        "rows": named,
+        "targets": reached,
+    }
+
+
+def targets(tables: dict[int, list[ExportRow]]) -> list[dict[str, Any]]:
+    found = []
+    for name, against, wanted, batch_size in TARGETS:
+        seconds = {row.name: row.seconds for row in tables.get(batch_size, ()) if row.seconds is not None}
+        if name in seconds and against in seconds:
+            got = seconds[against] / seconds[name]
+            found.append({"row": name, "against": against, "batch": batch_size, "wanted": wanted, "got": got})
+    return found
+
+
+def failures(tables: dict[int, list[ExportRow]]) -> list[str]:
+    rows = [(size, row) for size, found in tables.items() for row in found]
+    return [f"batch {size}: {row.name}: {row.status}" for size, row in rows if row.status.startswith("failed")]

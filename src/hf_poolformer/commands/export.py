@@ -1,0 +1,83 @@
+"""`hf-poolformer export`: write ONNX or OpenVINO files, and compare them with the model.
+
+    hf-poolformer export outputs/pets outputs/pets-onnx
+    hf-poolformer export outputs/pets outputs/pets-bf16 --format openvino --precision bfloat16
+    hf-poolformer export outputs/pets outputs/pets-int8 --format openvino --precision int8 --calibration_dataset photos
+
+Takes image classifiers and semantic segmenters of every family. The graph has everything computed beforehand that does
+not depend on the image. The same images go through it and through the model; the folder appears when both agree, with
+labels, processor settings, versions and a card in it. `predict` and `evaluate` take it like any model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import CommandParser, add_model_arguments, command, quieten
+
+
+# Those of export.folder and export.formats, whose import takes seconds.
+FORMATS = ("onnx", "openvino", "torch")
+PRECISIONS = ("float32", "float16", "bfloat16", "int8")
+
+
+def parser(prog: str | None = None) -> CommandParser:
+    parser = CommandParser(prog=prog, description=__doc__.partition(": ")[2])
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder or Hub id of an image classifier or a semantic segmenter")
+    add("output", metavar="OUT", type=Path, help="folder to write")
+    add("--format", choices=FORMATS, default="onnx", help="default: %(default)s; torch is a program of torch.export")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="default: %(default)s; bfloat16 is for openvino and torch, int8 for openvino and onnx",
+    )
+    add("--overwrite", action="store_true", help="replace the export that lies at OUT")
+    add(
+        "--preprocessing",
+        action="store_true",
+        help="take uint8 (batch, height, width, 3), resized and cropped, and give probabilities",
+    )
+    add(
+        "--dynamic_size",
+        choices=["true", "false"],
+        help="take images of other sizes, too (default: where the family allows it)",
+    )
+    add("--opset", type=int, help="of onnx, 18 to 23 (default: 21)")
+    add("--compile", action="store_true", help="of torch: machine code for machines like this one (AOTInductor)")
+    add(
+        "--calibration_dataset",
+        metavar="DATASET",
+        help="images to calibrate int8 on, and to compare on: folder, Parquet files or Hub id; streamed",
+    )
+    add("--calibration_config_name", help="its configuration")
+    add("--calibration_split", help="its split")
+    add("--image_column_name", help="column of the images, where the dataset has several")
+    add("--calibration_size", type=int, default=300, help="images to calibrate on (default: %(default)s)")
+    add("--verification_size", type=int, default=200, help="other images to compare on (default: %(default)s)")
+    add("--json", action="store_true", help="print the summary as JSON, for programs")
+    add_model_arguments(parser, device=False, dtype=False)
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Exports, and says how the result compares with the model."""
+    options = vars(parser(prog).parse_args(argv))
+    as_json = options.pop("json")
+    dynamic = options.pop("dynamic_size")
+    from tqdm import tqdm
+
+    from ..export import export_model
+
+    quieten()
+    with tqdm(desc="exporting", bar_format="{desc} [{elapsed}]", leave=False) as bar:
+        summary = export_model(
+            **options, dynamic_size=None if dynamic is None else dynamic == "true", progress=bar.set_description_str
+        )
+    print(json.dumps(dataclasses.asdict(summary), indent=2, default=str) if as_json else summary)
+    return 0

@@ -1,0 +1,24 @@
+"""Deployment: a trained model as ONNX, OpenVINO or a program of torch.export, folded, quantised and verified.
+
+export_model("outputs/pets", "outputs/pets-int8", precision="int8", calibration_dataset="photos")
+model = load("outputs/pets-int8")
+pipeline("image-classification", model=model, image_processor=model.image_processor)
+"""
+
+from typing import Any
+
+from .folder import FORMATS, PRECISIONS, is_exported
+
+
+__all__ = ["FORMATS", "PRECISIONS", "ExportedModel", "Summary", "export_model", "is_exported", "load"]
+
+HOMES = {"ExportedModel": "runtime", "load": "runtime", "Summary": "run", "export_model": "run"}
+
+
+def __getattr__(name: str) -> Any:
+    # Only when asked for: whoever wants to know whether a folder is an export needs no exporter.
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{HOMES[name]}", __name__), name)

@@ -1,0 +1,105 @@
+"""The card of an exported model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import yaml
+
+from .folder import Manifest
+from .verification import Report
+
+
+RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch (torch.export)"}
+WITH_PACKAGE = """\
+```python
+from transformers import pipeline
+from hf_poolformer.export import load
+
+model = load(".")  # this folder; pip install 'hf-poolformer[export]'
+classify = pipeline("image-classification", model=model, image_processor=model.image_processor)
+print(classify("photo.jpg"))
+```"""
+WITH_PACKAGE_DENSE = """\
+```python
+from PIL import Image
+from hf_poolformer.export import load
+
+model = load(".")  # this folder; pip install 'hf-poolformer[export]'
+image = Image.open("photo.jpg")
+outputs = model(**model.image_processor(image, return_tensors="pt"))
+classes = model.image_processor.post_process_semantic_segmentation(outputs, [image.size[::-1]])[0]
+```"""
+
+
+def render_card(manifest: Manifest, report: Report, config: Any) -> str:
+    """Markdown with the Hub's metadata in front."""
+    source = manifest.source
+    tags = ["poolformer", "metaformer", manifest.format, manifest.precision]
+    data: dict[str, Any] = {"pipeline_tag": _pipeline_tag(manifest.task), "tags": list(dict.fromkeys(tags))}
+    if manifest.format in ("onnx", "openvino"):
+        data["library_name"] = manifest.format
+    if "/" in source["model"]:
+        data |= {"base_model": source["model"], "base_model_relation": _relation(manifest)}
+    rows = [
+        ("format", f"{RUNTIMES[manifest.format]}{f', opset {manifest.opset}' if manifest.opset else ''}"),
+        ("precision", manifest.precision),
+        ("input", _input(manifest)),
+        ("output", f"`{manifest.output}`, {config.num_labels} classes, named in `config.json`"),
+        ("made of", _made_of(source)),
+        ("size", f"{report.size / 1e6:.1f} MB; the model's weights in float32: {report.size_before / 1e6:.1f} MB"),
+    ]
+    if manifest.quantisation is not None:
+        about = manifest.quantisation
+        rows.append(
+            (
+                "quantisation",
+                f"{about['method']} on {about['images']} images, {about['quantised_layers']} layers; "
+                f"in floating point: {about['left_in_floating_point']}",
+            )
+        )
+    rows += [
+        ("largest difference to the model", f"{max(check.error for check in report.checks):.1e}, see below"),
+        ("same best class", f"{report.agreement:.2%}"),
+    ]
+    if report.accuracy is not None:
+        rows.append(("accuracy", f"{report.accuracy:.2%}; of the model {report.accuracy_before:.2%}"))
+    rows.append(("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())))
+    what = "root of the mean squares" if manifest.precision == "int8" else "largest difference"
+    use = WITH_PACKAGE if manifest.task == "image-classification" else WITH_PACKAGE_DENSE
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return (
+        f"---\n{yaml.safe_dump(data, sort_keys=False)}---\n\n"
+        f"# {_title(source['model'])}, exported\n\n| | |\n|---|---|\n{table}\n\n## How to use it\n\n{use}\n\n"
+        f"## How it was verified\n\nThe same images went through this graph and through the model in float32, in "
+        f"{len(report.checks)} batches; the {what} of the outputs, relative to the model's, may be "
+        f"{report.tolerance:g}. Every comparison is in `verification.json`, every setting in `export.json`.\n"
+    )
+
+
+def _pipeline_tag(task: str) -> str:
+    return "image-segmentation" if task == "semantic-segmentation" else task
+
+
+def _relation(manifest: Manifest) -> str:
+    return "quantized" if manifest.precision == "int8" else "finetune"
+
+
+def _input(manifest: Manifest) -> str:
+    height, width = ("height", "width") if manifest.dynamic_size else manifest.image_size
+    if manifest.preprocessing:
+        shape = f"uint8 (batch, {height}, {width}, {manifest.num_channels}), resized and cropped"
+    else:
+        shape = f"float32 (batch, {manifest.num_channels}, {height}, {width}), normalised"
+    return f"`{manifest.input}`, {shape} as `preprocessor_config.json` says"
+
+
+def _made_of(source: dict[str, Any]) -> str:
+    commit = f" at {source['commit']}" if source.get("commit") else ""
+    return f"{_title(source['model'])}{commit}; SHA-256 of its weights {source['sha256'][:16]}..."
+
+
+def _title(name: str) -> str:
+    """A folder's name may be anything."""
+    return json.dumps(name)[1:-1].replace("|", "\\|").replace("`", "'")

@@ -1,0 +1,143 @@
+"""Images to calibrate on and to compare with: a dataset's, or photographs that are at hand."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from ..training.decoding import BrokenImage, decode_image
+from ..training.errors import UserError
+from ..training.files import one_line
+
+
+@dataclass
+class Sample:
+    """Images as the image processor makes them, (N, C, H, W), and their class indices, None where not known."""
+
+    pixel_values: torch.Tensor
+    labels: torch.Tensor | None
+    name: str
+
+
+def read_samples(
+    location: str,
+    processor: Any,
+    config: Any,
+    counts: tuple[int, int],
+    **how: Any,
+) -> tuple[Sample, Sample]:
+    """
+    Images to calibrate on and further ones to compare on, from a dataset that is streamed.
+
+    They are drawn at random, always the same ones. Where there are fewer than asked for, both get their share of what
+    there is; of a single image, the same.
+
+    Args:
+        location: folder of images, Parquet files or tars, or a Hub id.
+        counts: how many of each.
+        how: `split`, `config_name`, `image_column_name`, `token`, `cache_dir`.
+
+    Raises:
+        UserError: nothing there, no image, or not one that can be read.
+    """
+    from ..training.data import open_images
+
+    dataset = open_images(location, **how)
+    known = label_indices(dataset, config)
+    pixels, labels, problem = [], [], "it is empty"
+    for row in draw(dataset.stream, sum(counts)):
+        try:
+            image = decode_image(row[dataset.image_column])
+            pixels.append(processor(image, return_tensors="pt")["pixel_values"][0])
+        except (BrokenImage, ValueError) as error:
+            problem = one_line(error)
+            continue
+        labels.append(known.get(row.get(dataset.label_column)) if known and dataset.label_column in row else None)
+    if not pixels:
+        raise UserError(f"{dataset.name} has no image to calibrate on: {problem}")
+    if len({tuple(image.shape) for image in pixels}) > 1:
+        raise UserError("the image processor gives images of several sizes; calibration needs one that crops")
+    first = min(len(pixels), max(1, round(len(pixels) * counts[0] / sum(counts))))
+    order = np.random.default_rng(0).permutation(len(pixels))
+    parts = (order[:first], order[first:]) if first < len(pixels) else (order, order)
+    samples = []
+    for part in parts:
+        mine = [labels[index] for index in part]
+        truth = None if any(label is None for label in mine) else torch.tensor(mine)
+        name = Path(location).resolve().name if Path(location).exists() else location  # not this machine's folders
+        samples.append(Sample(torch.stack([pixels[index] for index in part]), truth, f"images of {name}"))
+    return samples[0], samples[1]
+
+
+# Rows that are looked through for each that is taken: a dataset sorted by class shows its first classes only.
+WINDOW = 10
+
+
+def draw(rows: Iterable[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """`count` rows, each as likely as any other of the first `WINDOW` times that number; always the same ones."""
+    generator = random.Random(0)
+    kept: list[Mapping[str, Any]] = []
+    for index, row in enumerate(itertools.islice(rows, count * WINDOW)):
+        if index < count:
+            kept.append(row)
+        elif (place := generator.randrange(index + 1)) < count:
+            kept[place] = row
+    return kept
+
+
+def label_indices(dataset: Any, config: Any) -> dict[Any, int]:
+    """Stored label -> class index of the model; empty where they cannot be told."""
+    from datasets import ClassLabel
+
+    from ..training.columns import feature_of
+
+    if dataset.label_column is None:
+        return {}
+    feature = feature_of(dataset.stream.features, dataset.label_column)
+    indices = {name: int(index) for name, index in config.label2id.items()}
+    if isinstance(feature, ClassLabel):
+        if not all(name in indices for name in feature.names):
+            return {}
+        return {stored: indices[name] for stored, name in enumerate(feature.names)}
+    return {**{index: index for index in indices.values()}, **indices}
+
+
+def photographs(processor: Any, count: int, num_channels: int = 3) -> Sample:
+    """
+    Photographs that scikit-learn and scikit-image bring, if they are installed; else pictures with a photograph's
+    spectrum, whose amplitude falls with the frequency.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # transformers prints remarks on models of its own
+            from ..benchmark.photographs import resized
+
+        images, name = resized((320, 256), count), "photographs of scikit-learn and scikit-image"
+    except Exception:  # not installed, or without its data: a comparison on made-up pictures is still one
+        images, name = [made_up(seed) for seed in range(count)], "made-up pictures with the spectrum of photographs"
+    if num_channels == 1:
+        images = [ImageOps.grayscale(image) for image in images]
+    pixels = [processor(image, return_tensors="pt")["pixel_values"][0] for image in images]
+    return Sample(torch.stack(pixels), None, name)
+
+
+def made_up(seed: int, height: int = 256, width: int = 320) -> Image.Image:
+    """Noise whose amplitude is one over its frequency, in colour."""
+    generator = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1.0
+    planes = []
+    for _ in range(3):
+        noise = np.fft.rfft2(generator.standard_normal((height, width))) / frequency
+        plane = np.fft.irfft2(noise, (height, width))
+        planes.append(128 + 50 * (plane - plane.mean()) / plane.std())
+    return Image.fromarray(np.stack(planes, 2).clip(0, 255).astype(np.uint8))

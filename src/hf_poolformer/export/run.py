@@ -1,0 +1,281 @@
+"""`export_model`: from a trained model to a verified folder that needs no PyTorch to be used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
+
+from .. import __version__
+from ..token_mixers import Attention
+from ..training.errors import UserError
+from ..training.initialisation import why_not_loaded
+from . import formats
+from .card import render_card
+from .folder import REPORT, Manifest, check_output, digest, folder_size, is_exported, new_folder, write_json
+from .graph import fold
+from .images import Sample, photographs, read_samples
+from .quantisation import quantise
+from .runtime import ExportedModel, load, open_graph
+from .verification import Report, verify
+
+
+# Photographs to compare on where no dataset is given.
+PHOTOGRAPHS = 8
+
+
+@dataclass
+class Summary:
+    """What `export_model` wrote, and how it compares with the model."""
+
+    output: Path
+    manifest: Manifest
+    report: Report
+    size: int
+
+    def __str__(self) -> str:
+        report, manifest = self.report, self.manifest
+        worst = max(check.error for check in report.checks)
+        lines = [
+            f"{self.output}: {manifest.format}, {manifest.precision}, {megabytes(self.size)} "
+            f"(weights in float32: {megabytes(report.size_before)})",
+            f"verified in {len(report.checks)} comparisons: largest difference {worst:.1e} (allowed "
+            f"{report.tolerance:g}), same best class for {report.agreement:.2%}",
+        ]
+        if report.accuracy is not None:
+            lines.append(f"accuracy {report.accuracy:.2%}, of the model {report.accuracy_before:.2%}")
+        if manifest.quantisation is not None:
+            lines.append(
+                f"{manifest.quantisation['quantised_layers']} layers in 8 bits; in floating point: "
+                f"{manifest.quantisation['left_in_floating_point']}"
+            )
+        return "\n".join(lines)
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def export_model(
+    model: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    format: str = "onnx",
+    precision: str = "float32",
+    dynamic_size: bool | None = None,
+    preprocessing: bool = False,
+    opset: int | None = None,
+    compile: bool = False,
+    calibration_dataset: str | None = None,
+    calibration_config_name: str | None = None,
+    calibration_split: str | None = None,
+    image_column_name: str | None = None,
+    calibration_size: int = 300,
+    verification_size: int = 200,
+    revision: str = "main",
+    token: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda what: None,
+) -> Summary:
+    """
+    Writes a folder with the folded graph, `config.json`, `preprocessor_config.json`, `export.json` (see `Manifest`),
+    `verification.json` and a card. The folder appears when the export has been compared with the model, not before.
+
+    Args:
+        model: folder or Hub id of an image classifier or a semantic segmenter.
+        format: "onnx", "openvino", or "torch" (a program of `torch.export`).
+        precision: "float32"; "float16" (OpenVINO: of the weights in the file, computed in float32); "bfloat16"
+            (OpenVINO and torch); "int8" (ONNX and OpenVINO), which needs `calibration_dataset`.
+        dynamic_size: whether images of other sizes than the model's are taken; None where the family allows it.
+        preprocessing: take uint8 (batch, height, width, channels), resized and cropped, and give probabilities.
+        opset: of ONNX, one of `formats.OPSETS`.
+        compile: of "torch": an AOTInductor package, machine code for machines like this one.
+        calibration_dataset: images for int8, and to compare on in any precision; folder, Parquet files or Hub id. With
+            labels, the accuracy is reported, too.
+        calibration_size, verification_size: how many images to calibrate on, and how many others to compare on.
+        revision, token, cache_dir, trust_remote_code: for loading the model; token and cache also for the dataset.
+        overwrite: replace an export that lies at `output`.
+        progress: told what happens next.
+
+    Raises:
+        UserError: no such model, a combination that there is not, no images, or an export that is not what the model
+            is. Nothing is left behind.
+    """
+    formats.check_request(format, precision, opset=opset, compile=compile, calibration=calibration_dataset is not None)
+    if calibration_size < 1 or verification_size < 1:
+        raise UserError(
+            "--calibration_size and --verification_size must be positive, not "
+            f"{calibration_size} and {verification_size}"
+        )
+    check_output(Path(output), overwrite)
+    progress("loading")
+    where = {"revision": revision, "token": token, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    original, processor, task = load_source(os.fspath(model), **where)
+    fixed = formats.has_fixed_tokens(original)
+    if dynamic_size and fixed:
+        raise UserError(
+            f"{model} mixes a fixed number of tokens (token_mixers {', '.join(original.config.token_mixers)}), so it "
+            "takes images of one size only: leave --dynamic_size out"
+        )
+    folded = fold(original)
+    manifest = Manifest(
+        format=format,
+        precision=precision,
+        task=task,
+        file=formats.FILES[format],
+        preprocessing=preprocessing,
+        input="pixel_values",
+        output="logits",
+        image_size=list(image_size_of(original, processor)),
+        dynamic_size=not fixed if dynamic_size is None else dynamic_size,
+        num_channels=original.config.num_channels,
+        compiled=compile,
+        opset=(opset or formats.DEFAULT_OPSET) if format == "onnx" else None,
+        source=describe_source(os.fspath(model), revision, original),
+        versions=library_versions(format, precision),
+    )
+    progress("reading images")
+    if calibration_dataset is None:
+        calibration, comparison = None, photographs(processor, PHOTOGRAPHS, manifest.num_channels)
+    else:
+        calibration, comparison = read_samples(
+            calibration_dataset,
+            processor,
+            original.config,
+            (calibration_size if precision == "int8" else 1, verification_size),
+            config_name=calibration_config_name,
+            split=calibration_split,
+            image_column_name=image_column_name,
+            token=token,
+            cache_dir=cache_dir,
+        )
+    with new_folder(output, overwrite) as folder:
+        progress("writing the graph")
+        in_file = precision if format == "torch" or (format, precision) == ("onnx", "float16") else "float32"
+        module = formats.Deployable(folded, formats.DTYPES[in_file], processor if preprocessing else None)
+        manifest.output = formats.output_name(module)
+        path = formats.write_graph(
+            module,
+            folder,
+            format,
+            precision=precision,
+            image_size=tuple(manifest.image_size),
+            dynamic_size=manifest.dynamic_size,
+            opset=opset,
+            compile=compile,
+        )
+        for name, part in (("config.json", original.config), ("preprocessor_config.json", processor)):
+            # Without the code that would come along: there is no PyTorch model here for it to be of use to.
+            facts = json.loads(part.to_json_string())
+            write_json(folder / name, {key: value for key, value in facts.items() if key != "auto_map"})
+        if precision == "int8":
+            manifest.quantisation = quantise_graph(path, manifest, original, processor, calibration, progress)
+        manifest.files = {file.name: digest(file) for file in sorted(folder.glob(f"{path.stem}.*"))}
+        manifest.write(folder)
+        report = verify(load(folder), original, [comparison], progress=progress)
+        report.size = folder_size(folder)
+        write_json(folder / REPORT, report.to_dict())
+        (folder / "README.md").write_text(render_card(manifest, report, original.config), encoding="utf-8")
+        size = folder_size(folder)
+    return Summary(Path(output), manifest, report, size)
+
+
+def load_source(name: str, **where: Any) -> tuple[nn.Module, Any, str]:
+    """
+    Model in inference mode, image processor, and task.
+
+    Raises:
+        UserError: no such model, none that can be exported, or one without trained weights.
+    """
+    folder = Path(name)
+    if is_exported(folder):
+        raise UserError(f"{name} is an export already: give the model it was made of")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{name} is not a model: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(name, **where)
+        architecture = (getattr(config, "architectures", None) or [""])[0]
+        segments = architecture.endswith("ForSemanticSegmentation")
+        auto = AutoModelForSemanticSegmentation if segments else AutoModelForImageClassification
+        if architecture.endswith(("ForObjectDetection", "ForInstanceSegmentation")):
+            raise UserError(
+                f"{name} is a detector, which cannot be exported: it ends in steps whose number depends on the image "
+                "(non-maximum suppression). Image classifiers and semantic segmenters can"
+            )
+        model, info = auto.from_pretrained(name, **where, output_loading_info=True)
+        processor = AutoImageProcessor.from_pretrained(name, **where)
+    except UserError:
+        raise
+    except Exception as error:
+        # Whatever a foreign folder provokes: missing files, wrong types, a truncated safetensors file, no network.
+        raise UserError(why_not_loaded(name, error, "a model to export")) from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UserError(f"{name} is not a trained model of its kind: it has no weights for {missing}")
+    return model.float().eval(), processor, "semantic-segmentation" if segments else "image-classification"
+
+
+def quantise_graph(
+    path: Path,
+    manifest: Manifest,
+    model: nn.Module,
+    processor: Any,
+    sample: Sample,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    with torch.inference_mode():
+        right = torch.cat([model(chunk).logits.argmax(1) for chunk in sample.pixel_values.split(16)])
+
+    def evaluate(graph: Path) -> float:
+        exported = ExportedModel(open_graph(graph, manifest), manifest, model.config, processor)
+        got = torch.cat([exported(chunk).logits.argmax(1) for chunk in sample.pixel_values.split(16)])
+        return (got == right).double().mean().item()
+
+    inputs = ExportedModel(open_graph(path, manifest), manifest, model.config, processor).prepare(sample.pixel_values)
+    attention = any(isinstance(module, Attention) for module in model.modules())
+    return quantise(path, inputs.numpy(), evaluate, attention=attention, progress=progress)
+
+
+def image_size_of(model: nn.Module, processor: Any) -> tuple[int, int]:
+    """Height and width in pixels of what the image processor makes, and the model takes."""
+    from ..training.augmentation import input_size
+
+    try:
+        size = input_size(processor)
+    except (TypeError, AttributeError):
+        size = model.config.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def describe_source(name: str, revision: str, model: nn.Module) -> dict[str, Any]:
+    """Where the weights are from, without the folders of this machine, and their SHA-256."""
+    sha = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        sha.update(f"{key} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    local = Path(name).exists()
+    source = {"model": Path(name).resolve().name if local else name, "sha256": sha.hexdigest()}
+    if not local:
+        source |= {"revision": revision, "commit": getattr(model.config, "_commit_hash", None)}
+    return source
+
+
+def library_versions(format: str, precision: str) -> dict[str, str]:
+    names = ["torch", "transformers", *formats.LIBRARIES[format], *(["nncf"] if precision == "int8" else [])]
+    return {"hf-poolformer": __version__, **{name: metadata.version(name) for name in names}}

@@ -1,0 +1,300 @@
+"""Using an exported folder: `load(folder)` behaves like the model it was made of, for inference."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor
+from transformers.modeling_outputs import ImageClassifierOutput, SemanticSegmenterOutput
+from transformers.models.auto import modeling_auto
+
+from ..training.errors import UserError
+from ..training.files import one_line
+from .folder import Manifest
+
+
+# Images that one stream of OpenVINO takes at a time, and how many shapes stay compiled.
+CHUNK = 2
+COMPILED = 8
+OUTPUTS = {"image-classification": ImageClassifierOutput, "semantic-segmentation": SemanticSegmenterOutput}
+
+
+def load(
+    folder: str | os.PathLike, *, threads: int | None = None, providers: Sequence[str] | None = None
+) -> ExportedModel:
+    """
+    A model that `export_model` wrote, ready to be called like the one it was made of.
+
+        model = load("outputs/pets-int8")
+        pipeline("image-classification", model=model, image_processor=model.image_processor)
+
+    Args:
+        threads: of the CPU; PyTorch's number if None.
+        providers: of onnxruntime, in the order of preference, say `["CUDAExecutionProvider"]`; the CPU if None.
+
+    Raises:
+        UserError: not an exported model, incomplete, or its runtime is not installed.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    if providers is not None and manifest.format != "onnx":
+        raise UserError(f"providers are onnxruntime's, and {folder} is of the format {manifest.format}")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        processor = AutoImageProcessor.from_pretrained(folder)
+        run = open_graph(folder / manifest.file, manifest, threads, providers)
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'hf-poolformer[export]'") from error
+    except UserError:
+        raise
+    except Exception as error:
+        # Whatever a runtime says to a damaged file.
+        raise UserError(f"{folder} cannot be loaded: {one_line(error)}") from error
+    return ExportedModel(run, manifest, config, processor)
+
+
+def load_classifier(folder: str | os.PathLike) -> tuple[ExportedModel, Any]:
+    """
+    An exported image classifier and its image processor.
+
+    Raises:
+        UserError: as `load`, and for a segmenter.
+    """
+    model = load(folder)
+    if model.manifest.task != "image-classification":
+        raise UserError(f"{folder} is an export of another task: {model.manifest.task}")
+    return model, model.image_processor
+
+
+class ExportedModel(nn.Module):
+    """
+    An exported model in its runtime, with the call signature of the model it was made of.
+
+    A module without parameters: `to`, `eval` and the like are there and change nothing; what it computes in was
+    decided when it was exported. Inputs may be on any device, and so will be the logits.
+
+    Attributes:
+        config: the model's, with `id2label`.
+        image_processor: the model's.
+        manifest: what `export.json` says.
+        dtype: of `pixel_values`.
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = output_modalities = ("image",)
+
+    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor], manifest: Manifest, config: Any, processor: Any):
+        super().__init__()
+        self.run = run
+        self.manifest, self.config, self.image_processor = manifest, config, processor
+        self.dtype = torch.float32
+        # Tells exports apart where somebody asks for the state dict to know whether predictions are of one model.
+        identity = hashlib.sha256("".join(sorted(manifest.files.values())).encode()).digest()
+        self.register_buffer("identity", torch.tensor(list(identity), dtype=torch.uint8))
+
+    @property
+    def device(self) -> torch.device:
+        return self.identity.device
+
+    def can_generate(self) -> bool:
+        return False
+
+    def forward(
+        self, pixel_values: torch.Tensor | np.ndarray | None = None, **kwargs: Any
+    ) -> ImageClassifierOutput | SemanticSegmenterOutput:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width) as the image processor makes them; of an export with
+                preprocessing also uint8 (batch, height, width, channels).
+
+        Returns:
+            `logits`, (batch, num_labels), of a segmenter (batch, num_labels, height / 4, width / 4). Of an export with
+            preprocessing these are logarithms of the probabilities, which softmax and sigmoid turn into those again.
+
+        Raises:
+            ValueError: another shape than the graph takes.
+        """
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        pixel_values = torch.as_tensor(pixel_values)
+        device = pixel_values.device
+        outputs = self.run(self.prepare(pixel_values.cpu()))
+        if self.manifest.preprocessing:
+            outputs = scores_to_logits(outputs, self.config)
+        return OUTPUTS[self.manifest.task](logits=outputs.to(device))
+
+    def prepare(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the graph takes: float32 (B, C, H, W), or uint8 (B, H, W, C)."""
+        manifest, channels = self.manifest, self.manifest.num_channels
+        raw = pixel_values.dtype == torch.uint8
+        axis = 3 if raw else 1
+        if pixel_values.ndim != 4 or pixel_values.shape[axis] != channels or (raw and not manifest.preprocessing):
+            wanted = f"(batch, {channels}, height, width) of floating point"
+            if manifest.preprocessing:
+                wanted += f" or (batch, height, width, {channels}) of uint8"
+            raise ValueError(
+                f"pixel_values must be {wanted}, but have shape {tuple(pixel_values.shape)} and are "
+                f"{pixel_values.dtype}"
+            )
+        if not len(pixel_values):
+            raise ValueError("pixel_values hold no image")
+        size = tuple(pixel_values.shape[1:3] if raw else pixel_values.shape[2:])
+        if not manifest.dynamic_size and size != tuple(manifest.image_size):
+            height, width = manifest.image_size
+            raise ValueError(f"this export takes images of {height}x{width} pixels, not of {size[0]}x{size[1]}")
+        if manifest.preprocessing and not raw:
+            # The image processor has normalised already; back to the pixels they were.
+            from .formats import pixel_affine
+
+            scale, shift = (value.float()[:, None, None] for value in pixel_affine(self.image_processor, channels))
+            pixels = ((pixel_values.float() - shift) / scale).round().clamp(0, 255)
+            return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return pixel_values if raw else pixel_values.float().contiguous()
+
+
+def scores_to_logits(scores: torch.Tensor, config: Any) -> torch.Tensor:
+    """Logits whose softmax, sigmoid or identity (as the configuration's problem asks for) is `scores`."""
+    from .formats import activation_of
+
+    kind = activation_of(config)
+    if kind is None:
+        return scores
+    tiny = torch.finfo(torch.float32).tiny
+    if kind == "sigmoid":
+        return scores.clamp(min=tiny).log() - (1 - scores).clamp(min=tiny).log()
+    return scores.clamp(min=tiny).log()
+
+
+def open_graph(
+    path: Path, manifest: Manifest, threads: int | None = None, providers: Sequence[str] | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The graph of a file as a function of what it takes; see `load`."""
+    threads = threads or torch.get_num_threads()
+    if manifest.format == "onnx":
+        return onnxruntime_session(path, manifest, threads, providers)
+    if manifest.format == "openvino":
+        return OpenVINO(path, manifest, threads)
+    return torch_program(path, manifest)
+
+
+def onnxruntime_session(
+    path: Path, manifest: Manifest, threads: int, providers: Sequence[str] | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    import onnxruntime
+
+    wanted = list(providers or ["CPUExecutionProvider"])
+    missing = [name for name in wanted if name not in onnxruntime.get_available_providers()]
+    if missing:
+        raise UserError(
+            f"this onnxruntime has no {missing[0]}, only {', '.join(onnxruntime.get_available_providers())}; "
+            "onnxruntime-gpu brings those of NVIDIA"
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Threads that spin between two calls take the cores away from whoever decodes the next images.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=wanted)
+
+    def run(pixel_values: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(session.run([manifest.output], {manifest.input: pixel_values.numpy()})[0])
+
+    return run
+
+
+class OpenVINO:
+    """
+    OpenVINO on the CPU: a batch is cut into small pieces that as many streams as there are threads work on.
+
+    A piece's activations stay in the cache of the core that computes it, and no core waits for another. The graph is
+    compiled for the shape of a piece, so that any number of images takes two shapes at most.
+    """
+
+    HINTS = {"float32": "f32", "float16": "f32", "bfloat16": "bf16", "int8": "f32"}  # noqa: RUF012
+
+    def __init__(self, path: Path, manifest: Manifest, threads: int):
+        import openvino
+
+        self.core = openvino.Core()
+        self.model = self.core.read_model(path)
+        self.threads = threads
+        self.precision = self.HINTS[manifest.precision]
+        self.compiled: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self.lock = threading.Lock()  # servers call from several threads
+
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        array = pixel_values.numpy()
+        streams = min(self.threads, len(array) // CHUNK)
+        if streams < 2:
+            return torch.from_numpy(self.infer(array))
+        pieces = [array[start : start + CHUNK] for start in range(0, len(array), CHUNK)]
+        rest = pieces.pop() if len(array) % CHUNK else None
+        results: list[np.ndarray | None] = [None] * len(pieces)
+
+        def keep(request: Any, index: int) -> None:
+            results[index] = request.get_output_tensor(0).data.copy()
+
+        with self.lock:
+            queue = self.compiled_for(pieces[0].shape, streams)
+            queue.set_callback(keep)
+            for index, piece in enumerate(pieces):
+                queue.start_async([piece], userdata=index, share_inputs=True)
+            queue.wait_all()
+        if rest is not None:
+            results.append(self.infer(rest))
+        return torch.from_numpy(np.concatenate(results))
+
+    def infer(self, array: np.ndarray) -> np.ndarray:
+        """In one piece, by all threads."""
+        with self.lock:
+            request = self.compiled_for(array.shape, 1)
+            return request.infer([array], share_inputs=True)[0].copy()
+
+    def compiled_for(self, shape: tuple[int, ...], streams: int) -> Any:
+        """A request, of several streams a queue, for this shape; the shapes used longest ago are forgotten."""
+        import openvino
+
+        key = (*shape, streams)
+        if key not in self.compiled:
+            model = self.model.clone()
+            model.reshape(list(shape))
+            settings = {
+                "INFERENCE_NUM_THREADS": self.threads,
+                "NUM_STREAMS": streams,
+                "PERFORMANCE_HINT": "THROUGHPUT" if streams > 1 else "LATENCY",
+                "INFERENCE_PRECISION_HINT": self.precision,
+            }
+            compiled = self.core.compile_model(model, "CPU", settings)
+            several = streams > 1
+            self.compiled[key] = (
+                openvino.AsyncInferQueue(compiled, streams) if several else compiled.create_infer_request()
+            )
+            if len(self.compiled) > COMPILED:
+                self.compiled.popitem(last=False)
+        self.compiled.move_to_end(key)
+        return self.compiled[key]
+
+
+def torch_program(path: Path, manifest: Manifest) -> Callable[[torch.Tensor], torch.Tensor]:
+    compiled = manifest.compiled
+    program = torch._inductor.aoti_load_package(str(path)) if compiled else torch.export.load(path).module()
+
+    def run(pixel_values: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return program(pixel_values)
+
+    return run
+
+
+# The pipeline calls classes unsupported that its table does not name. The key is no model type, so that nothing else
+# reads it.
+modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["hf_poolformer export"] = ExportedModel.__name__
