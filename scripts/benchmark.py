@@ -7,7 +7,7 @@ from pathlib import Path
 # Python looks for modules beside the script first, where evaluate.py would hide the library of that name.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
-from hf_poolformer.benchmark.command import main  # noqa: E402
+from hf_poolformer.commands.benchmark import main  # noqa: E402
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Trains an image classifier: `accelerate launch scripts/train.py --dataset_name ... --output_dir ...`."""
 
-import logging
 import sys
 from pathlib import Path
 
@@ -8,27 +7,7 @@ from pathlib import Path
 # Python looks for modules beside the script first, where evaluate.py would hide the library of that name.
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
 
-from hf_poolformer.hub.publishing import PublishError  # noqa: E402
-from hf_poolformer.training.arguments import parse  # noqa: E402
-from hf_poolformer.training.errors import UserError  # noqa: E402
-from hf_poolformer.training.loop import train  # noqa: E402
-from hf_poolformer.training.processes import start_cpu_processes  # noqa: E402
-
-
-def main() -> int:
-    logging.basicConfig(format="%(message)s")
-    try:
-        start_cpu_processes()
-        train(parse())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except PublishError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        return 130
-    return 0
+from hf_poolformer.commands.train import main  # noqa: E402
 
 
 if __name__ == "__main__":

@@ -56,11 +56,13 @@ def wheel(dist):
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     source = ROOT / "src"
     ours = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()}
-    ours = {name for name in ours if name.startswith("hf_poolformer/") and "__pycache__" not in name}
+    ours = {name for name in ours if name.startswith(("hf_poolformer/", "hf_poolformer_cli")) and "__pyc" not in name}
     names = set(wheel.namelist())
     info = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     assert names - info == ours
-    assert {"hf_poolformer/py.typed", "hf_poolformer/hub/card_template.md"} <= ours
+    assert {"hf_poolformer/py.typed", "hf_poolformer/hub/card_template.md", "hf_poolformer_cli.py"} <= ours
+    (entry_points,) = (wheel.read(name).decode() for name in info if name.endswith("entry_points.txt"))
+    assert "hf-poolformer = hf_poolformer_cli:main" in entry_points
     assert any(name.endswith("licenses/LICENSE") for name in info)
 
 
@@ -148,18 +150,22 @@ def test_the_readme_names_only_files_that_exist():
         assert ROOT.joinpath(*folder).exists(), line
 
 
-@pytest.mark.parametrize("script", sorted(set(re.findall(r"scripts/(\w+)\.py", SHELL))))
-def test_the_readme_uses_only_flags_that_exist(script):
-    done = run(sys.executable, ROOT / "scripts" / f"{script}.py", "--help")
+PROGRAMS = r"(?:(?:scripts|examples)/\w+\.py|hf[-_]poolformer (?!COMMAND)[a-z][\w-]*)(?= )"
+
+
+@pytest.mark.parametrize("program", sorted(set(re.findall(PROGRAMS, SHELL))))
+def test_the_readme_uses_only_flags_that_exist(program):
+    lines = [line.split("#")[0].split(f"{program} ", 1)[1] for line in SHELL.splitlines() if f"{program} " in line]
+    flags = {flag for line in lines for flag in re.findall(r"(?<!\S)(--\w[\w\-]*)", line)}
+    if not flags:
+        return
+    words = [ROOT / program] if "/" in program else ["-m", "hf_poolformer", program.split()[1]]
+    done = run(sys.executable, *words, "--help")
     assert done.returncode == 0, done.stderr
-    for line in SHELL.splitlines():
-        if f"scripts/{script}.py" in line:
-            flags = re.findall(r" (--\w[\w\-]*)", line.split("#")[0].split(f"scripts/{script}.py", 1)[1])
-            for flag in flags:
-                assert re.search(rf"{flag}\b", done.stdout), f"{flag} is not a flag of scripts/{script}.py"
+    assert {flag for flag in flags if not re.search(rf"{flag}\b", done.stdout)} == set()
 
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.split("## The Python API")[1], re.DOTALL)
 
 
 def test_the_readme_s_python_runs(tmp_path, poolformer_config):

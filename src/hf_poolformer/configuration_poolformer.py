@@ -327,7 +327,8 @@ class PoolFormerConfig(MetaFormerConfig):
     Configuration of PoolFormer v1: a [`MetaFormerConfig`] with pooling in every stage and GroupNorm(1), eps 1e-5.
 
     Its JSON has exactly the keys of transformers' built-in `PoolFormerConfig`, so that a checkpoint saved by either
-    loads in the other. `patch_size` and `stride` are such keys: nothing reads them.
+    loads in the other. `patch_size` and `stride` are such keys: nothing reads them. Published checkpoints, such as
+    [sail/poolformer_s12](https://huggingface.co/sail/poolformer_s12), load as they are.
 
     Example:
 

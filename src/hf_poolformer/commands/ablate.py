@@ -1,0 +1,58 @@
+"""`hf-poolformer ablate`: rerun the paper's ablation table on any dataset, under one budget.
+
+    hf-poolformer ablate --rows all --dataset_name outputs/demo-data --output_dir outputs/ablation \\
+        --recipe demo --num_train_epochs 8
+    accelerate launch -m hf_poolformer ablate --rows "token mixer" --seeds 3 --recipe paper --dataset_name ... \\
+        --output_dir ...
+
+Every flag of `hf-poolformer train` sets the budget, the same for all rows. Rows that are done are not trained again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import CommandParser, UserError, command
+
+
+def parser(prog: str | None = None) -> CommandParser:
+    parser = CommandParser(prog=prog, description=__doc__.partition(": ")[2])
+    parser.add_argument("--rows", nargs="+", default=["all"], metavar="ROW", help="all, groups or rows (default: all)")
+    parser.add_argument("--seeds", type=int, default=1, help="runs per row (default: %(default)s)")
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Trains every row and writes the table."""
+    arguments, training_flags = parser(prog).parse_known_args(argv)
+    if arguments.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, not {arguments.seeds}")
+    from accelerate import PartialState
+
+    from ..training import ablation
+    from ..training.arguments import parse
+    from ..training.processes import start_cpu_processes
+
+    logging.basicConfig(format="%(message)s")
+    names = ablation.choose_rows(arguments.rows)
+    base = parse(training_flags)
+    start_cpu_processes()
+    folder = Path(base.output_dir)
+    results = []
+    for index, name in enumerate(names):
+        for seed in range(base.seed, base.seed + arguments.seeds):
+            PartialState().print(f"\n[{index + 1}/{len(names)}] {name}, seed {seed}", flush=True)
+            results.append(ablation.measure(name, base, folder / "rows" / name / f"seed-{seed}", seed))
+    if PartialState().is_main_process:
+        lines = ablation.summarise(results)
+        epochs = f"{base.max_train_steps} steps" if base.max_train_steps else f"{base.num_train_epochs} epochs"
+        data = base.dataset_name or base.train_dir
+        about = f"{data}, recipe {base.recipe}, {epochs}, {arguments.seeds} seed(s) per row"
+        ablation.write_table(lines, folder, about)
+        ablation.draw_table(lines, folder / "ablation.png", about)
+        print(f"\n{(folder / 'ablation.md').read_text()}")
+        print(f"Table: {folder / 'ablation.md'}, {folder / 'ablation.csv'}; plot: {folder / 'ablation.png'}")
+    return 0

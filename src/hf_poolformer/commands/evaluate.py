@@ -1,0 +1,37 @@
+"""`hf-poolformer evaluate`: top-1, top-5 and per-class accuracy, on one device or many."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+
+from . import command, quieten
+
+
+@command
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Evaluates; see `training.arguments.EvaluationSettings` for the flags."""
+    from ..training.arguments import parse_evaluation
+
+    logging.basicConfig(format="%(message)s")
+    settings = parse_evaluation(argv, prog)
+    from ..training.processes import start_cpu_processes
+
+    start_cpu_processes()
+    quieten()
+    from accelerate import PartialState
+
+    from ..training.evaluation import evaluate_checkpoint
+    from ..training.reports import describe
+
+    results = evaluate_checkpoint(settings)
+    if not PartialState().is_main_process:
+        return 0
+    if settings.json:
+        print(json.dumps({"model": settings.model, **results}, indent=2))
+        return 0
+    print(f"{settings.model}: {describe(results)}.")
+    if settings.output_dir:
+        print(f"Written to {settings.output_dir}: all_results.json, confusion_matrix.png")
+    return 0

@@ -1,0 +1,102 @@
+"""`hf-poolformer COMMAND ...`: knows what commands there are, and imports the one that is called.
+
+A module beside the package and not in it: importing the package brings torch and transformers, which take seconds, and
+`hf-poolformer --help` should not.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec, module_from_spec
+
+
+COMMANDS = {
+    "train": "train or fine-tune an image classifier",
+    "evaluate": "measure a classifier on labelled images",
+    "predict": "label images, or compute their features, into a table",
+    "explain": "show what in an image speaks for a class",
+    "convert": "read official, mmdet, mmseg and timm checkpoints, or write them",
+    "export": "write ONNX or OpenVINO files, and compare them with the model",
+    "publish": "put a model or a dataset on the Hub, and verify it",
+    "benchmark": "time the model next to every peer",
+    "app": "try a model in the browser",
+    "train-dense": "train a segmenter or a detector",
+    "ablate": "rerun the paper's ablation table on any dataset",
+    "env": "versions, devices and kernels, to paste into an issue",
+}
+HELP = ("-h", "--help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit statuses are those of the commands; 2 for a command that does not exist."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name, *rest = argv or ["--help"]
+    if name in (*HELP, "help"):
+        if not rest or rest[0] not in COMMANDS:
+            print(usage())
+            return 0
+        name, rest = rest[0], ["--help"]
+    if name in ("--version", "-V"):
+        print(f"hf-poolformer {installed_version()}")
+        return 0
+    name = name.replace("_", "-")
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else "hf-poolformer --help shows what there is."
+        print(f"error: there is no command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    if any(word in HELP for word in rest):
+        without_importing_the_package()
+    module = importlib.import_module(f"hf_poolformer.commands.{name.replace('-', '_')}")
+    return module.main(rest, prog=f"hf-poolformer {name}")
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    return "\n".join(
+        [
+            "usage: hf-poolformer COMMAND [ARGUMENTS]",
+            "",
+            "PoolFormer and the MetaFormer family: train, evaluate, use and publish them.",
+            "",
+            *(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()),
+            "",
+            "hf-poolformer COMMAND --help shows what a command takes, hf-poolformer --version the version.",
+            "On several devices: accelerate launch -m hf_poolformer train ... (evaluate, predict, ... likewise).",
+        ]
+    )
+
+
+def installed_version() -> str:
+    try:
+        return version("hf-poolformer")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def without_importing_the_package() -> None:
+    """Puts off the package's `__init__`, which imports every model, until somebody asks for a name in it.
+
+    The modules of the commands import nothing heavy themselves, so that only this stands between a person and the
+    help. For showing the help only: what works with models counts on the package having registered its classes.
+    """
+    if "hf_poolformer" in sys.modules:
+        return
+    spec = find_spec("hf_poolformer")
+    module = module_from_spec(spec)
+
+    def load(name: str) -> object:
+        del module.__getattr__
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+
+    module.__getattr__ = load
+    sys.modules["hf_poolformer"] = module
+
+
+if __name__ == "__main__":
+    sys.exit(main())
