@@ -72,7 +72,7 @@ def test_a_wrong_model_ends_the_start(saved_models, tmp_path):
     (tmp_path / "empty").mkdir()
     for names, message in {
         (str(tmp_path / "empty"),): "no config.json",
-        (str(saved_models / "classifier"), str(tmp_path / "missing")): "missing is not a model",
+        (str(saved_models / "classifier"), str(tmp_path / "missing")): "there is no folder .*missing",
         (): "no model to show",
     }.items():
         with pytest.raises(UserError, match=message):

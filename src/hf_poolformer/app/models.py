@@ -28,6 +28,7 @@ from transformers import (
 from ..prediction.inference import Predictor, find_device
 from ..training.errors import UserError
 from ..training.files import one_line
+from ..training.initialisation import why_not_loaded
 
 
 logger = logging.getLogger(__name__)
@@ -214,11 +215,9 @@ def read_task(source: str, where: dict[str, Any]) -> str:
     Raises:
         UserError: there is no such model.
     """
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise UserError(f"{source} is not a model: it has no config.json")
     try:
         config = AutoConfig.from_pretrained(source, **where)
     except Exception as error:
-        raise UserError(f"{source} is not a model: {one_line(error)}") from error
+        raise UserError(why_not_loaded(source, error, "a model")) from error
     architecture = (config.architectures or [""])[0]
     return next((task for head, task in HEADS.items() if architecture.endswith(head)), CLASSIFICATION)
