@@ -217,7 +217,7 @@ def test_bad_models(small_model, save_model, tmp_path, capsys):
     assert "one size only" in refused(capsys, tmp_path, fixed, out, "--dynamic_size", "true")
     (tmp_path / "empty").mkdir()
     assert "no config.json" in refused(capsys, tmp_path, tmp_path / "empty", out)
-    assert "cannot load a model" in refused(capsys, tmp_path, tmp_path / "nowhere" / "x", out)
+    assert "there is no folder" in refused(capsys, tmp_path, tmp_path / "nowhere" / "x", out)
     config = PoolFormerConfig(depths=(1, 1, 1, 1), hidden_sizes=(8, 16, 32, 64), num_labels=2)
     detector = save_model(PoolFormerForObjectDetection(config))
     assert "is a detector" in refused(capsys, tmp_path, detector, out)

@@ -226,7 +226,7 @@ def test_a_teacher_of_timm(make_settings, tmp_path):
     ("changes", "message"),
     [
         ({"teacher": "fruit"}, r"knows 3 labels \(apple, pear, fig\), others than the 10 here \(digit 0"),
-        ({"teacher": "/nowhere/at/all"}, "cannot load an image classifier from /nowhere/at/all"),
+        ({"teacher": "/nowhere/at/all"}, "there is no folder /nowhere/at/all"),
         ({"distillation": "hard"}, "--distillation hard needs a teacher: --teacher MODEL"),
         ({"distillation_alpha": 1.5}, "--distillation_alpha must be between 0 and 1"),
         ({"distillation_temperature": 0.0}, "--distillation_temperature must be between"),

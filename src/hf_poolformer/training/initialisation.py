@@ -216,6 +216,8 @@ def why_not_loaded(name: str, error: BaseException, what: str = "an image classi
     if "couldn't connect to" in text and not folder.is_dir():
         network = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
         return f"there is no folder {name}, no earlier download of it is here, and {network}."
+    if text.startswith("Repo id must") and not folder.exists():
+        return f"there is no folder {name}, and a Hub id looks like user/name."
     return f"cannot load {what} from {name}: {text}"
 
 
