@@ -174,7 +174,7 @@ DEMO: dict[str, Any] = {
     "config_name": "poolformer_s12",
     "image_size": 128,
     "longest_edge": 128,
-    "num_train_epochs": 25,
+    "num_train_epochs": 20,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 16,
     "lr_scheduler_type": "poly",
@@ -207,7 +207,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "config_overrides": f'{{{SMALL_BACKBONE}, "fpn_feature_size": 64, "box_head_hidden_size": 256, '
             '"mask_head_num_convs": 2, "rpn_num_proposals": 200, "rpn_batch_size": 128, "roi_batch_size": 64, '
             '"max_detections": 20}',
-            "num_train_epochs": 6,
+            "num_train_epochs": 5,
             "eval_epochs": 2,
             "per_device_train_batch_size": 8,
             "learning_rate": 1e-3,
