@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -37,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = argv or ["--help"]
     if name in (*HELP, "help"):
         if not rest or rest[0] not in COMMANDS:
-            print(usage())
+            show(usage())
             return 0
         name, rest = rest[0], ["--help"]
     if name in ("--version", "-V"):
-        print(f"hf-poolformer {installed_version()}")
+        show(f"hf-poolformer {installed_version()}")
         return 0
     name = name.replace("_", "-")
     if name not in COMMANDS:
@@ -53,6 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         without_importing_the_package()
     module = importlib.import_module(f"hf_poolformer.commands.{name.replace('-', '_')}")
     return module.main(rest, prog=f"hf-poolformer {name}")
+
+
+def show(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # `hf-poolformer --help | head -1`: the interpreter would complain once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def usage() -> str:
