@@ -1,5 +1,6 @@
 """From a saved model to a verified folder: every family, format and precision, and what is refused."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from hf_poolformer import (
 )
 from hf_poolformer.commands.export import main
 from hf_poolformer.export import export_model, load, verification
-from hf_poolformer.export.folder import REPORT, Manifest
+from hf_poolformer.export.folder import REPORT, Manifest, new_folder
 from hf_poolformer.hub.cards import check_card
 from hf_poolformer.training.errors import UserError
 
@@ -63,7 +64,7 @@ def test_every_family_in_other_formats(family, format, small_model, tmp_path):
     folder = small_model(family)
     assert export_model(folder, tmp_path / "out", format=format).report.passed
     x = torch.randn(5, 3, 64, 64)
-    assert error(load(tmp_path / "out")(x).logits, logits_of(folder, x)) < 2e-5
+    assert error(load(tmp_path / "out", trust_remote_code=format == "torch")(x).logits, logits_of(folder, x)) < 2e-5
 
 
 @pytest.mark.slow
@@ -106,7 +107,7 @@ def test_half_precision(format, precision, tolerance, small_model, tmp_path):
     folder = small_model()
     summary = export_model(folder, tmp_path / "out", format=format, precision=precision)
     x = torch.randn(3, 3, 64, 64)
-    got = load(tmp_path / "out")(x).logits
+    got = load(tmp_path / "out", trust_remote_code=format == "torch")(x).logits
     assert got.dtype == torch.float32 and error(got, logits_of(folder, x)) < tolerance
     graph = sum((tmp_path / "out" / name).stat().st_size for name in summary.manifest.files if name != "model.xml")
     if format != "torch":  # whose files hold the graph's text, too, most of so small a model
@@ -128,6 +129,24 @@ def test_preprocessing_inside(small_model, tmp_path, photos):
     model = load(tmp_path / "out")
     assert error(model(normalised).logits.softmax(-1), right) < 1e-5
     assert error(model(torch.from_numpy(pixels)).logits.softmax(-1), right) < 1e-5
+
+
+def test_an_export_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "export.json").write_text("{}")
+    rename = Path.rename
+
+    def full(path, target):
+        if path.name.startswith(".out-") and "old" not in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="No space"), new_folder(out, overwrite=True) as scratch:
+        (scratch / "export.json").write_text("new")
+    assert (out / "export.json").read_text() == "{}"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_segmenter(save_model, tmp_path):
@@ -160,7 +179,7 @@ def test_compiled(small_model, tmp_path):
     folder = small_model()
     export_model(folder, tmp_path / "out", format="torch", compile=True)
     x = torch.randn(3, 3, 64, 64)
-    assert error(load(tmp_path / "out")(x).logits, logits_of(folder, x)) < 2e-5
+    assert error(load(tmp_path / "out", trust_remote_code=True)(x).logits, logits_of(folder, x)) < 2e-5
 
 
 def test_what_lies_beside(small_model, tmp_path):

@@ -89,14 +89,39 @@ def test_wrong_inputs(exported, small_model, tmp_path):
         load(exported, providers=["NoExecutionProvider"])
 
 
+def test_programs_of_torch_export_are_not_run_unasked(small_model, tmp_path, classes, capsys):
+    """PyTorch unpickles them, and the compiled ones are machine code."""
+    out = tmp_path / "out"
+    export_model(small_model(), out, format="torch")
+    with pytest.raises(UserError, match="trust_remote_code"):
+        load(out)
+    photos = [str(path) for path in sorted(classes.rglob("*.jpg"))]
+    command = [str(out), *photos, "--output", str(tmp_path / "table.csv"), "--num_workers", "0"]
+    assert predict(command) == 2
+    assert "--trust_remote_code" in capsys.readouterr().err
+    assert not (tmp_path / "table.csv").exists()
+    assert predict([*command, "--trust_remote_code"]) == 0
+    assert len(rows(tmp_path / "table.csv")) == len(photos)
+
+
 def test_incomplete_folder(exported, tmp_path):
     for path in exported.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes()[:100] if path.suffix == ".onnx" else path.read_bytes())
     with pytest.raises(UserError, match="cannot be loaded"):
         load(tmp_path)
+    flipped = bytearray((exported / "model.onnx").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (tmp_path / "model.onnx").write_bytes(flipped)
+    with pytest.raises(UserError, match=r"model\.onnx is damaged"):
+        load(tmp_path)
     (tmp_path / "model.onnx").unlink()
     with pytest.raises(UserError, match="incomplete"):
         load(tmp_path)
+    manifest = json.loads((exported / "export.json").read_text())
+    for files in (None, {}, ["model.onnx"], 5):
+        (tmp_path / "export.json").write_text(json.dumps({**manifest, "files": files}))
+        with pytest.raises(UserError, match="damaged"):
+            load(tmp_path)
     (tmp_path / "export.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         load(tmp_path)

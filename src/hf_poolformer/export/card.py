@@ -68,6 +68,8 @@ def render_card(manifest: Manifest, report: Report, config: Any) -> str:
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())))
     what = "root of the mean squares" if manifest.precision == "int8" else "largest difference"
     use = WITH_PACKAGE if manifest.task == "image-classification" else WITH_PACKAGE_DENSE
+    if manifest.format == "torch":
+        use = use.replace('load(".")', 'load(".", trust_remote_code=True)')
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
         f"---\n{yaml.safe_dump(data, sort_keys=False)}---\n\n"

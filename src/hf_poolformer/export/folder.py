@@ -80,10 +80,22 @@ class Manifest:
             raise UserError(f"{path} cannot be read: {error}") from error
         if manifest.format not in FORMATS or manifest.file != FILES[manifest.format]:
             raise UserError(f"{path} is of another version of this package: it names the format {manifest.format!r}")
-        for name in (manifest.file, *manifest.files):
+        if not isinstance(manifest.files, dict) or manifest.file not in manifest.files:
+            raise UserError(f"{path} is damaged: it does not list the files of the graph; export the model again")
+        for name in manifest.files:
             if not (path.parent / name).is_file():
                 raise UserError(f"{folder} is incomplete: {name} is missing; export the model again")
         return manifest
+
+    def check_files(self, folder: Path) -> None:
+        """Runtimes take many a flipped bit for a weight.
+
+        Raises:
+            UserError: a file of the graph is not what was exported.
+        """
+        for name, sha256 in self.files.items():
+            if digest(folder / name) != sha256:
+                raise UserError(f"{folder} cannot be loaded: {name} is damaged, or changed; export the model again")
 
 
 def is_exported(name: str | os.PathLike) -> bool:
@@ -111,7 +123,12 @@ def new_folder(output: str | os.PathLike, overwrite: bool) -> Iterator[Path]:
         if output.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.parent))
             output.rename(old / "old")
-            scratch.rename(output)
+            try:
+                scratch.rename(output)
+            except BaseException:
+                (old / "old").rename(output)
+                old.rmdir()
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else:
             scratch.rename(output)

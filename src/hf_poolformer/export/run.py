@@ -188,7 +188,7 @@ def export_model(
             manifest.quantisation = quantise_graph(path, manifest, original, processor, calibration, progress)
         manifest.files = {file.name: digest(file) for file in sorted(folder.glob(f"{path.stem}.*"))}
         manifest.write(folder)
-        report = verify(load(folder), original, [comparison], progress=progress)
+        report = verify(load(folder, trust_remote_code=True), original, [comparison], progress=progress)
         report.size = folder_size(folder)
         write_json(folder / REPORT, report.to_dict())
         (folder / "README.md").write_text(render_card(manifest, report, original.config), encoding="utf-8")

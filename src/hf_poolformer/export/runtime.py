@@ -29,7 +29,11 @@ OUTPUTS = {"image-classification": ImageClassifierOutput, "semantic-segmentation
 
 
 def load(
-    folder: str | os.PathLike, *, threads: int | None = None, providers: Sequence[str] | None = None
+    folder: str | os.PathLike,
+    *,
+    threads: int | None = None,
+    providers: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> ExportedModel:
     """
     A model that `export_model` wrote, ready to be called like the one it was made of.
@@ -40,12 +44,20 @@ def load(
     Args:
         threads: of the CPU; PyTorch's number if None.
         providers: of onnxruntime, in the order of preference, say `["CUDAExecutionProvider"]`; the CPU if None.
+        trust_remote_code: load a format that can bring code: "torch", whose files PyTorch unpickles, or runs as
+            machine code if they are compiled.
 
     Raises:
-        UserError: not an exported model, incomplete, or its runtime is not installed.
+        UserError: not an exported model, incomplete, damaged, not trusted, or its runtime is not installed.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
+    if manifest.format == "torch" and not trust_remote_code:
+        raise UserError(
+            f"{folder} is a program of torch.export, which may run any code while it is loaded: trust_remote_code "
+            "(--trust_remote_code) loads it, if you know where it is from. ONNX and OpenVINO files hold no code"
+        )
+    manifest.check_files(folder)
     if providers is not None and manifest.format != "onnx":
         raise UserError(f"providers are onnxruntime's, and {folder} is of the format {manifest.format}")
     try:
@@ -62,14 +74,14 @@ def load(
     return ExportedModel(run, manifest, config, processor)
 
 
-def load_classifier(folder: str | os.PathLike) -> tuple[ExportedModel, Any]:
+def load_classifier(folder: str | os.PathLike, trust_remote_code: bool = False) -> tuple[ExportedModel, Any]:
     """
     An exported image classifier and its image processor.
 
     Raises:
         UserError: as `load`, and for a segmenter.
     """
-    model = load(folder)
+    model = load(folder, trust_remote_code=trust_remote_code)
     if model.manifest.task != "image-classification":
         raise UserError(f"{folder} is an export of another task: {model.manifest.task}")
     return model, model.image_processor

@@ -84,7 +84,7 @@ class Predictor:
 
             if embeddings or dtype != "float32":
                 raise UserError(f"{name} is an export, which gives no features and has the precision it was given")
-            self.model, self.processor, fresh = *load_classifier(name), []
+            self.model, self.processor, fresh = *load_classifier(name, trust_remote_code), []
         else:
             self.model, self.processor, fresh = load_checkpoint(name, **where)
         head_only = all(belongs_to_head(weight, self.model) or weight.startswith("norm.") for weight in fresh)

@@ -224,7 +224,7 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
     if is_exported(settings.model):
         from ..export.runtime import load_classifier
 
-        model, processor, fresh = *load_classifier(settings.model), []
+        model, processor, fresh = *load_classifier(settings.model, settings.trust_remote_code), []
     else:
         model, processor, fresh = load_checkpoint(
             settings.model,
