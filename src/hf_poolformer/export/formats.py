@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -238,7 +239,10 @@ def write_torch(module: Deployable, example: torch.Tensor, path: Path, dynamic_s
     if compile:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     else:
-        torch.export.save(program, path)
+        # By way of memory: on a full disk PyTorch's own writer ends the process.
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        path.write_bytes(buffer.getvalue())
 
 
 @contextlib.contextmanager
