@@ -162,7 +162,7 @@ class SpatialMLP(FixedTokens):
         self.fc = nn.Linear(self.num_tokens, self.num_tokens, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.tokens(hidden_states)).view_as(hidden_states)
+        return self.fc(self.tokens(hidden_states)).unflatten(-1, self.resolution)
 
 
 class RandomMixing(FixedTokens):
@@ -177,7 +177,7 @@ class RandomMixing(FixedTokens):
         super().register_parameter(name, param if param is None else param.requires_grad_(False))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.tokens(hidden_states), self.random_matrix).view_as(hidden_states)
+        return F.linear(self.tokens(hidden_states), self.random_matrix).unflatten(-1, self.resolution)
 
     def initialize(self, std: float):
         init.copy_(self.random_matrix, torch.rand_like(self.random_matrix).softmax(dim=-1))

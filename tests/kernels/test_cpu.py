@@ -173,7 +173,6 @@ def test_packed_weights_are_kept_and_noticed_when_they_change(model, pixel_value
     packings = []
     pack = cpu.packed_mlp
     monkeypatch.setattr(cpu, "packed_mlp", lambda *args, **kwargs: packings.append(1) or pack(*args, **kwargs))
-    model.config.kernels = "packed"
     monkeypatch.setenv("HF_POOLFORMER_KERNELS", "packed")
     blocks = sum(model.config.depths)
 
