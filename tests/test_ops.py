@@ -162,7 +162,7 @@ def test_the_choice_of_a_backend(monkeypatch):
         assert ops.choose_backend(x, preferred="reference") == fastest
     assert ops.choose_backend(x) == "reference", "with gradients the CPU's kernels are not the fastest"
     monkeypatch.setenv("HF_POOLFORMER_KERNELS", "nonsense")
-    with pytest.raises(ValueError, match="auto, packed, cpu, triton, reference but is 'nonsense'"):
+    with pytest.raises(ValueError, match="auto, cpu, triton, reference but is 'nonsense'"):
         ops.pool_mixer(x, pool_size=3, eps=EPS)
     ops.pool_mixer(x, pool_size=3, eps=EPS, backend="reference")  # the argument wins
     monkeypatch.setenv("HF_POOLFORMER_KERNELS", "triton")

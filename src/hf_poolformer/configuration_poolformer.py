@@ -155,8 +155,8 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the truncated normal initialisation.
         kernels (`str`, *optional*):
-            Who computes the blocks: `"auto"`, `"packed"`, `"cpu"`, `"triton"` or `"reference"`, see `ops.py`. The
-            environment variable `HF_POOLFORMER_KERNELS` overrides it. `None` is `"auto"`, and is not saved.
+            Who computes the blocks: `"auto"`, `"cpu"`, `"triton"` or `"reference"`, see `ops.py`. The environment
+            variable `HF_POOLFORMER_KERNELS` overrides it. `None` is `"auto"`, and is not saved.
         out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
             Feature maps of the backbone, out of `"stem"`, `"stage1"`, ... `"stage4"`. Defaults to the last.
 
@@ -201,7 +201,7 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
     head_type: str = "linear"
     drop_path_rate: float | int = 0.0
     initializer_range: float = 0.02
-    kernels: Literal["auto", "packed", "cpu", "triton", "reference"] | None = None
+    kernels: Literal["auto", "cpu", "triton", "reference"] | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 

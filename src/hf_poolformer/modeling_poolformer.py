@@ -25,11 +25,13 @@ from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .backends import activation_name, fit, fusible, is_plain, is_pointwise
 from .configuration_poolformer import MetaFormerConfig, PoolFormerConfig
-from .ops import ACTIVATIONS, channel_mlp, choose_backend, infer_blocks, lay_out, pool_mixer
-from .token_mixers import TOKEN_MIXERS, DefaultInitConv2d, Pooling, SquaredReLU, activation
+from .ops import channel_mlp, choose_backend, infer_blocks, is_watched, lay_out, pool_mixer, takes_contiguous
+from .token_mixers import TOKEN_MIXERS, DefaultInitConv2d, SquaredReLU, activation
 
 
+@fusible
 class MetaFormerGroupNorm(nn.GroupNorm):
     """GroupNorm with one group: statistics over C, H, W of each sample, affine per channel."""
 
@@ -39,6 +41,7 @@ class MetaFormerGroupNorm(nn.GroupNorm):
             self.bias = None
 
 
+@fusible
 class MetaFormerLayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of each token, input (B, C, H, W)."""
 
@@ -49,6 +52,7 @@ class MetaFormerLayerNorm(nn.LayerNorm):
         return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+@fusible
 class MetaFormerBatchNorm(nn.BatchNorm2d):
     """BatchNorm, of the ablation only."""
 
@@ -58,6 +62,7 @@ class MetaFormerBatchNorm(nn.BatchNorm2d):
             self.bias = None
 
 
+@fusible
 class NoNorm(nn.Identity):
     """In place of a norm."""
 
@@ -76,6 +81,7 @@ def make_norm(name: str, dim: int, config: MetaFormerConfig) -> nn.Module:
     return NORMS[name](dim, eps=config.norm_eps, bias=config.norm_bias)
 
 
+@fusible
 class DropPath(nn.Module):
     """
     Stochastic depth (arXiv 1603.09382): drops a residual branch for whole samples, and scales up the kept ones.
@@ -87,9 +93,13 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
+    @property
+    def drops(self) -> bool:
+        return self.training and self.rate != 0.0
+
     def mask(self, branch: torch.Tensor) -> torch.Tensor | None:
         """A factor per sample, (B,): 0 or 1 / (1 - rate); None where nothing is dropped."""
-        if self.rate == 0.0 or not self.training:
+        if not self.drops:
             return None
         keep = 1.0 - self.rate
         return branch.new_empty(branch.shape[0]).bernoulli_(keep).div_(keep)
@@ -128,16 +138,7 @@ class MetaFormerEmbeddings(nn.Module):
         return hidden_states
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = self.projection.weight
-        if (
-            hidden_states.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and not hidden_states.is_contiguous()
-            and weight.is_contiguous()
-            and weight.numel() > hidden_states.numel()
-        ):
-            # For a channels_last input PyTorch reorders a contiguous weight in every call, which for one image takes
-            # longer than the convolution; the input is the smaller one here.
+        if takes_contiguous(hidden_states, self.projection):
             return self.projection(hidden_states.contiguous()).contiguous(memory_format=torch.channels_last)
         return self.projection(hidden_states)
 
@@ -155,6 +156,7 @@ class MetaFormerEmbeddings(nn.Module):
         return resized.to(self.position_embeddings.dtype)
 
 
+@fusible
 class MetaFormerMLP(nn.Module):
     """Channel MLP: two 1x1 convolutions, which are matrix products over channels."""
 
@@ -168,20 +170,28 @@ class MetaFormerMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.conv2(self.act_fn(self.conv1(hidden_states)))
 
+    def fused_arguments(self, like: torch.Tensor) -> dict | None:
+        """What `ops.channel_mlp` needs for an input like `like`; None where it would compute another function."""
+        conv1, act, conv2 = self.conv1, self.act_fn, self.conv2
+        name = activation_name(act)
+        if name is None or not (is_plain(self, MetaFormerMLP) and is_pointwise(conv1) and is_pointwise(conv2)):
+            return None
+        channels, hidden = like.shape[1], conv1.weight.shape[0]
+        learned = (act.scale, act.bias) if name == "star_relu" else (None, None)
+        shapes = [
+            (conv1.weight, (hidden, channels, 1, 1)),
+            (conv1.bias, (hidden,)),
+            (conv2.weight, (channels, hidden, 1, 1)),
+            (conv2.bias, (channels,)),
+            *((tensor, (1,)) for tensor in learned),
+        ]
+        if not fit(like, shapes):
+            return None
+        products = {"weight1": conv1.weight, "bias1": conv1.bias, "weight2": conv2.weight, "bias2": conv2.bias}
+        return {"activation": name, "act_scale": learned[0], "act_bias": learned[1], **products}
 
-def are_plain(parts: dict[nn.Module, type | None]) -> bool:
-    """
-    Whether modules are of these very classes (None: any), with no hooks and no forward of their own.
 
-    A fused operation would pass these by, and with them adapters, quantised layers, and accelerate's offloading.
-    """
-    return all(
-        (kind is None or type(part) is kind)
-        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
-        for part, kind in parts.items()
-    )
-
-
+@fusible
 class MetaFormerBlock(GradientCheckpointingLayer):
     """
     The MetaFormer block: `x + mixer(norm(x))`, then `x + mlp(norm(x))`, for any token mixer.
@@ -197,7 +207,6 @@ class MetaFormerBlock(GradientCheckpointingLayer):
         self.token_mixer = token_mixer
         self.drop_path = DropPath(drop_path_rate)
         self.use_mlp = config.use_mlp
-        self.activation = config.hidden_act
         self.kernels = config.kernels
         if self.use_mlp:
             self.after_norm = make_norm(config.norm_layer, dim, config)
@@ -216,9 +225,9 @@ class MetaFormerBlock(GradientCheckpointingLayer):
             init.constant_(scale, self.scale_init_values[name[:-2]])
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        fused = choose_backend(hidden_states, preferred=self.kernels) != "reference"
-        mixer = self.mixer_arguments() if fused else None
-        mlp = self.mlp_arguments() if fused and self.use_mlp else None
+        fused = choose_backend(hidden_states, preferred=self.kernels) != "reference" and not is_watched()
+        mixer = self.mixer_arguments(hidden_states) if fused else None
+        mlp = self.mlp_arguments(hidden_states) if fused and self.use_mlp else None
         statistics = None
         if mixer is not None:
             mask = self.drop_path.mask(hidden_states)
@@ -238,43 +247,43 @@ class MetaFormerBlock(GradientCheckpointingLayer):
             hidden_states = self.merge(hidden_states, branch, self.layer_scale_2, self.res_scale_2)
         return hidden_states
 
-    def mixer_arguments(self) -> dict | None:
-        """What `pool_mixer` needs to compute the first branch and its shortcut; None where it cannot."""
-        norm, mixer = self.before_norm, self.token_mixer
-        if not (self.use_residual and type(mixer) is Pooling):
-            return None
-        parts = {norm: MetaFormerGroupNorm, mixer: Pooling, mixer.pool: nn.AvgPool2d, self.drop_path: DropPath}
-        if not are_plain(parts):
+    def mixer_arguments(self, like: torch.Tensor) -> dict | None:
+        """
+        What `pool_mixer` needs for the first branch and its shortcut; None where it would compute another function.
+
+        `like` is the input, (B, C, H, W), of which only dtype and number of channels matter.
+        """
+        norm = self.before_norm
+        pool_size = getattr(self.token_mixer, "fused_pool_size", None)
+        scales = {"layer_scale": self.layer_scale_1, "res_scale": self.res_scale_1}
+        if pool_size is None or not self.branch_is_plain(norm, like, *scales.values()):
             return None
         weight = norm.weight
         if norm.bias is not None and norm.bias.requires_grad and torch.is_grad_enabled():
             # The bias cancels, but DistributedDataParallel waits for its gradient: zero.
-            weight = weight + 0.0 * norm.bias
-        scales = {"layer_scale": self.layer_scale_1, "res_scale": self.res_scale_1}
-        return {"pool_size": mixer.pool.kernel_size, "eps": norm.eps, "weight": weight, **scales}
+            weight = 0.0 * norm.bias + (1.0 if weight is None else weight)
+        return {"pool_size": pool_size, "eps": norm.eps, "weight": weight, **scales}
 
-    def mlp_arguments(self) -> dict | None:
-        """What `channel_mlp` needs to compute the second branch and its shortcut; None where it cannot."""
+    def mlp_arguments(self, like: torch.Tensor) -> dict | None:
+        """The same of `channel_mlp` and the second branch."""
         norm, mlp = self.after_norm, self.output
-        if not (self.use_residual and self.activation in ACTIVATIONS and type(mlp) is MetaFormerMLP):
+        scales = {"layer_scale": self.layer_scale_2, "res_scale": self.res_scale_2}
+        arguments = mlp.fused_arguments(like) if type(mlp) is MetaFormerMLP else None
+        if arguments is None or not self.branch_is_plain(norm, like, *scales.values()):
             return None
-        parts = {norm: MetaFormerGroupNorm, self.drop_path: DropPath, mlp: None, mlp.act_fn: None}
-        if not are_plain(parts | {mlp.conv1: nn.Conv2d, mlp.conv2: nn.Conv2d}):
-            return None
-        return {
-            "weight1": mlp.conv1.weight,
-            "weight2": mlp.conv2.weight,
-            "activation": self.activation,
-            "eps": norm.eps,
-            "norm_weight": norm.weight,
-            "norm_bias": norm.bias,
-            "bias1": mlp.conv1.bias,
-            "bias2": mlp.conv2.bias,
-            "act_scale": getattr(mlp.act_fn, "scale", None),
-            "act_bias": getattr(mlp.act_fn, "bias", None),
-            "layer_scale": self.layer_scale_2,
-            "res_scale": self.res_scale_2,
-        }
+        return {"eps": norm.eps, "norm_weight": norm.weight, "norm_bias": norm.bias, **arguments, **scales}
+
+    def branch_is_plain(self, norm: nn.Module, like: torch.Tensor, *scales: torch.Tensor | None) -> bool:
+        """Whether `norm` and what merges a branch with its shortcut are what the fused operations stand for."""
+        return (
+            self.use_residual is True
+            and type(self).merge is MetaFormerBlock.merge
+            and "merge" not in self.__dict__
+            and is_plain(norm, MetaFormerGroupNorm)
+            and norm.num_groups == 1
+            and is_plain(self.drop_path, DropPath)
+            and fit(like, ((vector, like.shape[1:2]) for vector in (norm.weight, norm.bias, *scales)))
+        )
 
     def merge(
         self,
@@ -291,43 +300,48 @@ class MetaFormerBlock(GradientCheckpointingLayer):
             shortcut = shortcut * res_scale[:, None, None]
         if layer_scale is None:
             return shortcut + branch
-        # Into the product, which nothing else holds: a fresh result would cost more than the addition.
+        # Into the product, which is made here and nobody else holds: a fresh result would cost more than the addition.
         return (branch * layer_scale[:, None, None]).add_(shortcut)
 
 
 class MetaFormerStage(nn.ModuleList):
-    """The blocks of one stage, in sequence."""
+    """The blocks of one stage, in sequence; slices of a stage are stages."""
 
-    def __init__(self, config: MetaFormerConfig, stage: int):
+    @classmethod
+    def from_config(cls, config: MetaFormerConfig, stage: int) -> "MetaFormerStage":
         name = config.token_mixers[stage]
         if name not in TOKEN_MIXERS:
             raise ValueError(f"Unknown token mixer {name!r}: not one of {', '.join(TOKEN_MIXERS)}")
-        super().__init__(
+        return cls(
             MetaFormerBlock(config, stage, token_mixer=TOKEN_MIXERS[name](config, stage), drop_path_rate=rate)
             for rate in config.drop_path_rates[stage]
         )
-        self.kernels = config.kernels
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
-            fused = infer_blocks(hidden_states, self.fused_arguments(), owner=self, preferred=self.kernels)
+            fused = self.infer(hidden_states)
             if fused is not None:
                 return fused
         for block in self:
             hidden_states = block(hidden_states)
         return hidden_states
 
-    def fused_arguments(self) -> list[tuple[dict, dict]]:
-        """Of all blocks, for `infer_blocks`; empty if one is not fused or drops paths."""
+    def infer(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """All blocks in one operation, without gradients; None where it is not there or a block is not what it was."""
         arguments = []
+        preferred = None
         for block in self:
-            drops = block.training and block.drop_path.rate > 0
-            mixer = block.mixer_arguments() if block.use_mlp and not drops and are_plain({block: None}) else None
-            mlp = None if mixer is None else block.mlp_arguments()
-            if mlp is None:
-                return []
+            if not is_plain(block, MetaFormerBlock):
+                return None
+            if not arguments and choose_backend(hidden_states, preferred=block.kernels) != "cpu":
+                return None
+            mixer = block.mixer_arguments(hidden_states) if block.use_mlp else None
+            mlp = None if mixer is None else block.mlp_arguments(hidden_states)
+            if mlp is None or block.drop_path.drops or (arguments and block.kernels != preferred):
+                return None
             arguments.append((mixer, mlp))
-        return arguments
+            preferred = block.kernels
+        return infer_blocks(hidden_states, arguments, preferred=preferred)
 
 
 @auto_docstring
@@ -379,7 +393,7 @@ class MetaFormerEncoder(MetaFormerPreTrainedModel):
         super().__init__(config)
         stages = range(len(config.depths))
         self.patch_embeddings = nn.ModuleList(MetaFormerEmbeddings(config, stage) for stage in stages)
-        self.block = nn.ModuleList(MetaFormerStage(config, stage) for stage in stages)
+        self.block = nn.ModuleList(MetaFormerStage.from_config(config, stage) for stage in stages)
         self.post_init()
 
     @merge_with_config_defaults
@@ -447,6 +461,7 @@ class MetaFormerModel(MetaFormerPreTrainedModel):
         )
 
 
+@fusible
 class MLPHead(nn.Module):
     """Classifier of ConvFormer and CAFormer: fc to 4C, squared ReLU, LayerNorm (eps 1e-5), fc."""
 

@@ -85,7 +85,7 @@ class ConvNormReLU(nn.Module):
         self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.norm(self.conv(x)), inplace=True)
+        return F.relu(self.norm(self.conv(x)))
 
 
 class SemanticFPNHead(nn.Module):

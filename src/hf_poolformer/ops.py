@@ -9,15 +9,16 @@ by the argument `backend`, else by the environment variable HF_POOLFORMER_KERNEL
 `kernels`, else it is auto:
 
     auto       kernels where they can run and have been measured to be faster: today "cpu", without gradients
-    packed     as auto, but on the CPU a stage keeps its weights in oneDNN's layout from call to call. It notices what
-               optimisers, load_state_dict and assignments do to a weight, but not what is written through its `.data`
     cpu        oneDNN on the CPU, or RuntimeError with the reason why not
     triton     Triton on a GPU, or RuntimeError with the reason why not; with TRITON_INTERPRET=1 on the CPU, slowly
     reference  plain PyTorch
 
 `why_not_cpu` and `why_not_triton` tell the reason for one input. Kernels have no double backward, forward-mode
 derivative or vmap rule, and an export would need this package to run: under torch.func, forward-mode differentiation
-and export, auto takes the reference. A compiled function keeps the choice that held when it was compiled.
+and export, auto takes the reference. So it does, and so do the modules of a model whatever is asked for, where a mode
+looks at every operation (FlopCounterMode, FakeTensorMode). A compiled function keeps the choice that held when it was
+compiled. No weight is kept in another form from one call to the next: it may change in between in ways that nothing
+tells (fused optimisers, `.data`, merged adapters).
 
 Autocast: products run in autocast's dtype; statistics, sums and all that scales a channel are float32, and so is the
 result, as it is when PyTorch's own operations compute the branch under autocast.
@@ -26,13 +27,15 @@ result, as it is when PyTorch's own operations compute the branch under autocast
 import os
 from types import ModuleType
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from .backends import is_plain
 
-BACKENDS = ("auto", "packed", "cpu", "triton", "reference")
+
+BACKENDS = ("auto", "cpu", "triton", "reference")
 VARIABLE = "HF_POOLFORMER_KERNELS"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of the registered operations; kernels of another number have other arguments.
@@ -269,16 +272,15 @@ def channel_mlp(
 
 
 def infer_blocks(
-    x: torch.Tensor, blocks: list[tuple[dict, dict]], owner: torch.nn.Module, preferred: str | None = None
+    x: torch.Tensor, blocks: list[tuple[dict, dict]], preferred: str | None = None
 ) -> torch.Tensor | None:
     """
     Blocks in sequence, each the arguments of `pool_mixer` and of `channel_mlp`, without gradients and on the CPU.
 
-    A few samples at a time go through all blocks, which keeps them in the caches. For "packed", packed weights are
-    kept as long as the `owner`. None where this does not apply: gradients are wanted, the graph is compiled, or
-    another backend is to compute.
+    A few samples at a time go through all blocks, which keeps them in the caches. None where this does not apply:
+    gradients are wanted, the graph is compiled or watched, or another backend is to compute.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not blocks:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not blocks or is_watched():
         return None
     x, dtype = _autocast(x)
     tensors = [value for block in blocks for each in block for value in each.values() if torch.is_tensor(value)]
@@ -291,15 +293,7 @@ def infer_blocks(
         )
         for mixer, _ in blocks
     ]
-    keep = _wanted_backend(None, preferred) == "packed" and not any(tensor.is_inference() for tensor in tensors)
-    if not keep:
-        return cpu.infer(x, mixers, [_prepared_mlp(mlp, dtype) for _, mlp in blocks])
-    kept = _packed.get(owner)
-    if kept is None or not kept.holds(tensors, dtype):
-        mlps = [cpu.packed_mlp(_prepared_mlp(mlp, dtype), tokens=x[:, 0].numel()) for _, mlp in blocks]
-        # Aliases: they keep the memory, so that no other weight can come to have the same address.
-        kept = _packed[owner] = Packed([tensor.detach() for tensor in tensors], versions(tensors), dtype, mlps)
-    return cpu.infer(x, mixers, kept.mlps)
+    return cpu.infer(x, mixers, [_prepared_mlp(mlp, dtype) for _, mlp in blocks])
 
 
 def _prepared_mlp(mlp: dict, dtype: torch.dtype) -> NamedTuple:
@@ -311,30 +305,6 @@ def _prepared_mlp(mlp: dict, dtype: torch.dtype) -> NamedTuple:
     norm = mlp["norm_weight"], mlp["norm_bias"]
     scales = mlp["layer_scale"], mlp["res_scale"]
     return cpu.MLP(*norm, weight1, bias1, weight2, bias2, *scales, hidden, mlp["eps"], dtype)
-
-
-class Packed(NamedTuple):
-    """Packed weights of a stage, and what they were made of."""
-
-    tensors: list[torch.Tensor]
-    versions: list[int]
-    dtype: torch.dtype
-    mlps: list
-
-    def holds(self, tensors: list[torch.Tensor], dtype: torch.dtype) -> bool:
-        """Whether these tensors are still what was packed."""
-        if dtype != self.dtype or len(tensors) != len(self.tensors):
-            return False
-        same = all(old.data_ptr() == new.data_ptr() for old, new in zip(self.tensors, tensors, strict=True))
-        return same and versions(tensors) == self.versions
-
-
-def versions(tensors: list[torch.Tensor]) -> list[int]:
-    return [tensor._version for tensor in tensors]
-
-
-# By stage, outside of it: neither copying nor pickling a model has to know of it.
-_packed: "WeakKeyDictionary[torch.nn.Module, Packed]" = WeakKeyDictionary()
 
 
 def _autocast(x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
@@ -384,7 +354,7 @@ def choose_backend(
     `preferred` counts where neither `backend` nor HF_POOLFORMER_KERNELS says anything. `product_dtype` is autocast's.
     """
     backend = _wanted_backend(backend, preferred)
-    if backend in ("auto", "packed"):
+    if backend == "auto":
         # In training the CPU's kernels save a quarter of the memory, but are 5 % slower than plain PyTorch.
         faster = not torch.is_grad_enabled() and _suits_cpu(x, *parameters, product_dtype=product_dtype)
         return "cpu" if faster else "reference"
@@ -405,7 +375,7 @@ def lay_out(x: torch.Tensor, preferred: str | None = None) -> torch.Tensor:
     That is channels_last for kernels, and for plain PyTorch on the CPU, training included, unless the backend is
     "reference": that one leaves x as it is, and computes what the model built into transformers does to the bit.
     """
-    if _wanted_backend(None, preferred) in ("auto", "packed"):
+    if _wanted_backend(None, preferred) == "auto":
         if not _suits_cpu(x):
             return x
         if not torch.compiler.is_compiling():
@@ -424,7 +394,7 @@ def _wanted_backend(backend: str | None, preferred: str | None) -> str:
 
 
 def _suits_cpu(x: torch.Tensor, *parameters: torch.Tensor | None, product_dtype: torch.dtype | None = None) -> bool:
-    usable = x.device.type == "cpu" and not _is_transformed()
+    usable = x.device.type == "cpu" and not _is_transformed() and not is_watched()
     return usable and why_not_cpu(x, *parameters, product_dtype=product_dtype) is None
 
 
@@ -440,6 +410,36 @@ def _is_transformed() -> bool:
     if torch.jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0:
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_watched() -> bool:
+    """Whether a mode looks at every operation: a counter, a tracer, fake tensors. It is to see PyTorch's own."""
+    if torch.compiler.is_compiling():
+        return False
+    # `torch.set_default_device` and `with torch.device(...)` are modes, too, which look at factory functions only.
+    modes = (torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack()))
+    watching = any(type(mode) is not torch.utils._device.DeviceContext for mode in modes)
+    return watching or torch._C._len_torch_dispatch_stack() > 0
+
+
+def takes_contiguous(x: torch.Tensor, conv: nn.Module) -> bool:
+    """
+    Whether a convolution of x (B, C, H, W), channels_last, on the CPU is faster if x is brought to the default format.
+
+    PyTorch reorders a contiguous weight in every call for a channels_last input, which for one image takes longer than
+    the convolution where the weight is the larger of the two.
+    """
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not _is_transformed()
+        and not is_watched()
+        and isinstance(conv, nn.Conv2d)
+        and is_plain(conv)
+        and not x.is_contiguous()
+        and conv.weight.is_contiguous()
+        and conv.weight.numel() > x.numel()
+    )
 
 
 def why_not_cpu(
@@ -483,6 +483,8 @@ def why_not_triton(x: torch.Tensor, *parameters: torch.Tensor | None) -> str | N
 
 def _unfit(x: torch.Tensor, parameters: tuple[torch.Tensor | None, ...]) -> str | None:
     """What no kernel can take."""
+    if type(x) not in (torch.Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+        return f"x is a {type(x).__name__}, which may compute in another way"
     if x.ndim != 4:
         return f"x has shape {tuple(x.shape)}, not (batch, channels, height, width)"
     if x.numel() == 0:
@@ -490,7 +492,7 @@ def _unfit(x: torch.Tensor, parameters: tuple[torch.Tensor | None, ...]) -> str 
     for parameter in parameters:
         if parameter is None:
             continue
-        if type(parameter) not in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+        if type(parameter) not in (torch.Tensor, nn.Parameter) and not torch.compiler.is_compiling():
             return f"a parameter is a {type(parameter).__name__}, which may compute in another way"
         if parameter.device != x.device:
             return f"x is on {x.device} but a parameter on {parameter.device}"
@@ -540,9 +542,11 @@ __all__ = [
     "channel_mlp",
     "choose_backend",
     "infer_blocks",
+    "is_watched",
     "lay_out",
     "pool_mixer",
     "sample_statistics",
+    "takes_contiguous",
     "why_not_cpu",
     "why_not_triton",
 ]

@@ -15,12 +15,15 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
+from .backends import fusible, is_plain, is_valid_average
 from .configuration_poolformer import MetaFormerConfig
 
 
+@fusible
 class StarReLU(nn.Module):
     """`scale * relu(x)**2 + bias` with learned scalars (arXiv 2210.13452, section 3.1)."""
 
+    fused_activation = "star_relu"
     # Mean 0 and variance 1 for a standard normal input: E[relu(x)^2] = 1/2, Var = 5/4.
     scale_init, bias_init = 0.8944, -0.4472
 
@@ -37,8 +40,11 @@ class StarReLU(nn.Module):
         init.constant_(self.bias, self.bias_init)
 
 
+@fusible
 class SquaredReLU(nn.Module):
     """`relu(x)**2`, of the MLP head (arXiv 2210.13452)."""
+
+    fused_activation = "squared_relu"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return F.relu(hidden_states).square()
@@ -56,6 +62,7 @@ def activation(name: str) -> nn.Module:
     return ACT2FN[name]
 
 
+@fusible
 class DefaultInitConv2d(nn.Conv2d):
     """A convolution that keeps PyTorch's initialisation, as the first paper's stem and downsampling do."""
 
@@ -66,6 +73,7 @@ class DefaultInitConv2d(nn.Conv2d):
             init.uniform_(self.bias, -bound, bound)
 
 
+@fusible
 class Pooling(nn.Module):
     """`avgpool(x) - x` over valid tokens only (arXiv 2111.11418, section 3.2). Parameter-free."""
 
@@ -74,10 +82,15 @@ class Pooling(nn.Module):
         self.pool = nn.AvgPool2d(config.pool_size, stride=1, padding=config.pool_size // 2, count_include_pad=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # In place: nothing else holds the average, and a fresh result would cost more than the subtraction.
-        return self.pool(hidden_states).sub_(hidden_states)
+        return self.pool(hidden_states) - hidden_states
+
+    @property
+    def fused_pool_size(self) -> int | None:
+        """The window of `ops.pool_mixer` where that is what this module computes, else None."""
+        return self.pool.kernel_size if is_plain(self, Pooling) and is_valid_average(self.pool) else None
 
 
+@fusible
 class IdentityMixer(nn.Identity):
     """No mixing at all (IdentityFormer)."""
 
@@ -85,6 +98,7 @@ class IdentityMixer(nn.Identity):
         super().__init__()
 
 
+@fusible
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens, heads of `attention_head_dim` channels."""
 
@@ -107,6 +121,7 @@ class Attention(nn.Module):
         return mixed.transpose(1, 2).unflatten(-1, (height, width))
 
 
+@fusible
 class SeparableConv(nn.Module):
     """MobileNetV2's inverted separable convolution: 1x1 to 2C, StarReLU, depthwise 7x7, 1x1 back (ConvFormer)."""
 
@@ -127,6 +142,7 @@ class SeparableConv(nn.Module):
         return self.pwconv2(self.dwconv(self.act(self.pwconv1(hidden_states))))
 
 
+@fusible
 class DepthwiseConv(DefaultInitConv2d):
     """Depthwise 3x3 convolution (arXiv 2111.11418, table 5)."""
 
@@ -151,9 +167,14 @@ class FixedTokens(nn.Module):
                 f"{type(self).__name__} mixes exactly {height}x{width} tokens but got {got[0]}x{got[1]}: resize the "
                 "images to config.image_size, or build the model with another image_size."
             )
+        if torch.compiler.is_compiling():
+            # What follows are views for contiguous memory. PyTorch 2.14 takes the result of group_norm for contiguous
+            # in its graphs also where it is channels_last.
+            hidden_states = hidden_states.clone(memory_format=torch.contiguous_format)
         return hidden_states.flatten(2)
 
 
+@fusible
 class SpatialMLP(FixedTokens):
     """One linear layer over the tokens, shared by all channels, no bias (PPPF, PPFF)."""
 
@@ -165,6 +186,7 @@ class SpatialMLP(FixedTokens):
         return self.fc(self.tokens(hidden_states)).unflatten(-1, self.resolution)
 
 
+@fusible
 class RandomMixing(FixedTokens):
     """A frozen random matrix with rows that sum to one (RandFormer)."""
 

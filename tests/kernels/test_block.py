@@ -50,8 +50,10 @@ def test_blocks_that_are_not_plain_keep_their_modules():
         model = MetaFormerForImageClassification(MetaFormerConfig(**{**TINY, **settings}))
         return model.metaformer.encoder.block[0][0]
 
+    like = torch.zeros(1, 8, 4, 4)
+
     def branches(block):
-        return block.mixer_arguments() is not None, block.use_mlp and block.mlp_arguments() is not None
+        return block.mixer_arguments(like) is not None, block.use_mlp and block.mlp_arguments(like) is not None
 
     assert branches(block()) == (True, True)
     for other, fused in (

@@ -3,7 +3,7 @@
 A row's name says all: library, how it runs, and NCHW where weights and images are not channels_last (NHWC).
 
     ours       reference (HF_POOLFORMER_KERNELS=reference) or fused (=cpu on a CPU, =triton on a GPU), each also under
-               torch.compile, or captured as a CUDA graph; packed (=packed) on the CPU
+               torch.compile, or captured as a CUDA graph
     built-in   the PoolFormer of transformers: eager, torch.compile in its modes, CUDA graph
     timm       the same of timm
     onnxruntime, OpenVINO   the built-in model, exported to ONNX; CPU, inference
@@ -58,7 +58,7 @@ class Row:
         library: one of PYTORCH or RUNTIMES.
         how: "eager" or one of COMPILE_MODES, of which "frozen" is Inductor's option `freezing`, that takes the weights
             for constants; or "graph" for a CUDA graph.
-        operations: "reference", "fused" or "packed"; of ours only.
+        operations: "reference" or "fused"; of ours only.
         channels_last: memory format of weights and images.
     """
 
@@ -93,7 +93,6 @@ def all_rows(case: Case) -> list[Row]:
     if on_gpu and case.mode == "latency":
         ways += ["reduce-overhead", "graph"]
     rows = [Row("ours", how, operations) for operations in ("reference", "fused") for how in ways]
-    rows += [Row("ours", "eager", "packed")] * (not on_gpu and case.mode != "train")
     rows += [Row(library, how) for library in ("built-in", "timm") for how in ways]
     rows += [replace(row, channels_last=False) for row in rows if row.how != "graph"]
     if not on_gpu and case.mode != "train":
@@ -107,7 +106,6 @@ DEFAULT_ROWS = {
     ("cpu", "infer"): (
         "ours reference",
         "ours fused",
-        "ours packed",
         "ours fused compile",
         "built-in eager NCHW",
         "built-in eager",
@@ -122,7 +120,6 @@ DEFAULT_ROWS = {
     ("cpu", "latency"): (
         "ours reference",
         "ours fused",
-        "ours packed",
         "ours fused compile",
         "built-in eager NCHW",
         "built-in eager",

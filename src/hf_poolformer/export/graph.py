@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..backends import is_plain, is_pointwise
 from ..modeling_poolformer import (
     MetaFormerBatchNorm,
     MetaFormerBlock,
@@ -31,7 +32,6 @@ from ..modeling_poolformer import (
     MetaFormerMLP,
     MLPHead,
     NoNorm,
-    are_plain,
 )
 from ..modeling_segmentation import ConvNormReLU, MetaFormerForSemanticSegmentation
 from ..token_mixers import (
@@ -211,7 +211,7 @@ class KeptMLP(nn.Module):
 
 def fold_block(block: nn.Module) -> nn.Module:
     """A block with both branches folded as far as they are known; anything else as it is."""
-    if not are_plain({block: MetaFormerBlock}):
+    if not is_plain(block, MetaFormerBlock):
         return block
     branches = [fold_mixer(block)]
     if block.use_mlp:
@@ -221,13 +221,15 @@ def fold_block(block: nn.Module) -> nn.Module:
 
 def fold_mixer(block: MetaFormerBlock) -> nn.Module:
     mixer, parts = block.token_mixer, split(block.before_norm)
-    if parts is None or not are_plain(dict.fromkeys(mixer.modules())):
+    if parts is None or not all(map(is_plain, mixer.modules())):
         return KeptMixer(block)
     norm, gamma, beta = parts
     scale = block.layer_scale_1
     shift = None if beta is None else product(beta, scale)
     kind = type(mixer)
     if kind is Pooling:
+        if mixer.fused_pool_size is None:  # another window than the formula's, which would not leave beta as it is
+            return KeptMixer(block)
         # beta cancels, and so does the mean.
         factor = product(gamma, scale)
         if isinstance(norm, Standardise) and norm.over == "group":
@@ -266,8 +268,7 @@ def token_shift(mixer: FixedTokens, shift: Scale) -> Scale:
 
 def fold_mlp(block: MetaFormerBlock) -> nn.Module:
     mlp, parts = block.output, split(block.after_norm)
-    known = type(mlp) is MetaFormerMLP and are_plain(dict.fromkeys(mlp.modules()))
-    if parts is None or not known or not is_conv(mlp.conv1, mlp.conv2):
+    if parts is None or not is_plain(mlp, MetaFormerMLP) or not (is_pointwise(mlp.conv1) and is_pointwise(mlp.conv2)):
         return KeptMLP(block)
     norm, gamma, beta = parts
     act, conv2 = mlp.act_fn, mlp.conv2
@@ -282,7 +283,7 @@ def fold_mlp(block: MetaFormerBlock) -> nn.Module:
 def fold_embedding(embedding: MetaFormerEmbeddings) -> None:
     """The scale of the norm in front goes into the convolution; its shift, of which the padding has none, does not."""
     parts, conv = split(embedding.pre_norm), embedding.projection
-    if parts is None or not are_plain({conv: None}) or not isinstance(conv, nn.Conv2d):
+    if parts is None or not is_plain(conv) or not isinstance(conv, nn.Conv2d):
         return
     norm, gamma, beta = parts
     if beta is None and gamma is not None:
@@ -293,7 +294,7 @@ def fold_classifier(model: MetaFormerForImageClassification) -> None:
     """The last norm's affine goes into the classifier; the mean over positions lies between and changes nothing."""
     head = model.classifier
     first = head.fc1 if type(head) is MLPHead else head
-    if type(first) is not nn.Linear or not are_plain({first: None, head: None, model.norm: None}):
+    if type(first) is not nn.Linear or not all(map(is_plain, (first, head, model.norm))):
         return
     if type(model.norm) is nn.LayerNorm:
         norm, gamma, beta = StandardiseFeatures(model.norm.eps), model.norm.weight, model.norm.bias
@@ -328,9 +329,9 @@ def fold_segmenter(model: MetaFormerForSemanticSegmentation) -> None:
 
 def split(norm: nn.Module) -> tuple[nn.Module, Scale, Scale] | None:
     """A norm as standardisation, gamma and beta; None for one that is not known here or is not to be passed by."""
-    if not are_plain({norm: None}):
+    if not is_plain(norm):
         return None
-    if type(norm) is MetaFormerGroupNorm:
+    if type(norm) is MetaFormerGroupNorm and norm.num_groups == 1:
         return Standardise("group", norm.eps), norm.weight, norm.bias
     if type(norm) is MetaFormerLayerNorm:
         return Standardise("layer", norm.eps), norm.weight, norm.bias

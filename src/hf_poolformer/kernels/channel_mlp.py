@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .flops import count_products
 from .launch import (
     FUSION,
     INTERPRETED,
@@ -972,3 +973,5 @@ def _backward(ctx, g, *_):
 
 
 channel_mlp.register_autograd(_backward, setup_context=_setup_context)
+count_products("channel_mlp", 2, x=0, weight1=4)
+count_products("channel_mlp_backward", 4, x=0, weight1=6)

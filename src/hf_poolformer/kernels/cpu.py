@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from .flops import count_products
+
 
 # Bytes of hidden activation per block, near the size of the caches that two cores have to themselves. Backward holds
 # three such tensors.
@@ -42,7 +44,7 @@ class Mixer(NamedTuple):
 
 
 class MLP(NamedTuple):
-    """Arguments of `cpu_channel_mlp` after x, for inference; packed weights hold the layer scale."""
+    """Arguments of `cpu_channel_mlp` after x, for inference."""
 
     norm_weight: Optional
     norm_bias: Optional
@@ -55,7 +57,6 @@ class MLP(NamedTuple):
     hidden: "Hidden"
     eps: float
     dtype: torch.dtype
-    packed: bool = False
 
 
 class Hidden(NamedTuple):
@@ -543,6 +544,8 @@ def _channel_mlp_backward(ctx, g, *_):
 
 
 cpu_channel_mlp.register_autograd(_channel_mlp_backward, setup_context=_channel_mlp_context)
+count_products("cpu_channel_mlp", 2, x=0, weight1=3)
+count_products("cpu_channel_mlp_backward", 4, x=1, weight1=6)
 
 
 def infer(x: torch.Tensor, mixers: list[Mixer], mlps: list[MLP]) -> torch.Tensor:
@@ -557,7 +560,7 @@ def infer(x: torch.Tensor, mixers: list[Mixer], mlps: list[MLP]) -> torch.Tensor
     if len(parts) == 1:
         return _infer_part(x, mixers, mlps)
     tokens = x[parts[0], 0].numel()
-    mlps = [mlp if mlp.packed else packed_mlp(mlp, tokens) for mlp in mlps]
+    mlps = [packed_mlp(mlp, tokens) for mlp in mlps]
     y = torch.empty_like(x)
     for part in parts:
         y[part] = _infer_part(x[part], mixers, mlps)
@@ -577,7 +580,6 @@ def packed_mlp(mlp: MLP, tokens: int) -> MLP:
         weight2=torch.ops.mkldnn._reorder_linear_weight(weight2, tokens),
         bias2=bias2,
         layer_scale=None,
-        packed=True,
     )
 
 
