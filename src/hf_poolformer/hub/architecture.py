@@ -38,7 +38,7 @@ UNTOLD: dict[str, tuple[Any, ...] | None] = {
 }
 # How names of ablations say such a field.
 NAMED_FIELDS = (
-    (r"pool_?(?:size_?)?=?(\d+)", "pool_size", int),
+    (r"pool_?(?:size_?)?=?(\d*[13579])", "pool_size", int),
     (r"(gelu|relu|silu)", "hidden_act", str),
     (r"(layer_?norm|ln)", "norm_layer", lambda _: "layer_norm"),
     (r"(group_?norm|gn)", "norm_layer", lambda _: "group_norm"),
@@ -198,7 +198,7 @@ def choose_family(
 def contradictions(names: Mapping[str, str], family: str | None, facts: Mapping[str, Any], name: str) -> list[str]:
     """Where names say another family or size than the weights; that of a config.json is an error."""
     notes = []
-    for where, text in names.items():
+    for where, text in {text: (where, text) for where, text in names.items()}.values():
         named = name_in(text, [*VARIANTS, *FAMILIES])
         called = VARIANTS[named].family if named in VARIANTS else named
         if called != family and (named or where == "config.json"):
@@ -287,6 +287,7 @@ def infer_config(
     tensors: Mapping[str, torch.Tensor],
     overrides: Mapping[str, Any],
     found: Source,
+    asked: str | None,
 ) -> tuple[MetaFormerConfig, list[str]]:
     """
     What was observed, completed by what is written beside the weights, the family and the row of `VARIANTS`;
@@ -315,7 +316,7 @@ def infer_config(
     said = {key: value for key, value in said.items() if key in free and key not in overrides}
     fields |= said
     if said:
-        notes.append(f"taken from names or notes of its trainer: {written(said)}")
+        notes.append(f"taken from its name or what is written beside the weights: {written(said)}")
 
     config_class: type[MetaFormerConfig] = MetaFormerConfig
     if family == "poolformer":
@@ -329,16 +330,12 @@ def infer_config(
         notes.append(f"its weights are unlike those of the published {family}: {written(unlike)}")
     if unlike or "config.json" not in found.model_names:
         assumed = {key: getattr(config, key) for key in free if key not in said and key not in overrides}
-        unnamed = [str(i + 1) for i in STAGES if facts["token_mixers"][i] is None and "token_mixers" not in overrides]
-        told = family and any(name_in(text, [family, *VARIANTS]) for text in found.model_names.values())
-        mixers = [f"{config.token_mixers[int(i) - 1]} in stage {i}" for i in unnamed if not told]
-        if assumed or mixers:
-            key = next(iter(assumed), "token_mixers")
-            example = f"{key}={'5' if key == 'pool_size' else '...'}"
-            notes.append(
-                f"assumed, since weights do not tell: {', '.join([*mixers, *filter(None, [written(assumed)])])} "
-                f"(--set {example} for another)"
-            )
+        told = asked or "token_mixers" in overrides or name_in(" ".join(found.model_names.values()), [family or ""])
+        if None in facts["token_mixers"] and not told:
+            assumed = {"token_mixers": config.token_mixers, **assumed}
+        if assumed:
+            example = "pool_size=5" if "pool_size" in assumed else f"{next(iter(assumed))}=..."
+            notes.append(f"assumed, since weights do not tell: {written(assumed)} (--set {example} for another)")
     return config, notes
 
 
@@ -442,9 +439,9 @@ def config_of_folder(
         if key == "res_scale_init_values":
             theirs = tuple(None if scale is None else 1.0 for scale in theirs)
         if value is not None and key != "out_features" and value != theirs:
-            differing.append(f"{key} is {theirs} there and {value} here")
+            differing.append(f"{key} is {theirs} there, {value} in the weights")
     if differing:
-        raise ConversionError(f"{found.name}: config.json and weights contradict each other: {'; '.join(differing)}")
+        raise ConversionError(f"{found.name}: config.json contradicts the weights: {'; '.join(differing)}")
     family = "poolformer" if model_type == "poolformer" else family_of(config)
     if asked is not None and asked not in (family, *(n for n, v in VARIANTS.items() if v.family == family)):
         raise ConversionError(f"{found.name} is no {asked}: its config.json describes {family or 'no known family'}")

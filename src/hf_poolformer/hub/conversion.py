@@ -30,7 +30,7 @@ from torchvision.models._meta import _COCO_CATEGORIES, _IMAGENET_CATEGORIES
 from transformers import PreTrainedModel
 from transformers.image_utils import PILImageResampling
 
-from hf_poolformer.configuration_poolformer import VARIANTS, MetaFormerConfig, Variant
+from hf_poolformer.configuration_poolformer import FAMILIES, VARIANTS, MetaFormerConfig, Variant
 from hf_poolformer.hub.architecture import (
     as_tuple,
     choose_family,
@@ -77,6 +77,8 @@ DENSE_TASKS = ("segmenter", "detector", "instance segmenter")
 # In mmdetection's order, which is COCO's without the unused numbers.
 COCO = [name for name in _COCO_CATEGORIES if name not in ("__background__", "N/A")]
 TARGETS = ("hf", "official", "timm")
+# Bytes of code, card and settings beside the weights, roughly.
+CODE_SIZE = 200_000
 # What a folder may hold to be replaced by --overwrite: nothing but what a conversion writes.
 OWN_FILES = re.compile(r".*\.(safetensors|pth|py)|config\.json|preprocessor_config\.json|README\.md|__pycache__")
 
@@ -202,7 +204,7 @@ def read_checkpoint(
         if variant is None:
             notes += contradictions(hints, family, facts, found.name)
         row, told = choose_row(family, facts, variant, timm_variant(timm) if timm else " ".join(hints.values()))
-        config, more = infer_config(facts, family, row, tensors, overrides, found)
+        config, more = infer_config(facts, family, row, tensors, overrides, found, variant)
         notes += more
     published, note = published_variant(config, task, row, told)
     if note:
@@ -214,10 +216,12 @@ def read_checkpoint(
         )
     if labels is not None and task in ("backbone", "encoder"):
         raise ConversionError(f"labels were given, but {found.name} has no classifier")
+    if (count := timm.get("num_classes")) and task == "classifier" and count != config.num_labels:
+        raise ConversionError(f"{found.name}: config.json says {count} classes, the weights have {config.num_labels}")
     own = found.labels if head else timm_labels(timm)
     notes += set_labels(config, labels or own, task, has_config, found.name)
     tensors, more = fit(found.name, config, task, tensors)
-    processor, guesses = make_processor(config, task, VARIANTS.get(row), found, timm)
+    processor, guesses = make_processor(config, task, family, VARIANTS.get(row), found, timm)
     return Checkpoint(
         config=config,
         tensors=tensors,
@@ -262,13 +266,14 @@ def write_checkpoint(
 def write_folder(checkpoint: Checkpoint, out_dir: Path, to: str, seen: tuple[int, ...] | None) -> Path:
     """Writes beside `out_dir`, which must still be what `check_target` saw there when the new one takes its place."""
     write = {"hf": write_hf, "official": write_official, "timm": write_timm}[to]
-    needed = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    needed = sum(tensor.nbytes for tensor in checkpoint.tensors.values()) + (CODE_SIZE if to == "hf" else 0)
+    free = 0
     missing = [parent for parent in out_dir.parents if not parent.exists()]
     part = None
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        clear_up(out_dir)
-        if shutil.disk_usage(out_dir.parent).free < needed:
+        free = shutil.disk_usage(out_dir.parent).free
+        if free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         part = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
         with held(part):
@@ -278,7 +283,7 @@ def write_folder(checkpoint: Checkpoint, out_dir: Path, to: str, seen: tuple[int
             replace(out_dir, new, part / "old", seen)
         missing = []
     except (OSError, SafetensorError) as error:
-        raise ConversionError(f"cannot write to {out_dir}: {reason(error, out_dir, needed)}") from error
+        raise ConversionError(f"cannot write to {out_dir}: {reason(error, needed, free)}") from error
     finally:
         if part is not None:
             shutil.rmtree(part, ignore_errors=True)
@@ -356,7 +361,7 @@ def clear_up(out_dir: Path) -> None:
                 os.close(descriptor)
 
 
-def reason(error: BaseException, out_dir: Path, needed: int) -> str:
+def reason(error: BaseException, needed: int, free: int) -> str:
     """What the system said, in a line; with needed and free bytes where it is about room."""
     told = re.search(r"os error (\d+)", str(error))  # safetensors says it in its text
     number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
@@ -367,9 +372,7 @@ def reason(error: BaseException, out_dir: Path, needed: int) -> str:
     }
     if number not in rooms:
         return os.strerror(number) if number else one_line(error)
-    place = next(parent for parent in out_dir.parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    return f"{rooms[number]}: it needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+    return f"{rooms[number]}: it needs {needed / 1e6:,.2f} MB, {free / 1e6:,.2f} MB are free"
 
 
 # Dense heads ------------------------------------------------------------------------------------------------
@@ -407,6 +410,12 @@ def check_numbers(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
     whole = [k for k, v in tensors.items() if not v.is_floating_point() and not k.endswith("num_batches_tracked")]
     if whole:
         raise ConversionError(f"{name}: weights that are no floating-point numbers: {listed(whole)}")
+    scaled = [key for key, tensor in tensors.items() if tensor.is_floating_point() and tensor.element_size() < 2]
+    if scaled:
+        raise ConversionError(f"{name}: weights in 8 bits, which say nothing without their scales: {listed(scaled)}")
+    empty = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise ConversionError(f"{name}: weights without numbers, of the device meta: {listed(empty)}")
     sparse = [key for key, tensor in tensors.items() if tensor.layout is not torch.strided]
     if sparse:
         raise ConversionError(f"{name}: weights that are stored sparsely: {listed(sparse)}")
@@ -516,7 +525,12 @@ def timm_variant(timm: Mapping[str, Any]) -> str | None:
 
 
 def make_processor(
-    config: MetaFormerConfig, task: str, row: Variant | None, found: Source, timm: Mapping[str, Any]
+    config: MetaFormerConfig,
+    task: str,
+    family: str | None,
+    row: Variant | None,
+    found: Source,
+    timm: Mapping[str, Any],
 ) -> tuple[PoolFormerImageProcessor, list[str]]:
     """The source's own processor if it has one, else the one of the dense task or of the variant, and a note."""
     if found.folder is not None and (found.folder / "preprocessor_config.json").is_file():
@@ -531,7 +545,7 @@ def make_processor(
         )
         assumed = ["sizes, mean and std" + ("" if segments else ", anchors and thresholds") + " of the paper"]
     else:
-        processor, assumed = classification_processor(config, row, published_sizes(timm, found))
+        processor, assumed = classification_processor(config, family, row, published_sizes(timm, found))
     if config.num_channels != 3:
         assumed.append(f"3 colours, though the model takes {config.num_channels} channels")
     place = "preprocessor_config.json" + (" and config.json" if task in DENSE_TASKS[1:] else "")
@@ -553,15 +567,14 @@ def published_sizes(timm: Mapping[str, Any], found: Source) -> dict[str, Any]:
 
 
 def classification_processor(
-    config: MetaFormerConfig, row: Variant | None, published: Mapping[str, Any]
+    config: MetaFormerConfig, family: str | None, row: Variant | None, published: Mapping[str, Any]
 ) -> tuple[PoolFormerImageProcessor, list[str]]:
     """The processor of a classifier or backbone, and what of it is an assumption."""
     size = row.image_size if row else 224
     if config.model_type == "metaformer":
         size = config.image_size
-    options: dict[str, Any] = {"crop_pct": row.crop_pct if row else 0.9}
-    if row is None and config.embedding_norm != "none":
-        options["crop_pct"] = 1.0
+    common = FAMILIES[family or "poolformer"].crop_pct
+    options: dict[str, Any] = {"crop_pct": row.crop_pct if row else common}
     fixed = {"spatial_mlp", "random"} & set(config.token_mixers) or any(config.position_embeddings)
     input_size = published.get("input_size")
     told = isinstance(input_size, (list, tuple)) and len(input_size) == 3
@@ -587,6 +600,7 @@ def classification_processor(
 
 def check_target(out_dir: Path, overwrite: bool) -> tuple[int, ...] | None:
     """Refuses what a conversion may not replace; else says what is there, as `identity` does."""
+    clear_up(out_dir)
     seen = identity(out_dir)
     if seen is None:
         return None

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -38,6 +39,14 @@ MARKERS = [re.compile(rf"(?:^|(?<=\.)){fmt.marker}") for fmt in FORMATS]
 STANDARD = ("model*.safetensors", "pytorch_model*.bin")
 OTHERS = ("*.safetensors", "*.pth", "*.pth.tar", "*.pt", "*.ckpt")
 SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.\w+")
+# What trainers keep beside the weights, and what can do no harm: parsed command lines, numbers of NumPy. Pickles name
+# the latter as versions 1 and 2 of NumPy do.
+HARMLESS = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)),
+    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 # Where trainers write down what they trained.
 STATEMENTS = ("args", "hyper_parameters", "hparams", "config", "cfg", "model_args", "model_kwargs", "model_config")
 NAMES = ("arch", "architecture", "model", "model_name", "variant", "backbone", "encoder")
@@ -98,10 +107,11 @@ def open_source(source: str | os.PathLike, weights: str | None = None) -> Source
     if path.is_dir():
         return open_folder(path, path.resolve().name, weights)
     if path.is_file():
+        shard = SHARD.fullmatch(path.name)
+        if shard and int(shard[3]) > 1:
+            raise ConversionError(f"{path.name} is one of {int(shard[3])} files of its weights; give their folder")
         found = load_weights(path, weights)
-        if config := config_beside(path):
-            found.config, found.folder = config, path.parent
-            found.notes.append(f"config.json beside {path.name} was taken for its own")
+        add_config_beside(path, found)
         return found
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) and path.suffix not in (".pth", ".tar", ".bin"):
         return open_folder(download(str(source)), str(source), weights)
@@ -122,17 +132,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def config_beside(path: Path) -> dict[str, Any]:
-    """The `config.json` that belongs to a weights file: by the file's name, or as that of a model like ours."""
+def add_config_beside(path: Path, found: Source) -> None:
+    """Takes what a `config.json` beside a weights file says, if it is the file's by its name or its content."""
     standard = any(path.match(glob) for glob in STANDARD)
     try:
         config = read_config(path.parent)
     except ConversionError:
         if standard:
             raise
-        return {}
-    ours = config.get("model_type") in ("poolformer", "metaformer")
-    return config if ours or (standard and is_model_config(config)) else {}
+        found.notes.append(f"config.json beside {path.name} cannot be read, and was not used")
+        return
+    if config and not is_model_config(config):
+        found.statements |= flat({"config": config}) | found.statements
+    elif config and (standard or config.get("model_type") in ("poolformer", "metaformer")):
+        found.config, found.folder = config, path.parent
+        found.statements |= flat(config) | found.statements
+        found.notes.append(f"config.json beside {path.name} was taken for its own")
+    elif config:
+        found.notes.append(f"config.json beside {path.name} is of another model, and was not used")
 
 
 def is_model_config(config: Mapping[str, Any]) -> bool:
@@ -166,7 +183,7 @@ def open_folder(folder: Path, name: str, weights: str | None) -> Source:
         found.statements |= flat(config)
     elif config:
         # A trainer's: what it says about the model counts, as inside a checkpoint.
-        found.statements |= flat({"config": config})
+        found.statements |= flat({"config": config}) | found.statements
     return found
 
 
@@ -284,14 +301,13 @@ def choose(sets: list[WeightSet], content: Mapping[Any, Any], wanted: str | None
     meta = content.get("meta")
     if isinstance(meta, Mapping) and "mmengine_version" in meta and "state_dict" in names:
         averaged = [each for each in sets if each.name == "state_dict"]
-    plain = next(([each] for name in PLAIN for each in sets if each.name == name), [])
     for key, value in content.items():
-        empty = value is None or (isinstance(value, (Mapping, list, tuple)) and not value)
-        unread = isinstance(value, (Mapping, list, tuple)) and not any(n.split(".")[0] == str(key) for n in names)
-        if AVERAGED.search(str(key)) and (empty or unread):
-            what = "is empty" if empty else "holds no weights under names of a MetaFormer"
+        taken = any(name.split(".")[0] == str(key) for name in names)
+        if AVERAGED.search(str(key)) and (value is None or isinstance(value, Mapping)) and not taken:
+            what = "holds no weights under names of a MetaFormer" if value else "is empty"
             found.notes.append(f"{key} in {found.name} {what}, and was not used")
-    candidates = averaged or plain or sets
+    plain = ([each for each in sets if each.name == name or each.name.startswith(f"{name}.")] for name in PLAIN)
+    candidates = averaged or next(filter(None, plain), sets)
     if len(candidates) > 1:
         raise ConversionError(
             f"{found.name} holds several sets of weights: {shown}; say which, for instance --weights {names[0]}"
@@ -371,8 +387,7 @@ def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def load_pickle(path: Path) -> Any:
     """Unpickles tensors and plain containers only, so that no code in the file can run."""
     try:
-        # timm keeps its parsed command line, which is harmless, beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -380,7 +395,7 @@ def load_pickle(path: Path) -> Any:
         if found:
             raise ConversionError(
                 f"{path} was refused: besides tensors it holds {found[1]}, which could run code when loaded. "
-                "Ask its publisher for a plain state dict or safetensors"
+                "Ask its publisher for a plain state dict (model.state_dict()) or safetensors"
             ) from error
         raise ConversionError(
             f"{path} is no PyTorch checkpoint, or none that can be loaded without running code in it"
