@@ -114,6 +114,22 @@ def test_a_last_rename_that_fails_puts_the_old_folder_back(source, tmp_path, mon
     assert files(out) == before
 
 
+@pytest.mark.parametrize("given", ["in", "in/poolformerv2.pth"])
+def test_the_checkpoint_itself_is_not_replaced(given, source, tmp_path):
+    with pytest.raises(ConversionError, match="in holds the checkpoint itself, which would be lost"):
+        convert(tmp_path / given, source.parent, overwrite=True)
+    assert source.exists()
+
+
+def test_a_link_stays_one(source, tmp_path):
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "out").symlink_to("disk/real")
+    convert(source, tmp_path / "out", to="official")
+    convert(source, tmp_path / "out", to="timm", overwrite=True)
+    assert (tmp_path / "out").is_symlink()
+    assert files(tmp_path / "disk").keys() == {"real/model.safetensors"}
+
+
 # Several programs -------------------------------------------------------------------------------------------
 
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from golden_models import golden, relative_error
 from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel
 
 import hf_poolformer_cli
+from hf_poolformer import PoolFormerBackbone, PoolFormerConfig, PoolFormerForImageClassification, PoolFormerModel
 from hf_poolformer.hub.conversion import ConversionError, build_model, read_checkpoint, write_checkpoint
 
 
@@ -187,6 +189,25 @@ def test_the_command_takes_a_set_of_weights(tmp_path, capsys):
     assert "note: of the weights in caformer.pth state_dict was taken" in out
     assert "note: assumed, since weights do not tell: attention_head_dim=32" in out
     assert read_checkpoint(tmp_path / "out").tensors["norm.weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("model_class", [PoolFormerForImageClassification, PoolFormerModel, PoolFormerBackbone])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        AveragedModel,
+        torch.nn.DataParallel,
+        lambda model: torch.compile(AveragedModel(torch.compile(model))),
+        lambda model: torch.nn.ModuleDict({"net": torch.nn.ModuleDict({"encoder": AveragedModel(model)})}),
+    ],
+)
+def test_wrapped_models_of_ours(wrap, model_class, read, scramble):
+    model = scramble(model_class(PoolFormerConfig(depths=(1,) * 4, hidden_sizes=(8, 16, 24, 32), num_labels=4)))
+    again = build_model(read(wrap(model).state_dict()))
+    assert type(again) is model_class
+    expected = model.state_dict()
+    assert again.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())
 
 
 # Assumptions ------------------------------------------------------------------------------------------------

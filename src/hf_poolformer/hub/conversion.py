@@ -136,9 +136,12 @@ def convert(
     """
     if to not in TARGETS:
         raise ConversionError(f"cannot convert to {to!r}: choose one of {', '.join(TARGETS)}")
-    seen = check_target(Path(out_dir), overwrite)
+    out_dir = Path(out_dir).resolve()
+    seen = check_target(out_dir, overwrite)
+    if seen is not None and Path(source).exists() and Path(source).resolve().is_relative_to(out_dir):
+        raise ConversionError(f"{out_dir} holds the checkpoint itself, which would be lost; give another folder")
     checkpoint = read_checkpoint(source, variant=variant, labels=labels, overrides=overrides, weights=weights)
-    write_folder(checkpoint, Path(out_dir).absolute(), to, seen)
+    write_folder(checkpoint, out_dir, to, seen)
     return checkpoint
 
 
@@ -259,8 +262,8 @@ def write_checkpoint(
     Raises:
         ConversionError: the folder is there already, or the format has no name for some weight.
     """
-    seen = check_target(Path(out_dir), overwrite)
-    return write_folder(checkpoint, Path(out_dir).absolute(), to, seen)
+    out_dir = Path(out_dir).resolve()
+    return write_folder(checkpoint, out_dir, to, check_target(out_dir, overwrite))
 
 
 def write_folder(checkpoint: Checkpoint, out_dir: Path, to: str, seen: tuple[int, ...] | None) -> Path:
@@ -347,10 +350,10 @@ def clear_up(out_dir: Path) -> None:
     if fcntl is None:
         return
     for part in out_dir.parent.glob(f".{glob.escape(out_dir.name)}.????????"):
-        content = {path.name for path in part.iterdir()} if part.is_dir() and not part.is_symlink() else {""}
-        if not content or not content <= {"new", "old"}:
-            continue  # of a conversion that has just begun, or of somebody else
-        with suppress(OSError):
+        with suppress(OSError):  # it is held, or gone meanwhile
+            content = {path.name for path in part.iterdir()}
+            if not content or not content <= {"new", "old"}:
+                continue  # of a conversion that has just begun, or of somebody else
             descriptor = os.open(part, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

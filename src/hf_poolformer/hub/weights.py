@@ -33,7 +33,7 @@ WRAPPED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_m
 AVERAGED = re.compile(r"(?<![a-z])(?:ema|swa|avg|averaged?)(?![a-z])", re.IGNORECASE)
 PLAIN = ("", "state_dict", "model_state_dict", "model_state", "model")
 # What the wrappers of a state dict keep in it, beside the model: counters, losses, metrics and FLOP counts.
-BESIDE = re.compile(r"\w*(?:criterion|loss|metric)\w*\..+|(?:.+\.)?total_(?:ops|params)")
+BESIDE = re.compile(r"(?:.+\.)?(?:\w*(?:criterion|loss|metric)\w*\..+|total_(?:ops|params))")
 MARKERS = [re.compile(rf"(?:^|(?<=\.)){fmt.marker}") for fmt in FORMATS]
 # Of a folder: names that say that the file is its model's, then the rest.
 STANDARD = ("model*.safetensors", "pytorch_model*.bin")
