@@ -323,6 +323,16 @@ def test_sizes_of_a_training_by_timm_are_used(read):
             "x.pth",
             "arch says randformer_s12, but its weights are those of caformer",
         ),
+        (
+            lambda: golden("poolformerv2")[0],
+            "poolformerv2_gelu.pth",
+            "says hidden_act=gelu, .* say hidden_act=star_relu",
+        ),
+        (
+            lambda: {"state_dict": golden("poolformer_v1")[0], "args": {"hidden_act": "mish", "pool_size": "5"}},
+            "poolformer.pth",
+            "hidden_act=mish is written beside the weights, and was not understood",
+        ),
     ],
 )
 def test_names_that_contradict_the_weights_are_said(content, file, message, read):
@@ -347,6 +357,9 @@ def test_names_that_contradict_the_weights_are_said(content, file, message, read
 def test_statements_that_contradict_each_other_are_refused(content, file, message, read):
     with pytest.raises(ConversionError, match=message):
         read(content(golden("poolformer_v1")[0]), file)
+    # What is asked for settles it.
+    settled = read(content(golden("poolformer_v1")[0]), file, variant="poolformer", overrides={"pool_size": 9})
+    assert settled.config.pool_size == 9
 
 
 def test_nothing_of_a_file_gets_into_the_card_as_markup(tmp_path):

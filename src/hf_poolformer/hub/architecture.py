@@ -312,8 +312,8 @@ def infer_config(
         fields["image_size"] = size
     fields |= overrides
     free = untold_fields(fields, facts)
-    said, notes = said_fields(found, facts)
-    said = {key: value for key, value in said.items() if key in free and key not in overrides}
+    said, notes = said_fields(found, facts, [key for key in UNTOLD if key not in overrides])
+    said = {key: value for key, value in said.items() if key in free}
     fields |= said
     if said:
         notes.append(f"taken from its name or what is written beside the weights: {written(said)}")
@@ -354,29 +354,29 @@ def untold_fields(fields: Mapping[str, Any], facts: Mapping[str, Any]) -> list[s
     return [key for key in UNTOLD if matters.get(key, True)]
 
 
-def said_fields(found: Source, facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Of the fields that weights do not tell, what its trainer wrote down, or called the model; and contradictions."""
-    said: dict[str, dict[str, Any]] = {}
-    for key, allowed in UNTOLD.items():
-        value = found.statements.get(key)
-        if allowed is None and type(value) is type(getattr(MetaFormerConfig, key)):
-            said.setdefault(key, {})[f"its {key}"] = value
-        elif allowed and isinstance(value, str) and value.lower() in allowed:
-            said.setdefault(key, {})[f"its {key}"] = value.lower()
-    for where, text in found.model_names.items():
-        for named, key, read in NAMED_FIELDS:
-            if match := re.search(rf"(?<![a-z0-9]){named}(?![a-z0-9])", text.lower().replace("-", "_")):
-                said.setdefault(key, {})[where] = read(match[1])
-    for key, values in said.items():
-        if len(set(values.values())) > 1:
-            text = " but ".join(f"{where} says {key}={value}" for where, value in values.items())
+def said_fields(found: Source, facts: Mapping[str, Any], wanted: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """Of the fields `wanted`, what its trainer wrote down, or called the model; and notes on what contradicts it."""
+    fields, notes = {}, []
+    for key in wanted:
+        said: dict[str, Any] = {}
+        if (value := found.statements.get(key)) is not None:
+            value = value.lower() if isinstance(value, str) else value
+            if value in UNTOLD[key] if UNTOLD[key] else type(value) is type(getattr(MetaFormerConfig, key)):
+                said[f"its {key}"] = value
+            elif facts.get(key) is None:
+                notes.append(f"{key}={value} is written beside the weights, and was not understood")
+        for where, text in found.model_names.items():
+            for named, field, read in NAMED_FIELDS:
+                pattern = rf"(?<![a-z0-9]){named}(?![a-z0-9])"
+                if field == key and (match := re.search(pattern, text.lower().replace("-", "_"))):
+                    said[where] = read(match[1])
+        if len(set(said.values())) > 1:
+            text = " but ".join(f"{where} says {key}={value}" for where, value in said.items())
             raise ConversionError(f"{found.name}: {text}; say --set {key}=...")
-    fields = {key: next(iter(values.values())) for key, values in said.items()}
-    notes = [
-        f"{next(iter(said[key]))} says {key}={value}, but its weights say {key}={facts[key]}"
-        for key, value in fields.items()
-        if facts.get(key) is not None and facts[key] != value
-    ]
+        for where, value in said.items():
+            fields[key] = value
+            if facts.get(key) is not None and facts[key] != value:
+                notes.append(f"{where} says {key}={value}, but its weights say {key}={facts[key]}")
     return fields, notes
 
 

@@ -261,7 +261,8 @@ def sets_of(content: Mapping[Any, Any], file: str, way: tuple[str, ...] = ()) ->
             raise ConversionError(f"{file} holds two tensors for {bare}, one of them as {key}")
         tensors[bare] = value
     # What a model is called in its trainer, `model.` or `teacher.`; a shorter prefix has what no longer one has.
-    prefixes = sorted({prefix for key in tensors if (prefix := prefix_of(key)) is not None}, key=len, reverse=True)
+    prefixes = {prefix for key in tensors if (prefix := prefix_of(key)) is not None}
+    prefixes = sorted(prefixes, key=lambda prefix: (-len(prefix), prefix))
     parts: dict[str, dict[str, torch.Tensor]] = {prefix: {} for prefix in prefixes}
     copies = {f"ema_{key.replace('.', '_')}" for key in tensors}  # mmcv's, of every weight
     for key, value in tensors.items():
