@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from golden_models import GOLDEN, golden, relative_error
 from hub_server import TOKEN
 from safetensors.torch import load_file, save_file
 from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, SepConv
@@ -33,7 +34,6 @@ from hf_poolformer.hub.conversion import ConversionError, build_model, convert, 
 
 
 ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = ROOT / "tests" / "fixtures" / "golden"
 # Those of mmdetection are heads without a backbone.
 FILES = sorted(path.stem for path in GOLDEN.glob("*.safetensors") if not path.stem.startswith("mmdet_"))
 # What no weight of the file tells.
@@ -69,13 +69,6 @@ TIMM_MODELS = {
 }
 
 
-def golden(name):
-    """(state dict under the official names, everything else) of a model run through the official code."""
-    content = load_file(GOLDEN / f"{name}.safetensors")
-    weights = {key.removeprefix("state_dict."): v for key, v in content.items() if key.startswith("state_dict.")}
-    return weights, {key: value for key, value in content.items() if not key.startswith("state_dict.")}
-
-
 @pytest.fixture
 def official(tmp_path):
     """Saves a golden model as its authors would, and returns the path."""
@@ -98,10 +91,6 @@ def assert_same(ours, theirs):
     for key, tensor in theirs.items():
         assert ours[key].dtype == tensor.dtype
         assert torch.equal(ours[key], tensor), key
-
-
-def relative_error(ours, theirs):
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 # Acceptance -------------------------------------------------------------------------------------------------

@@ -429,6 +429,26 @@ def test_every_key_is_used_exactly_once(task, change, message, checkpoint_file):
         read_checkpoint(path)
 
 
+@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda sd: {"state_dict": {f"model.module.{k}": v for k, v in sd.items()} | {"loss.weight": torch.ones(2)}},
+        lambda sd: {"state_dict": {k.replace("backbone.", "backbone._orig_mod."): v for k, v in sd.items()}},
+        lambda sd: {"state_dict": {k: v * 0 for k, v in sd.items()}, "ema_state_dict": sd},
+        lambda sd: {"state_dict": sd | {"decode_head.loss_decode.class_weight": torch.ones(3)}},
+    ],
+)
+def test_wrapped_dense_checkpoints(task, wrap, checkpoint_file):
+    path, _ = checkpoint_file(task)
+    expected = read_checkpoint(path).tensors
+    torch.save(wrap(torch.load(path, weights_only=True)["state_dict"]), path)
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.task == task
+    assert checkpoint.tensors.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in checkpoint.tensors.items())
+
+
 def test_other_heads_leave_the_backbone(golden, checkpoint_file, tmp_path):
     """Of a method that is none of the paper's, such as UPerNet, the backbone is converted and the rest is named."""
     head = {"decode_head.psp_modules.0.1.conv.weight": torch.zeros(1), "decode_head.conv_seg.bias": torch.zeros(1)}

@@ -30,6 +30,7 @@ def parser(prog: str | None = None) -> CommandParser:
     add("--variant", help="which variant or family it is, where weights leave a choice")
     add("--labels", type=Path, help="class names: one a line, or a JSON list, or a JSON id-to-name map")
     add("--to", choices=TARGETS, default="hf", help="what to write (default: %(default)s)")
+    add("--weights", metavar="NAME", help="which set of weights of a file with several, such as state_dict")
     add("--overwrite", action="store_true", help="replace the folder of an earlier conversion")
     add(
         "--set",
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         to=arguments.to,
         overwrite=arguments.overwrite,
         overrides=overrides,
+        weights=arguments.weights,
     )
     for note in checkpoint.notes:
         # Keys come from the file, which may put anything into them.

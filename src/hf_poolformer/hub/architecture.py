@@ -26,6 +26,24 @@ from hf_poolformer.hub.weights import ConversionError, Source, listed, one_line
 # Fields that do not change what a trained model computes.
 NOT_ARCHITECTURE = {"drop_path_rate", "initializer_range", "layer_scale_init_value", "_out_features", "_out_indices"}
 PARAMETER_FREE = ("pooling", "identity")
+# Fields that no weight tells, those of most consequence first, and the values that what is written down may give them.
+UNTOLD: dict[str, tuple[Any, ...] | None] = {
+    "pool_size": None,
+    "attention_head_dim": None,
+    "norm_layer": ("group_norm", "layer_norm"),
+    "hidden_act": ("gelu", "relu", "silu", "squared_relu"),
+    "norm_eps": None,
+    "head_norm_first": None,
+    "use_residual": None,
+}
+# How names of ablations say such a field.
+NAMED_FIELDS = (
+    (r"pool_?(?:size_?)?=?(\d*[13579])", "pool_size", int),
+    (r"(gelu|relu|silu)", "hidden_act", str),
+    (r"(layer_?norm|ln)", "norm_layer", lambda _: "layer_norm"),
+    (r"(group_?norm|gn)", "norm_layer", lambda _: "group_norm"),
+    (r"(no_?res(?:idual)?)", "use_residual", lambda _: False),
+)
 
 
 def split_dense(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -132,11 +150,11 @@ def choose_family(
     checkpoint_format: Format,
     task: str,
     asked: str | None,
-    hint: str,
+    names: Mapping[str, str],
     overrides: Mapping[str, Any],
     name: str,
 ) -> str | None:
-    """The family by keys, then by `--variant`, file name or format where pooling and identity look alike."""
+    """The family by keys, then by `--variant`, names or format where pooling and identity look alike."""
     seen = facts["token_mixers"]
     families = [family for family in FAMILIES if agrees(family, facts)]
     if asked is not None:
@@ -161,8 +179,12 @@ def choose_family(
                 f"weights; say which they are, for instance --set token_mixers='{json.dumps(['pooling'] * 4)}'"
             )
         return None
-    if hinted := name_in(hint, families):
-        return hinted
+    hinted = {where: family for where, text in names.items() if (family := name_in(text, families))}
+    if len(set(hinted.values())) > 1:
+        said = " but ".join(f"{where} says {family}" for where, family in hinted.items())
+        raise ConversionError(f"{name}: {said}; keys cannot tell. Say --variant {families[0]}, for instance")
+    if hinted:
+        return next(iter(hinted.values()))
     # Only PoolFormer was ever a backbone of the official detectors, and timm has no identity mixers.
     norms_of_stages = task not in ("classifier", "encoder")
     if checkpoint_format is TIMM or (norms_of_stages and checkpoint_format is OFFICIAL_FIRST):
@@ -171,6 +193,34 @@ def choose_family(
         f"{name} may be {' or '.join(families)}: pooling and identity have no weights, so keys cannot tell, nor does "
         f"the name. Say --variant {families[0]} (or one of its sizes, like {families[0]}_s12)"
     )
+
+
+def contradictions(names: Mapping[str, str], family: str | None, facts: Mapping[str, Any], name: str) -> list[str]:
+    """Where names say another family or size than the weights; that of a config.json is an error."""
+    notes = []
+    for where, text in {text: (where, text) for where, text in names.items()}.values():
+        named = name_in(text, [*VARIANTS, *FAMILIES])
+        called = VARIANTS[named].family if named in VARIANTS else named
+        if called != family and (named or where == "config.json"):
+            problem = f"{where} says {named or text}, but its weights are those of {family or 'no published family'}"
+            if where == "config.json":
+                raise ConversionError(f"{name}: {problem}")
+            notes.append(problem)
+        elif named in VARIANTS and named not in rows_like(family, facts["depths"], facts["hidden_sizes"]):
+            size = f"depths {list(facts['depths'])} and widths {list(facts['hidden_sizes'])}"
+            notes.append(f"{where} says {named}, but its weights have {size}")
+    return notes
+
+
+def unlike_family(family: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What weights say otherwise than the published models of their family."""
+    keys = ("norm_layer", "norm_bias", "hidden_act", "use_bias", "use_layer_scale", "res_scale_init_values", "use_mlp")
+    found = {}
+    for key in (*keys, "mlp_ratio", "position_embeddings", "head_type", "num_channels"):
+        reference = FAMILIES[family].config.get(key, getattr(MetaFormerConfig, key))
+        if facts.get(key) is not None and facts[key] != reference:
+            found[key] = facts[key]
+    return found
 
 
 def mixers_of(family: str) -> tuple[str, ...]:
@@ -236,9 +286,14 @@ def infer_config(
     row: str | None,
     tensors: Mapping[str, torch.Tensor],
     overrides: Mapping[str, Any],
-    name: str,
-) -> MetaFormerConfig:
-    """What was observed, completed by the family and the row of `VARIANTS`; `overrides` have the last word."""
+    found: Source,
+    asked: str | None,
+) -> tuple[MetaFormerConfig, list[str]]:
+    """
+    What was observed, completed by what is written beside the weights, the family and the row of `VARIANTS`;
+    `overrides` have the last word. The second result are notes on what was taken from where.
+    """
+    name = found.name
     if family is not None:
         known = dict(FAMILIES[family].config)
     elif facts["embedding_norm"] == "layer_norm":
@@ -256,6 +311,12 @@ def infer_config(
     if "image_size" not in overrides and (size := fixed_image_size(facts, tensors, name)):
         fields["image_size"] = size
     fields |= overrides
+    free = untold_fields(fields, facts)
+    said, notes = said_fields(found, facts, [key for key in UNTOLD if key not in overrides])
+    said = {key: value for key, value in said.items() if key in free}
+    fields |= said
+    if said:
+        notes.append(f"taken from its name or what is written beside the weights: {written(said)}")
 
     config_class: type[MetaFormerConfig] = MetaFormerConfig
     if family == "poolformer":
@@ -263,7 +324,67 @@ def infer_config(
         if all(as_tuple(fields[key]) == getattr(PoolFormerConfig, key) for key in fixed):
             config_class = PoolFormerConfig
             fields = {key: value for key, value in fields.items() if key not in fixed and key != "image_size"}
-    return make_config(config_class, fields)
+    config = make_config(config_class, fields)
+    unlike = unlike_family(family, facts) if family else {}
+    if unlike:
+        notes.append(f"its weights are unlike those of the published {family}: {written(unlike)}")
+    if unlike or "config.json" not in found.model_names:
+        assumed = {key: getattr(config, key) for key in free if key not in said and key not in overrides}
+        told = asked or "token_mixers" in overrides or name_in(" ".join(found.model_names.values()), [family or ""])
+        if None in facts["token_mixers"] and not told:
+            assumed = {"token_mixers": config.token_mixers, **assumed}
+        if assumed:
+            example = "pool_size=5" if "pool_size" in assumed else f"{next(iter(assumed))}=..."
+            notes.append(f"assumed, since weights do not tell: {written(assumed)} (--set {example} for another)")
+    return config, notes
+
+
+def untold_fields(fields: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """The fields that matter to a model of these `fields`, and that its weights do not tell."""
+    mixers = fields["token_mixers"] or ()
+    has_norm = facts["norm_layer"] != "none"
+    matters = {
+        "pool_size": "pooling" in mixers,
+        "attention_head_dim": "attention" in mixers,
+        "norm_layer": facts["norm_layer"] is None,
+        "hidden_act": facts["use_mlp"] and facts["hidden_act"] is None,
+        "norm_eps": has_norm,
+        "head_norm_first": has_norm and "head_type" in facts,
+    }
+    return [key for key in UNTOLD if matters.get(key, True)]
+
+
+def said_fields(found: Source, facts: Mapping[str, Any], wanted: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """Of the fields `wanted`, what its trainer wrote down, or called the model; and notes on what contradicts it."""
+    fields, notes = {}, []
+    for key in wanted:
+        said: dict[str, Any] = {}
+        if (value := found.statements.get(key)) is not None:
+            value = value.lower() if isinstance(value, str) else value
+            if value in UNTOLD[key] if UNTOLD[key] else type(value) is type(getattr(MetaFormerConfig, key)):
+                said[f"its {key}"] = value
+            elif facts.get(key) is None:
+                notes.append(f"{key}={value} is written beside the weights, and was not understood")
+        for where, text in found.model_names.items():
+            for named, field, read in NAMED_FIELDS:
+                pattern = rf"(?<![a-z0-9]){named}(?![a-z0-9])"
+                if field == key and (match := re.search(pattern, text.lower().replace("-", "_"))):
+                    said[where] = read(match[1])
+        if len(set(said.values())) > 1:
+            text = " but ".join(f"{where} says {key}={value}" for where, value in said.items())
+            raise ConversionError(f"{found.name}: {text}; say --set {key}=...")
+        for where, value in said.items():
+            fields[key] = value
+            if facts.get(key) is not None and facts[key] != value:
+                notes.append(f"{where} says {key}={value}, but its weights say {key}={facts[key]}")
+    return fields, notes
+
+
+def written(fields: Mapping[str, Any]) -> str:
+    """Fields as `--set` takes them."""
+    return ", ".join(
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in fields.items()
+    )
 
 
 def make_config(config_class: type[MetaFormerConfig], fields: Mapping[str, Any]) -> MetaFormerConfig:
@@ -299,9 +420,9 @@ def fixed_image_size(
 
 
 def config_of_folder(
-    found: Source, overrides: Mapping[str, Any], asked: str | None
+    found: Source, overrides: Mapping[str, Any], asked: str | None, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[MetaFormerConfig, str | None]:
-    """The configuration of a transformers folder, and the family it belongs to."""
+    """The configuration of a transformers folder, and the family it belongs to; the weights must not contradict it."""
     classes = {config.model_type: config for config in (PoolFormerConfig, MetaFormerConfig)}
     model_type = found.config.get("model_type")
     if model_type not in classes:
@@ -310,6 +431,17 @@ def config_of_folder(
         config = classes[model_type].from_dict({**found.config, **overrides})
     except Exception as error:  # huggingface_hub's strict dataclasses wrap many kinds
         raise ConversionError(f"{found.folder}/config.json: {one_line(error)}") from error
+    differing = []
+    for key, value in observe(tensors, found.name).items():
+        theirs = as_tuple(getattr(config, key))
+        if key == "token_mixers":
+            value = tuple(t if v is None and t in PARAMETER_FREE else v for v, t in zip(value, theirs, strict=False))
+        if key == "res_scale_init_values":
+            theirs = tuple(None if scale is None else 1.0 for scale in theirs)
+        if value is not None and key != "out_features" and value != theirs:
+            differing.append(f"{key} is {theirs} there, {value} in the weights")
+    if differing:
+        raise ConversionError(f"{found.name}: config.json contradicts the weights: {'; '.join(differing)}")
     family = "poolformer" if model_type == "poolformer" else family_of(config)
     if asked is not None and asked not in (family, *(n for n, v in VARIANTS.items() if v.family == family)):
         raise ConversionError(f"{found.name} is no {asked}: its config.json describes {family or 'no known family'}")

@@ -5,30 +5,38 @@ accounts for every key; `write_checkpoint` writes a complete folder, or the publ
 What shapes cannot tell (norm type, epsilons, the order of the head) is a fact of the family, a row of `FAMILIES`.
 """
 
+import errno
+import functools
+import glob
+import html
+import io
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torchvision.models._meta import _COCO_CATEGORIES, _IMAGENET_CATEGORIES
 from transformers import PreTrainedModel
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.image_utils import PILImageResampling
 
-from hf_poolformer.configuration_poolformer import VARIANTS, MetaFormerConfig, Variant
+from hf_poolformer.configuration_poolformer import FAMILIES, VARIANTS, MetaFormerConfig, Variant
 from hf_poolformer.hub.architecture import (
     as_tuple,
     choose_family,
     choose_row,
     config_of_folder,
+    contradictions,
     infer_config,
     observe,
     published_variant,
@@ -38,11 +46,16 @@ from hf_poolformer.hub.architecture import (
 )
 from hf_poolformer.hub.cards import check_metadata
 from hf_poolformer.hub.dense_key_maps import BACKBONE, RETINANET, DenseHead, head_of
-from hf_poolformer.hub.key_maps import FORMATS, OFFICIAL_FIRST, OFFICIAL_SECOND, POINTWISE, TIMM, TRANSFORMERS, Format
+from hf_poolformer.hub.key_maps import FORMATS, OFFICIAL_FIRST, OFFICIAL_SECOND, POINTWISE, TIMM, Format
 from hf_poolformer.hub.weights import ConversionError, Source, listed, one_line, open_source
 from hf_poolformer.image_processing_poolformer import PoolFormerImageProcessor
 from hf_poolformer.modeling_poolformer import AUTO_CLASSES
 
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 __all__ = ["Checkpoint", "ConversionError", "build_model", "convert", "read_checkpoint", "write_checkpoint"]
 
@@ -64,6 +77,8 @@ DENSE_TASKS = ("segmenter", "detector", "instance segmenter")
 # In mmdetection's order, which is COCO's without the unused numbers.
 COCO = [name for name in _COCO_CATEGORIES if name not in ("__background__", "N/A")]
 TARGETS = ("hf", "official", "timm")
+# Bytes of code, card and settings beside the weights, roughly.
+CODE_SIZE = 200_000
 # What a folder may hold to be replaced by --overwrite: nothing but what a conversion writes.
 OWN_FILES = re.compile(r".*\.(safetensors|pth|py)|config\.json|preprocessor_config\.json|README\.md|__pycache__")
 
@@ -86,7 +101,7 @@ class Checkpoint:
         sha256: of the weights file; `None` if there were several.
         notes: what a reader should know, one line each.
         left_out: keys that the model has no use for: of a dense head that is none of the paper's, of a norm that
-            RetinaNet does not use.
+            RetinaNet does not use, of what a trainer keeps beside the model.
     """
 
     config: MetaFormerConfig
@@ -111,6 +126,7 @@ def convert(
     to: str = "hf",
     overwrite: bool = False,
     overrides: Mapping[str, Any] | None = None,
+    weights: str | None = None,
 ) -> Checkpoint:
     """
     Read `source` and write it to the folder `out_dir`; see `read_checkpoint` and `write_checkpoint`.
@@ -120,9 +136,12 @@ def convert(
     """
     if to not in TARGETS:
         raise ConversionError(f"cannot convert to {to!r}: choose one of {', '.join(TARGETS)}")
-    check_target(Path(out_dir), overwrite)
-    checkpoint = read_checkpoint(source, variant=variant, labels=labels, overrides=overrides)
-    write_checkpoint(checkpoint, out_dir, to=to, overwrite=overwrite)
+    out_dir = Path(out_dir).resolve()
+    seen = check_target(out_dir, overwrite)
+    if seen is not None and Path(source).exists() and Path(source).resolve().is_relative_to(out_dir):
+        raise ConversionError(f"{out_dir} holds the checkpoint itself, which would be lost; give another folder")
+    checkpoint = read_checkpoint(source, variant=variant, labels=labels, overrides=overrides, weights=weights)
+    write_folder(checkpoint, out_dir, to, seen)
     return checkpoint
 
 
@@ -132,6 +151,7 @@ def read_checkpoint(
     variant: str | None = None,
     labels: Sequence[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    weights: str | None = None,
 ) -> Checkpoint:
     """
     Read a checkpoint of any known format, using every key exactly once.
@@ -141,11 +161,15 @@ def read_checkpoint(
         variant: a key of `VARIANTS`, or of `FAMILIES` for another size, where keys leave a choice.
         labels: class names; those of ImageNet if there are 1000 classes and the source has none.
         overrides: fields of the configuration that cannot be told from weights, `{"pool_size": 5}`.
+        weights: the set of weights to take of a file with several, such as `"state_dict"`; else averaged ones are.
+
+    Returns:
+        the checkpoint; its `notes` say what was assumed, since weights do not tell, and what was left out.
 
     Raises:
         ConversionError: unreadable or unsafe file, foreign or incomplete checkpoint, ambiguous architecture.
     """
-    found = open_source(source)
+    found = open_source(source, weights)
     overrides = dict(overrides or {})
     tensors, rest = split_dense(found.tensors)
     checkpoint_format = next((fmt for fmt in FORMATS if fmt.recognises(tensors)), None)
@@ -163,20 +187,28 @@ def read_checkpoint(
     if head and left_out:
         notes.append(f"{head.name} has no use for the norm of the first stage; left out: {', '.join(left_out)}")
     elif left_out:
-        notes.append(f"only the backbone was converted; left out: {', '.join(left_out)}")
+        notes.append(f"only the backbone was converted; left out: {listed(left_out)}")
     check_numbers(found.name, tensors)
     task = task_of(tensors)
+    if found.left_out:
+        what = "no part of the model" if task not in ("backbone", "encoder") else f"no part of the {task}"
+        notes.append(f"left out, as {what}: {listed(found.left_out)}")
+        left_out += found.left_out
     timm = found.config if isinstance(found.config.get("architecture"), str) else {}
-    if checkpoint_format is TRANSFORMERS and found.config:
-        config, family = config_of_folder(found, overrides, variant)
+    has_config = bool(found.config) and not timm
+    if has_config:
+        config, family = config_of_folder(found, overrides, variant, tensors)
         facts = {key: as_tuple(getattr(config, key)) for key in ("depths", "hidden_sizes", "num_labels", "image_size")}
         row, told = choose_row(family, facts, variant, found.name)
     else:
         facts = observe(tensors, found.name)
-        hint = timm.get("architecture", found.name)
-        family = choose_family(facts, checkpoint_format, task, variant, hint, overrides, found.name)
-        row, told = choose_row(family, facts, variant, timm_variant(timm) if timm else hint)
-        config = infer_config(facts, family, row, tensors, overrides, found.name)
+        hints = found.model_names
+        family = choose_family(facts, checkpoint_format, task, variant, hints, overrides, found.name)
+        if variant is None:
+            notes += contradictions(hints, family, facts, found.name)
+        row, told = choose_row(family, facts, variant, timm_variant(timm) if timm else " ".join(hints.values()))
+        config, more = infer_config(facts, family, row, tensors, overrides, found, variant)
+        notes += more
     published, note = published_variant(config, task, row, told)
     if note:
         notes.append(note)
@@ -187,9 +219,12 @@ def read_checkpoint(
         )
     if labels is not None and task in ("backbone", "encoder"):
         raise ConversionError(f"labels were given, but {found.name} has no classifier")
+    if (count := timm.get("num_classes")) and task == "classifier" and count != config.num_labels:
+        raise ConversionError(f"{found.name}: config.json says {count} classes, the weights have {config.num_labels}")
     own = found.labels if head else timm_labels(timm)
-    set_labels(config, labels or own, task, bool(found.config) and not timm, found.name)
-    tensors = fit(found.name, config, task, tensors)
+    notes += set_labels(config, labels or own, task, has_config, found.name)
+    tensors, more = fit(found.name, config, task, tensors)
+    processor, guesses = make_processor(config, task, family, VARIANTS.get(row), found, timm)
     return Checkpoint(
         config=config,
         tensors=tensors,
@@ -197,10 +232,10 @@ def read_checkpoint(
         format=checkpoint_format,
         family=family,
         variant=published,
-        processor=make_processor(config, task, VARIANTS.get(row), found, timm),
+        processor=processor,
         source=found.name,
         sha256=found.sha256,
-        notes=notes,
+        notes=[*notes, *more, *guesses],
         left_out=left_out,
     )
 
@@ -227,31 +262,120 @@ def write_checkpoint(
     Raises:
         ConversionError: the folder is there already, or the format has no name for some weight.
     """
-    out_dir = Path(out_dir).absolute()
-    check_target(out_dir, overwrite)
+    out_dir = Path(out_dir).resolve()
+    return write_folder(checkpoint, out_dir, to, check_target(out_dir, overwrite))
+
+
+def write_folder(checkpoint: Checkpoint, out_dir: Path, to: str, seen: tuple[int, ...] | None) -> Path:
+    """Writes beside `out_dir`, which must still be what `check_target` saw there when the new one takes its place."""
     write = {"hf": write_hf, "official": write_official, "timm": write_timm}[to]
+    needed = sum(tensor.nbytes for tensor in checkpoint.tensors.values()) + (CODE_SIZE if to == "hf" else 0)
+    free = 0
+    missing = [parent for parent in out_dir.parents if not parent.exists()]
+    part = None
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out_dir.parent).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         part = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    except OSError as error:
-        raise ConversionError(f"cannot write to {out_dir}: {one_line(error)}") from error
-    try:
-        new, old = part / "new", part / "old"
-        new.mkdir()
-        write(checkpoint, new)
-        if out_dir.exists():
-            out_dir.rename(old)
-        try:
-            new.rename(out_dir)
-        except OSError:
-            if old.exists():
-                old.rename(out_dir)
-            raise
-    except OSError as error:
-        raise ConversionError(f"cannot write to {out_dir}: {one_line(error)}") from error
+        with held(part):
+            new = part / "new"
+            new.mkdir()
+            write(checkpoint, new)
+            replace(out_dir, new, part / "old", seen)
+        missing = []
+    except (OSError, SafetensorError) as error:
+        raise ConversionError(f"cannot write to {out_dir}: {reason(error, needed, free)}") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # somebody else has put something there meanwhile, or it never came to be
+                parent.rmdir()
     return out_dir
+
+
+def replace(out_dir: Path, new: Path, old: Path, seen: tuple[int, ...] | None) -> None:
+    """
+    Moves the folder `new` to `out_dir` and what was there to `old`; nothing if anything else than `seen` is there.
+    """
+    meanwhile = ConversionError(f"{out_dir} was written by another program meanwhile, and stays as that left it")
+    if identity(out_dir) != seen:
+        raise meanwhile
+    if seen is not None:
+        try:
+            out_dir.rename(old)
+        except FileNotFoundError:
+            raise meanwhile from None
+    try:
+        if seen is not None and identity(old) != seen:
+            raise meanwhile
+        # Onto a folder that is not empty no system moves another.
+        new.rename(out_dir)
+    except (OSError, ConversionError) as error:
+        if seen is not None and not out_dir.exists():
+            old.rename(out_dir)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise meanwhile from error
+        raise
+
+
+def identity(path: Path) -> tuple[int, ...] | None:
+    """What tells a folder from another that takes its place; `None` if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_mtime_ns)
+
+
+@contextmanager
+def held(part: Path) -> Iterator[None]:
+    """Marks a folder as that of a running conversion; the system takes the mark away however the process ends."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(part, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def clear_up(out_dir: Path) -> None:
+    """Removes what conversions to `out_dir` left that were killed, and puts back what one of them had moved away."""
+    if fcntl is None:
+        return
+    for part in out_dir.parent.glob(f".{glob.escape(out_dir.name)}.????????"):
+        with suppress(OSError):  # it is held, or gone meanwhile
+            content = {path.name for path in part.iterdir()}
+            if not content or not content <= {"new", "old"}:
+                continue  # of a conversion that has just begun, or of somebody else
+            descriptor = os.open(part, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if "old" in content and not out_dir.exists():
+                    (part / "old").rename(out_dir)
+                shutil.rmtree(part)
+            finally:
+                os.close(descriptor)
+
+
+def reason(error: BaseException, needed: int, free: int) -> str:
+    """What the system said, in a line; with needed and free bytes where it is about room."""
+    told = re.search(r"os error (\d+)", str(error))  # safetensors says it in its text
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    rooms = {
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EFBIG: "a file of it would be larger than is allowed here",
+    }
+    if number not in rooms:
+        return os.strerror(number) if number else one_line(error)
+    return f"{rooms[number]}: it needs {needed / 1e6:,.2f} MB, {free / 1e6:,.2f} MB are free"
 
 
 # Dense heads ------------------------------------------------------------------------------------------------
@@ -289,6 +413,12 @@ def check_numbers(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
     whole = [k for k, v in tensors.items() if not v.is_floating_point() and not k.endswith("num_batches_tracked")]
     if whole:
         raise ConversionError(f"{name}: weights that are no floating-point numbers: {listed(whole)}")
+    scaled = [key for key, tensor in tensors.items() if tensor.is_floating_point() and tensor.element_size() < 2]
+    if scaled:
+        raise ConversionError(f"{name}: weights in 8 bits, which say nothing without their scales: {listed(scaled)}")
+    empty = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise ConversionError(f"{name}: weights without numbers, of the device meta: {listed(empty)}")
     sparse = [key for key, tensor in tensors.items() if tensor.layout is not torch.strided]
     if sparse:
         raise ConversionError(f"{name}: weights that are stored sparsely: {listed(sparse)}")
@@ -299,8 +429,11 @@ def check_numbers(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def fit(
     name: str, config: MetaFormerConfig, task: str, tensors: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """`tensors` in the order and the shapes of the model; 1x1 convolutions may come as matrices and vice versa."""
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """
+    `tensors` in the order, the shapes and the one precision of the model; 1x1 convolutions may come as matrices and
+    vice versa. The second result is a note if precision was changed.
+    """
     model = empty_model(config, task)
     keys, targets = model_keys(model), model.state_dict()
     missing = [bare for bare in keys if bare not in tensors]
@@ -311,13 +444,22 @@ def fit(
         if bare in tensors and not same_matrix(tensors[bare].shape, targets[key].shape)
     ]
     problems = [("missing", missing), ("not used", unused), ("of another shape", wrong)]
-    if text := "; ".join(f"{what}: {', '.join(names)}" for what, names in problems if names):
+    if text := "; ".join(f"{what}: {listed(names)}" for what, names in problems if names):
         raise ConversionError(f"{name} does not fit the model its keys describe, in our names {text}")
+    # A folder of transformers has one precision, and reads weights of a higher one rounded to it.
+    kinds = sorted(
+        {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
+    )
+    widest = functools.reduce(torch.promote_types, {t.dtype for t in tensors.values() if t.is_floating_point()})
+    notes = []
+    if len(kinds) > 1:
+        notes.append(f"its weights are {' and '.join(kinds)}; all were made {str(widest).removeprefix('torch.')}")
     # Copies: views of one storage cannot be saved, and nothing should refer to the file any more.
-    return {
+    copies = {
         bare: tensors[bare].reshape(targets[key].shape).clone(memory_format=torch.contiguous_format)
         for bare, key in keys.items()
     }
+    return {k: v.to(widest) if v.is_floating_point() else v for k, v in copies.items()}, notes
 
 
 def same_matrix(shape: torch.Size, target: torch.Size) -> bool:
@@ -344,13 +486,21 @@ def model_keys(model: PreTrainedModel) -> dict[str, str]:
 # Labels and processor ---------------------------------------------------------------------------------------
 
 
-def set_labels(config: MetaFormerConfig, labels: Sequence[str] | None, task: str, has_own: bool, name: str) -> None:
-    """`labels`; else what the configuration has; else ImageNet's or, of a detector, COCO's if there are as many."""
+def set_labels(
+    config: MetaFormerConfig, labels: Sequence[str] | None, task: str, has_own: bool, name: str
+) -> list[str]:
+    """
+    `labels`; else what the configuration has; else ImageNet's or, of a detector, COCO's if there are as many, and then
+    a note.
+    """
+    notes = []
     if labels is None:
         known = {"classifier": _IMAGENET_CATEGORIES, "detector": COCO, "instance segmenter": COCO}.get(task)
         if has_own or known is None or config.num_labels != len(known):
-            return
+            return notes
         labels = known
+        whose = "ImageNet-1K" if known is _IMAGENET_CATEGORIES else "COCO"
+        notes.append(f"its {len(known)} classes were taken for those of {whose}, in their order (--labels for others)")
     if len(labels) != config.num_labels:
         raise ConversionError(f"{len(labels)} labels were given, but {name} has {config.num_labels} classes")
     repeated = [label for label, count in Counter(labels).items() if count > 1]
@@ -358,6 +508,7 @@ def set_labels(config: MetaFormerConfig, labels: Sequence[str] | None, task: str
         raise ConversionError(f"labels must differ from each other, but repeated are {listed(repeated)}")
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
+    return notes
 
 
 def pretrained_cfg(timm: Mapping[str, Any]) -> dict[str, Any]:
@@ -377,43 +528,85 @@ def timm_variant(timm: Mapping[str, Any]) -> str | None:
 
 
 def make_processor(
-    config: MetaFormerConfig, task: str, row: Variant | None, found: Source, timm: Mapping[str, Any]
-) -> PoolFormerImageProcessor:
-    """The source's own processor if it has one, else the one of the dense task or of the variant."""
+    config: MetaFormerConfig,
+    task: str,
+    family: str | None,
+    row: Variant | None,
+    found: Source,
+    timm: Mapping[str, Any],
+) -> tuple[PoolFormerImageProcessor, list[str]]:
+    """The source's own processor if it has one, else the one of the dense task or of the variant, and a note."""
     if found.folder is not None and (found.folder / "preprocessor_config.json").is_file():
         try:
-            return PoolFormerImageProcessor.from_pretrained(found.folder)
+            return PoolFormerImageProcessor.from_pretrained(found.folder), []
         except Exception as error:  # whatever an old or foreign file may raise
             raise ConversionError(f"{found.folder}/preprocessor_config.json: {one_line(error)}") from error
-    if task == "segmenter":
-        return PoolFormerImageProcessor.for_segmentation()
     if task in DENSE_TASKS:
-        return PoolFormerImageProcessor.for_detection()
+        segments = task == "segmenter"
+        processor = (
+            PoolFormerImageProcessor.for_segmentation() if segments else PoolFormerImageProcessor.for_detection()
+        )
+        assumed = ["sizes, mean and std" + ("" if segments else ", anchors and thresholds") + " of the paper"]
+    else:
+        processor, assumed = classification_processor(config, family, row, published_sizes(timm, found))
+    if config.num_channels != 3:
+        assumed.append(f"3 colours, though the model takes {config.num_channels} channels")
+    place = "preprocessor_config.json" + (" and config.json" if task in DENSE_TASKS[1:] else "")
+    return processor, [f"assumed of its images: {', '.join(assumed)} (in {place})"] if assumed else []
+
+
+def published_sizes(timm: Mapping[str, Any], found: Source) -> dict[str, Any]:
+    """What timm's folder, or its training that wrote the file, says about images."""
+    if published := pretrained_cfg(timm):
+        return published
+    said = {
+        key: found.statements[key]
+        for key in ("crop_pct", "mean", "std", "interpolation", "input_size")
+        if key in found.statements
+    }
+    if isinstance(side := found.statements.get("img_size"), int):
+        said.setdefault("input_size", (3, side, side))
+    return said
+
+
+def classification_processor(
+    config: MetaFormerConfig, family: str | None, row: Variant | None, published: Mapping[str, Any]
+) -> tuple[PoolFormerImageProcessor, list[str]]:
+    """The processor of a classifier or backbone, and what of it is an assumption."""
     size = row.image_size if row else 224
     if config.model_type == "metaformer":
         size = config.image_size
-    options = {"crop_pct": row.crop_pct if row else 0.9}
-    if row is None and config.embedding_norm != "none":
-        options["crop_pct"] = 1.0
-    if published := pretrained_cfg(timm):
-        height, width = published.get("input_size", (3, 224, 224))[1:]
+    common = FAMILIES[family or "poolformer"].crop_pct
+    options: dict[str, Any] = {"crop_pct": row.crop_pct if row else common}
+    fixed = {"spatial_mlp", "random"} & set(config.token_mixers) or any(config.position_embeddings)
+    input_size = published.get("input_size")
+    told = isinstance(input_size, (list, tuple)) and len(input_size) == 3
+    if told:
+        height, width = input_size[1:]
         size = height if height == width else [height, width]
-        options["crop_pct"] = published.get("crop_pct", options["crop_pct"])
-        options["image_mean"] = published.get("mean", IMAGENET_DEFAULT_MEAN)
-        options["image_std"] = published.get("std", IMAGENET_DEFAULT_STD)
-        resample = str(published.get("interpolation", "bicubic")).upper()
+    for theirs, ours in (("crop_pct", "crop_pct"), ("mean", "image_mean"), ("std", "image_std")):
+        if published.get(theirs) is not None:
+            options[ours] = published[theirs]
+    if published.get("interpolation") is not None:
+        resample = str(published["interpolation"]).upper()
         options["resample"] = getattr(PILImageResampling, resample, PILImageResampling.BICUBIC)
     height, width = (size, size) if isinstance(size, int) else size
+    assumed = [] if told or fixed else [f"{height}x{width} px"]
+    assumed += [] if published.get("crop_pct") is not None else [f"crop_pct={options['crop_pct']}"]
+    assumed += [] if "image_mean" in options and "image_std" in options else ["mean and std of ImageNet"]
     size = {"shortest_edge": height} if height == width else {"height": height, "width": width}
-    return PoolFormerImageProcessor(size=size, crop_size={"height": height, "width": width}, **options)
+    return PoolFormerImageProcessor(size=size, crop_size={"height": height, "width": width}, **options), assumed
 
 
 # Writing ----------------------------------------------------------------------------------------------------
 
 
-def check_target(out_dir: Path, overwrite: bool) -> None:
-    if not out_dir.exists():
-        return
+def check_target(out_dir: Path, overwrite: bool) -> tuple[int, ...] | None:
+    """Refuses what a conversion may not replace; else says what is there, as `identity` does."""
+    clear_up(out_dir)
+    seen = identity(out_dir)
+    if seen is None:
+        return None
     if not out_dir.is_dir():
         raise ConversionError(f"{out_dir} is a file; give a folder")
     content = sorted(path.name for path in out_dir.iterdir())
@@ -422,6 +615,7 @@ def check_target(out_dir: Path, overwrite: bool) -> None:
     strange = [name for name in content if not OWN_FILES.fullmatch(name)]
     if strange:
         raise ConversionError(f"{out_dir} holds more than a conversion writes, and is not replaced: {listed(strange)}")
+    return seen
 
 
 def write_hf(checkpoint: Checkpoint, folder: Path) -> None:
@@ -438,7 +632,16 @@ def write_official(checkpoint: Checkpoint, folder: Path) -> None:
         # As mmdetection and mmsegmentation write and read it.
         labels = [checkpoint.config.id2label[index] for index in range(checkpoint.config.num_labels)]
         content = {"meta": {"CLASSES": labels}, "state_dict": content}
-    torch.save(content, folder / f"{checkpoint.variant or checkpoint.family or 'model'}.pth")
+    # By way of memory: on a full disk PyTorch's own writer hides what the system says.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    (folder / f"{checkpoint.variant or checkpoint.family or 'model'}.pth").write_bytes(buffer.getbuffer())
+
+
+def plain(note: str) -> str:
+    """A note, which may quote keys of the file, as plain text in Markdown."""
+    text = "".join(character if character.isprintable() else " " for character in note)
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(text, quote=False))
 
 
 def write_timm(checkpoint: Checkpoint, folder: Path) -> None:
@@ -538,8 +741,7 @@ def card(checkpoint: Checkpoint, model: PreTrainedModel) -> str:
             f"- ImageNet-1K top-1 that the authors report for theirs: {row.top1} % (not measured again here, and not "
             "checked that this is the same file)"
         )
-    if checkpoint.left_out and not head:
-        lines.append(f"- the backbone alone; {len(checkpoint.left_out)} tensors of the rest were left out")
+    lines += [f"- {plain(note)}" for note in checkpoint.notes]
     auto = AUTO_CLASS[checkpoint.task]
     built_in = config.model_type == "poolformer" and checkpoint.task in ("classifier", "encoder")
     code = "" if built_in else ", trust_remote_code=True"

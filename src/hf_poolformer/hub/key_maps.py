@@ -174,7 +174,7 @@ PREFIXES, BACKBONE_PARTS = ("poolformer", "metaformer"), ("encoder", "hidden_sta
 # This package, and transformers' built-in PoolFormer.
 TRANSFORMERS = Format(
     name="transformers",
-    marker=r"(?:\w+\.)?encoder\.patch_embeddings\.0\.projection\.",
+    marker=rf"(?:(?:{'|'.join(PREFIXES)})\.)?encoder\.patch_embeddings\.0\.projection\.",
     rules=(
         *((f"{prefix}.{part}.{{p}}", f"{part}.{{p}}") for prefix in PREFIXES for part in BACKBONE_PARTS),
         ("{p}", "{p}"),
