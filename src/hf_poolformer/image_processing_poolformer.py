@@ -110,6 +110,10 @@ def as_filter(resample: Any) -> PILImageResampling | None:
     return found
 
 
+def is_wasteful(geometry: Geometry) -> bool:
+    return math.prod(geometry.resized) > MAX_WASTE * math.prod(geometry.window)
+
+
 def nearest_pixels(shape: tuple[int, int], geometry: Geometry) -> list[np.ndarray]:
     """The rows and the columns that Pillow's NEAREST takes for the visible window; between two it has its own way."""
     indices = []
@@ -153,6 +157,11 @@ def resample_window(image: Image.Image | np.ndarray, geometry: Geometry, resampl
         pixels = np.asarray(image).transpose(2, 0, 1) if isinstance(image, Image.Image) else image
         rows, columns = nearest_pixels(pixels.shape[1:], geometry)
         return pixels[:, rows[:, None], columns]
+    if resample not in TORCH_FILTERS and geometry.window != geometry.resized and not is_wasteful(geometry):
+        # The edges of the window are rounded, which can cost a level; these filters are here to be Pillow's exactly.
+        whole = Geometry(geometry.resized, (0, 0), geometry.resized, (0, 0), geometry.resized)
+        (top, left), (rows, columns) = geometry.start, geometry.window
+        return resample_window(image, whole, resample, white)[:, top : top + rows, left : left + columns]
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[0] == 3:
         image = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
     if isinstance(image, Image.Image):
@@ -523,8 +532,8 @@ class EvaluationTransform:
             shapes = sorted({tuple(image.shape) for image in pixel_values})
             if len(shapes) > 1:
                 raise ValueError(
-                    f"Images of the shapes {', '.join(map(str, shapes))} do not fit into one tensor: pass "
-                    "do_center_crop=True, do_pad=True or return_tensors=None."
+                    f"Images of the shapes {', '.join(map(str, shapes))} do not fit into one tensor: make them alike "
+                    "with do_convert_rgb, do_center_crop or do_pad, or pass return_tensors=None."
                 )
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
@@ -588,14 +597,13 @@ class PoolFormerImageProcessor(DensePrediction, EvaluationTransform, Torchvision
                 and device.type == "cpu"
                 and is_torchvision_greater_or_equal("0.27")
             )
-            wasteful = math.prod(geometry.resized) > MAX_WASTE * math.prod(geometry.window)
             if needs_gradient(images):
                 if not has_filter:
                     raise ValueError(
                         f"resample={resample!r} cannot be differentiated here: give images that need no gradients, or "
                         "another filter, such as bicubic."
                     )
-            elif wasteful or not has_filter:
+            elif is_wasteful(geometry) or not has_filter:
                 arrays = images.detach().cpu().numpy()
                 windows = np.stack([resample_window(array, geometry, resample, white) for array in arrays])
                 return torch.from_numpy(windows).to(device)
