@@ -143,6 +143,20 @@ def test_every_filter_is_pillows(resample, shape, size):
 
 
 @both
+@pytest.mark.parametrize("resample", Image.Resampling, ids=lambda resample: resample.name)
+@pytest.mark.parametrize("shape", [(5, 200), (200, 5), (700, 31)], ids=str)
+def test_what_nobody_sees_of_a_strip_has_no_part_in_it(backend, resample, shape):
+    """Of more than 16 times the window, only the window is resampled, with all that the filter reaches."""
+    image = picture(*shape, noise=60)
+    short, long = 10, 10 * max(shape) // min(shape)
+    resized = (long, short) if shape[0] > shape[1] else (short, long)
+    expected = image.resize((resized[1], shape[0]), resample).resize((resized[1], resized[0]), resample)
+    expected = T.Compose([T.CenterCrop(10), T.ToTensor(), T.Normalize(MEAN, STD)])(expected)
+    result = process(backend, image, size=10, crop_size=10, crop_pct=None, resample=resample)
+    assert levels(result[0], expected) < 2.01
+
+
+@both
 @pytest.mark.parametrize("name", ["NEAREST_EXACT", "BOX", "BILINEAR", "HAMMING", "BICUBIC", "LANCZOS"])
 def test_a_filter_has_many_names(backend, name, tmp_path):
     image = picture(61, 84)
@@ -157,7 +171,7 @@ def test_a_filter_has_many_names(backend, name, tmp_path):
 
 
 @both
-@pytest.mark.parametrize("resample", [6, -1, True, "cubic", 1.5, [3], T.InterpolationMode.NEAREST], ids=str)
+@pytest.mark.parametrize("resample", [99, -1, True, "cubic", 1.5, [3], T.InterpolationMode.NEAREST], ids=str)
 def test_no_filter_is_guessed(backend, resample):
     with pytest.raises(ValueError, match="resample must be one of Pillow's filters, nearest"):
         backend(resample=resample)

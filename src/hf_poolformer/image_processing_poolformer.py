@@ -133,8 +133,8 @@ def resample_plane(
         return image.crop((left, top, left + columns, top + rows))
     step_y, step_x = image.height / height, image.width / width
 
-    # The filters reach at most 3 source pixels (times the reduction) beyond the window.
-    margin = 3 * max(step_y, 1.0) + 1
+    # The filters reach at most 3 source pixels (times the reduction) beyond the window, those of Pillow 13 nearly 5.
+    margin = (3 if resample <= PILImageResampling.HAMMING else 5) * max(step_y, 1.0) + 1
     first = max(math.floor(top * step_y - margin), 0)
     last = min(math.ceil((top + rows) * step_y + margin), image.height)
     image = image.crop((0, first, image.width, last))
