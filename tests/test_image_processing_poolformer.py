@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import pickle
+import socket
 import subprocess
 import sys
 
@@ -360,6 +361,17 @@ def test_base64_text(backend):
     expected = process(backend, image)
     for given in (text, f"data:image/png;base64,{text}"):
         assert torch.equal(process(backend, given), expected)
+    with pytest.raises(OSError, match="Cannot read the image data:image/png;base64,"):
+        process(backend, "data:image/png;base64,aGVsbG8=")
+
+
+@both
+def test_an_address_that_holds_no_image_is_named(backend):
+    with socket.socket() as listening:  # bound, and nobody listens
+        listening.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/cat.png"
+        with pytest.raises(OSError, match=f"Cannot read the image {address}: "):
+            process(backend, address)
 
 
 def spoil(folder, kind):

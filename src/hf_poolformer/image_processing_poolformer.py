@@ -219,16 +219,17 @@ def open_image(source: str | os.PathLike) -> Image.Image:
     bits."""
     name = os.fsdecode(source)
     shown = name if len(name) <= 200 else f"{name[:200]}..."
-    if os.path.isfile(name):
-        try:
-            with Image.open(name) as image:
-                return ImageOps.exif_transpose(image)
-        except Exception as error:  # Pillow's formats raise whatever they meet
-            raise OSError(f"Cannot read the image {shown}: {error}") from error
     if os.path.isdir(name):
         raise ValueError(f"{shown} is a folder: give the images in it.")
-    if name.startswith(("http://", "https://", "data:image/")):
-        return load_image(name)
+    is_file = os.path.isfile(name)
+    if is_file or name.startswith(("http://", "https://", "data:image/")):
+        try:
+            if not is_file:
+                return load_image(name)
+            with Image.open(name) as image:
+                return ImageOps.exif_transpose(image)
+        except Exception as error:  # Pillow's formats and the network raise whatever they meet
+            raise OSError(f"Cannot read the image {shown}: {error}") from error
     try:
         return load_image(name)
     except (ValueError, OSError) as error:
