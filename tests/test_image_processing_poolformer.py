@@ -813,6 +813,37 @@ def test_round_trip(backend, tmp_path):
 
 
 @both
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_resize": False},
+        {"do_center_crop": False, "size": {"shortest_edge": 30, "longest_edge": 45}, "crop_pct": None},
+        {"do_rescale": False, "do_normalize": False},
+        {"do_convert_rgb": None, "image_mean": 0.5, "image_std": 0.25},
+        {"size": (40, 50), "crop_size": (20, 31), "crop_pct": 1},
+        {"default_to_square": True, "size": 40},
+        {"rescale_factor": np.float32(1 / 128), "crop_pct": np.float32(0.5)},
+        {"image_mean": np.array([0.1, 0.2, 0.3]), "image_std": torch.tensor([0.25, 0.5, 0.75])},
+        {"size": np.int64(40), "crop_size": {"height": np.int32(30), "width": 20}},
+        {"size": SizeDict(shortest_edge=40), "pad_size": [300, 310], "do_pad": True},
+        {"do_pad": True, "size_divisor": 50},
+        {"data_format": "channels_last", "resample": "lanczos"},
+        {"do_reduce_labels": True, "disable_grouping": False},
+    ],
+    ids=str,
+)
+def test_every_setting_survives_saving(backend, settings, tmp_path):
+    processor = backend(**settings)
+    processor.save_pretrained(tmp_path)
+    image = picture(61, 83)
+    expected = processor(image, return_tensors="pt").pixel_values
+    assert torch.equal(backend()(image, return_tensors="pt", **settings).pixel_values, expected)
+    for loaded in (backend.from_pretrained(tmp_path), backend.from_dict(processor.to_dict())):
+        assert loaded.to_dict() == processor.to_dict()
+        assert torch.equal(loaded(image, return_tensors="pt").pixel_values, expected)
+
+
+@both
 def test_crop_pct_none_survives_saving(backend, tmp_path):
     """The built-in processor reads null as 0.9: it has to find the equivalent 1.0."""
     processor = backend(crop_pct=None)

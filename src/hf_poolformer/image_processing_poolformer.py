@@ -286,6 +286,17 @@ def to_planes(
     return image
 
 
+def plain(value: Any) -> Any:
+    """A setting in Python's own types, which JSON can hold; means and sizes are often numbers of numpy or torch."""
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        return value.tolist()
+    if isinstance(value, (dict, SizeDict)):
+        return {name: plain(number) for name, number in dict(value).items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    return value
+
+
 def is_positive(value: Any, kind: type = numbers.Real) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < math.inf
 
@@ -294,7 +305,7 @@ def check_size(name: str, size: Any) -> None:
     """ValueError unless `size` is one of the forms that transformers takes, and made of whole pixels."""
     if size is None:
         return
-    edges = dict(size).values() if isinstance(size, (dict, SizeDict)) else size
+    edges = size.values() if isinstance(size, dict) else size
     edges = [size] if isinstance(size, int) else edges
     if (
         not isinstance(edges, Iterable)
@@ -358,9 +369,6 @@ class EvaluationTransform:
                 kwargs["crop_size"] = kwargs["size"]
         warn_of_misspelt(kwargs, self.valid_kwargs.__annotations__, type(self).__name__)
         super().__init__(**kwargs)
-        # The base class takes None for "use the default"; here it means "do not enlarge".
-        if "crop_pct" in kwargs:
-            self.crop_pct = kwargs["crop_pct"]
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
 
     @classmethod
@@ -383,13 +391,14 @@ class EvaluationTransform:
         return values
 
     def preprocess(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
-        # transformers' own check of types knows neither of these.
-        kwargs = {name: dict(value) if isinstance(value, SizeDict) else value for name, value in kwargs.items()}
+        # transformers' own check of types knows few of them.
+        kwargs = {name: plain(value) if name in self._valid_kwargs_names else value for name, value in kwargs.items()}
         if "resample" in kwargs:
             kwargs["resample"] = as_filter(kwargs["resample"])
         return super().preprocess(images, *args, **kwargs)
 
     def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+        kwargs = {name: plain(value) for name, value in kwargs.items()}
         for name in ("size", "crop_size", "pad_size"):
             check_size(name, kwargs.get(name))
         return super()._standardize_kwargs(**{**kwargs, "resample": as_filter(kwargs.get("resample"))})
