@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import SegformerImageProcessor
+from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
+from transformers.models.detr.image_processing_detr import convert_segmentation_to_rle
 from transformers.utils import ModelOutput
 
 from hf_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil
@@ -155,6 +158,59 @@ def test_segmentation_maps_have_the_geometry_of_the_image(backend, settings):
 
 
 @both
+@pytest.mark.parametrize("kind", ["str", "Path", "list", "one for each", "palette", "tensor"])
+def test_maps_come_as_images_do(backend, kind, tmp_path):
+    values = np.random.default_rng(0).integers(0, 7, (2, 30, 40), dtype=np.uint8)
+    paths = [tmp_path / f"{index}.png" for index in range(2)]
+    for path, classes in zip(paths, values, strict=True):
+        image = Image.fromarray(classes)
+        if kind == "palette":  # whose colours are not the classes
+            image = image.convert("P")
+            image.putpalette(bytes(range(255, -1, -1)) * 3)
+        image.save(path)
+    images = [picture(30, 40), picture(40, 30).resize((40, 30))]
+    if kind in ("str", "Path"):
+        images, values = images[:1], values[:1]
+    given = {
+        "str": str(paths[0]),
+        "Path": paths[0],
+        "list": [str(path) for path in paths],
+        "one for each": tuple(paths),
+        "palette": paths,
+        "tensor": torch.from_numpy(values),
+    }[kind]
+    processor = backend.for_segmentation(do_resize=False)
+    labels = processor(images, segmentation_maps=given, return_tensors="pt")["labels"]
+    assert labels.tolist() == values.tolist()
+
+
+@both
+def test_maps_of_several_sizes_go_with_their_images(backend):
+    images = [picture(20, 30), picture(26, 18)]
+    maps = [np.full((20, 30), 3), np.full((26, 18), 4)]
+    features = backend.for_segmentation(do_resize=False, do_pad=True)(
+        images, segmentation_maps=maps, return_tensors="pt"
+    )
+    assert features["pixel_values"].shape == (2, 3, 26, 30) and features["labels"].shape == (2, 26, 30)
+    for label, classes in zip(features["labels"], maps, strict=True):
+        height, width = classes.shape
+        assert torch.equal(label[:height, :width], torch.from_numpy(classes))
+        assert (label == 255).sum() == label.numel() - classes.size
+    with pytest.raises(ValueError, match="its image, 26x18, but that of image 1 has shape \\(20, 30\\)"):
+        backend.for_segmentation(do_resize=False)(images, segmentation_maps=[maps[0], maps[0]])
+    with pytest.raises(ValueError, match="do not fit into one tensor"):
+        backend.for_segmentation(do_resize=False)(images, segmentation_maps=maps, return_tensors="pt")
+
+
+@both
+def test_a_strip_keeps_a_pixel(backend):
+    features = backend.for_segmentation(size={"shortest_edge": 20, "longest_edge": 40})(
+        picture(1, 300), segmentation_maps=np.ones((1, 300), dtype=int), return_tensors="pt"
+    )
+    assert features["pixel_values"].shape == (1, 3, 1, 40) and features["labels"].tolist() == [[[1] * 40]]
+
+
+@both
 def test_nearest_pixel_and_reduced_labels(backend):
     values = np.array([[0, 1, 2], [3, 150, 255]], dtype=np.uint8)
     processor = backend.for_segmentation(size={"height": 4, "width": 6}, do_reduce_labels=True)
@@ -202,6 +258,65 @@ def test_semantic_maps_in_the_size_of_the_image():
         processor.post_process_semantic_segmentation(outputs, target_sizes=[(6, 8)] * 2)
 
 
+@pytest.mark.parametrize("sizes", [None, "list", "tensor", "numpy", "tensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_those_of_peers(sizes, dtype):
+    logits = torch.randn(2, 5, 7, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    outputs, pairs = ModelOutput(logits=logits), [(20, 33), (5, 4)]
+    given = {
+        None: None,
+        "list": pairs,
+        "tensor": torch.tensor(pairs),
+        "numpy": np.array(pairs),
+        "tensors": list(torch.tensor(pairs)),
+    }[sizes]
+    processor = PoolFormerImageProcessor()
+    results = processor.post_process_semantic_segmentation(outputs, given, return_segmentation_scores=True)
+    maps = processor.post_process_semantic_segmentation(outputs, given)
+    peer = SegformerImageProcessor().post_process_semantic_segmentation(
+        ModelOutput(logits=logits.float()), sizes and pairs, return_segmentation_scores=True
+    )
+    for image, result, classes, expected in zip(logits.double(), results, maps, peer, strict=True):
+        assert isinstance(result, SemanticSegmentationPostProcessorOutput)
+        scores = result.segmentation_scores
+        torch.testing.assert_close(scores.float(), expected.segmentation_scores)
+        assert torch.equal(result.segmentation, classes) and torch.equal(classes, expected.segmentation)
+        assert torch.equal(classes, scores.argmax(dim=0)) and classes.dtype == torch.int64
+        # A pixel by hand: bilinear between the centres of the cells
+        height, width = scores.shape[1:]
+        y, x = (0.5 * 7 / height - 0.5, 0.5 * 9 / width - 0.5)
+        y, x = max(y, 0.0), max(x, 0.0)
+        top, left = int(y), int(x)
+        corner = image[:, top : top + 2, left : left + 2]
+        weights = torch.tensor([[1 - y + top], [y - top]]) * torch.tensor([[1 - x + left, x - left]])
+        torch.testing.assert_close(scores[:, 0, 0].double(), (corner * weights).sum((1, 2)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[(6, 8)], [(6, 8), (6,)], (6, 8), [(6, 0), (6, 8)], [(6, 8), None]], ids=str)
+@pytest.mark.parametrize("task", ["semantic_segmentation", "object_detection", "instance_segmentation"])
+def test_sizes_that_are_none(sizes, task):
+    outputs = detections() if task != "semantic_segmentation" else ModelOutput(logits=torch.zeros(1, 3, 2, 2))
+    outputs = ModelOutput({name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in outputs.items()})
+    with pytest.raises(ValueError, match="target_sizes must"):
+        getattr(PoolFormerImageProcessor(), f"post_process_{task}")(outputs, target_sizes=sizes)
+
+
+@pytest.mark.parametrize("task", ["semantic_segmentation", "object_detection", "instance_segmentation"])
+def test_outputs_of_another_head(task):
+    post_process = getattr(PoolFormerImageProcessor(), f"post_process_{task}")
+    others = [ModelOutput(logits=torch.zeros(2, 10)), ModelOutput(last_hidden_state=torch.zeros(2, 4, 2, 2))]
+    if task == "semantic_segmentation":
+        others.append(detections())
+    if task == "object_detection":
+        others.append(ModelOutput(logits=torch.zeros(2, 3, 4, 4)))
+    if task == "instance_segmentation":
+        others.append(ModelOutput(logits=torch.zeros(2, 9, 3), pred_boxes=torch.zeros(2, 9, 4)))
+    for outputs in others:
+        name = next(iter(outputs))
+        with pytest.raises(ValueError, match=rf"These are not the outputs of a model \.\.\.For.*: .*{name} \("):
+            post_process(outputs, target_sizes=[(6, 8)] * 2)
+
+
 def detections():
     """Two overlapping objects, a faint one, and a place that is left over."""
     lowest = torch.finfo(torch.float32).min
@@ -241,6 +356,37 @@ def test_instances_in_the_image():
     assert none["segments_info"] == [] and (none["segmentation"] == -1).all()
     with pytest.raises(ValueError, match="target_sizes is needed"):
         processor.post_process_instance_segmentation(detections())
+
+
+def drawn(runs, size):
+    """The mask of one list of starts and lengths."""
+    mask = np.zeros(size, dtype=bool)
+    for start, length in zip(runs[::2], runs[1::2], strict=True):
+        mask.reshape(-1)[start - 1 : start - 1 + length] = True
+    return mask
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.01, 0.99])
+def test_run_lengths_are_those_of_peers(threshold):
+    processor = PoolFormerImageProcessor()
+    arguments = {"threshold": threshold, "overlap_mask_area_threshold": 0.1, "target_sizes": [(21, 40)]}
+    (plain,) = processor.post_process_instance_segmentation(detections(), **arguments)
+    (encoded,) = processor.post_process_instance_segmentation(
+        detections(), **arguments, return_coco_annotation=True, return_binary_maps=False
+    )
+    assert encoded["segments_info"] == plain["segments_info"]
+    assert encoded["segmentation"] == convert_segmentation_to_rle(plain["segmentation"])
+    values = plain["segmentation"].unique().tolist()
+    for value, runs in zip(values, encoded["segmentation"], strict=True):
+        assert np.array_equal(drawn(runs, (21, 40)), (plain["segmentation"] == value).numpy())
+    classes = ModelOutput(logits=torch.randn(1, 3, 4, 5, generator=torch.Generator().manual_seed(0)))
+    (plain,) = processor.post_process_instance_segmentation(classes)
+    (encoded,) = processor.post_process_instance_segmentation(classes, return_coco_annotation=True)
+    assert encoded["segmentation"] == convert_segmentation_to_rle(plain["segmentation"])
+    with pytest.raises(ValueError, match="exclude each other"):
+        processor.post_process_instance_segmentation(
+            detections(), **arguments, return_coco_annotation=True, return_binary_maps=True
+        )
 
 
 def test_masks_are_sampled_at_pixel_centres():

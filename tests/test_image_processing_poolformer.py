@@ -1,6 +1,14 @@
+import base64
+import copy
+import io
+import itertools
 import json
+import logging
 import math
 import os
+import pathlib
+import pickle
+import socket
 import subprocess
 import sys
 
@@ -9,7 +17,13 @@ import pytest
 import torch
 import torchvision.transforms as T
 from PIL import Image
-from transformers import PoolFormerImageProcessor as BuiltinImageProcessor
+from transformers.image_utils import SizeDict
+from transformers.models.poolformer.image_processing_pil_poolformer import (
+    PoolFormerImageProcessorPil as BuiltinImageProcessorPil,
+)
+from transformers.models.poolformer.image_processing_poolformer import (
+    PoolFormerImageProcessor as BuiltinImageProcessor,
+)
 
 from hf_poolformer.image_processing_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil
 
@@ -103,11 +117,81 @@ def test_backends_agree(shape):
     assert levels(*results) < 2.01
 
 
-@pytest.mark.parametrize("resample", [0, 2, 3], ids=["nearest", "bilinear", "bicubic"])
-def test_backends_agree_with_other_filters(resample):
-    image = picture(143, 201)
-    results = [process(backend, image, resample=resample)[0] for backend in BACKENDS]
-    assert levels(*results) < 2.01
+@pytest.mark.parametrize("resample", Image.Resampling, ids=lambda resample: resample.name)
+@pytest.mark.parametrize(
+    "shape, size", [((143, 201), 224), ((61, 84), 60), ((84, 61), 150), ((256, 300), 32)], ids=str
+)
+def test_every_filter_is_pillows(resample, shape, size):
+    """61 and 84 to 66 and 90 pixels: NEAREST meets pixels that lie exactly between two."""
+    image = picture(*shape)
+    edge = math.floor(size / 0.9)
+    resized = (
+        (edge, int(edge * shape[1] / shape[0])) if shape[0] < shape[1] else (int(edge * shape[0] / shape[1]), edge)
+    )
+    # Rows first in every release of Pillow
+    expected = image.resize((resized[1], shape[0]), resample).resize((resized[1], resized[0]), resample)
+    expected = T.Compose([T.CenterCrop(size), T.ToTensor(), T.Normalize(MEAN, STD)])(expected)
+    # What torch has is torch's, and what it has not is Pillow's
+    exact = resample in (Image.Resampling.NEAREST, Image.Resampling.BOX, Image.Resampling.HAMMING)
+    settings = {"size": size, "crop_size": size, "resample": resample}
+    values = np.array(image)
+    for backend in BACKENDS:
+        for given in (image, values, torch.from_numpy(values)):
+            assert levels(process(backend, given, **settings)[0], expected) < (0.01 if exact else 2.01)
+        # Floats are not rounded between the two directions
+        for given in (values.astype(np.float32), torch.from_numpy(values).float()):
+            assert levels(process(backend, given, **settings)[0], expected) < 2.01
+
+
+@both
+@pytest.mark.parametrize("resample", Image.Resampling, ids=lambda resample: resample.name)
+@pytest.mark.parametrize("shape", [(5, 200), (200, 5), (700, 31)], ids=str)
+def test_what_nobody_sees_of_a_strip_has_no_part_in_it(backend, resample, shape):
+    """Of more than 16 times the window, only the window is resampled, with all that the filter reaches."""
+    image = picture(*shape, noise=60)
+    short, long = 10, 10 * max(shape) // min(shape)
+    resized = (long, short) if shape[0] > shape[1] else (short, long)
+    expected = image.resize((resized[1], shape[0]), resample).resize((resized[1], resized[0]), resample)
+    expected = T.Compose([T.CenterCrop(10), T.ToTensor(), T.Normalize(MEAN, STD)])(expected)
+    result = process(backend, image, size=10, crop_size=10, crop_pct=None, resample=resample)
+    assert levels(result[0], expected) < 2.01
+
+
+@both
+@pytest.mark.parametrize("name", ["NEAREST_EXACT", "BOX", "BILINEAR", "HAMMING", "BICUBIC", "LANCZOS"])
+def test_a_filter_has_many_names(backend, name, tmp_path):
+    image = picture(61, 84)
+    filter_ = getattr(Image.Resampling, name.removesuffix("_EXACT"))
+    expected = process(backend, image, size=60, crop_size=60, resample=filter_)
+    for given in (int(filter_), getattr(T.InterpolationMode, name), filter_.name, filter_.name.lower()):
+        assert torch.equal(process(backend, image, size=60, crop_size=60, resample=given), expected)
+        processor = backend(size=60, crop_size=60, resample=given)
+        processor.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "preprocessor_config.json").read_text())["resample"] == int(filter_)
+        assert torch.equal(backend.from_pretrained(tmp_path)(image, return_tensors="pt").pixel_values, expected)
+
+
+@both
+@pytest.mark.parametrize("resample", [99, -1, True, "cubic", 1.5, [3], T.InterpolationMode.NEAREST], ids=str)
+def test_no_filter_is_guessed(backend, resample):
+    with pytest.raises(ValueError, match="resample must be one of Pillow's filters, nearest"):
+        backend(resample=resample)
+    with pytest.raises(ValueError, match="resample must be one of Pillow's filters, nearest"):
+        process(backend, picture(20, 20), resample=resample)
+
+
+@pytest.mark.parametrize(
+    "resample", [Image.Resampling.BOX, Image.Resampling.HAMMING, Image.Resampling.LANCZOS], ids=str
+)
+def test_filters_on_an_accelerator_are_pillows(resample):
+    """A device that torch cannot resample on for these: the pixels take the way through Pillow and come back."""
+    image = picture(61, 84)
+    processor = PoolFormerImageProcessor()
+    geometry = processor._geometry(61, 84, True, SizeDict(shortest_edge=60), 0.9, True, SizeDict(height=60, width=60))
+    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    result = processor._window(PretendsToBeElsewhere(planes[None]), geometry, resample, 255.0)
+    resized = image.resize((90, 61), resample).resize((90, 66), resample)
+    assert torch.equal(result[0], T.CenterCrop(60)(torch.from_numpy(np.array(resized)).permute(2, 0, 1)))
 
 
 @both
@@ -209,7 +293,9 @@ def test_arrays_and_tensors_of_any_layout(backend):
         last.astype(np.uint16) * 257,
         last.astype(">u2") * 257,
         np.ascontiguousarray(last[::-1, :, ::-1])[::-1, :, ::-1],
-        torch.from_numpy(first).float().requires_grad_(),
+        torch.from_numpy(first).float(),
+        torch.from_numpy(first).double(),
+        torch.from_numpy(first).half(),
     ):
         assert levels(process(backend, array)[0], expected[0]) < 1.1
 
@@ -253,9 +339,259 @@ def test_paths(backend, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the viewer has to turn it by 90 degrees to the right
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    result = process(backend, [str(tmp_path / "deep.png"), str(tmp_path / "turned.png")])
-    assert levels(result[0], official(Image.fromarray(gray).convert("RGB"))) < 2.01
-    assert levels(result[1], official(upright)) < 2.01
+    for kind in (str, pathlib.Path, os.scandir):
+        paths = [tmp_path / "deep.png", tmp_path / "turned.png"]
+        if kind is os.scandir:  # entries of a folder are paths, too
+            paths = sorted(os.scandir(tmp_path), key=lambda entry: entry.name)
+        else:
+            paths = [kind(path) for path in paths]
+        result = process(backend, paths)
+        assert levels(result[0], official(Image.fromarray(gray).convert("RGB"))) < 2.01
+        assert levels(result[1], official(upright)) < 2.01
+        assert torch.equal(process(backend, paths[1]), result[1:])
+        assert torch.equal(process(backend, [paths, [upright]])[:2], result)
+
+
+@both
+def test_base64_text(backend):
+    image = picture(61, 83)
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    text = base64.b64encode(file.getvalue()).decode()
+    expected = process(backend, image)
+    for given in (text, f"data:image/png;base64,{text}"):
+        assert torch.equal(process(backend, given), expected)
+    with pytest.raises(OSError, match="Cannot read the image data:image/png;base64,"):
+        process(backend, "data:image/png;base64,aGVsbG8=")
+
+
+@both
+def test_an_address_that_holds_no_image_is_named(backend):
+    with socket.socket() as listening:  # bound, and nobody listens
+        listening.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/cat.png"
+        with pytest.raises(OSError, match=f"Cannot read the image {address}: "):
+            process(backend, address)
+
+
+def spoil(folder, kind):
+    path = folder / "picture.png"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "text":
+        path.write_text("no picture at all")
+    elif kind == "empty":
+        path.touch()
+    elif kind == "truncated":
+        picture(61, 83).save(path)
+        path.write_bytes(path.read_bytes()[:4000])
+    elif kind == "not a PNG inside":
+        picture(61, 83).save(path)
+        path.write_bytes(path.read_bytes()[:60] + bytes(4000))
+    return path
+
+
+@both
+@pytest.mark.parametrize("kind", ["missing", "folder", "text", "empty", "truncated", "not a PNG inside"])
+@pytest.mark.parametrize("as_map", [False, True], ids=["image", "map"])
+def test_a_file_that_holds_no_image_is_named(backend, kind, as_map, tmp_path):
+    path = spoil(tmp_path, kind)
+    for given in (path, str(path), [path]):
+        with pytest.raises((ValueError, OSError)) as caught:
+            if as_map:
+                backend()(picture(8, 8), segmentation_maps=given)
+            else:
+                backend()(given)
+        message = str(caught.value)
+        assert str(path) in message and "\n" not in message and type(caught.value) in (ValueError, OSError)
+
+
+# Gradients -----------------------------------------------------------------------------------------------------------
+
+
+def gradients(backend, images, **settings):
+    images = [image.clone().requires_grad_() for image in images]
+    values = backend(size=60, crop_size=60)(images, return_tensors="pt", **settings)["pixel_values"]
+    weights = torch.rand(values.shape, generator=torch.Generator().manual_seed(0))
+    (values * weights).sum().backward()
+    return values.detach(), [image.grad for image in images]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_rescale": False},
+        {"do_resize": False, "do_rescale": False},
+        {"do_normalize": False, "do_rescale": False},
+        {"crop_size": 100, "do_rescale": False},
+        {"crop_size": 100, "do_resize": False},
+        {"resample": 2, "do_rescale": False},
+        {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["one", "two", "two sizes", "double", "grouped"])
+def test_gradients_are_the_builtin_ones(settings, kind):
+    """Between 0.2 and 0.8, so that nothing is clipped, which the built-in processor does not do with floats."""
+    smooth = torch.rand((1, 3, 5, 7), generator=torch.Generator().manual_seed(1)) * 0.6 + 0.2
+    image = torch.nn.functional.interpolate(smooth, size=(61, 84), mode="bilinear")[0]
+    if settings.get("do_rescale", True):
+        image = image * 255
+    images = {
+        "one": [image],
+        "two": [image, image.flip(2)],
+        "two sizes": [image, image[:, :50, :70]],
+        "double": [image.double()],
+        "grouped": [image, image[:, 1:], image.flip(1)],
+    }[kind]
+    if settings.get("do_center_crop") is False and len(images) > 1:
+        images = images[:1] * 2
+    settings = {**settings, "disable_grouping": kind != "grouped"}
+    values, found = gradients(PoolFormerImageProcessor, images, **settings)
+    expected_values, expected = gradients(BuiltinImageProcessor, images, **settings)
+    # Two passes of float32 over rows and columns, in another order
+    torch.testing.assert_close(values, expected_values.to(values.dtype), rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+
+
+def test_a_clipped_pixel_has_no_gradient():
+    """Floats are clipped as Pillow clips 8 bits; values with and without gradients are the same."""
+    step = torch.zeros(3, 40, 40)
+    step[..., 20:] = 1.0
+    settings = {"size": 60, "crop_size": 60, "do_rescale": False}
+    with torch.no_grad():
+        expected = process(PoolFormerImageProcessor, step, **settings)
+    values, (grad,) = gradients(PoolFormerImageProcessor, [step], do_rescale=False)
+    assert torch.equal(values, expected)
+    small = 1e-2 * torch.randn(step.shape, generator=torch.Generator().manual_seed(2))
+    weights = torch.rand(values.shape, generator=torch.Generator().manual_seed(0))
+    inside = torch.zeros_like(step)
+    inside[..., 2:17] = inside[..., 24:38] = 1.0
+    flat = step * 0.5 + 0.25  # nothing to clip away from the edge
+    moved = process(PoolFormerImageProcessor, flat + small * inside, **settings)
+    change = ((moved - process(PoolFormerImageProcessor, flat, **settings)) * weights).sum()
+    _, (slope,) = gradients(PoolFormerImageProcessor, [flat], do_rescale=False)
+    torch.testing.assert_close(change, (slope * small * inside).sum(), rtol=1e-3, atol=1e-3)
+    assert grad.abs().sum() < slope.abs().sum()
+
+
+def test_gradients_through_a_strip():
+    strip = torch.full((3, 1, 300), 100.0, requires_grad=True)
+    process(PoolFormerImageProcessor, strip, size=20, crop_size=20).sum().backward()
+    assert (strip.grad[..., 149:151] > 1).all() and (strip.grad[..., :100] == 0).all()
+
+
+def test_gradients_that_cannot_be_are_refused():
+    image = (torch.rand(3, 61, 84) * 255).requires_grad_()
+    for resample in (Image.Resampling.BOX, Image.Resampling.HAMMING):
+        with pytest.raises(ValueError, match=f"resample=.*{resample.name}.* cannot be differentiated"):
+            process(PoolFormerImageProcessor, image, resample=resample)
+        with torch.no_grad():
+            assert not process(PoolFormerImageProcessor, image, resample=resample).requires_grad
+    with pytest.raises(ValueError, match="Pillow computes no gradients"):
+        process(PoolFormerImageProcessorPil, image)
+    with torch.no_grad():
+        result = process(PoolFormerImageProcessorPil, image)
+    assert levels(result[0], process(PoolFormerImageProcessor, image.detach())[0]) < 2.01
+
+
+# Against the built-in processors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [(PoolFormerImageProcessor, BuiltinImageProcessor), (PoolFormerImageProcessorPil, BuiltinImageProcessorPil)],
+    ids=["torchvision", "pil"],
+)
+@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_every_combination_of_steps_is_the_builtin_one(ours, theirs, flags):
+    # 66 - 60 is even: the built-in processor rounds the offset of an odd crop another way than torchvision
+    settings = dict(zip(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), flags, strict=True))
+    settings |= {"size": 60, "crop_size": {"height": 60, "width": 90}, "rescale_factor": 1 / 127.5}
+    for image in (picture(61, 84), np.array(picture(60, 90))):
+        result, expected = (process(backend, image, **settings) for backend in (ours, theirs))
+        assert result.shape == expected.shape and result.dtype == expected.dtype
+        # One level of 255, in the units of the output
+        level = (2 / 255 if flags[2] else 1.0) / (min(STD) if flags[3] else 1.0)
+        assert (result.double() - expected.double()).abs().max() <= 1.01 * level
+
+
+@pytest.mark.parametrize(
+    "size",
+    [50, (50, 60), [40, 70], {"shortest_edge": 50}, {"height": 50, "width": 50}, {"height": 40, "width": 70}],
+    ids=str,
+)
+@pytest.mark.parametrize("crop_size", [None, 36, (20, 30), {"height": 30, "width": 200}, {"height": 100, "width": 30}])
+def test_sizes_are_the_builtin_ones(size, crop_size):
+    settings = {"size": size, "do_center_crop": crop_size is not None, "crop_pct": 1.0}
+    settings |= {} if crop_size is None else {"crop_size": crop_size}
+    image = picture(60, 84)
+    expected = BuiltinImageProcessor(**settings)(image, return_tensors="pt")["pixel_values"]
+    for backend in BACKENDS:
+        processor = backend(**settings)
+        result = processor(image, return_tensors="pt")["pixel_values"]
+        assert result.shape == expected.shape
+        if all((a - b) % 2 == 0 for a, b in zip(resized(size), result.shape[2:], strict=True)):
+            assert levels(result[0], expected[0]) < 2.01
+        same = backend(do_center_crop=settings["do_center_crop"], crop_pct=1.0)(
+            image, return_tensors="pt", size=processor.size, crop_size=processor.crop_size
+        )
+        assert torch.equal(same["pixel_values"], result)
+
+
+def resized(size):
+    """Of 60 x 84 pixels."""
+    edges = list(size.values()) if isinstance(size, dict) else [size] if isinstance(size, int) else list(size)
+    return (edges[0], int(edges[0] * 84 / 60)) if len(set(edges)) == 1 else tuple(edges)
+
+
+@both
+def test_gray_with_alpha_stays_so_on_demand(backend):
+    image = as_mode(picture(61, 83), "LA")
+    settings = {"do_convert_rgb": False, "image_mean": [0.5, 0.1], "image_std": 0.5}
+    result = process(backend, image, **settings)
+    assert result.shape == (1, 2, 224, 224)
+    for channel, mean in zip((0, 1), (0.5, 0.1), strict=True):
+        alone = process(backend, image.getchannel(channel), do_convert_rgb=False, image_mean=mean, image_std=0.5)
+        torch.testing.assert_close(result[:, channel], alone[:, 0])
+    array = np.array(image)
+    torch.testing.assert_close(process(backend, array, input_data_format="channels_last", **settings), result)
+    with pytest.raises(ValueError, match="1, 3 or 4 channels"):
+        process(backend, array, input_data_format="channels_last")
+
+
+@both
+def test_images_that_do_not_fit_together(backend):
+    images = [picture(61, 83), picture(61, 120)]
+    with pytest.raises(ValueError, match=r"\(3, 61, 83\), \(3, 61, 120\) do not fit into one tensor"):
+        process(backend, images, do_resize=False, do_center_crop=False)
+    as_they_are = backend()(images, do_resize=False, do_center_crop=False)["pixel_values"]
+    assert [values.shape for values in as_they_are] == [(3, 61, 83), (3, 61, 120)]
+
+
+@both
+def test_copies_and_workers_answer_alike(backend):
+    processor = backend(size=60, crop_size=60, resample="hamming", crop_pct=None)
+    images = [picture(61, 84, seed=seed) for seed in range(4)]
+    expected = processor(images, return_tensors="pt").pixel_values
+    for other in (copy.copy(processor), copy.deepcopy(processor), pickle.loads(pickle.dumps(processor))):
+        assert other.to_dict() == processor.to_dict()
+        assert torch.equal(other(images, return_tensors="pt").pixel_values, expected)
+    loader = torch.utils.data.DataLoader(
+        images, batch_size=2, num_workers=1, collate_fn=Collate(processor), multiprocessing_context="fork"
+    )
+    assert torch.equal(torch.cat(list(loader)), expected)
+
+
+class Collate:
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, images):
+        return self.processor(images, return_tensors="pt").pixel_values
 
 
 # Calls ---------------------------------------------------------------------------------------------------------------
@@ -360,18 +696,104 @@ def test_bad_type(backend):
     "kwargs, message",
     [
         ({"crop_pct": 0.0}, "crop_pct must be a positive number"),
-        ({"crop_pct": float("nan")}, "crop_pct must be a positive number"),
-        ({"size": {"longest_edge": 9}}, "shortest_edge"),
-        ({"size": 1, "crop_pct": 2.0}, "leaves nothing"),
-        ({"image_std": [1.0, 0.0, 1.0]}, "zeros"),
-        ({"image_mean": [0.5, 0.5]}, "2 values"),
+        ({"crop_pct": -0.9}, "crop_pct must be a positive number"),
+        ({"crop_pct": math.nan}, "crop_pct must be a positive number"),
+        ({"crop_pct": math.inf}, "crop_pct must be a positive number"),
+        ({"rescale_factor": 0.0}, "rescale_factor must be a positive number"),
+        ({"rescale_factor": math.nan}, "rescale_factor must be a positive number"),
+        ({"size": {"longest_edge": 9}}, "size must have 'shortest_edge'"),
+        ({"size": 0}, "size must be made of whole, positive numbers"),
+        ({"size": (9, -9)}, "size must be made of whole, positive numbers"),
+        ({"size": [9]}, r"size must be a number of pixels, \(height, width\)"),
+        ({"size": [9, 9, 9]}, r"size must be a number of pixels, \(height, width\)"),
+        ({"size": {"height": 9}}, "size must have one of"),
+        ({"crop_size": -3}, "crop_size must be made of whole, positive numbers"),
+        ({"crop_size": {"height": 0, "width": 9}}, "crop_size must be made of whole, positive numbers"),
         ({"crop_size": {"shortest_edge": 3}}, "crop_size must have 'height' and 'width'"),
+        ({"pad_size": {"height": 9, "width": -9}}, "pad_size must be made of whole, positive numbers"),
+        ({"image_std": [1.0, 0.0, 1.0]}, "image_std must not contain zeros"),
+        ({"image_std": -1.0}, "image_std must not contain zeros or negative"),
+        ({"image_std": [0.5, math.nan, 0.5]}, "image_std must be a number, or one for each channel"),
+        ({"image_mean": math.inf}, "image_mean must be a number, or one for each channel"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean has 2 values"),
+        ({"image_mean": [0.5] * 4, "image_std": [0.5] * 4}, "image_mean has 4 values"),
+        ({"image_mean": [0.5] * 4, "do_convert_rgb": False}, "image_mean has 4 values, but image_std has 3"),
+        ({"data_format": "last"}, "data_format must be 'channels_first' or"),
+        ({"input_data_format": "HWC"}, "input_data_format must be 'channels_first' or"),
+        ({"size_divisor": 0}, "size_divisor must be a positive number"),
     ],
     ids=str,
 )
-def test_bad_settings(backend, kwargs, message):
+def test_settings_that_make_no_sense(backend, kwargs, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        backend(**kwargs)
     with pytest.raises(ValueError, match=message):
         backend()(picture(20, 20), **kwargs)
+    saved = {**backend().to_dict(), **kwargs}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=message):
+        backend.from_pretrained(tmp_path)
+    processor = backend()
+    for name, value in kwargs.items():
+        setattr(processor, name, value)
+    with pytest.raises(ValueError, match=message):
+        processor(picture(20, 20))
+
+
+@both
+@pytest.mark.parametrize(
+    "kwargs",
+    # transformers checks the types of an argument, but not those of a configuration
+    [
+        {"do_resize": "false"},
+        {"do_normalize": "no"},
+        {"crop_pct": "0.9"},
+        {"crop_pct": True},
+        {"rescale_factor": "1/255"},
+        {"size": "224"},
+        {"size": 224.0},
+        {"size": {"shortest_edge": "224"}},
+        {"crop_size": {"height": 22.5, "width": 9}},
+        {"size": True},
+        {"image_mean": "imagenet"},
+        {"image_std": [None, None, None]},
+        {"image_mean": []},
+        {"image_mean": [[0.5, 0.5, 0.5]]},
+    ],
+    ids=str,
+)
+def test_settings_of_a_wrong_type(backend, kwargs):
+    (name,) = kwargs
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        backend(**kwargs)
+    with pytest.raises(Exception, match=name):
+        backend()(picture(20, 20), **kwargs)
+
+
+@both
+def test_nothing_may_remain(backend):
+    with pytest.raises(ValueError, match="leaves nothing"):
+        backend(size=1, crop_pct=2.0)(picture(20, 20))
+
+
+@both
+def test_a_slip_of_the_pen_is_named(backend, tmp_path, caplog):
+    backend().save_pretrained(tmp_path)
+    logger = logging.getLogger(backend.__module__)
+    logger.addHandler(caplog.handler)
+    try:
+        for make in (lambda: backend(crop_pctt=0.5), lambda: backend.from_pretrained(tmp_path, crop_pctt=0.5)):
+            caplog.clear()
+            assert make().crop_pct == 0.9
+            assert "no setting 'crop_pctt'" in caplog.text and "'crop_pct'" in caplog.text
+        caplog.clear()
+        backend(image_processor_type="PoolFormerImageProcessor", feature_extractor_type="x", num_labels=3, auto_map={})
+        backend.from_pretrained(tmp_path, trust_remote_code=True)
+        assert "no setting" not in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
+    with pytest.raises(TypeError, match="crop_pctt"):
+        backend()(picture(20, 20), crop_pctt=0.5)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -388,6 +810,37 @@ def test_round_trip(backend, tmp_path):
         loaded(image, return_tensors="pt").pixel_values, processor(image, return_tensors="pt").pixel_values
     )
     assert backend.from_pretrained(tmp_path, crop_pct=0.5).crop_pct == 0.5
+
+
+@both
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_resize": False},
+        {"do_center_crop": False, "size": {"shortest_edge": 30, "longest_edge": 45}, "crop_pct": None},
+        {"do_rescale": False, "do_normalize": False},
+        {"do_convert_rgb": None, "image_mean": 0.5, "image_std": 0.25},
+        {"size": (40, 50), "crop_size": (20, 31), "crop_pct": 1},
+        {"default_to_square": True, "size": 40},
+        {"rescale_factor": np.float32(1 / 128), "crop_pct": np.float32(0.5)},
+        {"image_mean": np.array([0.1, 0.2, 0.3]), "image_std": torch.tensor([0.25, 0.5, 0.75])},
+        {"size": np.int64(40), "crop_size": {"height": np.int32(30), "width": 20}},
+        {"size": SizeDict(shortest_edge=40), "pad_size": [300, 310], "do_pad": True},
+        {"do_pad": True, "size_divisor": 50},
+        {"data_format": "channels_last", "resample": "lanczos"},
+        {"do_reduce_labels": True, "disable_grouping": False},
+    ],
+    ids=str,
+)
+def test_every_setting_survives_saving(backend, settings, tmp_path):
+    processor = backend(**settings)
+    processor.save_pretrained(tmp_path)
+    image = picture(61, 83)
+    expected = processor(image, return_tensors="pt").pixel_values
+    assert torch.equal(backend()(image, return_tensors="pt", **settings).pixel_values, expected)
+    for loaded in (backend.from_pretrained(tmp_path), backend.from_dict(processor.to_dict())):
+        assert loaded.to_dict() == processor.to_dict()
+        assert torch.equal(loaded(image, return_tensors="pt").pixel_values, expected)
 
 
 @both
@@ -517,6 +970,16 @@ def test_accelerator_arithmetic(shape, monkeypatch):
     resized = processor._resize_planes(stand_in, (248, 300), 3, 255.0)
     expected = processor._resize_planes(planes, (248, 300), 3, 255.0)
     assert (resized.as_subclass(torch.Tensor) - expected.float()).abs().max() < 2.01
+
+
+class Nowhere(str):
+    """What `Tensor.to` takes for the CPU and `device.type` tells apart from it."""
+
+    type = "cuda"
+
+
+class PretendsToBeElsewhere(torch.Tensor):
+    device = Nowhere("cpu")
 
 
 class Elsewhere(torch.Tensor):

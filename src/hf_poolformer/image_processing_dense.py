@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
@@ -50,9 +51,10 @@ class DenseImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 def rescaled_size(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
-    """(height, width) with the aspect ratio kept and neither limit exceeded, rounded as in mmdetection."""
+    """(height, width) with the aspect ratio kept and neither limit exceeded, rounded as in mmdetection; a strip keeps
+    one pixel."""
     scale = min(longest_edge / max(height, width), shortest_edge / min(height, width))
-    return int(height * scale + 0.5), int(width * scale + 0.5)
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
 def image_shape(image: Image.Image | np.ndarray | torch.Tensor) -> tuple[int, int]:
@@ -268,13 +270,13 @@ class DensePrediction:
         if len(maps) != len(shapes):
             raise ValueError(f"There are {len(shapes)} images but {len(maps)} segmentation maps.")
         prepared = []
-        for values, shape in zip(map(to_array, maps), shapes, strict=True):
+        for index, (values, shape) in enumerate(zip(map(to_array, maps), shapes, strict=True)):
             if values.ndim == 3 and values.shape[0] == 1:
                 values = values[0]
             if values.shape != shape or values.dtype.kind not in "bui":
                 raise ValueError(
                     f"A segmentation map must hold a class index for each pixel of its image, {shape[0]}x{shape[1]}, "
-                    f"but has shape {values.shape} and type {values.dtype}."
+                    f"but that of image {index} has shape {values.shape} and type {values.dtype}."
                 )
             values = values.astype(np.int64)
             if reduce:
@@ -327,8 +329,11 @@ class DensePrediction:
         return label
 
     def post_process_semantic_segmentation(
-        self, outputs: ModelOutput, target_sizes: list[tuple[int, int]] | torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
+        self,
+        outputs: ModelOutput,
+        target_sizes: list[tuple[int, int]] | torch.Tensor | None = None,
+        return_segmentation_scores: bool = False,
+    ) -> list[torch.Tensor] | list[SemanticSegmentationPostProcessorOutput]:
         """
         The most likely class of each pixel.
 
@@ -336,16 +341,25 @@ class DensePrediction:
             outputs: of `...ForSemanticSegmentation`, with `logits` (batch, num_labels, height, width).
             target_sizes: (height, width) of each map, usually of the original image, to which the logits are
                 interpolated first; theirs if absent.
+            return_segmentation_scores: gives the interpolated logits, too.
 
         Returns:
-            For each image a map (height, width), int64.
+            For each image a map (height, width), int64; with `return_segmentation_scores` its `segmentation`, that
+            map, and `segmentation_scores` (num_labels, height, width).
         """
-        logits = outputs["logits"]
-        if target_sizes is None:
-            return list(logits.argmax(dim=1))
+        logits = need_output(outputs, "logits", 4, "ForSemanticSegmentation")
+        scores = list(logits)
+        if target_sizes is not None:
+            scores = [
+                F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False)[0]
+                for image, size in zip(logits, check_sizes(target_sizes, len(logits)), strict=True)
+            ]
+        maps = [image.argmax(dim=0) for image in scores]
+        if not return_segmentation_scores:
+            return maps
         return [
-            F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
-            for image, size in zip(logits, check_sizes(target_sizes, len(logits)), strict=True)
+            SemanticSegmentationPostProcessorOutput({"segmentation": classes, "segmentation_scores": image})
+            for classes, image in zip(maps, scores, strict=True)
         ]
 
     def post_process_object_detection(
@@ -367,8 +381,9 @@ class DensePrediction:
             For each image `scores` (objects,), `labels` (objects,) and `boxes` (objects, 4), (left, top, right,
             bottom).
         """
+        boxes = need_output(outputs, "pred_boxes", 3, "ForObjectDetection or ...ForInstanceSegmentation")
         scores, labels = outputs["logits"].sigmoid().max(dim=-1)
-        centres, edges = outputs["pred_boxes"].split(2, dim=-1)
+        centres, edges = boxes.split(2, dim=-1)
         boxes = torch.cat([centres - edges / 2, centres + edges / 2], dim=-1)
         if target_sizes is not None:
             scale = boxes.new_tensor([[w, h, w, h] for h, w in check_sizes(target_sizes, len(boxes))])
@@ -386,6 +401,7 @@ class DensePrediction:
         mask_threshold: float = 0.5,
         overlap_mask_area_threshold: float = 0.8,
         target_sizes: list[tuple[int, int]] | torch.Tensor | None = None,
+        return_coco_annotation: bool = False,
         return_binary_maps: bool = False,
     ) -> list[dict[str, Any]]:
         """
@@ -402,6 +418,8 @@ class DensePrediction:
             overlap_mask_area_threshold: objects of which no larger share remains visible are left out.
             target_sizes: (height, width) of each image, usually of the original. Only a semantic segmenter's outputs
                 do without.
+            return_coco_annotation: gives the map as run lengths, as transformers' other models do: for each value of
+                the map in ascending order, -1 among them, a list of starts (from 1, rows first) and lengths.
             return_binary_maps: gives the masks as they are, with their overlaps, (objects, height, width), bool, none
                 left out, in place of the map.
 
@@ -409,9 +427,12 @@ class DensePrediction:
             For each image `segmentation`, a map (height, width), int32, of segment ids, -1 where there is none, and
             `segments_info`, for each segment its `id`, `label_id`, `was_fused` (never) and `score`.
         """
+        if return_coco_annotation and return_binary_maps:
+            raise ValueError("return_coco_annotation and return_binary_maps exclude each other.")
         if outputs.get("pred_masks") is None:
             maps = self.post_process_semantic_segmentation(outputs, target_sizes)
-            return [segments_of_classes(values, return_binary_maps) for values in maps]
+            results = [segments_of_classes(values, return_binary_maps) for values in maps]
+            return [run_lengths(result) for result in results] if return_coco_annotation else results
         if target_sizes is None:
             raise ValueError("target_sizes is needed: the masks of the model are relative to their boxes.")
         target_sizes = check_sizes(target_sizes, len(outputs["logits"]))
@@ -443,7 +464,7 @@ class DensePrediction:
                     segmentation[visible] = len(info)
                     info.append({"id": len(info), **entry})
             results.append({"segmentation": segmentation, "segments_info": info})
-        return results
+        return [run_lengths(result) for result in results] if return_coco_annotation else results
 
 
 def segments_of_classes(classes: torch.Tensor, return_binary_maps: bool) -> dict[str, Any]:
@@ -458,9 +479,35 @@ def segments_of_classes(classes: torch.Tensor, return_binary_maps: bool) -> dict
     return {"segmentation": segmentation.to(torch.int32), "segments_info": info}
 
 
+def run_lengths(result: dict[str, Any]) -> dict[str, Any]:
+    """`result` with its map as run lengths, in transformers' order and form."""
+    values = result["segmentation"].cpu().numpy().ravel()
+    encoded = []
+    for value in np.unique(values):
+        edges = np.flatnonzero(np.diff(values == value, prepend=False, append=False))
+        starts, ends = edges[::2], edges[1::2]
+        encoded.append(np.stack([starts + 1, ends - starts], axis=1).ravel().tolist())
+    return {**result, "segmentation": encoded}
+
+
+def need_output(outputs: ModelOutput, name: str, rank: int, head: str) -> torch.Tensor:
+    """`outputs[name]`; ValueError if those are of a model with another head."""
+    values = outputs.get(name)
+    if values is None or values.ndim != rank:
+        found = ", ".join(f"{key} {tuple(value.shape)}" for key, value in outputs.items() if hasattr(value, "shape"))
+        raise ValueError(f"These are not the outputs of a model ...{head}: {found or 'no tensors'}.")
+    return values
+
+
 def check_sizes(target_sizes: list[tuple[int, int]] | torch.Tensor, number: int) -> list[tuple[int, int]]:
-    """`target_sizes` as pairs of integers, one per image; ValueError if there are more or fewer."""
+    """`target_sizes` as pairs of integers, one per image; ValueError if they are none, or more, or fewer."""
     sizes = target_sizes.tolist() if isinstance(target_sizes, torch.Tensor) else target_sizes
     if len(sizes) != number:
         raise ValueError(f"target_sizes must have one (height, width) per image, {number}, but has {len(sizes)}.")
-    return [(int(height), int(width)) for height, width in sizes]
+    try:
+        pairs = [(int(height), int(width)) for height, width in sizes]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"target_sizes must have one (height, width) per image, got {target_sizes}.") from error
+    if any(edge < 1 for pair in pairs for edge in pair):
+        raise ValueError(f"target_sizes must be positive numbers of pixels, got {pairs}.")
+    return pairs

@@ -7,9 +7,11 @@ levels (nearly always none: both resample rows first, then columns, rounding to 
 until release 13, which resamples tall images the other way round).
 """
 
+import difflib
 import math
+import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,9 +27,11 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
     load_image,
+    torch_pil_interpolation_mapping,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TensorType, logging
+from transformers.utils.import_utils import is_torchvision_greater_or_equal
 
 from .image_processing_dense import DenseImageProcessorKwargs, DensePrediction, rescaled_size
 
@@ -37,6 +41,10 @@ logger = logging.get_logger(__name__)
 # How many times larger than its visible part a resized image may be before only that part is resampled: a strip of
 # 1 x 20000 pixels would otherwise grow to more than a billion.
 MAX_WASTE = 16
+
+FILTERS = {resample.name.lower(): resample for resample in PILImageResampling}
+# Those that torch has, too, everywhere and with gradients.
+TORCH_FILTERS = (PILImageResampling.NEAREST, PILImageResampling.BILINEAR, PILImageResampling.BICUBIC)
 
 
 class PoolFormerImageProcessorKwargs(DenseImageProcessorKwargs, total=False):
@@ -85,6 +93,37 @@ def centre_window(length: int, crop: int) -> tuple[int, int, int]:
     return round((length - crop) / 2), crop, 0
 
 
+def as_filter(resample: Any) -> PILImageResampling | None:
+    """Pillow's filter for a member of Pillow's or torchvision's enumeration, an integer, or a name like "bicubic"."""
+    if resample is None:
+        return None
+    if isinstance(resample, str):
+        found = FILTERS.get(resample.lower())
+    elif isinstance(resample, int) and not isinstance(resample, bool):
+        found = next((known for known in PILImageResampling if known == resample), None)
+    else:
+        found = next((known for mode, known in torch_pil_interpolation_mapping.items() if mode == resample), None)
+    if found is None:
+        names = ", ".join(f"{name} ({known.value})" for name, known in FILTERS.items())
+        hint = " Pillow's nearest is NEAREST_EXACT there." if getattr(resample, "name", None) == "NEAREST" else ""
+        raise ValueError(f"resample must be one of Pillow's filters, {names}, got {resample!r}.{hint}")
+    return found
+
+
+def is_wasteful(geometry: Geometry) -> bool:
+    return math.prod(geometry.resized) > MAX_WASTE * math.prod(geometry.window)
+
+
+def nearest_pixels(shape: tuple[int, int], geometry: Geometry) -> list[np.ndarray]:
+    """The rows and the columns that Pillow's NEAREST takes for the visible window; between two it has its own way."""
+    indices = []
+    for length, resized, start, window in zip(shape, geometry.resized, geometry.start, geometry.window, strict=True):
+        line = Image.fromarray(np.arange(length, dtype=np.int32)[None])
+        line = line.resize((resized, 1), PILImageResampling.NEAREST)
+        indices.append(np.asarray(line)[0, start : start + window].astype(np.int64))
+    return indices
+
+
 def resample_plane(
     image: Image.Image, geometry: Geometry, resample: int, bounds: tuple[float, float] | None
 ) -> Image.Image:
@@ -94,8 +133,8 @@ def resample_plane(
         return image.crop((left, top, left + columns, top + rows))
     step_y, step_x = image.height / height, image.width / width
 
-    # The filters reach at most 3 source pixels (times the reduction) beyond the window.
-    margin = 3 * max(step_y, 1.0) + 1
+    # The filters reach at most 3 source pixels (times the reduction) beyond the window, those of Pillow 13 nearly 5.
+    margin = (3 if resample <= PILImageResampling.HAMMING else 5) * max(step_y, 1.0) + 1
     first = max(math.floor(top * step_y - margin), 0)
     last = min(math.ceil((top + rows) * step_y + margin), image.height)
     image = image.crop((0, first, image.width, last))
@@ -114,6 +153,15 @@ def clip_plane(image: Image.Image, bounds: tuple[float, float] | None) -> Image.
 
 def resample_window(image: Image.Image | np.ndarray, geometry: Geometry, resample: int, white: float) -> np.ndarray:
     """The visible window of the resized image, (C, h, w); `image` is an RGB image or an array (C, H, W)."""
+    if resample == PILImageResampling.NEAREST:
+        pixels = np.asarray(image).transpose(2, 0, 1) if isinstance(image, Image.Image) else image
+        rows, columns = nearest_pixels(pixels.shape[1:], geometry)
+        return pixels[:, rows[:, None], columns]
+    if resample not in TORCH_FILTERS and geometry.window != geometry.resized and not is_wasteful(geometry):
+        # The edges of the window are rounded, which can cost a level; these filters are here to be Pillow's exactly.
+        whole = Geometry(geometry.resized, (0, 0), geometry.resized, (0, 0), geometry.resized)
+        (top, left), (rows, columns) = geometry.start, geometry.window
+        return resample_window(image, whole, resample, white)[:, top : top + rows, left : left + columns]
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[0] == 3:
         image = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
     if isinstance(image, Image.Image):
@@ -166,6 +214,28 @@ def pil_to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"Cannot convert an image of mode {image.mode!r} to RGB: {error}") from error
 
 
+def open_image(source: str | os.PathLike) -> Image.Image:
+    """An image file, URL or base64 text as an image that is upright; a file keeps its mode, so that 16 bits stay 16
+    bits."""
+    name = os.fsdecode(source)
+    shown = name if len(name) <= 200 else f"{name[:200]}..."
+    if os.path.isdir(name):
+        raise ValueError(f"{shown} is a folder: give the images in it.")
+    is_file = os.path.isfile(name)
+    if is_file or name.startswith(("http://", "https://", "data:image/")):
+        try:
+            if not is_file:
+                return load_image(name)
+            with Image.open(name) as image:
+                return ImageOps.exif_transpose(image)
+        except Exception as error:  # Pillow's formats and the network raise whatever they meet
+            raise OSError(f"Cannot read the image {shown}: {error}") from error
+    try:
+        return load_image(name)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"There is no image file {shown!r}, and it is no URL or base64 text either.") from error
+
+
 def pil_to_tensor(image: Image.Image) -> torch.Tensor:
     values = np.array(image)
     return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False))
@@ -173,13 +243,17 @@ def pil_to_tensor(image: Image.Image) -> torch.Tensor:
 
 def array_to_tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
     if isinstance(array, torch.Tensor):
-        return array.detach()
+        return array
     if array.dtype.kind not in "buif":
         raise ValueError(f"An image array must be of a numeric type, got {array.dtype}.")
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()
     return torch.from_numpy(array)
+
+
+def needs_gradient(values: torch.Tensor) -> bool:
+    return values.requires_grad and torch.is_grad_enabled()
 
 
 def to_planes(
@@ -200,7 +274,8 @@ def to_planes(
             first = ChannelDimension(input_data_format) == ChannelDimension.FIRST
         if not first:
             image = image.permute(2, 0, 1)
-        if image.shape[0] not in (1, 3, 4):
+        # Gray with alpha, two channels, is nothing that could be guessed or made RGB.
+        if image.shape[0] not in ((1, 3, 4) if convert_rgb else (1, 2, 3, 4)):
             raise ValueError(
                 f"An image must have 1, 3 or 4 channels, got {image.shape[0]} (channels, height, width = "
                 f"{tuple(image.shape)}, input_data_format={input_data_format})."
@@ -209,6 +284,57 @@ def to_planes(
     if convert_rgb:
         image = image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
     return image
+
+
+def plain(value: Any) -> Any:
+    """A setting in Python's own types, which JSON can hold; means and sizes are often numbers of numpy or torch."""
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
+        return value.tolist()
+    if isinstance(value, (dict, SizeDict)):
+        return {name: plain(number) for name, number in dict(value).items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    return value
+
+
+def is_positive(value: Any, kind: type = numbers.Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def check_size(name: str, size: Any) -> None:
+    """ValueError unless `size` is one of the forms that transformers takes, and made of whole pixels."""
+    if size is None:
+        return
+    edges = size.values() if isinstance(size, dict) else size
+    edges = [size] if isinstance(size, int) else edges
+    if (
+        not isinstance(edges, Iterable)
+        or isinstance(edges, str)
+        or (isinstance(size, (list, tuple)) and len(size) != 2)
+    ):
+        raise ValueError(f"{name} must be a number of pixels, (height, width) or a dictionary, got {size!r}.")
+    if not all(is_positive(edge, numbers.Integral) for edge in edges if edge is not None):
+        raise ValueError(f"{name} must be made of whole, positive numbers of pixels, got {size!r}.")
+
+
+def count_colours(name: str, values: Any) -> int:
+    """How many channels `image_mean` or `image_std` has values for; ValueError for what are no such numbers."""
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        array = np.array(math.nan)
+    if array.ndim > 1 or not array.size or not np.isfinite(array).all():
+        raise ValueError(f"{name} must be a number, or one for each channel, got {values!r}.")
+    if name == "image_std" and not (array > 0).all():
+        raise ValueError(f"image_std must not contain zeros or negative numbers, got {values!r}.")
+    return array.size
+
+
+def warn_of_misspelt(names: Iterable[str], known: Iterable[str], owner: str) -> None:
+    """A setting that nobody knows has no effect, and a configuration may hold some; but a slip of the pen is named."""
+    for name in set(names) - set(known):
+        for meant in difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+            logger.warning(f"{owner} has no setting {name!r}, so it has no effect: is {meant!r} meant?")
 
 
 class EvaluationTransform:
@@ -241,11 +367,14 @@ class EvaluationTransform:
             # The feature extractor knew one size only and cropped to it.
             if kwargs.get("crop_size") is None and isinstance(kwargs.get("size"), (int, list, tuple)):
                 kwargs["crop_size"] = kwargs["size"]
+        warn_of_misspelt(kwargs, self.valid_kwargs.__annotations__, type(self).__name__)
         super().__init__(**kwargs)
-        # The base class takes None for "use the default"; here it means "do not enlarge".
-        if "crop_pct" in kwargs:
-            self.crop_pct = kwargs["crop_pct"]
-        self._validate_crop_pct(self.crop_pct)
+        self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        warn_of_misspelt(kwargs, cls.valid_kwargs.__annotations__, cls.__name__)
+        return super().from_dict(image_processor_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
@@ -261,50 +390,49 @@ class EvaluationTransform:
             values["auto_map"] = {**auto_map, "AutoImageProcessor": [f"{module}.{name}Pil", f"{module}.{name}"]}
         return values
 
-    @staticmethod
-    def _validate_crop_pct(crop_pct: float | None) -> None:
-        if crop_pct is not None and not (0 < crop_pct < math.inf):
-            raise ValueError(f"crop_pct must be a positive number or None, got {crop_pct}.")
+    def preprocess(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
+        # transformers' own check of types knows few of them.
+        kwargs = {name: plain(value) if name in self._valid_kwargs_names else value for name, value in kwargs.items()}
+        if "resample" in kwargs:
+            kwargs["resample"] = as_filter(kwargs["resample"])
+        return super().preprocess(images, *args, **kwargs)
 
-    def _validate_preprocess_kwargs(
-        self,
-        size: SizeDict | None = None,
-        crop_size: SizeDict | None = None,
-        crop_pct: float | None = None,
-        do_resize: bool | None = None,
-        do_center_crop: bool | None = None,
-        do_normalize: bool | None = None,
-        image_std: float | Sequence[float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super()._validate_preprocess_kwargs(
-            size=size,
-            crop_size=crop_size,
-            do_resize=do_resize,
-            do_center_crop=do_center_crop,
-            do_normalize=do_normalize,
-            image_std=image_std,
-            **kwargs,
-        )
-        self._validate_crop_pct(crop_pct)
-        if do_resize and not (size.shortest_edge or (size.height and size.width)):
+    def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+        kwargs = {name: plain(value) for name, value in kwargs.items()}
+        for name in ("size", "crop_size", "pad_size"):
+            check_size(name, kwargs.get(name))
+        return super()._standardize_kwargs(**{**kwargs, "resample": as_filter(kwargs.get("resample"))})
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+        for name, value in kwargs.items():
+            if name.startswith("do_") and value not in (True, False, None):
+                raise ValueError(f"{name} must be true or false, got {value!r}.")
+            if name in ("data_format", "input_data_format") and value not in (None, *ChannelDimension):
+                raise ValueError(f"{name} must be 'channels_first' or 'channels_last', got {value!r}.")
+            if name in ("crop_pct", "rescale_factor") and value is not None and not is_positive(value):
+                raise ValueError(f"{name} must be a positive number, got {value!r}.")
+        super()._validate_preprocess_kwargs(**kwargs)
+        size, crop_size = kwargs["size"], kwargs["crop_size"]
+        if kwargs["do_resize"] and not (size.shortest_edge or (size.height and size.width)):
             raise ValueError(f"size must have 'shortest_edge', or 'height' and 'width', got {dict(size)}.")
-        if do_center_crop and not (crop_size.height and crop_size.width):
+        if kwargs["do_center_crop"] and not (crop_size.height and crop_size.width):
             raise ValueError(f"crop_size must have 'height' and 'width', got {dict(crop_size)}.")
-        if do_normalize and not np.all(image_std):
-            raise ValueError(f"image_std must not contain zeros, got {image_std}.")
+        if kwargs["do_normalize"]:
+            mean, std = (count_colours(name, kwargs[name]) for name in ("image_mean", "image_std"))
+            for name, number in (("image_mean", mean), ("image_std", std)):
+                if kwargs["do_convert_rgb"] and number not in (1, 3):
+                    raise ValueError(f"{name} has {number} values, but an RGB image has 3 channels.")
+            if 1 not in (mean, std) and mean != std:
+                raise ValueError(f"image_mean has {mean} values, but image_std has {std}.")
 
     def fetch_images(self, images: ImageInput) -> ImageInput:
-        """Opens whatever is a path or a URL, upright; a local file keeps its mode, so that 16 bits stay 16 bits."""
+        """Opens whatever is a path or a URL."""
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
         if isinstance(images, (Image.Image, np.ndarray, torch.Tensor)):
             return images
-        if isinstance(images, str):
-            if not os.path.isfile(images):
-                return load_image(images)
-            with Image.open(images) as image:
-                return ImageOps.exif_transpose(image)
+        if isinstance(images, (str, os.PathLike)):
+            return open_image(images)
         raise TypeError(f"An image must be a PIL image, an array, a tensor, a path or a URL, got {type(images)}.")
 
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[Any]:
@@ -346,7 +474,7 @@ class EvaluationTransform:
             image, input_data_format = pil_to_tensor(image), ChannelDimension.LAST
         planes = to_planes(array_to_tensor(image), input_data_format, bool(do_convert_rgb))
         if planes.dtype != torch.uint8:
-            low, high = (bound.item() for bound in planes.aminmax())
+            low, high = (bound.item() for bound in planes.detach().aminmax())
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise ValueError("The image contains values that are not finite.")
             if do_rescale and low >= 0 and 0 < high <= 1:
@@ -410,6 +538,13 @@ class EvaluationTransform:
             pixel_values = [image.swapaxes(0, 1).swapaxes(1, 2) for image in pixel_values]
         elif return_tensors is None:
             pixel_values = list(pixel_values)
+        if return_tensors is not None and isinstance(pixel_values, list):
+            shapes = sorted({tuple(image.shape) for image in pixel_values})
+            if len(shapes) > 1:
+                raise ValueError(
+                    f"Images of the shapes {', '.join(map(str, shapes))} do not fit into one tensor: make them alike "
+                    "with do_convert_rgb, do_center_crop or do_pad, or pass return_tensors=None."
+                )
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
 
@@ -419,7 +554,11 @@ class PoolFormerImageProcessor(DensePrediction, EvaluationTransform, Torchvision
     Takes PIL images of any mode, numpy arrays and tensors (H, W), (H, W, C), (C, H, W), batches of rank 4, paths, URLs
     and nested lists of those; sizes may differ. Pixels are 0..255 (uint8 or other integers, 16 bits are scaled) or
     floats, 0..255 or, with `do_rescale=False`, 0..1. Gives `pixel_values` of shape (B, 3, crop height, crop width),
-    float32. Raises ValueError on images that are empty, of another rank or number of channels.
+    float32. Raises ValueError on images that are empty, of another rank or number of channels, OSError on files that
+    hold no image.
+
+    Tensors of floats keep their gradients. Filters that torch lacks (BOX, HAMMING, on accelerators LANCZOS) are
+    Pillow's, without gradients, and NEAREST takes the pixels that Pillow takes.
     """
 
     def process_image(
@@ -447,8 +586,8 @@ class PoolFormerImageProcessor(DensePrediction, EvaluationTransform, Torchvision
         # Elsewhere torch resamples in float, both axes at once; Pillow clips, and rounds 8 bits, after each axis. On
         # noise the difference is up to ten levels.
         values, eight_bits = images.float(), images.dtype == torch.uint8
-        low = values.amin((1, 2, 3), keepdim=True).clamp(max=0.0)
-        high = values.amax((1, 2, 3), keepdim=True).clamp(min=255.0 if eight_bits else white)
+        low = values.detach().amin((1, 2, 3), keepdim=True).clamp(max=0.0)
+        high = values.detach().amax((1, 2, 3), keepdim=True).clamp(min=255.0 if eight_bits else white)
         for target in ((images.shape[-2], size[1]), size):
             values = self.resize(values, SizeDict(height=target[0], width=target[1]), resample).clamp(low, high)
             if eight_bits:
@@ -458,10 +597,26 @@ class PoolFormerImageProcessor(DensePrediction, EvaluationTransform, Torchvision
     def _window(self, images: torch.Tensor, geometry: Geometry, resample: int, white: float) -> torch.Tensor:
         """What the centre crop shows of the resized images, (B, C, *window)."""
         (top, left), (rows, columns) = geometry.start, geometry.window
-        if geometry.resized != tuple(images.shape[-2:]):
-            if math.prod(geometry.resized) > MAX_WASTE * math.prod(geometry.window):
-                windows = [resample_window(image.cpu().numpy(), geometry, resample, white) for image in images]
-                return torch.from_numpy(np.stack(windows)).to(images.device)
+        shape, device = tuple(images.shape[-2:]), images.device
+        if geometry.resized != shape:
+            if resample == PILImageResampling.NEAREST:
+                vertical, horizontal = (torch.from_numpy(i).to(device) for i in nearest_pixels(shape, geometry))
+                return images[..., vertical[:, None], horizontal]
+            has_filter = resample in TORCH_FILTERS or (
+                resample == PILImageResampling.LANCZOS
+                and device.type == "cpu"
+                and is_torchvision_greater_or_equal("0.27")
+            )
+            if needs_gradient(images):
+                if not has_filter:
+                    raise ValueError(
+                        f"resample={resample!r} cannot be differentiated here: give images that need no gradients, or "
+                        "another filter, such as bicubic."
+                    )
+            elif is_wasteful(geometry) or not has_filter:
+                arrays = images.detach().cpu().numpy()
+                windows = np.stack([resample_window(array, geometry, resample, white) for array in arrays])
+                return torch.from_numpy(windows).to(device)
             images = self._resize_planes(images, geometry.resized, resample, white)
         return images[..., top : top + rows, left : left + columns]
 
@@ -502,9 +657,10 @@ class PoolFormerImageProcessor(DensePrediction, EvaluationTransform, Torchvision
             kinds.add((first.shape[0], geometry.output, dtype, first.device))
 
         # One buffer for all when the outputs are alike, in the order of the groups: nothing is stacked afterwards.
+        # Autograd does not follow every write into a part of it.
         outputs: list[torch.Tensor] = []
         buffer = None
-        if len(kinds) == 1:
+        if len(kinds) == 1 and not any(map(needs_gradient, images)):
             channels, output, dtype, device = kinds.pop()
             buffer = torch.empty((len(images), channels, *output), dtype=dtype, device=device)
         white = 1 / rescale_factor if do_rescale else 1.0
@@ -534,7 +690,8 @@ class PoolFormerImageProcessor(DensePrediction, EvaluationTransform, Torchvision
 
 
 class PoolFormerImageProcessorPil(DensePrediction, EvaluationTransform, PilBackend):
-    """PoolFormer's evaluation transform with Pillow; input, output and errors as in PoolFormerImageProcessor."""
+    """PoolFormer's evaluation transform with Pillow, without gradients; input, output and errors as in
+    PoolFormerImageProcessor."""
 
     def process_image(
         self,
@@ -547,7 +704,13 @@ class PoolFormerImageProcessorPil(DensePrediction, EvaluationTransform, PilBacke
         """One image as an RGB PIL image (no detour through an array) or an array (C, H, W), uint8 or float32."""
         if isinstance(image, Image.Image) and do_convert_rgb:
             return pil_to_rgb(image)
-        return self._to_planes(image, do_convert_rgb, do_rescale, input_data_format).cpu().numpy()
+        planes = self._to_planes(image, do_convert_rgb, do_rescale, input_data_format)
+        if needs_gradient(planes):
+            raise ValueError(
+                "Pillow computes no gradients: give the detached image, or use the torchvision backend, "
+                "PoolFormerImageProcessor."
+            )
+        return planes.detach().cpu().numpy()
 
     def _preprocess(
         self,
