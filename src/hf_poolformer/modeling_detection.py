@@ -438,7 +438,7 @@ class MetaFormerDetector(MetaFormerPreTrainedModel):
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...] | None]:
         """Feature maps of the pyramid, the finest first, and the backbone's hidden states if asked for."""
-        outputs = self.base_model(pixel_values, **kwargs)
+        outputs = self.base_model(pixel_values, return_dict=True, **kwargs)
         feature_maps = self.neck(OrderedDict((str(i), x) for i, x in enumerate(outputs.feature_maps)))
         return list(feature_maps.values()), outputs.hidden_states
 
