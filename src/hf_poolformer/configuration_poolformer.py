@@ -23,6 +23,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 MAX_LABELS = 10_000_000
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 NORM_NAMES = ("group_norm", "layer_norm", "batch_norm", "none")
 
 # What a number must be: in words, and as a test that NaN fails.
@@ -61,7 +62,7 @@ def write_json(self: PreTrainedConfig, json_file_path: str | os.PathLike, use_di
     copied that code: transformers' own PoolFormer, or a configuration alone.
     """
     folder, written = Path(json_file_path).parent, self
-    if getattr(self, "auto_map", None):
+    if getattr(self, "auto_map", None) is not None:
         written = copy.copy(self)
         written.auto_map = {
             name: place
@@ -338,6 +339,11 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
 
     def check_labels(self, num_labels: Any):
         """Raises ValueError unless `num_labels`, where given, is a number of classes and the one of `id2label`."""
+        if self.id2label is not None:
+            try:
+                [int(index) for index in self.id2label.keys()]
+            except (AttributeError, TypeError, ValueError):
+                raise ValueError(f"id2label must map indices to names, got {str(self.id2label)[:100]}") from None
         if num_labels is None:
             return
         if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 0:
@@ -367,8 +373,10 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
             "out_indices",
         }
         for name in names:
-            near = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-            if near and not hasattr(cls, name):
+            # Old configurations have keys of their own (`layer_norm_eps`, `drop_rate`), which are no misspellings.
+            alike = [field for field in known if field[0] == name[:1] and abs(len(field) - len(name)) <= 2]
+            near = difflib.get_close_matches(name, alike, n=1, cutoff=0.72)
+            if near and name not in known and not hasattr(cls, name):
                 logger.warning(
                     f"{cls.__name__} has no field {name!r}, and nothing reads it. Did you mean {near[0]!r}?"
                 )
@@ -378,7 +386,10 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return cls.translate(config_dict), kwargs
+        try:
+            return cls.translate(config_dict), kwargs
+        except ValueError as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "MetaFormerConfig":
@@ -416,14 +427,15 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
             ValueError: another architecture.
         """
         model_type, values = config_dict.get("model_type"), dict(config_dict)
-        if model_type in (None, cls.model_type, cls.state_prefix):
+        if model_type in (None, cls.model_type):
             return values
+        if model_type == cls.state_prefix:  # of a subclass's parent
+            return values | {"model_type": cls.model_type}
         if model_type in (MetaFormerConfig.model_type, PoolFormerConfig.model_type):
             # What the other class did not read must not begin to count, and its code is not this one's.
-            unread = {*FIXED, "patch_size", "stride", "architectures", "auto_map"}
+            unread = {*FIXED, "image_size", "patch_size", "stride", "architectures", "auto_map"}
             if cls.state_prefix == PoolFormerConfig.state_prefix:
                 check_is_poolformer(values)
-                unread.add("image_size")
             return {name: value for name, value in values.items() if name not in unread} | {
                 "model_type": cls.model_type
             }
@@ -436,7 +448,12 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
 
     def validate_numbers(self):
         check_numbers(self, RULES)
-        for dim in self.hidden_sizes:
+        for dim, mixer in zip(self.hidden_sizes, self.token_mixers, strict=False):
+            if mixer == "attention" and dim > self.attention_head_dim and dim % self.attention_head_dim:
+                logger.warning_once(
+                    f"attention_head_dim={self.attention_head_dim} does not divide hidden_sizes={self.hidden_sizes}: "
+                    f"attention over {dim} channels has {dim // self.attention_head_dim} heads, and fewer channels."
+                )
             if int(dim * self.mlp_ratio) < 1:
                 raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves an MLP over {dim} channels without hidden ones")
 
@@ -444,6 +461,8 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
         check_name("norm_layer", self.norm_layer, NORM_NAMES)
         check_name("embedding_norm", self.embedding_norm, NORM_NAMES)
         check_name("head_type", self.head_type, ("linear", "mlp"))
+        if self.problem_type is not None:
+            check_name("problem_type", self.problem_type, PROBLEM_TYPES)
 
     def validate_image_size(self):
         size = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
@@ -493,6 +512,8 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
         for i in range(stage + 1):
             kernel, stride, padding = self.patch_sizes[i], self.strides[i], self.padding[i]
             height, width = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
+        if min(height, width) < 1:
+            raise ValueError(f"image_size={size} leaves nothing of an image in stage {stage + 1}")
         return height, width
 
     @staticmethod

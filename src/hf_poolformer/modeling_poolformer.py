@@ -23,13 +23,16 @@ from transformers.modeling_outputs import (
     ImageClassifierOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import CONFIG_NAME, TransformersKwargs, auto_docstring
+from transformers.utils import CONFIG_NAME, TransformersKwargs, auto_docstring, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_poolformer import MetaFormerConfig, PoolFormerConfig
 from .ops import ACTIVATIONS, channel_mlp, choose_backend, infer_blocks, lay_out, pool_mixer
 from .token_mixers import TOKEN_MIXERS, AttentionWeights, DefaultInitConv2d, Pooling, SquaredReLU, activation
+
+
+logger = logging.get_logger(__name__)
 
 
 class MetaFormerGroupNorm(nn.GroupNorm):
@@ -458,12 +461,12 @@ def check_loaded(model: MetaFormerPreTrainedModel, info: dict[str, Any], path: s
     prefix = "" if body is model else f"{model.base_model_prefix}."
     fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if fresh.issuperset(f"{prefix}{name}" for name in body.state_dict()):
-        found = sorted(info["unexpected_keys"])
-        raise ValueError(
-            f"no weight of {path or 'the given state_dict'} fits {type(model).__name__}, which would be left random: "
-            f"it expects names like {prefix}{next(iter(body.state_dict()))}, "
-            + (f"and there are names like {found[0]}" if found else "of the shapes of its configuration")
-        )
+        unread = sorted(info["unexpected_keys"])
+        wrong = f"the shapes are not those of {type(model).__name__} with its configuration"
+        if not info["mismatched_keys"]:
+            wanted, found = f"{prefix}{next(iter(body.state_dict()))}", unread[0] if unread else "none"
+            wrong = f"the names of {type(model).__name__} are like {wanted}, those found like {found}"
+        raise ValueError(f"no weight of {path or 'the given state_dict'} fits, and all would be random: {wrong}")
 
 
 class PoolFormerPreTrainedModel(MetaFormerPreTrainedModel):
@@ -494,6 +497,10 @@ class MetaFormerEncoder(MetaFormerPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+        if kwargs.get("output_attentions") and self.config._attn_implementation not in ("eager", None):
+            logger.warning_once(
+                'Only attn_implementation="eager" has attention weights to give with output_attentions.'
+            )
         hidden_states = lay_out(pixel_values, preferred=self.config.kernels)
         for embed, stage in zip(self.patch_embeddings, self.block, strict=True):
             hidden_states = stage(embed(hidden_states))
@@ -620,8 +627,7 @@ class MetaFormerForImageClassification(MetaFormerPreTrainedModel):
         if labels is not None:
             if self.num_labels == 0:
                 raise ValueError("labels were given to a feature extractor: num_labels is 0")
-            if self.config.problem_type in (None, "single_label_classification"):
-                check_labels(labels, self.num_labels)
+            check_labels(labels, logits, self.config.problem_type)
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
 
         return ImageClassifierOutput(
@@ -629,17 +635,28 @@ class MetaFormerForImageClassification(MetaFormerPreTrainedModel):
         )
 
 
-def check_labels(labels: torch.Tensor, num_labels: int):
+def check_labels(labels: torch.Tensor, logits: torch.Tensor, problem_type: str | None):
     """
-    Raises ValueError if class indices do not fit the head.
+    Raises ValueError if labels are not one per image, or per logit, or if class indices do not fit the head.
 
-    Only where looking is free: on an accelerator it would wait for the device, and a compiled graph would break.
+    The loss would spread a target of another shape over the logits. Indices are looked at where that is free: on an
+    accelerator it would wait for the device, and a compiled graph would break.
     """
-    if torch.compiler.is_compiling() or labels.device.type != "cpu" or labels.is_floating_point():
+    batch, num_labels = logits.shape
+    integers = labels.dtype in (torch.long, torch.int)
+    single = problem_type == "single_label_classification" or (problem_type is None and integers and num_labels > 1)
+    wanted = (batch,) if single or num_labels == 1 else (batch, num_labels)
+    if labels.shape not in (wanted, (batch, 1) if len(wanted) == 1 else wanted):
+        kind = "class indices" if single else problem_type or "numbers"
+        raise ValueError(
+            f"labels must have shape {wanted} for {kind} (config.num_labels={num_labels}), but have "
+            f"{tuple(labels.shape)}, {labels.dtype}"
+        )
+    if not single or torch.compiler.is_compiling() or labels.device.type != "cpu" or labels.is_floating_point():
         return
-    outside = (labels < 0) | (labels >= num_labels)
     # -100 is what the loss ignores.
-    if num_labels > 1 and (outside & (labels != -100)).any():
+    outside = ((labels < 0) | (labels >= num_labels)) & (labels != -100)
+    if outside.any():
         wrong = labels[outside].unique().tolist()
         raise ValueError(f"labels must be in 0..{num_labels - 1} (config.num_labels={num_labels}) but contain {wrong}")
 
