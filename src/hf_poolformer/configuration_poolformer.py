@@ -341,7 +341,7 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
         """Raises ValueError unless `num_labels`, where given, is a number of classes and the one of `id2label`."""
         if self.id2label is not None:
             try:
-                [int(index) for index in self.id2label.keys()]
+                [int(index) for index in dict(self.id2label)]
             except (AttributeError, TypeError, ValueError):
                 raise ValueError(f"id2label must map indices to names, got {str(self.id2label)[:100]}") from None
         if num_labels is None:
