@@ -17,7 +17,16 @@ import hf_poolformer
 from hf_poolformer import MetaFormerConfig, PoolFormerConfig
 
 
-SMALL = {"depths": (1, 1, 1, 1), "hidden_sizes": (8, 16, 24, 32), "num_labels": 3}
+SMALL = {
+    "depths": (1, 1, 1, 1),
+    "hidden_sizes": (8, 16, 24, 32),
+    "num_labels": 3,
+    "fpn_feature_size": 8,
+    "decoder_hidden_size": 8,
+    "box_head_hidden_size": 16,
+    "rpn_num_proposals": 20,
+    "max_detections": 5,
+}
 MIXED = {"token_mixers": ("pooling", "pooling", "attention", "attention"), "attention_head_dim": 8}
 KINDS = (
     "Model",
