@@ -65,7 +65,8 @@ def test_wrong_fields_are_named(wrong, message):
 def test_drop_path_grows_linearly_with_depth():
     rates = PoolFormerConfig(depths=(1, 1, 2, 1), drop_path_rate=0.4).drop_path_rates
     assert [rate for stage in rates for rate in stage] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-    assert PoolFormerConfig(depths=(1, 0, 0, 0), drop_path_rate=0.4).drop_path_rates[0] == [0.0]
+    one = {"depths": (1,), "hidden_sizes": (8,), "num_encoder_blocks": 1}
+    assert PoolFormerConfig(**one, drop_path_rate=0.4).drop_path_rates == [[0.0]]
 
 
 def test_stage_resolution():

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from transformers.models.auto import modeling_auto
+from transformers.models.poolformer.configuration_poolformer import PoolFormerConfig as BuiltInConfig
 
-from .configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
+from .configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig, write_json
 from .image_processing_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil
 from .modeling_detection import (
     MetaFormerForInstanceSegmentation,
@@ -58,6 +59,8 @@ def register_auto_classes():
         table = "_".join(["MODEL_FOR", *re.findall("[A-Z][a-z]+", task), "MAPPING_NAMES"]).upper()
         names = tuple(model_class.__name__ for model_class in AUTO_CLASSES[f"AutoModelFor{task}"])
         getattr(modeling_auto, table, {})[f"hf_poolformer {task}"] = names
+    # The built-in model reads our folders, and saves no code that an `auto_map` from there could name.
+    BuiltInConfig.to_json_file = write_json
 
 
 register_auto_classes()

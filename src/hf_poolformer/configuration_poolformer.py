@@ -4,19 +4,74 @@ Sources: *MetaFormer Is Actually What You Need for Vision* (arXiv 2111.11418) fo
 *MetaFormer Baselines for Vision* (arXiv 2210.13452) for the families with StarReLU and ResScale.
 """
 
+import copy
 import difflib
+import math
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
 
 MAX_LABELS = 10_000_000
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+NORM_NAMES = ("group_norm", "layer_norm", "batch_norm", "none")
+
+# What a number must be: in words, and as a test that NaN fails.
+Rule = tuple[str, Callable[[Any], bool]]
+COUNT: Rule = ("1 or more", lambda x: x >= 1)
+COUNT_OR_NONE: Rule = ("0 or more", lambda x: x >= 0)
+POSITIVE: Rule = ("more than 0 and finite", lambda x: 0 < x < math.inf)
+NOT_NEGATIVE: Rule = ("0 or more, and finite", lambda x: 0 <= x < math.inf)
+FINITE: Rule = ("finite", lambda x: x is None or math.isfinite(x))
+SHARE: Rule = ("in [0, 1]", lambda x: 0 <= x <= 1)
+RATE: Rule = ("in [0, 1)", lambda x: 0 <= x < 1)
+
+
+def check_numbers(config: PreTrainedConfig, rules: dict[str, Rule]):
+    """Raises ValueError for the first field that breaks its rule; of a list, every entry must keep it."""
+    for name, (words, keeps) in rules.items():
+        value = getattr(config, name)
+        if not all(map(keeps, value if isinstance(value, list | tuple) else [value])):
+            raise ValueError(f"{name} must be {words}, got {value!r}")
+
+
+def check_name(field: str, name: str, known: Iterable[str]):
+    """Raises ValueError for a name that is not among the known ones; the message begins with the nearest."""
+    known = tuple(known)
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        guess = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"Unknown {field} {name!r}: not one of {', '.join(known)}.{guess}")
+
+
+def write_json(self: PreTrainedConfig, json_file_path: str | os.PathLike, use_diff: bool = True):
+    """
+    As transformers', but `auto_map` names no code that is not there.
+
+    A configuration keeps the `auto_map` of the folder it was read from, and where it is saved again nobody may have
+    copied that code: transformers' own PoolFormer, or a configuration alone.
+    """
+    folder, written = Path(json_file_path).parent, self
+    if getattr(self, "auto_map", None) is not None:
+        written = copy.copy(self)
+        written.auto_map = {
+            name: place
+            for name, place in self.auto_map.items()
+            if not isinstance(place, str) or "--" in place or (folder / f"{place.split('.')[0]}.py").is_file()
+        }
+        if not written.auto_map:
+            del written.auto_map
+    PreTrainedConfig.to_json_file(written, json_file_path, use_diff=use_diff)
 
 
 class DenseHeadConfig(PreTrainedConfig):
@@ -94,6 +149,18 @@ class DenseHeadConfig(PreTrainedConfig):
     nms_threshold: float | int = 0.5
     max_detections: int = 100
 
+    def validate_dense_heads(self):
+        check_numbers(self, DENSE_RULES)
+        for kind in ("retinanet", "rpn"):
+            negative, positive = (getattr(self, f"{kind}_{sign}_iou") for sign in ("negative", "positive"))
+            if negative > positive:
+                raise ValueError(
+                    f"{kind}_negative_iou must be at most {kind}_positive_iou={positive}, got {negative}: an anchor "
+                    "would be background and object"
+                )
+        if not self.anchor_ratios:
+            raise ValueError("anchor_ratios must have one entry at least")
+
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         for name in DenseHeadConfig.__annotations__:
@@ -101,6 +168,51 @@ class DenseHeadConfig(PreTrainedConfig):
             if output.get(name) == (list(default) if isinstance(default, tuple) else default):
                 del output[name]
         return output
+
+
+DENSE_RULES: dict[str, Rule] = {
+    "fpn_feature_size": COUNT,
+    "decoder_hidden_size": COUNT,
+    "classifier_dropout_prob": RATE,
+    "anchor_ratios": POSITIVE,
+    "retinanet_anchor_scale": POSITIVE,
+    "retinanet_scales_per_octave": COUNT,
+    "retinanet_positive_iou": SHARE,
+    "retinanet_negative_iou": SHARE,
+    "focal_alpha": SHARE,
+    "focal_gamma": NOT_NEGATIVE,
+    "rpn_anchor_scale": POSITIVE,
+    "rpn_positive_iou": SHARE,
+    "rpn_negative_iou": SHARE,
+    "rpn_batch_size": COUNT,
+    "rpn_positive_fraction": SHARE,
+    "rpn_nms_threshold": SHARE,
+    "rpn_num_proposals": COUNT,
+    "roi_positive_iou": SHARE,
+    "roi_batch_size": COUNT,
+    "roi_positive_fraction": SHARE,
+    "box_head_hidden_size": COUNT,
+    "mask_head_num_convs": COUNT_OR_NONE,
+    "score_threshold": SHARE,
+    "nms_threshold": SHARE,
+    "max_detections": COUNT,
+}
+RULES: dict[str, Rule] = {
+    "num_channels": COUNT,
+    "num_encoder_blocks": COUNT,
+    "depths": COUNT,
+    "hidden_sizes": COUNT,
+    "patch_sizes": COUNT,
+    "strides": COUNT,
+    "padding": COUNT_OR_NONE,
+    "attention_head_dim": COUNT,
+    "mlp_ratio": POSITIVE,
+    "norm_eps": POSITIVE,
+    "layer_scale_init_value": FINITE,
+    "res_scale_init_values": FINITE,
+    "drop_path_rate": RATE,
+    "initializer_range": NOT_NEGATIVE,
+}
 
 
 @strict
@@ -172,6 +284,8 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
     ```"""
 
     model_type = "metaformer"
+    # First word of the names of a checkpoint's tensors.
+    state_prefix: ClassVar[str] = "metaformer"
 
     num_channels: int = 3
     image_size: int | list[int] | tuple[int, int] = 224
@@ -205,6 +319,11 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # Code of a subclass is saved if it was registered itself.
+        cls._auto_class = None
+
     def __post_init__(self, **kwargs):
         # Derived from depths, so never read from JSON.
         kwargs.pop("stage_names", None)
@@ -212,20 +331,150 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
+        self.check_labels(kwargs.get("num_labels"))
+        self.warn_of_misspellings(kwargs)
         super().__post_init__(**kwargs)
+        if self.id2label is not None and self.label2id is None:
+            self.label2id = {name: index for index, name in self.id2label.items()}
+
+    def check_labels(self, num_labels: Any):
+        """Raises ValueError unless `num_labels`, where given, is a number of classes and the one of `id2label`."""
+        if self.id2label is not None:
+            try:
+                [int(index) for index in dict(self.id2label)]
+            except (AttributeError, TypeError, ValueError):
+                raise ValueError(f"id2label must map indices to names, got {str(self.id2label)[:100]}") from None
+        if num_labels is None:
+            return
+        if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < 0:
+            raise ValueError(f"num_labels must be a whole number, 0 or more, got {num_labels!r}")
+        if num_labels > MAX_LABELS:
+            # transformers would write down a name for each.
+            raise ValueError(f"num_labels={num_labels} is more than {MAX_LABELS}")
+        if self.id2label is not None and len(self.id2label) != num_labels:
+            raise ValueError(
+                f"num_labels={num_labels}, but id2label names {len(self.id2label)} classes: give one of the two"
+            )
+
+    @classmethod
+    def own_fields(cls) -> set[str]:
+        """Names of the fields that transformers' configurations in general do not have."""
+        return set(cls.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+
+    @classmethod
+    def warn_of_misspellings(cls, names: Iterable[str]):
+        """Names that are no fields are kept, as checkpoints have such keys; but not in silence if nearly a field."""
+        known = cls.own_fields() | {
+            "num_labels",
+            "id2label",
+            "label2id",
+            "problem_type",
+            "out_features",
+            "out_indices",
+        }
+        for name in names:
+            # Old configurations have keys of their own (`layer_norm_eps`, `drop_rate`), which are no misspellings.
+            alike = [field for field in known if field[0] == name[:1] and abs(len(field) - len(name)) <= 2]
+            near = difflib.get_close_matches(name, alike, n=1, cutoff=0.72)
+            if near and name not in known and not hasattr(cls, name):
+                logger.warning(
+                    f"{cls.__name__} has no field {name!r}, and nothing reads it. Did you mean {near[0]!r}?"
+                )
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            return cls.translate(config_dict), kwargs
+        except ValueError as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "MetaFormerConfig":
-        """As transformers'; a ValueError, and no other exception, for values that make no configuration."""
-        num_labels = config_dict.get("num_labels")
-        if isinstance(num_labels, int) and num_labels > MAX_LABELS:
-            # transformers would write down a name for each.
-            raise ValueError(f"num_labels={num_labels} is more than {MAX_LABELS}")
+        """
+        As transformers', with overrides in `kwargs` that are checked like all values.
+
+        Raises:
+            ValueError: for values that make no configuration, and for the configuration of another architecture.
+        """
+        config_dict = cls.translate(config_dict)
+        if "id2label" in kwargs or kwargs.get("num_labels") not in (None, len(config_dict.get("id2label") or ())):
+            # Of other classes.
+            config_dict.pop("id2label", None)
+            config_dict.pop("label2id", None)
+        chosen = cls.own_fields() | {"id2label", "label2id"}
+        config_dict |= {name: kwargs.pop(name) for name in chosen & kwargs.keys()}
+        cls.warn_of_misspellings(kwargs)
         try:
-            return super().from_dict(config_dict, **kwargs)
+            result = super().from_dict(config_dict, **kwargs)
+            config = result[0] if isinstance(result, tuple) else result
+            config.validate()
+            return result
         except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
             text = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"this is no configuration of a {cls.model_type}: {text}") from error
+
+    @classmethod
+    def translate(cls, config_dict: dict[str, Any]) -> dict[str, Any]:
+        """
+        A copy of the values of a configuration, with those of the package's other model type as this class's.
+
+        Every PoolFormer v1 is a MetaFormer; a MetaFormer may be a PoolFormer v1.
+
+        Raises:
+            ValueError: another architecture.
+        """
+        model_type, values = config_dict.get("model_type"), dict(config_dict)
+        if model_type in (None, cls.model_type):
+            return values
+        if model_type == cls.state_prefix:  # of a subclass's parent
+            return values | {"model_type": cls.model_type}
+        if model_type in (MetaFormerConfig.model_type, PoolFormerConfig.model_type):
+            # What the other class did not read must not begin to count, and its code is not this one's.
+            unread = {*FIXED, "image_size", "patch_size", "stride", "architectures", "auto_map"}
+            if cls.state_prefix == PoolFormerConfig.state_prefix:
+                check_is_poolformer(values)
+            return {name: value for name, value in values.items() if name not in unread} | {
+                "model_type": cls.model_type
+            }
+        nested = any(isinstance(v, dict) and v.get("model_type") == cls.model_type for v in values.values())
+        if model_type in CONFIG_MAPPING_NAMES and not nested:
+            raise ValueError(f"this is the configuration of a {model_type}, not of a {cls.model_type}")
+        return values
+
+    to_json_file = write_json
+
+    def validate_numbers(self):
+        check_numbers(self, RULES)
+        for dim, mixer in zip(self.hidden_sizes, self.token_mixers, strict=False):
+            if mixer == "attention" and dim > self.attention_head_dim and dim % self.attention_head_dim:
+                logger.warning_once(
+                    f"attention_head_dim={self.attention_head_dim} does not divide hidden_sizes={self.hidden_sizes}: "
+                    f"attention over {dim} channels has {dim // self.attention_head_dim} heads, and fewer channels."
+                )
+            if int(dim * self.mlp_ratio) < 1:
+                raise ValueError(f"mlp_ratio={self.mlp_ratio} leaves an MLP over {dim} channels without hidden ones")
+
+    def validate_names(self):
+        check_name("norm_layer", self.norm_layer, NORM_NAMES)
+        check_name("embedding_norm", self.embedding_norm, NORM_NAMES)
+        check_name("head_type", self.head_type, ("linear", "mlp"))
+        if self.problem_type is not None:
+            check_name("problem_type", self.problem_type, PROBLEM_TYPES)
+
+    def validate_image_size(self):
+        size = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"image_size must be a number of pixels, or height and width, got {self.image_size!r}")
+
+    def validate_labels(self):
+        """Names without a gap: class i of the logits has the i-th."""
+        if self.id2label is not None and {str(key) for key in self.id2label} != set(map(str, range(self.num_labels))):
+            raise ValueError(
+                f"id2label must name the classes 0 to {self.num_labels - 1}, got {list(self.id2label)[:20]}"
+            )
 
     def validate_stages(self):
         """Every per-stage list has one entry per stage; of kernels, strides and paddings more are left unused."""
@@ -242,20 +491,12 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
         if self.pool_size < 1 or self.pool_size % 2 == 0:
             raise ValueError(f"pool_size must be odd and positive, got {self.pool_size}")
 
-    def validate_drop_path_rate(self):
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
-
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         # A matter of the machine rather than of the model; and the built-in PoolFormer has no such key.
         if output.get("kernels") is None:
             output.pop("kernels", None)
         return output
-
-    def validate_head_type(self):
-        if self.head_type not in ("linear", "mlp"):
-            raise ValueError(f'head_type must be "linear" or "mlp", got {self.head_type!r}')
 
     @property
     def drop_path_rates(self) -> list[list[float]]:
@@ -271,6 +512,8 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
         for i in range(stage + 1):
             kernel, stride, padding = self.patch_sizes[i], self.strides[i], self.padding[i]
             height, width = ((n + 2 * padding - kernel) // stride + 1 for n in (height, width))
+        if min(height, width) < 1:
+            raise ValueError(f"image_size={size} leaves nothing of an image in stage {stage + 1}")
         return height, width
 
     @staticmethod
@@ -340,6 +583,7 @@ class PoolFormerConfig(MetaFormerConfig):
     ```"""
 
     model_type = "poolformer"
+    state_prefix: ClassVar[str] = "poolformer"
 
     patch_size: int | list[int] | tuple[int, int] = 16
     stride: int = 16
@@ -359,12 +603,31 @@ class PoolFormerConfig(MetaFormerConfig):
     head_norm_first: ClassVar[Any] = Fixed(True)
     head_type: ClassVar[Any] = Fixed("linear")
 
+    def validate_image_size(self):
+        """Nothing reads it."""
+
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output.pop("stage_names", None)
         if output.get("out_indices") == [self.num_encoder_blocks]:
             del output["out_features"], output["out_indices"]
         return output
+
+
+FIXED = {name: value for name, value in vars(PoolFormerConfig).items() if isinstance(value, Fixed)}
+
+
+def check_is_poolformer(config_dict: dict[str, Any]):
+    """Raises ValueError unless the values of a MetaFormer's configuration are those of a PoolFormer v1."""
+    config = MetaFormerConfig.from_dict(config_dict)
+    # Heads of attention, of which there is none if all else agrees.
+    for name in FIXED.keys() - {"attention_head_dim"}:
+        value, wanted = getattr(config, name), FIXED[name].value
+        if any(x != wanted for x in (value if FIXED[name].per_stage else [value])):
+            raise ValueError(
+                f"this metaformer is no PoolFormer v1: its {name} is {value!r}, which would have to be {wanted!r}. "
+                "MetaFormerConfig and the MetaFormer classes load it, and so do the Auto classes."
+            )
 
 
 @dataclass(frozen=True)

@@ -438,7 +438,7 @@ class MetaFormerDetector(MetaFormerPreTrainedModel):
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...] | None]:
         """Feature maps of the pyramid, the finest first, and the backbone's hidden states if asked for."""
-        outputs = self.base_model(pixel_values, **kwargs)
+        outputs = self.base_model(pixel_values, return_dict=True, **kwargs)
         feature_maps = self.neck(OrderedDict((str(i), x) for i, x in enumerate(outputs.feature_maps)))
         return list(feature_maps.values()), outputs.hidden_states
 
@@ -492,17 +492,18 @@ class MetaFormerForObjectDetection(MetaFormerDetector):
         logits, deltas = predictions["cls_logits"].float(), predictions["bbox_regression"].float()
         anchors = make_anchors(feature_maps, self.strides, self.anchor_scales, self.config.anchor_ratios)
 
-        output = MetaFormerObjectDetectionOutput(hidden_states=hidden_states)
+        found = {}
         if labels is not None:
             targets = make_targets(labels, sizes, self.num_labels, with_masks=False, device=logits.device)
-            output.loss_dict = self.losses(logits, deltas, anchors, targets, sizes)
-            output.loss = sum(output.loss_dict.values())
+            found["loss_dict"] = self.losses(logits, deltas, anchors, targets, sizes)
+            found["loss"] = sum(found["loss_dict"].values())
         if labels is None or not self.training:
             with torch.no_grad():
                 images = zip(logits, deltas, sizes, strict=True)
-                found = [self.detect(*predicted, anchors, size) for *predicted, size in images]
-                output.logits, output.pred_boxes = pack(found, sizes, self.config.max_detections, self.num_labels)
-        return output
+                objects = [self.detect(*predicted, anchors, size) for *predicted, size in images]
+                packed = pack(objects, sizes, self.config.max_detections, self.num_labels)
+                found["logits"], found["pred_boxes"] = packed
+        return MetaFormerObjectDetectionOutput(**found, hidden_states=hidden_states)
 
     def losses(
         self,
@@ -616,20 +617,21 @@ class MetaFormerForInstanceSegmentation(MetaFormerDetector):
             regions = [self.propose(*predicted, anchors, size) for *predicted, size in images]
         pooled_maps = feature_maps[: len(self.region_strides)]
 
-        output = MetaFormerInstanceSegmentationOutput(hidden_states=hidden_states)
+        found = {}
         if labels is not None:
             targets = make_targets(labels, sizes, self.num_labels, with_masks=True, device=objectness.device)
-            output.loss_dict = {
+            found["loss_dict"] = {
                 **self.rpn_losses(objectness, deltas, anchors, targets, sizes),
                 **self.region_losses(pooled_maps, regions, targets),
             }
-            output.loss = sum(output.loss_dict.values())
+            found["loss"] = sum(found["loss_dict"].values())
         if labels is None or not self.training:
             with torch.no_grad():
-                found = self.detect(pooled_maps, regions, sizes)
-                output.logits, output.pred_boxes = pack(found, sizes, self.config.max_detections, self.num_labels)
-                output.pred_masks = self.predict_masks(pooled_maps, found)
-        return output
+                objects = self.detect(pooled_maps, regions, sizes)
+                packed = pack(objects, sizes, self.config.max_detections, self.num_labels)
+                found["logits"], found["pred_boxes"] = packed
+                found["pred_masks"] = self.predict_masks(pooled_maps, objects)
+        return MetaFormerInstanceSegmentationOutput(**found, hidden_states=hidden_states)
 
     def propose(self, objectness: torch.Tensor, deltas: torch.Tensor, anchors: Anchors, size: Size) -> torch.Tensor:
         """Regions (at most `rpn_num_proposals`, 4) of `objectness` (N,) and `deltas` (N, 4) of one image."""

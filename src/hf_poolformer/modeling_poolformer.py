@@ -6,29 +6,34 @@ height, width) throughout.
 """
 
 import copy
+import os
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BackboneOutput,
-    BaseModelOutputWithNoAttention,
-    BaseModelOutputWithPoolingAndNoAttention,
-    ImageClassifierOutputWithNoAttention,
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring
+from transformers.utils import CONFIG_NAME, TransformersKwargs, auto_docstring, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .backends import activation_name, fit, fusible, is_plain, is_pointwise
 from .configuration_poolformer import MetaFormerConfig, PoolFormerConfig
 from .ops import channel_mlp, choose_backend, infer_blocks, is_watched, lay_out, pool_mixer, takes_contiguous
-from .token_mixers import TOKEN_MIXERS, DefaultInitConv2d, SquaredReLU, activation
+from .token_mixers import TOKEN_MIXERS, AttentionWeights, DefaultInitConv2d, SquaredReLU, activation
+
+
+logger = logging.get_logger(__name__)
 
 
 @fusible
@@ -76,8 +81,6 @@ NORMS = {
 
 
 def make_norm(name: str, dim: int, config: MetaFormerConfig) -> nn.Module:
-    if name not in NORMS:
-        raise ValueError(f"Unknown norm {name!r}: not one of {', '.join(NORMS)}")
     return NORMS[name](dim, eps=config.norm_eps, bias=config.norm_bias)
 
 
@@ -352,6 +355,62 @@ class MetaFormerPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["MetaFormerEmbeddings", "MetaFormerBlock"]  # noqa: RUF012 transformers' own convention
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # Code of a subclass is saved if it was registered itself.
+        cls._auto_class = None
+
+    def __init__(self, config: MetaFormerConfig, *args, **kwargs):
+        if not isinstance(self, MetaFormerEncoder):  # the same of both model types
+            check_config(type(self), config)
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers looks for the attention in the text of the class's own file.
+        return cls._supports_attention_backend
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args,
+        config: Any = None,
+        key_mapping: dict[str, str] | None = None,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """
+        As transformers', and a PoolFormer v1 loads as a MetaFormer and the other way round.
+
+        Raises:
+            ValueError: the checkpoint is another architecture's, of which no weight fits.
+        """
+        own = cls.config_class.state_prefix
+        if isinstance(config, PreTrainedConfig):
+            config = own_config(cls, config, pretrained_model_name_or_path)
+        translated = key_mapping is None
+        if translated:
+            other = {"metaformer": "poolformer", "poolformer": "metaformer"}[own]
+            key_mapping = {rf"^{other}\.": f"{own}."}
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            config=config,
+            key_mapping=key_mapping,
+            output_loading_info=True,
+            **kwargs,
+        )
+        if translated:
+            # Or it would be saved under the names of the other class.
+            model._weight_conversions = None
+        check_loaded(model, info, pretrained_model_name_or_path)
+        return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -365,28 +424,81 @@ class MetaFormerPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """As transformers', with every Auto class that the saved code serves in `auto_map`, not only this model's."""
-        saved = {parent.__module__ for parent in type(self).__mro__}
-        self.config.auto_map = {
-            auto_class: f"{model_class.__module__.split('.')[-1]}.{model_class.__name__}"
-            for auto_class, model_classes in AUTO_CLASSES.items()
-            for model_class in model_classes
-            if model_class.config_class.model_type == self.config.model_type and model_class.__module__ in saved
-        }
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """
+        As transformers', with every Auto class that the saved code serves in `auto_map`, not only this model's.
+
+        A subclass of somebody else is saved with its code where it was registered, by `register_for_auto_class`.
+        """
+        self.config.auto_map = {}
+        if any(type(self) in model_classes for model_classes in AUTO_CLASSES.values()):
+            saved = {parent.__module__ for parent in type(self).__mro__}
+            self.config.auto_map = {
+                auto_class: f"{model_class.__module__.split('.')[-1]}.{model_class.__name__}"
+                for auto_class, model_classes in AUTO_CLASSES.items()
+                for model_class in model_classes
+                if model_class.config_class.model_type == self.config.model_type and model_class.__module__ in saved
+            }
         super().save_pretrained(save_directory, **kwargs)
+
+
+def check_config(model_class: type[MetaFormerPreTrainedModel], config: PreTrainedConfig):
+    """Raises an error for a configuration of the other model type, or one whose fields were set to what is none."""
+    wanted = model_class.config_class
+    if getattr(type(config), "state_prefix", None) != wanted.state_prefix:
+        raise TypeError(
+            f"{model_class.__name__} is built from a {wanted.__name__} of its own package, but got a "
+            f"{type(config).__module__}.{type(config).__name__}: {wanted.__name__}.from_dict(config.to_dict()) makes "
+            "one of it, or says why there is none."
+        )
+    config.validate()
+
+
+def own_config(
+    model_class: type[MetaFormerPreTrainedModel], config: PreTrainedConfig, path: str | os.PathLike | None
+) -> PreTrainedConfig:
+    """`config`, given for the weights at `path`, as one of `model_class`; ValueError if either is something else."""
+    wanted = model_class.config_class
+    if getattr(type(config), "state_prefix", None) != wanted.state_prefix:
+        attention = config._attn_implementation
+        config = wanted.from_dict(config.to_dict(), name_or_path=config.name_or_path)
+        config._attn_implementation = attention
+    if path is not None and os.path.isfile(os.path.join(path, CONFIG_NAME)) and config.name_or_path != str(path):
+        # Its own configuration says whether the weights can be this class's.
+        wanted.from_pretrained(path)
+    return config
+
+
+def check_loaded(model: MetaFormerPreTrainedModel, info: dict[str, Any], path: str | os.PathLike | None):
+    """Raises ValueError if not one tensor of the model without its head came from the checkpoint."""
+    body = model.base_model
+    prefix = "" if body is model else f"{model.base_model_prefix}."
+    fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    if fresh.issuperset(f"{prefix}{name}" for name in body.state_dict()):
+        unread = sorted(info["unexpected_keys"])
+        wrong = f"the shapes are not those of {type(model).__name__} with its configuration"
+        if not info["mismatched_keys"]:
+            wanted, found = f"{prefix}{next(iter(body.state_dict()))}", unread[0] if unread else "none"
+            wrong = f"the names of {type(model).__name__} are like {wanted}, those found like {found}"
+        raise ValueError(f"no weight of {path or 'the given state_dict'} fits, and all would be random: {wrong}")
 
 
 class PoolFormerPreTrainedModel(MetaFormerPreTrainedModel):
     config: PoolFormerConfig
     base_model_prefix = "poolformer"
+    # No attention, so that there is nothing to choose.
+    _supports_sdpa = False
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
 
 
 class MetaFormerEncoder(MetaFormerPreTrainedModel):
     """Embeddings and stages. Hidden states are recorded per stage, after its last block."""
 
     _can_record_outputs = {  # noqa: RUF012 transformers' own convention
-        "hidden_states": OutputRecorder(MetaFormerStage, capture_initial_hidden_state=False)
+        "hidden_states": OutputRecorder(MetaFormerStage, capture_initial_hidden_state=False),
+        "attentions": OutputRecorder(AttentionWeights),
     }
 
     def __init__(self, config: MetaFormerConfig):
@@ -398,13 +510,15 @@ class MetaFormerEncoder(MetaFormerPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> BaseModelOutputWithNoAttention:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+        if kwargs.get("output_attentions") and self.config._attn_implementation not in ("eager", None):
+            logger.warning_once(
+                'Only attn_implementation="eager" has attention weights to give with output_attentions.'
+            )
         hidden_states = lay_out(pixel_values, preferred=self.config.kernels)
         for embed, stage in zip(self.patch_embeddings, self.block, strict=True):
             hidden_states = stage(embed(hidden_states))
-        return BaseModelOutputWithNoAttention(last_hidden_state=hidden_states)
+        return BaseModelOutput(last_hidden_state=hidden_states)
 
 
 class MetaFormerBackboneEncoder(MetaFormerEncoder):
@@ -447,17 +561,18 @@ class MetaFormerModel(MetaFormerPreTrainedModel):
     @auto_docstring
     def forward(
         self, pixel_values: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> BaseModelOutputWithPoolingAndNoAttention:
+    ) -> BaseModelOutputWithPooling:
         r"""
         `pooler_output` is the mean of `last_hidden_state` over height and width. The final norm belongs to the
         classifier: for normalised features load `ForImageClassification` with `num_labels=0` and take its `logits`.
         """
         check_pixel_values(pixel_values, self.config.num_channels)
-        outputs = self.encoder(pixel_values, **kwargs)
-        return BaseModelOutputWithPoolingAndNoAttention(
+        outputs = self.encoder(pixel_values, return_dict=True, **kwargs)
+        return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=outputs.last_hidden_state.mean([-2, -1]),
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
 
@@ -509,13 +624,13 @@ class MetaFormerForImageClassification(MetaFormerPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> ImageClassifierOutputWithNoAttention:
+    ) -> ImageClassifierOutput:
         r"""
         labels (`torch.Tensor`, *optional*):
             Class indices (batch,), or targets (batch, num_labels) for regression and multi-label classification;
             `config.problem_type` says which, and is inferred from the first labels if unset.
         """
-        outputs = self.base_model(pixel_values, **kwargs)
+        outputs = self.base_model(pixel_values, return_dict=True, **kwargs)
         hidden_states = outputs.last_hidden_state
         if self.config.head_norm_first:
             features = self.norm(hidden_states).mean([-2, -1])
@@ -527,24 +642,36 @@ class MetaFormerForImageClassification(MetaFormerPreTrainedModel):
         if labels is not None:
             if self.num_labels == 0:
                 raise ValueError("labels were given to a feature extractor: num_labels is 0")
-            if self.config.problem_type in (None, "single_label_classification"):
-                check_labels(labels, self.num_labels)
+            check_labels(labels, logits, self.config.problem_type)
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
 
-        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
-def check_labels(labels: torch.Tensor, num_labels: int):
+def check_labels(labels: torch.Tensor, logits: torch.Tensor, problem_type: str | None):
     """
-    Raises ValueError if class indices do not fit the head.
+    Raises ValueError if labels are not one per image, or per logit, or if class indices do not fit the head.
 
-    Only where looking is free: on an accelerator it would wait for the device, and a compiled graph would break.
+    The loss would spread a target of another shape over the logits. Indices are looked at where that is free: on an
+    accelerator it would wait for the device, and a compiled graph would break.
     """
-    if torch.compiler.is_compiling() or labels.device.type != "cpu" or labels.is_floating_point():
+    batch, num_labels = logits.shape
+    integers = labels.dtype in (torch.long, torch.int)
+    single = problem_type == "single_label_classification" or (problem_type is None and integers and num_labels > 1)
+    wanted = (batch,) if single or num_labels == 1 else (batch, num_labels)
+    if labels.shape not in (wanted, (batch, 1) if len(wanted) == 1 else wanted):
+        kind = "class indices" if single else problem_type or "numbers"
+        raise ValueError(
+            f"labels must have shape {wanted} for {kind} (config.num_labels={num_labels}), but have "
+            f"{tuple(labels.shape)}, {labels.dtype}"
+        )
+    if not single or torch.compiler.is_compiling() or labels.device.type != "cpu" or labels.is_floating_point():
         return
-    outside = (labels < 0) | (labels >= num_labels)
     # -100 is what the loss ignores.
-    if num_labels > 1 and (outside & (labels != -100)).any():
+    outside = ((labels < 0) | (labels >= num_labels)) & (labels != -100)
+    if outside.any():
         wrong = labels[outside].unique().tolist()
         raise ValueError(f"labels must be in 0..{num_labels - 1} (config.num_labels={num_labels}) but contain {wrong}")
 

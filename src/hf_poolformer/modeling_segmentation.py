@@ -205,7 +205,7 @@ class MetaFormerForSemanticSegmentation(MetaFormerPreTrainedModel):
         >>> list(model(torch.zeros(1, 3, 512, 512)).logits.shape)
         [1, 150, 128, 128]
         ```"""
-        outputs = self.base_model(pixel_values, **kwargs)
+        outputs = self.base_model(pixel_values, return_dict=True, **kwargs)
         logits = self.decode_head(self.neck(outputs.feature_maps))
         loss = None
         if labels is not None:

@@ -14,9 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .backends import fusible, is_plain, is_valid_average
-from .configuration_poolformer import MetaFormerConfig
+from .configuration_poolformer import MetaFormerConfig, check_name
 
 
 @fusible
@@ -57,8 +59,7 @@ def activation(name: str) -> nn.Module:
     """A new activation module by its name in `ACTIVATIONS` or transformers' `ACT2FN`."""
     if name in ACTIVATIONS:
         return ACTIVATIONS[name]()
-    if name not in ACT2FN:
-        raise ValueError(f"Unknown hidden_act {name!r}: not one of {', '.join([*ACTIVATIONS, *ACT2FN])}")
+    check_name("hidden_act", name, [*ACTIVATIONS, *ACT2FN])
     return ACT2FN[name]
 
 
@@ -99,16 +100,44 @@ class IdentityMixer(nn.Identity):
 
 
 @fusible
+class AttentionWeights(nn.Identity):
+    """Of eager attention, (batch, heads, tokens, tokens): a place to look at them."""
+
+
+def eager_attention_forward(
+    module: "Attention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """transformers' "eager": as two products. (batch, heads, tokens, head_dim) to (batch, tokens, heads, head_dim)."""
+    scores = query @ key.transpose(2, 3) * scaling
+    weights = module.weights(scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype))
+    return (weights @ value).transpose(1, 2), weights
+
+
+@fusible
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens, heads of `attention_head_dim` channels."""
+    """
+    Multi-head self-attention over all tokens, heads of `attention_head_dim` channels.
+
+    `attn_implementation` of transformers says how it is computed: "sdpa" unless told otherwise.
+    """
+
+    is_causal = False
 
     def __init__(self, config: MetaFormerConfig, stage: int):
         super().__init__()
+        self.config = config
         dim = config.hidden_sizes[stage]
         self.head_dim = config.attention_head_dim
         self.num_heads = max(dim // self.head_dim, 1)
         inner = self.num_heads * self.head_dim
         self.qkv = nn.Linear(dim, 3 * inner, bias=False)
+        self.weights = AttentionWeights()
         self.proj = nn.Linear(inner, dim, bias=config.use_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -116,9 +145,18 @@ class Attention(nn.Module):
         tokens = hidden_states.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
         qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        mixed = self.proj(mixed.transpose(1, 2).flatten(2))
+        mixed = self.proj(self.attend(query, key, value).flatten(2))
         return mixed.transpose(1, 2).unflatten(-1, (height, width))
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """From (B, heads, N, head_dim) each to (B, N, heads, head_dim)."""
+        name = self.config._attn_implementation or "sdpa"
+        compute = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        if compute is sdpa_attention_forward:
+            # It asks whether there are several tokens, to mask what causal models must not see: a question that an
+            # exported graph for all sizes cannot answer, and there is no such mask here.
+            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        return compute(self, query, key, value, None, scaling=self.head_dim**-0.5)[0]
 
 
 @fusible
