@@ -2,9 +2,9 @@
 transformers' own tests of models, configurations, backbones and processors, run on our classes; slow.
 
 They come out of the source distribution of the installed release, which pip fetches once into pytest's cache. Nothing
-may fail, and what passes with transformers' own classes has to pass here, not to be skipped: the built-in PoolFormer
-is the reference, and where it has no such class, ConvNeXt's backbone and SegFormer. Where a class differs on purpose,
-its case below has a test of that name of its own, and says why.
+may fail. What passes with transformers' own classes may not be skipped here, either: the built-in PoolFormer is the
+reference, and for backbones ConvNeXt's. What differs on purpose is in `DIFFERENT`, or has a test of the same name in
+place of transformers' in the cases below, which says why.
 
 The distribution leaves out what some of the tests import. Stand-ins for that are in `LEFT_OUT`; so the tests of
 pipelines (which load models of the Hub) and of exporters do not run.
@@ -17,9 +17,10 @@ import importlib
 import subprocess
 import sys
 import tarfile
+import tempfile
 import unittest
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -35,7 +36,6 @@ from transformers.models.convnext import modeling_convnext
 from transformers.models.poolformer import image_processing_pil_poolformer as built_in_pil
 from transformers.models.poolformer import image_processing_poolformer as built_in_torchvision
 from transformers.models.poolformer import modeling_poolformer as built_in
-from transformers.models.segformer import modeling_segformer
 
 import hf_poolformer
 from hf_poolformer import TOKEN_MIXERS
@@ -79,6 +79,13 @@ def url_to_local_path(url):
 """,
 }
 
+# Skipped here though they pass with a reference, by the end of the class's name.
+DIFFERENT = {
+    "Backbone": {
+        "test_capture_outputs_decorator": "hidden states are computed anyway, and not recorded by hooks a second time"
+    }
+}
+
 SIZE = 64
 TINY = {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 16, 24, 32]}
 # Heads for dense tasks. All anchors and regions are sampled: two losses of the same batch are the same.
@@ -101,22 +108,24 @@ BASELINE = {
     "head_norm_first": False,
     "head_type": "mlp",
 }
-# What differs from the defaults of PoolFormerConfig, in the first one, or MetaFormerConfig.
+# What differs from TINY; whether it is a PoolFormer says the name.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "poolformer": {},
+    "poolformer_reference": {"kernels": "reference"},
     **{name: {"token_mixers": [name] * 4, "position_embeddings": [False, True, False, True]} for name in TOKEN_MIXERS},
     "batch_norm": {"norm_layer": "batch_norm"},
     "no_norm_no_mlp": {"norm_layer": "none", "use_mlp": False, "use_layer_scale": False},
     "baseline": BASELINE,
 }
 DETECTORS = ("ForObjectDetection", "ForInstanceSegmentation")
-KINDS = ("Model", "ForImageClassification", "Backbone", "ForSemanticSegmentation", *DETECTORS)
+DENSE = ("ForSemanticSegmentation", *DETECTORS)
+KINDS = ("Model", "ForImageClassification", "Backbone", *DENSE)
 # The heads for dense tasks are the same on any backbone.
 CASES = [
     (name, kind)
     for name in CONFIGURATIONS
     for kind in KINDS
-    if name in ("poolformer", "attention", "baseline") or kind in KINDS[:3]
+    if name in ("poolformer", "attention", "baseline") or kind not in DENSE
 ]
 
 
@@ -130,39 +139,51 @@ def mixins(request) -> SimpleNamespace:
     folder = request.config.cache.mkdir(f"transformers-{version}")
     root = folder / f"transformers-{version}"
     if not root.exists():
-        download(version, folder)
+        download(version, root)
     for name, text in LEFT_OUT.items():
         path = root / name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     files = {
         "models": "test_modeling_common",
         "configurations": "test_configuration_common",
         "backbones": "test_backbone_common",
         "processors": "test_image_processing_common",
     }
-    # Read when the tests are defined. Their package is called as any project's tests are.
-    with (
-        mock.patch.object(testing_utils, "_run_slow_tests", True),
-        mock.patch.object(sys, "path", [str(root), *sys.path]),
-        mock.patch.dict(sys.modules),
-        warnings.catch_warnings(action="ignore"),  # of pytest, which does not know transformers' marks
-    ):
+    # Their package is called `tests`, as is this one.
+    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "tests"}
+    try:
+        with (
+            mock.patch.object(sys, "path", [str(root), *sys.path]),
+            mock.patch.object(testing_utils, "_run_slow_tests", True),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
+            return SimpleNamespace(**{name: importlib.import_module(f"tests.{file}") for name, file in files.items()})
+    finally:
         for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
             del sys.modules[name]
-        return SimpleNamespace(**{name: importlib.import_module(f"tests.{file}") for name, file in files.items()})
+        sys.modules.update(ours)
 
 
-def download(version: str, folder: Path):
+def download(version: str, root: Path):
+    """The unpacked source distribution as `root`."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--retries", "1", "--timeout", "15"]
-    command = ["download", "--no-deps", "--no-build-isolation", "--no-binary", "transformers", "--dest", str(folder)]
-    done = subprocess.run([*pip, *command, f"transformers=={version}"], capture_output=True, text=True)
-    if done.returncode:
-        said = done.stderr.strip() or done.stdout.strip() or "pip said nothing"
-        pytest.skip(f"no source distribution of transformers {version}: {said.splitlines()[-1]}")
-    with tarfile.open(folder / f"transformers-{version}.tar.gz") as archive:
-        archive.extractall(folder, filter="data")
+    options = ["--no-deps", "--no-build-isolation", "--no-binary", "transformers"]
+    # Complete or not at all: other processes may do the same.
+    with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
+        command = [*pip, "download", *options, "--dest", scratch, f"transformers=={version}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr.strip() or done.stdout.strip() or "pip said nothing").splitlines()[-1]
+            pytest.skip(f"no source distribution of transformers {version}: {said}")
+        with tarfile.open(next(Path(scratch).glob("*.tar.gz"))) as archive:
+            archive.extractall(scratch, filter="data")
+        try:
+            (Path(scratch) / root.name).rename(root)
+        except OSError:
+            if not root.exists():
+                raise
 
 
 # --- running the tests -----------------------------------------------------------------------------------------------
@@ -189,12 +210,13 @@ def run(case: type[unittest.TestCase]) -> Outcomes:
     return Outcomes(names - failed.keys() - skipped.keys(), skipped, failed)
 
 
-def judge(ours: Outcomes, *references: Outcomes):
-    """Raises AssertionError for tests that failed, and for skipped ones that pass in a reference."""
-    assert not ours.failed, "\n".join(f"{name}\n{text}" for name, text in ours.failed.items())
+def judge(ours: Outcomes, *references: Outcomes, different: Iterable[str] = ()):
+    """Fails for tests that failed, and for those that were skipped here (`different` had to be) but passed there."""
+    if ours.failed:
+        pytest.fail("\n".join(f"{name}\n{text}" for name, text in ours.failed.items()), pytrace=False)
     passed = set().union(*(reference.passed for reference in references))
     skipped = {name: reason for name, reason in ours.skipped.items() if name in passed}
-    assert not skipped, skipped
+    assert skipped.keys() == set(different), skipped
 
 
 @contextlib.contextmanager
@@ -243,7 +265,9 @@ def model_case(
 ) -> type[unittest.TestCase]:
     config = model_class.config_class(**settings, num_labels=5)
     bases = [mixins.models.ModelTesterMixin, unittest.TestCase]
-    is_backbone, is_detector = model_class.__name__.endswith("Backbone"), model_class.__name__.endswith(DETECTORS)
+    is_backbone, is_detector, is_dense = (
+        model_class.__name__.endswith(ending) for ending in ("Backbone", DETECTORS, DENSE)
+    )
     if is_backbone:
         bases.insert(0, mixins.backbones.BackboneTesterMixin)
 
@@ -300,6 +324,19 @@ def model_case(
                 # Those of the last stages; a stem's may be there, too.
                 self.assertEqual([tuple(state.shape) for state in hidden_states[-4:]], shapes)
 
+        if is_backbone or is_dense:
+
+            def test_can_capture_specific_layers_hidden_states(self):
+                # transformers' test is for models that record them by hooks.
+                config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+                model = model_class(config).to(testing_utils.torch_device).eval()
+                with torch.no_grad():
+                    wanted = model(**inputs, output_hidden_states=True).hidden_states
+                    some = model(**inputs, output_hidden_states=[0, -1]).hidden_states
+                self.assertEqual([state is not None for state in some], [True, *[False] * 3, True])
+                torch.testing.assert_close(some[0], wanted[0])
+                torch.testing.assert_close(some[-1], wanted[-1])
+
         if is_backbone or is_detector:
 
             def test_retain_grad_hidden_states_attentions(self):
@@ -319,10 +356,6 @@ REFERENCES: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
     "Model": (built_in.PoolFormerModel, TINY),
     "ForImageClassification": (built_in.PoolFormerForImageClassification, TINY),
     "Backbone": (modeling_convnext.ConvNextBackbone, TINY),
-    "ForSemanticSegmentation": (
-        modeling_segformer.SegformerForSemanticSegmentation,
-        {**TINY, "num_attention_heads": [1, 1, 1, 1], "decoder_hidden_size": 16},
-    ),
 }
 
 
@@ -340,14 +373,15 @@ def references(mixins) -> Callable[[str], Outcomes]:
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_models(name, kind, mixins, references, known_names):
-    family = "PoolFormer" if name == "poolformer" else "MetaFormer"
     settings = {**TINY, **CONFIGURATIONS[name]}
+    family = "PoolFormer" if name.startswith("poolformer") else "MetaFormer"
     if family == "MetaFormer":
         settings["image_size"] = SIZE
-    if kind in (*DETECTORS, "ForSemanticSegmentation"):
+    if kind in DENSE:
         settings |= HEADS
     ours = run(model_case(mixins, getattr(hf_poolformer, family + kind), settings))
-    judge(ours, references("Model"), references(kind if kind in REFERENCES else "ForImageClassification"))
+    kinds = {"Model", kind if kind in REFERENCES else "ForImageClassification"}
+    judge(ours, *map(references, sorted(kinds)), different=DIFFERENT.get(kind, ()))
 
 
 # --- processors ------------------------------------------------------------------------------------------------------
