@@ -79,11 +79,14 @@ def url_to_local_path(url):
 """,
 }
 
-# Skipped here though they pass with a reference, by the end of the class's name.
+# Skipped here though they pass with a reference, of a kind of model or one configuration.
 DIFFERENT = {
     "Backbone": {
         "test_capture_outputs_decorator": "hidden states are computed anyway, and not recorded by hooks a second time"
-    }
+    },
+    "baseline-ForImageClassification": {
+        "test_can_load_ignoring_mismatched_shapes": "the test looks for a single linear layer; this head is an MLP"
+    },
 }
 
 SIZE = 64
@@ -381,7 +384,8 @@ def test_models(name, kind, mixins, references, known_names):
         settings |= HEADS
     ours = run(model_case(mixins, getattr(hf_poolformer, family + kind), settings))
     kinds = {"Model", kind if kind in REFERENCES else "ForImageClassification"}
-    judge(ours, *map(references, sorted(kinds)), different=DIFFERENT.get(kind, ()))
+    different = {**DIFFERENT.get(kind, {}), **DIFFERENT.get(f"{name}-{kind}", {})}
+    judge(ours, *map(references, sorted(kinds)), different=different)
 
 
 # --- processors ------------------------------------------------------------------------------------------------------
