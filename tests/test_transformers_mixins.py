@@ -273,11 +273,13 @@ def model_case(
     )
     if is_backbone:
         bases.insert(0, mixins.backbones.BackboneTesterMixin)
+    # Weights of attention are given out by these.
+    attends = "attention" in settings.get("token_mixers", ()) and not (is_backbone or is_dense)
 
     class ModelCase(*bases):
         all_model_classes = (model_class,)
         config_class = type(config)
-        has_attentions = False  # no model of ours gives them out
+        has_attentions = attends
         test_resize_embeddings = False  # of tokens
         test_can_init_all_missing_weights_before_2023 = True
 
@@ -326,6 +328,22 @@ def model_case(
                 ]
                 # Those of the last stages; a stem's may be there, too.
                 self.assertEqual([tuple(state.shape) for state in hidden_states[-4:]], shapes)
+
+        def test_attention_outputs(self):
+            # transformers' test wants as many tokens in all layers.
+            if not attends:
+                self.skipTest("no attention")
+            config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+            model = model_class._from_config(config, attn_implementation="eager")
+            with torch.no_grad():
+                attentions = model.to(testing_utils.torch_device).eval()(**inputs, output_attentions=True).attentions
+            shapes = [
+                (self.model_tester.batch_size, 1, tokens, tokens)
+                for stage, (name, depth) in enumerate(zip(config.token_mixers, config.depths, strict=True))
+                for tokens in [(SIZE // 4 // 2**stage) ** 2] * depth
+                if name == "attention"
+            ]
+            self.assertEqual([tuple(weights.shape) for weights in attentions], shapes)
 
         if is_backbone or is_dense:
 
