@@ -557,6 +557,9 @@ class MetaFormerModel(MetaFormerPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.patch_embeddings[0]
 
+    def set_input_embeddings(self, value: nn.Module):
+        self.encoder.patch_embeddings[0] = value
+
     @can_return_tuple
     @auto_docstring
     def forward(
@@ -695,6 +698,9 @@ class MetaFormerBackbone(BackboneMixin, MetaFormerPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.patch_embeddings[0]
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.encoder.patch_embeddings[0] = value
 
     @can_return_tuple
     @filter_output_hidden_states
