@@ -26,7 +26,7 @@ from ..training.errors import UserError
 from ..training.initialisation import why_not_loaded
 from . import formats
 from .card import render_card
-from .folder import REPORT, Manifest, check_output, digest, folder_size, is_exported, new_folder, write_json
+from .folder import REPORT, SETTINGS, Manifest, check_output, digest, folder_size, is_exported, new_folder, write_json
 from .graph import fold
 from .images import Sample, photographs, read_samples
 from .quantisation import quantise
@@ -180,13 +180,14 @@ def export_model(
             opset=opset,
             compile=compile,
         )
-        for name, part in (("config.json", original.config), ("preprocessor_config.json", processor)):
+        for name, part in zip(SETTINGS, (original.config, processor), strict=True):
             # Without the code that would come along: there is no PyTorch model here for it to be of use to.
             facts = json.loads(part.to_json_string())
             write_json(folder / name, {key: value for key, value in facts.items() if key != "auto_map"})
         if precision == "int8":
             manifest.quantisation = quantise_graph(path, manifest, original, processor, calibration, progress)
-        manifest.files = {file.name: digest(file) for file in sorted(folder.glob(f"{path.stem}.*"))}
+        files = [*folder.glob(f"{path.stem}.*"), *(folder / name for name in SETTINGS)]
+        manifest.files = {file.name: digest(file) for file in sorted(files)}
         manifest.write(folder)
         report = verify(load(folder, trust_remote_code=True), original, [comparison], progress=progress)
         report.size = folder_size(folder)
