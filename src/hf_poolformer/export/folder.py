@@ -169,6 +169,16 @@ def is_exported(name: str | os.PathLike) -> bool:
     return (Path(name) / MANIFEST).is_file()
 
 
+def no_model(name: str | os.PathLike) -> str:
+    """One line for whoever gave the export `name` where a model with weights is needed."""
+    try:
+        made_of = json.loads((Path(name) / MANIFEST).read_text(encoding="utf-8"))["source"]["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        made_of = ""
+    named = f", {made_of}" if made_of else ""
+    return f"{name} is an export, a graph without the model's weights: give the model it was made of{named}"
+
+
 @contextlib.contextmanager
 def new_folder(output: str | os.PathLike, overwrite: bool) -> Iterator[Path]:
     """

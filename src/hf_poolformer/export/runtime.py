@@ -80,9 +80,12 @@ def load_classifier(folder: str | os.PathLike, trust_remote_code: bool = False) 
     Raises:
         UserError: as `load`, and for a segmenter.
     """
+    from ..training.initialisation import check_colours
+
     model = load(folder, trust_remote_code=trust_remote_code)
     if model.manifest.task != "image-classification":
         raise UserError(f"{folder} is an export of another task: {model.manifest.task}")
+    check_colours(str(folder), model.config, model.image_processor)
     return model, model.image_processor
 
 
