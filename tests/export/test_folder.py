@@ -4,10 +4,8 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -21,20 +19,17 @@ from hf_poolformer.training.errors import UserError
 from hf_poolformer.training.initialisation import load_checkpoint
 
 
-# A process that makes an export of one file, and waits in the middle until it is killed.
-HOLDER = """
-import sys, time
-from hf_poolformer.export.folder import new_folder
-with new_folder(sys.argv[1], overwrite=True) as scratch:
-    (scratch / "half").write_text("half")
-    print("working", flush=True)
-    time.sleep(600)
-"""
-
-
 def put(output: Path, text: str, overwrite: bool = False) -> None:
     with new_folder(output, overwrite) as scratch:
         (scratch / "export.json").write_text(text)
+
+
+def hold(output: Path, working) -> None:
+    """Half an export."""
+    with new_folder(output, overwrite=True) as scratch:
+        (scratch / "half").write_text("half")
+        working.set()
+        time.sleep(600)
 
 
 def names(folder: Path) -> list[str]:
@@ -110,12 +105,15 @@ def test_what_a_kill_leaves_is_cleared_away(tmp_path, caplog):
     out = tmp_path / "out"
     put(out, "old")
     put(tmp_path / "out-2", "neighbour")
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, out], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "working\n"
+    context = multiprocessing.get_context("fork")
+    working = context.Event()
+    holder = context.Process(target=hold, args=(out, working))
+    holder.start()
+    assert working.wait(60)
     with pytest.raises(UserError, match="at work"):
         put(out, "new", overwrite=True)
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    holder.kill()
+    holder.join()
     assert ".out.export" in names(tmp_path) and (out / "export.json").read_text() == "old"
     put(out, "new", overwrite=True)
     assert (out / "export.json").read_text() == "new" and names(tmp_path) == ["out", "out-2"]

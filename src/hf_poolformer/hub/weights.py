@@ -82,6 +82,8 @@ def open_folder(folder: Path, name: str) -> Source:
         if not isinstance(config, dict):
             raise ConversionError(f"{folder / 'config.json'} is no configuration: it holds no JSON object")
     files = next((found for glob in WEIGHTS if (found := sorted(folder.glob(glob)))), [])
+    if not files and is_exported(folder):
+        raise ConversionError(no_model(folder))
     if not files:
         raise ConversionError(f"{name}: no weights in this folder (looked for {', '.join(WEIGHTS)})")
     if len(files) > 1 and not all(re.search(r"-\d+-of-\d+\.", file.name) for file in files):
