@@ -19,6 +19,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..export.folder import is_exported, no_model
+
 
 __all__ = ["ConversionError", "Source", "open_source"]
 
