@@ -138,7 +138,7 @@ def test_an_export_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     rename = Path.rename
 
     def full(path, target):
-        if path.name.startswith(".out-") and "old" not in path.name:
+        if path.name.startswith("new-"):
             raise OSError(errno.ENOSPC, "No space left on device")
         return rename(path, target)
 

@@ -7,11 +7,13 @@ import sys
 import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
 
+from hf_poolformer import PoolFormerConfig, PoolFormerForSemanticSegmentation
 from hf_poolformer.commands.evaluate import main as evaluate
 from hf_poolformer.commands.predict import main as predict
 from hf_poolformer.export import export_model, load
@@ -52,6 +54,34 @@ def test_pipeline(exported, small_model, photos, caplog):
     right = pipeline("image-classification", model=small_model())(image)
     assert [entry["label"] for entry in got] == [entry["label"] for entry in right]
     assert [entry["score"] for entry in got] == pytest.approx([entry["score"] for entry in right], rel=1e-3)
+    assert "not supported" not in caplog.text
+
+
+@pytest.mark.parametrize("task", ["image-classification", "image-segmentation"])
+def test_pipeline_of_batches(task, exported, save_model, photos, tmp_path, caplog):
+    """Images of mixed sizes, several at a time: of each what it gives alone, and maps of its own size."""
+    model = load(exported)
+    if task == "image-segmentation":
+        small = {"depths": (1, 1, 1, 1), "hidden_sizes": (8, 16, 32, 64), "num_labels": 4}
+        config = PoolFormerConfig(**small, fpn_feature_size=16, decoder_hidden_size=16)
+        segmenter = save_model(PoolFormerForSemanticSegmentation(config))
+        export_model(segmenter, tmp_path / "out", dynamic_size=False)
+        model = load(tmp_path / "out")
+    run = pipeline(task, model=model, image_processor=model.image_processor)
+    image = Image.open(photos / "00.jpg")
+    images = [image.resize(size) for size in ((90, 120), (120, 90), (200, 100), (64, 64), (75, 80))]
+    for one, several in zip([run(image) for image in images], run(images, batch_size=2), strict=True):
+        assert [entry["label"] for entry in one] == [entry["label"] for entry in several]
+        if task == "image-classification":
+            scores = [[entry["score"] for entry in found] for found in (one, several)]
+            assert scores[0] == pytest.approx(scores[1], rel=1e-4)  # float32, another order of summation
+            continue
+        for alone, beside in zip(one, several, strict=True):
+            assert alone["mask"].size == beside["mask"].size
+            assert (np.asarray(alone["mask"]) != np.asarray(beside["mask"])).mean() < 1e-3  # near ties of two classes
+    if task == "image-segmentation":
+        sizes = [found[0]["mask"].size for found in run(images, batch_size=5)]
+        assert sizes == [image.size for image in images]
     assert "not supported" not in caplog.text
 
 

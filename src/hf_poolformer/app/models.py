@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..export.folder import is_exported, no_model
 from ..prediction.inference import Predictor, find_device
 from ..training.errors import UserError
 from ..training.files import one_line
@@ -186,6 +187,8 @@ class Models:
         task = read_task(source, where)
         if task == CLASSIFICATION:
             return Predictor(source, device=self.device, **where)
+        if is_exported(source):
+            raise UserError(no_model(source))
         try:
             model, info = DENSE_CLASSES[task].from_pretrained(source, **where, output_loading_info=True)
             processor = AutoImageProcessor.from_pretrained(source, **where)

@@ -59,10 +59,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     check(arguments.image, output, arguments.top_k, arguments.stage)
     from ..explanation.explainer import explain
     from ..explanation.pictures import write_explanation
+    from ..export.folder import is_exported, no_model
     from ..prediction.inference import Predictor
     from ..training.decoding import BrokenImage, decode_image
 
     quieten()
+    if is_exported(arguments.model):
+        raise UserError(no_model(arguments.model))
     try:
         image = decode_image(arguments.image)
     except BrokenImage as error:

@@ -80,7 +80,7 @@ def pixel_affine(processor: Any, num_channels: int) -> tuple[torch.Tensor, torch
 
 def activation_of(config: Any) -> str | None:
     """What makes scores of logits, as transformers' pipelines choose it."""
-    if config.problem_type == "regression":
+    if config.problem_type == "regression" or not config.num_labels:
         return None
     return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
 
@@ -192,6 +192,8 @@ def dynamic_shapes(module: Deployable, dynamic_size: bool) -> dict[str, dict[int
 
 
 def output_name(module: Deployable) -> str:
+    if not module.model.config.num_labels:
+        return "features"
     return "logits" if module.activation is None else "probabilities"
 
 

@@ -52,12 +52,18 @@ def read_samples(
     """
     from ..training.data import open_images
 
+    channels = config.num_channels
+    if channels not in (1, 3):
+        raise UserError(
+            f"the images of a dataset are read in colour or in grey, and the model takes {channels} channels: export "
+            "it without --calibration_dataset"
+        )
     dataset = open_images(location, **how)
     known = label_indices(dataset, config)
     pixels, labels, problem = [], [], "it is empty"
     for row in draw(dataset.stream, sum(counts)):
         try:
-            image = decode_image(row[dataset.image_column])
+            image = in_channels(decode_image(row[dataset.image_column]), channels)
             pixels.append(processor(image, return_tensors="pt")["pixel_values"][0])
         except (BrokenImage, ValueError) as error:
             problem = one_line(error)
@@ -124,10 +130,40 @@ def photographs(processor: Any, count: int, num_channels: int = 3) -> Sample:
         images, name = resized((320, 256), count), "photographs of scikit-learn and scikit-image"
     except Exception:  # not installed, or without its data: a comparison on made-up pictures is still one
         images, name = [made_up(seed) for seed in range(count)], "made-up pictures with the spectrum of photographs"
-    if num_channels == 1:
-        images = [ImageOps.grayscale(image) for image in images]
-    pixels = [processor(image, return_tensors="pt")["pixel_values"][0] for image in images]
+    pixels = [processor(in_channels(image, num_channels), return_tensors="pt")["pixel_values"][0] for image in images]
     return Sample(torch.stack(pixels), None, name)
+
+
+def in_channels(image: Image.Image, number: int) -> Image.Image:
+    """An RGB image in 1, 3 or 4 channels; the fourth shows the image upside down, so that it says something else."""
+    if number == 1:
+        return ImageOps.grayscale(image)
+    if number == 4:
+        image = image.copy()
+        image.putalpha(ImageOps.flip(ImageOps.grayscale(image)))
+    return image
+
+
+def check_channels(name: str, processor: Any, number: int) -> None:
+    """
+    Raises:
+        UserError: the image processor does not make the channels that the model `name` takes.
+    """
+    advice = (
+        f"its preprocessor_config.json needs do_convert_rgb false, and {number} values of image_mean and image_std"
+    )
+    if number not in (1, 3, 4):
+        raise UserError(f"{name} takes images of {number} channels, which no image processor makes: 1, 3 and 4 it can")
+    try:
+        pixels = processor(in_channels(made_up(0), number), return_tensors="pt")["pixel_values"][0]
+    except Exception as error:  # whatever a foreign processor may raise
+        raise UserError(
+            f"the image processor of {name} cannot prepare an image of {number} channels: {one_line(error)} ({advice})"
+        ) from error
+    if len(pixels) != number:
+        raise UserError(
+            f"{name} takes images of {number} channels, but its image processor makes {len(pixels)} of them: {advice}"
+        )
 
 
 def made_up(seed: int, height: int = 256, width: int = 320) -> Image.Image:

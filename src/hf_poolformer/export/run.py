@@ -26,9 +26,20 @@ from ..training.errors import UserError
 from ..training.initialisation import why_not_loaded
 from . import formats
 from .card import render_card
-from .folder import REPORT, Manifest, check_output, digest, folder_size, is_exported, new_folder, write_json
+from .folder import (
+    REPORT,
+    SETTINGS,
+    Manifest,
+    check_output,
+    digest,
+    folder_size,
+    is_exported,
+    new_folder,
+    no_model,
+    write_json,
+)
 from .graph import fold
-from .images import Sample, photographs, read_samples
+from .images import Sample, check_channels, photographs, read_samples
 from .quantisation import quantise
 from .runtime import ExportedModel, load, open_graph
 from .verification import Report, verify
@@ -180,13 +191,14 @@ def export_model(
             opset=opset,
             compile=compile,
         )
-        for name, part in (("config.json", original.config), ("preprocessor_config.json", processor)):
+        for name, part in zip(SETTINGS, (original.config, processor), strict=True):
             # Without the code that would come along: there is no PyTorch model here for it to be of use to.
             facts = json.loads(part.to_json_string())
             write_json(folder / name, {key: value for key, value in facts.items() if key != "auto_map"})
         if precision == "int8":
             manifest.quantisation = quantise_graph(path, manifest, original, processor, calibration, progress)
-        manifest.files = {file.name: digest(file) for file in sorted(folder.glob(f"{path.stem}.*"))}
+        files = [*folder.glob(f"{path.stem}.*"), *(folder / name for name in SETTINGS)]
+        manifest.files = {file.name: digest(file) for file in sorted(files)}
         manifest.write(folder)
         report = verify(load(folder, trust_remote_code=True), original, [comparison], progress=progress)
         report.size = folder_size(folder)
@@ -205,7 +217,7 @@ def load_source(name: str, **where: Any) -> tuple[nn.Module, Any, str]:
     """
     folder = Path(name)
     if is_exported(folder):
-        raise UserError(f"{name} is an export already: give the model it was made of")
+        raise UserError(no_model(name))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{name} is not a model: it has no config.json")
     try:
@@ -228,6 +240,7 @@ def load_source(name: str, **where: Any) -> tuple[nn.Module, Any, str]:
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise UserError(f"{name} is not a trained model of its kind: it has no weights for {missing}")
+    check_channels(name, processor, getattr(model.config, "num_channels", 3))
     return model.float().eval(), processor, "semantic-segmentation" if segments else "image-classification"
 
 

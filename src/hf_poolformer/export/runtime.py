@@ -19,7 +19,7 @@ from transformers.models.auto import modeling_auto
 
 from ..training.errors import UserError
 from ..training.files import one_line
-from .folder import Manifest
+from .folder import Manifest, is_exported
 
 
 # Images that one stream of OpenVINO takes at a time, and how many shapes stay compiled.
@@ -41,6 +41,9 @@ def load(
         model = load("outputs/pets-int8")
         pipeline("image-classification", model=model, image_processor=model.image_processor)
 
+    Threads may share it. It can be copied, pickled and sent to other processes, which open the folder again: it has to
+    be there still, and unchanged.
+
     Args:
         threads: of the CPU; PyTorch's number if None.
         providers: of onnxruntime, in the order of preference, say `["CUDAExecutionProvider"]`; the CPU if None.
@@ -48,9 +51,10 @@ def load(
             machine code if they are compiled.
 
     Raises:
-        UserError: not an exported model, incomplete, damaged, not trusted, or its runtime is not installed.
+        UserError: not an exported model, incomplete, changed, damaged, not trusted, of a newer version, or its runtime
+            is not installed.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     manifest = Manifest.read(folder)
     if manifest.format == "torch" and not trust_remote_code:
         raise UserError(
@@ -63,14 +67,9 @@ def load(
     try:
         config = AutoConfig.from_pretrained(folder)
         processor = AutoImageProcessor.from_pretrained(folder)
-        run = open_graph(folder / manifest.file, manifest, threads, providers)
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'hf-poolformer[export]'") from error
-    except UserError:
-        raise
     except Exception as error:
-        # Whatever a runtime says to a damaged file.
         raise UserError(f"{folder} cannot be loaded: {one_line(error)}") from error
+    run = open_graph(folder / manifest.file, manifest, threads, providers)
     return ExportedModel(run, manifest, config, processor)
 
 
@@ -81,9 +80,12 @@ def load_classifier(folder: str | os.PathLike, trust_remote_code: bool = False) 
     Raises:
         UserError: as `load`, and for a segmenter.
     """
+    from ..training.initialisation import check_colours
+
     model = load(folder, trust_remote_code=trust_remote_code)
     if model.manifest.task != "image-classification":
         raise UserError(f"{folder} is an export of another task: {model.manifest.task}")
+    check_colours(str(folder), model.config, model.image_processor)
     return model, model.image_processor
 
 
@@ -186,44 +188,121 @@ def scores_to_logits(scores: torch.Tensor, config: Any) -> torch.Tensor:
     return scores.clamp(min=tiny).log()
 
 
+_of_parents: list[dict[str, Any]] = []
+
+
+class Graph:
+    """
+    The graph of a file in its runtime: a function of what it takes, for any number of threads.
+
+    Copies are the graph itself. A process that gets it by unpickling or by a fork opens the file for itself: sessions
+    and threads of a runtime do not travel.
+
+    Args:
+        path: the graph's file in the folder of an export.
+        threads: of the CPU; PyTorch's number if None.
+        providers: of onnxruntime.
+
+    Raises:
+        UserError: the runtime is not installed, or cannot read the file.
+    """
+
+    def __init__(
+        self, path: Path, manifest: Manifest, threads: int | None = None, providers: Sequence[str] | None = None
+    ):
+        self.path, self.manifest, self.asked = path, manifest, (threads, providers)
+        self.start()
+
+    def start(self) -> None:
+        self.process = os.getpid()
+        threads, self.providers = self.asked
+        self.threads = threads or torch.get_num_threads()  # which workers of a DataLoader have one of
+        try:
+            self.open()
+        except ImportError as error:
+            raise UserError(f"{error.name} is not installed: pip install 'hf-poolformer[export]'") from error
+        except UserError:
+            raise
+        except Exception as error:
+            # Whatever a runtime says to a damaged file.
+            raise UserError(f"{self.path.parent} cannot be loaded: {one_line(error)}") from error
+
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self.process != os.getpid():
+            # The parent's is not let go: it would wait for threads that a fork does not take along.
+            _of_parents.append(self.__dict__.copy())
+            check_unchanged(self.path.parent, self.manifest)
+            self.start()
+        return self.compute(pixel_values)
+
+    def open(self) -> None:
+        raise NotImplementedError
+
+    def compute(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reopen, (self.path, self.manifest, *self.asked)
+
+    def __copy__(self) -> Graph:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graph:
+        return self
+
+
 def open_graph(
     path: Path, manifest: Manifest, threads: int | None = None, providers: Sequence[str] | None = None
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The graph of a file as a function of what it takes; see `load`."""
-    threads = threads or torch.get_num_threads()
-    if manifest.format == "onnx":
-        return onnxruntime_session(path, manifest, threads, providers)
-    if manifest.format == "openvino":
-        return OpenVINO(path, manifest, threads)
-    return torch_program(path, manifest)
+) -> Graph:
+    """The graph of a file as a function of what it takes; see `Graph`."""
+    return GRAPHS[manifest.format](path, manifest, threads, providers)
 
 
-def onnxruntime_session(
-    path: Path, manifest: Manifest, threads: int, providers: Sequence[str] | None
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    import onnxruntime
+def reopen(path: Path, manifest: Manifest, threads: int | None, providers: Sequence[str] | None) -> Graph:
+    """
+    What pickles of a graph hold.
 
-    wanted = list(providers or ["CPUExecutionProvider"])
-    missing = [name for name in wanted if name not in onnxruntime.get_available_providers()]
-    if missing:
+    Raises:
+        UserError: the folder is not there any more, or is not what it was.
+    """
+    check_unchanged(path.parent, manifest)
+    return open_graph(path, manifest, threads, providers)
+
+
+def check_unchanged(folder: Path, manifest: Manifest) -> None:
+    if not is_exported(folder):
         raise UserError(
-            f"this onnxruntime has no {missing[0]}, only {', '.join(onnxruntime.get_available_providers())}; "
-            "onnxruntime-gpu brings those of NVIDIA"
+            f"{folder} is gone, which this exported model runs from: every process needs the folder at the same place"
         )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Threads that spin between two calls take the cores away from whoever decodes the next images.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=wanted)
-
-    def run(pixel_values: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run([manifest.output], {manifest.input: pixel_values.numpy()})[0])
-
-    return run
+    if Manifest.read(folder) != manifest:
+        raise UserError(f"{folder} holds another export than the one this model was loaded from: load it again")
+    manifest.check_files(folder)
 
 
-class OpenVINO:
+class OnnxRuntime(Graph):
+    def open(self) -> None:
+        import onnxruntime
+
+        wanted = list(self.providers or ["CPUExecutionProvider"])
+        missing = [name for name in wanted if name not in onnxruntime.get_available_providers()]
+        if missing:
+            raise UserError(
+                f"this onnxruntime has no {missing[0]}, only {', '.join(onnxruntime.get_available_providers())}; "
+                "onnxruntime-gpu brings those of NVIDIA"
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        # Threads that spin between two calls take the cores away from whoever decodes the next images.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(self.path, options, providers=wanted)
+
+    def compute(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        names = self.manifest.output, self.manifest.input
+        return torch.from_numpy(self.session.run([names[0]], {names[1]: pixel_values.numpy()})[0])
+
+
+class OpenVINO(Graph):
     """
     OpenVINO on the CPU: a batch is cut into small pieces that as many streams as there are threads work on.
 
@@ -233,17 +312,15 @@ class OpenVINO:
 
     HINTS = {"float32": "f32", "float16": "f32", "bfloat16": "bf16", "int8": "f32"}  # noqa: RUF012
 
-    def __init__(self, path: Path, manifest: Manifest, threads: int):
+    def open(self) -> None:
         import openvino
 
         self.core = openvino.Core()
-        self.model = self.core.read_model(path)
-        self.threads = threads
-        self.precision = self.HINTS[manifest.precision]
+        self.model = self.core.read_model(self.path)
         self.compiled: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self.lock = threading.Lock()  # servers call from several threads
 
-    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def compute(self, pixel_values: torch.Tensor) -> torch.Tensor:
         array = pixel_values.numpy()
         streams = min(self.threads, len(array) // CHUNK)
         if streams < 2:
@@ -283,7 +360,7 @@ class OpenVINO:
                 "INFERENCE_NUM_THREADS": self.threads,
                 "NUM_STREAMS": streams,
                 "PERFORMANCE_HINT": "THROUGHPUT" if streams > 1 else "LATENCY",
-                "INFERENCE_PRECISION_HINT": self.precision,
+                "INFERENCE_PRECISION_HINT": self.HINTS[self.manifest.precision],
             }
             compiled = self.core.compile_model(model, "CPU", settings)
             several = streams > 1
@@ -296,17 +373,23 @@ class OpenVINO:
         return self.compiled[key]
 
 
-def torch_program(path: Path, manifest: Manifest) -> Callable[[torch.Tensor], torch.Tensor]:
-    compiled = manifest.compiled
-    program = torch._inductor.aoti_load_package(str(path)) if compiled else torch.export.load(path).module()
+class TorchProgram(Graph):
+    def open(self) -> None:
+        path = str(self.path)
+        compiled = self.manifest.compiled
+        self.program = torch._inductor.aoti_load_package(path) if compiled else torch.export.load(path).module()
 
-    def run(pixel_values: torch.Tensor) -> torch.Tensor:
+    def compute(self, pixel_values: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
-            return program(pixel_values)
-
-    return run
+            return self.program(pixel_values)
 
 
-# The pipeline calls classes unsupported that its table does not name. The key is no model type, so that nothing else
+GRAPHS = {"onnx": OnnxRuntime, "openvino": OpenVINO, "torch": TorchProgram}
+
+# The pipelines call classes unsupported that their tables do not name. The key is no model type, so that nothing else
 # reads it.
-modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["hf_poolformer export"] = ExportedModel.__name__
+for table in (
+    modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+):
+    table["hf_poolformer export"] = ExportedModel.__name__

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from huggingface_hub.serialization import save_torch_state_dict
 
+from ..export.folder import is_exported, no_model
 from . import cards, dataset_cards
 
 
@@ -189,6 +190,10 @@ def file_sha256(path: Path) -> str:
 
 def check_model(folder: Path, contents: Contents) -> None:
     """A configuration, all of its weights, all of its code."""
+    if is_exported(folder):
+        raise PublishError(
+            f"{no_model(folder)}. `hf upload USER/NAME {folder}` sends an export as it is, with the card it has"
+        )
     weights = [name for name in contents.files if fnmatch(name, "model*.safetensors")]
     if "config.json" not in contents.files or not weights:
         hint = ""

@@ -20,6 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from hf_poolformer.export.folder import is_exported, no_model
 from hf_poolformer.hub.dense_key_maps import BACKBONE
 from hf_poolformer.hub.key_maps import FORMATS
 
@@ -162,6 +163,8 @@ def open_folder(folder: Path, name: str, weights: str | None) -> Source:
     standard = [found for glob in STANDARD if (found := sorted(folder.glob(glob)))]
     others = sorted({file for glob in OTHERS for file in folder.glob(glob)} - {file for fs in standard for file in fs})
     files = standard[0] if standard else others
+    if not files and is_exported(folder):
+        raise ConversionError(no_model(folder))
     if not files:
         raise ConversionError(f"{name}: no weights in this folder (looked for {', '.join(STANDARD + OTHERS)})")
     if len(files) > 1:

@@ -82,9 +82,9 @@ class Predictor:
         if is_exported(name):
             from ..export.runtime import load_classifier
 
-            if embeddings or dtype != "float32":
-                raise UserError(f"{name} is an export, which gives no features and has the precision it was given")
             self.model, self.processor, fresh = *load_classifier(name, trust_remote_code), []
+            if dtype != "float32" or (embeddings and self.model.config.num_labels):
+                raise UserError(f"{name} is an export, which gives no features and has the precision it was given")
         else:
             self.model, self.processor, fresh = load_checkpoint(name, **where)
         head_only = all(belongs_to_head(weight, self.model) or weight.startswith("norm.") for weight in fresh)
@@ -92,14 +92,20 @@ class Predictor:
         if fresh and not headless:
             hint = "" if embeddings else "; --embeddings writes the features of a model without a head"
             raise UserError(f"{name} is not a trained classifier: it has no weights for {', '.join(fresh[:3])}{hint}")
+        if not self.model.config.num_labels and not embeddings:
+            raise UserError(
+                f"{name} has no classes: it is a feature extractor (num_labels is 0), whose features "
+                "`hf-poolformer predict --embeddings` writes"
+            )
         self.top_k = top_k
         self.dtype = dtype
+        self._headless = headless
         self._head = None if headless else _head(self.model)
-        if embeddings and not headless and self._head is None:
+        if embeddings and self._head is None and not headless and self.model.config.num_labels:
             raise UserError(
                 f"{name} has no head of a known name ({', '.join(_HEADS)}), so its features cannot be told"
             )
-        self._labels = not headless
+        self._labels = bool(self.model.config.num_labels) and not headless
         self._embeddings = embeddings
         self.device = find_device(device)
         try:
@@ -113,7 +119,7 @@ class Predictor:
         """Hash of everything in the model and the processor that decides what is predicted."""
         sha = hashlib.sha256()
         # A head that was not in the checkpoint is another at each start, and unused.
-        used = self.model if self._labels else self.model.base_model
+        used = self.model.base_model if self._headless else self.model
         for name, tensor in sorted(used.state_dict().items()):
             sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -149,9 +155,12 @@ class Predictor:
         )
         if not self._embeddings:
             return self.model(pixel_values=pixel_values), None
-        if self._head is None:
+        if self._headless:
             outputs = self.model.base_model(pixel_values)
             return outputs, outputs.pooler_output.flatten(1)
+        if not self._labels:
+            outputs = self.model(pixel_values=pixel_values)
+            return outputs, outputs.logits  # of a model without classes, the features
         taken: list[torch.Tensor] = []
         handle = self._head.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
         try:

@@ -185,6 +185,8 @@ def load_teacher(
     )
     if fresh:
         raise UserError(f"the teacher {name} is not a trained classifier of its own shape: it lacks {fresh[0]}.")
+    if not model.config.num_labels:
+        raise UserError(f"the teacher {name} has no classes: it is a feature extractor (num_labels is 0).")
     learnt = [model.config.id2label[index] for index in range(model.config.num_labels)]
     order = label_order(learnt, label_names, name)
     return Teacher(model, processor, student_processor, order, accelerator, memory_format)

@@ -235,6 +235,8 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
         )
     if fresh:
         raise UserError(f"{settings.model} is not a trained classifier of its own shape: it lacks {fresh[0]}.")
+    if not model.config.num_labels:
+        raise UserError(f"{settings.model} has no classes: it is a feature extractor (num_labels is 0).")
     label_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     dataset = data.open_datasets(
         dataset_name=settings.dataset_name,

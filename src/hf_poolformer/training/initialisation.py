@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
+from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from ..configuration_poolformer import VARIANTS, MetaFormerConfig
+from ..export.folder import is_exported, no_model
 from ..image_processing_poolformer import PoolFormerImageProcessor
 from .arguments import TrainingSettings
 from .errors import UserError
@@ -50,8 +52,25 @@ def load_checkpoint(
     except Exception as error:
         # Whatever a foreign folder provokes: missing files, wrong types, a truncated safetensors file, no network.
         raise UserError(why_not_loaded(name, error)) from error
+    check_colours(name, model.config, processor)
     mismatched = [item[0] for item in info["mismatched_keys"]]
     return model, processor, sorted({*info["missing_keys"], *mismatched})
+
+
+def check_colours(name: str, config: Any, processor: Any) -> None:
+    """
+    Raises:
+        UserError: the model takes other channels than the image processor makes of the RGB images that we read.
+    """
+    channels = getattr(config, "num_channels", 3)
+    if channels == 3:
+        return
+    try:
+        made = processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[1]
+    except ValueError:  # such as a mean for each of four channels
+        made = 3
+    if made != channels:
+        raise UserError(f"{name} takes images of {channels} channels, and images are read here in colour, as 3 (RGB).")
 
 
 def initial_model(settings: TrainingSettings, label_names: Sequence[str]) -> tuple[PreTrainedModel, Any]:
@@ -208,6 +227,8 @@ def looks_like_checkpoint(name: str) -> bool:
 def why_not_loaded(name: str, error: BaseException, what: str = "an image classifier") -> str:
     """One line on why transformers could not load `what` from a folder or Hub id."""
     folder, text = Path(name), first_line(error)
+    if is_exported(name):
+        return no_model(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         return f"{name} is not a model: it has no config.json."
     other = re.match(r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)Config'>", text)
