@@ -91,11 +91,13 @@ class Summed(nn.Module):
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias
+        self.weight = layer.weight
+        # A share in each product: behind the sum, OpenVINO 2026.4 gives all outputs the bias of the first.
+        self.share = None if layer.bias is None else constant(layer.bias.double()[:, None] / layer.in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = (x[:, None] * self.weight).sum(-1)
-        return x if self.bias is None else x + self.bias
+        products = x[:, None] * self.weight
+        return (products if self.share is None else products + self.share).sum(-1)
 
 
 def sum_head(model: nn.Module) -> None:

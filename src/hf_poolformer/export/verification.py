@@ -5,7 +5,7 @@ in common (a price of 300 and a bit) makes no error smaller, and of an output th
 the model's varies, the error is 1. Units have floors where the spread says nothing:
 
 - LOGIT changes a probability by a few hundredths at most, and a part of it, or of SCORE, is seen by nobody;
-- float32 itself leaves open RESOLUTION of a number's size, which is all that is asked of outputs that do not vary;
+- float32 itself leaves open RESOLUTION of a number's size: so much is no error, even of what does not vary at all;
 - of one class of many, an output is held to at least a tenth of what the others vary by, against which it competes.
 """
 
@@ -153,8 +153,8 @@ class Scale:
         least: of a spread.
     """
 
-    def __init__(self, right: torch.Tensor, kind: str, tolerance: float, least: float):
-        self.kind, self.tolerance, self.least = kind, tolerance, least
+    def __init__(self, right: torch.Tensor, kind: str, least: float):
+        self.kind, self.least = kind, least
         rows = self.rows(right)
         self.centre, self.spread = rows.mean(0), rows.std(0, correction=0)
 
@@ -169,8 +169,13 @@ class Scale:
         unit = unit.clamp(min=self.least)
         if self.kind in ("classes", "pixels"):
             unit = torch.maximum(unit, 0.1 * unit.square().mean().sqrt())
+        return torch.maximum(unit, self.resolution(right))
+
+    @staticmethod
+    def resolution(right: torch.Tensor) -> torch.Tensor:
+        """(outputs,): what float32 leaves open, and is no error."""
         size = right.double().movedim(1, -1).flatten(0, -2).abs().amax(0)
-        return torch.maximum(unit, RESOLUTION / self.tolerance * size).clamp(min=torch.finfo(torch.float32).tiny)
+        return (RESOLUTION * size).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class Comparison:
@@ -190,7 +195,7 @@ class Comparison:
         self.allowed = tolerance_of(self.kind, manifest.precision)
         least = 0.0 if self.kind == "numbers" else LOGIT if self.activation is None else SCORE
         self.threshold = 0.0 if self.activation is None else 0.5
-        self.scale = Scale(scores(right, self.activation), self.kind, self.allowed, least)
+        self.scale = Scale(scores(right, self.activation), self.kind, least)
 
     def __call__(
         self, got: torch.Tensor, right: torch.Tensor, images: str, *, demanding: bool = True
@@ -210,7 +215,7 @@ class Comparison:
         got, right = scores(got, self.activation), scores(right, self.activation)
         unit = self.scale.units(right)
         off = (self.scale.rows(got) - self.scale.rows(right)).square().mean(0).sqrt()
-        errors = off / unit
+        errors = (off - self.scale.resolution(right)).clamp(min=0) / unit
         worst = int(errors.nan_to_num(torch.inf).argmax())
         error = errors[worst].item()
         agreement, lenient = self.agreement(got, right, unit)
