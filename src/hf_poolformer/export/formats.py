@@ -60,12 +60,13 @@ class Deployable(nn.Module):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, processor: Any = None):
         super().__init__()
-        self.model = model.to(dtype)
+        self.model = model
         self.dtype = dtype
         if dtype != torch.float32 and hasattr(model, "classifier"):
+            model.base_model.to(dtype)
             model.base_model.encoder.block[-1].append(Float32())
-            model.norm.float()
-            model.classifier.float()
+        else:
+            model.to(dtype)
         self.scale = self.shift = None
         self.activation = None
         if processor is not None:
