@@ -31,8 +31,9 @@ from .runtime import ExportedModel
 # The largest error, see `Check`, that rounding explains in that arithmetic; 5 times what small models of every family
 # and published ones with fresh weights showed.
 TOLERANCES = {"float32": 5e-4, "float16": 2e-2, "bfloat16": 0.1, "int8": 0.25}
-# Of 8 bits, where what is chosen is asked for, too: the numbers behind it may be off by more.
-TOLERANCE_OF_CHOICES = 0.5
+# Of 8 bits, where what is chosen is asked for, too: the numbers behind it may be off by more. The worst of the 1000
+# outputs of poolformer_s12 with fresh weights showed 0.6; one that no longer varies has 1.
+TOLERANCE_OF_CHOICES = 0.75
 # Share of images (labels, pixels) for which the choice stays the same.
 LEAST_AGREEMENT = 0.95
 # Choices as close as this, in units of the spread, are a tie, which rounding may turn.
