@@ -184,7 +184,7 @@ def test_what_float16_cannot_hold_is_refused(save_model, tmp_path):
     with torch.no_grad():
         model.base_model.encoder.patch_embeddings[0].projection.weight.mul_(1e5)
     model.save_pretrained(folder)
-    with pytest.raises(UserError, match="not what the model is: .*--precision float32"):
+    with pytest.raises(UserError, match=r"not what the model is: .*--precision float32"):
         export_model(folder, tmp_path / "out", precision="float16", dynamic_size=False)
 
 
