@@ -12,6 +12,7 @@ from .verification import Report
 
 
 RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch (torch.export)"}
+OUTPUTS = {"classes": "classes", "labels": "labels", "numbers": "numbers", "pixels": "classes"}
 WITH_PACKAGE = """\
 ```python
 from transformers import pipeline
@@ -46,7 +47,7 @@ def render_card(manifest: Manifest, report: Report, config: Any) -> str:
         ("format", f"{RUNTIMES[manifest.format]}{f', opset {manifest.opset}' if manifest.opset else ''}"),
         ("precision", manifest.precision),
         ("input", _input(manifest)),
-        ("output", f"`{manifest.output}`, {config.num_labels} classes, named in `config.json`"),
+        ("output", f"`{manifest.output}`, {config.num_labels} {OUTPUTS[report.kind]}, named in `config.json`"),
         ("made of", _made_of(source)),
         ("size", f"{report.size / 1e6:.1f} MB; the model's weights in float32: {report.size_before / 1e6:.1f} MB"),
     ]
@@ -60,13 +61,13 @@ def render_card(manifest: Manifest, report: Report, config: Any) -> str:
             )
         )
     rows += [
-        ("largest difference to the model", f"{max(check.error for check in report.checks):.1e}, see below"),
-        ("same best class", f"{report.agreement:.2%}"),
+        ("arithmetic", report.arithmetic),
+        ("largest difference to the model", str(report.worst)),
+        ("agreement with the model", report.agreed),
     ]
     if report.accuracy is not None:
         rows.append(("accuracy", f"{report.accuracy:.2%}; of the model {report.accuracy_before:.2%}"))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())))
-    what = "root of the mean squares" if manifest.precision == "int8" else "largest difference"
     use = WITH_PACKAGE if manifest.task == "image-classification" else WITH_PACKAGE_DENSE
     if manifest.format == "torch":
         use = use.replace('load(".")', 'load(".", trust_remote_code=True)')
@@ -75,8 +76,9 @@ def render_card(manifest: Manifest, report: Report, config: Any) -> str:
         f"---\n{yaml.safe_dump(data, sort_keys=False)}---\n\n"
         f"# {_title(source['model'])}, exported\n\n| | |\n|---|---|\n{table}\n\n## How to use it\n\n{use}\n\n"
         f"## How it was verified\n\nThe same images went through this graph and through the model in float32, in "
-        f"{len(report.checks)} batches; the {what} of the outputs, relative to the model's, may be "
-        f"{report.tolerance:g}. Every comparison is in `verification.json`, every setting in `export.json`.\n"
+        f"{len(report.checks)} batches; the root of the mean square of an output's differences, relative to how far "
+        f"that output spreads over the images, may be {report.tolerance:g}. Every comparison is in "
+        f"`verification.json`, every setting in `export.json`.\n"
     )
 
 

@@ -54,6 +54,7 @@ class Manifest:
         input, output: their names in the graph; a model without classes gives "features".
         image_size: height and width the model was made for, in pixels.
         dynamic_size: whether other sizes do, too. The number of images is always free.
+        least_size: of those, the smallest height and width in pixels.
         opset: of "onnx".
         source: the model's name and, from the Hub, its revision and commit; `sha256` is of its weights.
         versions: of the libraries that wrote it.
@@ -69,6 +70,7 @@ class Manifest:
     output: str
     image_size: list[int]
     dynamic_size: bool
+    least_size: int = 1
     num_channels: int = 3
     compiled: bool = False
     opset: int | None = None

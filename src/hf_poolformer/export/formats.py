@@ -6,14 +6,17 @@ import contextlib
 import importlib.util
 import io
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from ..modeling_poolformer import MLPHead
 from ..token_mixers import FixedTokens
 from ..training.errors import UserError
 from ..training.files import one_line
@@ -36,11 +39,17 @@ LIBRARIES = {
     "torch": (),
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Of one class of many: classes up to which OpenVINO's head is `Summed`. More would cost time, and rounding a logit to
+# bfloat16 leaves their order as it is but for near ties.
+MOST_SUMMED = 64
 
 
 class Deployable(nn.Module):
     """
     A folded model with what surrounds it in the graph: float32 in and out, whatever it computes in.
+
+    A classifier's head, from the last norm on, is float32 in any dtype: behind it there is nothing that would even out
+    a rounding, and of 300.1 and 300.2 bfloat16 makes the same number.
 
     Args:
         model: as `graph.fold` returns it.
@@ -51,8 +60,13 @@ class Deployable(nn.Module):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, processor: Any = None):
         super().__init__()
-        self.model = model.to(dtype)
+        self.model = model
         self.dtype = dtype
+        if dtype != torch.float32 and hasattr(model, "classifier"):
+            model.base_model.to(dtype)
+            model.base_model.encoder.block[-1].append(Float32())
+        else:
+            model.to(dtype)
         self.scale = self.shift = None
         self.activation = None
         if processor is not None:
@@ -64,6 +78,38 @@ class Deployable(nn.Module):
         if self.scale is not None:
             pixel_values = (pixel_values.float() * self.scale + self.shift).permute(0, 3, 1, 2)
         return scores(self.model(pixel_values.to(self.dtype)).logits.float(), self.activation)
+
+
+class Float32(nn.Module):
+    """In float32 from here on."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float()
+
+
+class Summed(nn.Module):
+    """A linear layer as products and their sum: OpenVINO rounds what matrix products give to bfloat16, not these."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.weight = layer.weight
+        # A share in each product: behind the sum, OpenVINO 2026.4 gives all outputs the bias of the first.
+        self.share = None if layer.bias is None else constant(layer.bias.double()[:, None] / layer.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        products = x[:, None] * self.weight
+        return (products if self.share is None else products + self.share).sum(-1)
+
+
+def sum_head(model: nn.Module) -> None:
+    """The last layer of a folded classifier becomes `Summed`, where rounding its results would be seen."""
+    config, head = model.config, getattr(model, "classifier", None)
+    if activation_of(config) == "softmax" and config.num_labels > MOST_SUMMED:
+        return
+    if type(head) is nn.Linear:
+        model.classifier = Summed(head)
+    elif type(head) is MLPHead and type(head.fc2) is nn.Linear:
+        head.fc2 = Summed(head.fc2)
 
 
 def pixel_affine(processor: Any, num_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,6 +169,32 @@ def why_not(format: str) -> str:
     }.get(format, "")
 
 
+def describe_arithmetic(format: str, precision: str) -> str:
+    """What the runtimes here compute in, and what else the same file may be computed in."""
+    if format == "openvino" and precision in ("float32", "float16"):
+        stored = ", with weights stored in float16" if precision == "float16" else ""
+        return f"float32{stored}; on a GPU OpenVINO takes float16 unless INFERENCE_PRECISION_HINT is f32"
+    if (format, precision) == ("onnx", "float16"):
+        return "float32 on weights in float16, as onnxruntime computes on a CPU, and float16, as on a GPU (by PyTorch)"
+    if precision == "int8":
+        return "int8 products, float32 between them"
+    if precision == "bfloat16" and arithmetic_elsewhere(format, precision) is not None:
+        return "float32 on weights in float16, since this CPU has no bfloat16, and bfloat16 (by PyTorch)"
+    return precision if precision == "float32" else f"{precision}, of the classifier's head float32"
+
+
+def arithmetic_elsewhere(format: str, precision: str) -> torch.dtype | None:
+    """What other machines compute the file in, if the runtime here computes it in float32."""
+    if (format, precision) == ("onnx", "float16"):
+        return torch.float16
+    if (format, precision) == ("openvino", "bfloat16"):
+        import openvino
+
+        if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            return torch.bfloat16
+    return None
+
+
 def need(*libraries: str) -> None:
     """
     Raises:
@@ -131,6 +203,16 @@ def need(*libraries: str) -> None:
     missing = [library for library in libraries if importlib.util.find_spec(library) is None]
     if missing:
         raise UserError(f"{', '.join(missing)} not installed: pip install 'hf-poolformer[export]'")
+
+
+def smallest_size(config: Any) -> int:
+    """Side in pixels of the smallest image that leaves every stage a token."""
+    size = 1
+    for kernel, stride, padding in zip(
+        *map(reversed, (config.patch_sizes, config.strides, config.padding)), strict=True
+    ):
+        size = max(1, (size - 1) * stride + kernel - 2 * padding)
+    return size
 
 
 def has_fixed_tokens(model: nn.Module) -> bool:
@@ -162,6 +244,10 @@ def write_graph(
         UserError: the exporter cannot translate the model.
     """
     path = folder / FILES[format]
+    if dynamic_size:
+        # The exporter takes a map of one row for one that has always one: no stage has such a map here.
+        total = math.prod(module.model.config.strides)
+        image_size = (4 * total, 3 * total)
     example = example_input(module, image_size)
     module.eval()
     try:
@@ -230,11 +316,44 @@ def onnx_to_openvino(source: Path, path: Path, precision: str) -> None:
     import openvino
 
     model = openvino.Core().read_model(source)
-    openvino.save_model(model, path, compress_to_fp16=precision in ("float16", "bfloat16"))
+    if precision in ("float16", "bfloat16"):
+        halve(model)
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def halve(model: Any) -> None:
+    """
+    The matrices of an OpenVINO graph in float16.
+
+    Vectors are few bytes and stay as they are: an offset of 300 in float16 is off by 0.1. So does what float16 cannot
+    hold, because it is too large or too small (weights with a layer scale of 1e-6 in them).
+    """
+    import openvino
+    from openvino import opset13
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Constant" or node.get_element_type() != openvino.Type.f32:
+            continue
+        weight = node.data
+        if weight.size == max(weight.shape, default=1):
+            continue
+        with np.errstate(over="ignore"):
+            half = weight.astype(np.float16)
+            lost = np.square(half - weight, dtype=np.float64).sum()
+        if not lost <= 1e-6 * np.square(weight, dtype=np.float64).sum():
+            continue
+        wide = opset13.convert(opset13.constant(half), "f32")
+        wide.set_friendly_name(node.get_friendly_name())
+        for use in node.output(0).get_target_inputs():
+            use.replace_source_output(wide.output(0))
 
 
 def write_torch(module: Deployable, example: torch.Tensor, path: Path, dynamic_size: bool, compile: bool) -> None:
     program = torch.export.export(module, (example,), dynamic_shapes=dynamic_shapes(module, dynamic_size))
+    # The exporter saw maps of more than one token only, and would refuse others. What is too small is refused by
+    # `ExportedModel`, and that all else comes out right is for `verify` to see.
+    for symbol, sizes in program.range_constraints.items():
+        program.range_constraints[symbol] = type(sizes)(1, sizes.upper)
     for node in program.graph.nodes:
         for name in ("stack_trace", "source_fn_stack"):
             node.meta.pop(name, None)

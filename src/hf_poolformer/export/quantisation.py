@@ -1,9 +1,9 @@
 """Eight bits after training: NNCF on the folded graph, calibrated on images, with the layers that hurt left alone.
 
 Weights are symmetric per output channel, activations asymmetric (GELU's are), convolutions and matrix products become
-integer products. What is left of the norms, and the mixer, stay in floating point. Where the best class of too many
-images changes, the layers that tend to suffer most are left in floating point, too, one group more at each attempt,
-and the attempt that agrees best is kept.
+integer products. What is left of the norms, and the mixer, stay in floating point. Where too many answers change, the
+layers that tend to suffer most are left in floating point, too, one group more at each attempt, and the attempt that
+agrees best is kept.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 
 from ..training.errors import UserError
 from ..training.files import one_line
+from .formats import halve
 
 
 # Agreement with the model, on the calibration images, at which no more layers are left out.
@@ -30,20 +31,34 @@ CHUNK = 4
 
 
 @dataclass
+class Quality:
+    """Of an attempt on the calibration images: agreement and error as `verification` has them, and if they pass."""
+
+    agreement: float
+    error: float
+    passed: bool
+
+
+@dataclass
 class Attempt:
-    """One quantisation: what stayed in floating point, and the share of images whose best class stayed the same."""
+    """One quantisation: what stayed in floating point, in how many layers, and what came of it."""
 
     left_out: str
     layers: int
-    agreement: float
+    quality: Quality
+
+    @property
+    def rank(self) -> tuple[bool, float, float]:
+        return self.quality.passed, self.quality.agreement, -self.quality.error
 
 
 def quantise(
     path: Path,
     inputs: np.ndarray,
-    evaluate: Callable[[Path], float],
+    evaluate: Callable[[Path], Quality],
     *,
     attention: bool,
+    keep_last: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """
@@ -51,8 +66,9 @@ def quantise(
 
     Args:
         inputs: images to calibrate on, as the graph takes them, (N, ...).
-        evaluate: gives the agreement with the model of a graph that lies in a file.
+        evaluate: compares a graph that lies in a file with the model.
         attention: whether there is any, which NNCF treats in a way of its own.
+        keep_last: leave the last layer in floating point in any case.
 
     Returns:
         what the manifest says about it.
@@ -66,7 +82,7 @@ def quantise(
 
         attempts: list[Attempt] = []
         layers = tools.layers(tools.read(path))
-        for left_out, ignored in groups(layers).items():
+        for left_out, ignored in groups(layers, keep_last).items():
             progress(f"quantising, in floating point: {left_out}")
             model = tools.read(path)
             name = tools.input_name(model)
@@ -87,9 +103,9 @@ def quantise(
             folder.mkdir()
             tools.write(quantised, folder / path.name)
             attempts.append(Attempt(left_out, len(ignored), evaluate(folder / path.name)))
-            if attempts[-1].agreement >= ENOUGH:
+            if attempts[-1].quality.passed and attempts[-1].quality.agreement >= ENOUGH:
                 break
-        best = max(range(len(attempts)), key=lambda index: attempts[index].agreement)
+        best = max(range(len(attempts)), key=lambda index: attempts[index].rank)
         for file in Path(scratch, str(best)).iterdir():
             file.replace(path.parent / file.name)
     return {
@@ -109,12 +125,12 @@ class Layer:
     spatial: bool
 
 
-def groups(layers: list[Layer]) -> dict[str, list[str]]:
-    """What may be left in floating point, from nothing on, and the names of those layers."""
+def groups(layers: list[Layer], keep_last: bool = False) -> dict[str, list[str]]:
+    """What may be left in floating point, from nothing or the last layer on, and the names of those layers."""
     ends = [layers[0].name, layers[-1].name]
     between = [layer.name for layer in layers if layer.spatial]
     return {
-        "nothing": [],
+        **({"the last layer": ends[1:]} if keep_last else {"nothing": []}),
         "the first and the last layer": list(dict.fromkeys(ends)),
         "those and all convolutions wider than 1x1": list(dict.fromkeys([*ends, *between])),
     }
@@ -133,7 +149,8 @@ class OpenVINOFiles:
     def write(model: Any, path: Path) -> None:
         import openvino
 
-        openvino.save_model(model, path, compress_to_fp16=True)
+        halve(model)
+        openvino.save_model(model, path, compress_to_fp16=False)
 
     @staticmethod
     def input_name(model: Any) -> str:
