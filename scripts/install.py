@@ -28,9 +28,9 @@ def install(extra: str, constraints: str | None = None) -> int:
 
 
 def reason(stderr: str) -> str:
-    """The last thing that pip said of its own accord, and not where to read about it."""
-    said = re.findall(r"^ERROR: (?!ResolutionImpossible)(.+)", stderr, re.MULTILINE)
-    return said[-1].strip() if said else "pip failed"
+    """pip's last error that says something, else its last line."""
+    said = re.findall(r"^ERROR: (?!ResolutionImpossible|Exception:)(.+)", stderr, re.MULTILINE)
+    return (said or stderr.strip().splitlines() or ["pip says nothing"])[-1].strip()
 
 
 def freeze() -> str:
