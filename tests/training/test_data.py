@@ -496,7 +496,8 @@ def test_sources_that_are_no_dataset(tmp_path, monkeypatch):
     Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(tmp_path / "text.parquet")
     with pytest.raises(UserError, match=r"no image column .* text \(string\), label \(int64\)"):
         open_datasets(dataset_name=tmp_path / "text.parquet")
-    table([]).to_parquet(tmp_path / "empty.parquet")
+    # datasets 5.0 divides by the number of rows when it writes a file.
+    pq.write_table(table([]).data.table, tmp_path / "empty.parquet")
     with pytest.raises(UserError, match="empty"):
         open_datasets(dataset_name=tmp_path / "empty.parquet")
 
