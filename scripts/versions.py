@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -200,9 +201,13 @@ def test(python: Path, log: Path) -> dict:
             command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process,
     ):
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            file.write(line)
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                file.write(line)
+        except BaseException:  # Ctrl-C reaches pytest, too; a signal to this process alone does not
+            process.terminate()
+            raise
     if not report.is_file():
         raise Failure(f"pytest ended with status {process.returncode} and no report; see {log}")
     return counts(report.read_text(encoding="utf-8")) | {"status": process.returncode}
@@ -352,6 +357,7 @@ def summary(result: dict) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(main())
     except Failure as failure:
