@@ -588,7 +588,7 @@ def test_workers_survive_signals_to_the_group_and_end_with_their_parent(tmp_path
         capture_output=True,
         text=True,
         start_new_session=True,
-        timeout=60,
+        timeout=300,
         env=os.environ,
     )
     assert done.returncode == 0 and done.stdout.split()[-1] == "30", done.stderr
