@@ -1,15 +1,19 @@
-# make demo | test | chaos | check | style | benchmark | gpu         see README.md, "The two commands"
+# make demo | test | versions | chaos | check | style | benchmark | gpu         see README.md, "The two commands"
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo demo-dense test chaos check style cards benchmark gpu clean help
+.PHONY: demo demo-dense test versions constraints chaos check style cards benchmark gpu clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    install, then train a PoolFormer on handwritten digits and use it (no network once installed)"
 	@echo "make demo-dense  install, then train a segmenter and two detectors on Tux Paint's stamps"
 	@echo "make test    install, then run the tests"
+	@echo "make versions  the tests in environments of their own: the floors, each minor release of torch, the newest of"
+	@echo "             everything, into docs/versions.md (an hour, gigabytes to download)"
+	@echo "make constraints  write constraints.txt, what demo and test install, from what is installed now"
 	@echo "make chaos   install, then break things on purpose: kill -9, bad lines, full disks, damaged bytes (an hour)"
 	@echo "make check   formatting and lint, changes nothing"
 	@echo "make style   formatting and lint, mends what it can"
@@ -18,7 +22,8 @@ help:
 	@echo "make gpu     on a machine with a GPU: its tests, then the benchmark, in eight minutes, into benchmarks/gpu.*;"
 	@echo "             uses PYTHON as it is, installs nothing"
 	@echo "make clean   remove build results and outputs/demo; .venv stays"
-	@echo "PYTHON=python3.12 picks the interpreter, VENV=/elsewhere the environment"
+	@echo "PYTHON=python3.12 picks the interpreter, VENV=/elsewhere the environment, CONSTRAINTS= the newest"
+	@echo "of everything"
 
 # Neither the demo nor the tests may depend on the network.
 demo demo-dense test chaos cards benchmark gpu: export HF_HUB_OFFLINE = 1
@@ -33,6 +38,15 @@ demo-dense: $(VENV)/.installed-demo-dense
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# Installs nothing here; each environment is its own.
+versions: | $(BIN)/python
+	$(BIN)/python scripts/versions.py
+
+constraints: $(VENV)/.installed-dev
+	$(BIN)/python scripts/install.py --freeze > constraints.new
+	@mv constraints.new constraints.txt
+	@touch $(VENV)/.installed-*
 
 chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow -rA tests/chaos tests/test_fuzzing.py
@@ -67,15 +81,15 @@ $(BIN)/python:
 	  || { rm -rf $(VENV); echo "error: $(PYTHON) -m venv failed; on Debian: apt install python3-venv" >&2; exit 1; }
 
 # The stamps are newer than pyproject.toml when nothing has to be installed.
-$(VENV)/.installed-demo: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+$(VENV)/.installed-demo: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python scripts/install.py demo $(CONSTRAINTS)
 	@touch $@
 
-$(VENV)/.installed-demo-dense: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo-dense]'
+$(VENV)/.installed-demo-dense: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python scripts/install.py demo-dense $(CONSTRAINTS)
 	@touch $@
 
 # dev contains the demos, so one install answers for all.
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python scripts/install.py dev $(CONSTRAINTS)
 	@touch $(VENV)/.installed-demo $(VENV)/.installed-demo-dense $@

@@ -409,7 +409,9 @@ class MetaFormerPreTrainedModel(PreTrainedModel):
         if translated:
             # Or it would be saved under the names of the other class.
             model._weight_conversions = None
-        check_loaded(model, info, pretrained_model_name_or_path)
+        # Who gives no weights asks for new ones, and who asks for the list of what is missing is told.
+        if not output_loading_info and kwargs.get("state_dict") != {}:
+            check_loaded(model, info, pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
 
     @torch.no_grad()

@@ -496,7 +496,8 @@ def test_sources_that_are_no_dataset(tmp_path, monkeypatch):
     Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(tmp_path / "text.parquet")
     with pytest.raises(UserError, match=r"no image column .* text \(string\), label \(int64\)"):
         open_datasets(dataset_name=tmp_path / "text.parquet")
-    table([]).to_parquet(tmp_path / "empty.parquet")
+    # datasets 5.0 divides by the number of rows when it writes a file.
+    pq.write_table(table([]).data.table, tmp_path / "empty.parquet")
     with pytest.raises(UserError, match="empty"):
         open_datasets(dataset_name=tmp_path / "empty.parquet")
 
@@ -587,7 +588,7 @@ def test_workers_survive_signals_to_the_group_and_end_with_their_parent(tmp_path
         capture_output=True,
         text=True,
         start_new_session=True,
-        timeout=60,
+        timeout=300,
         env=os.environ,
     )
     assert done.returncode == 0 and done.stdout.split()[-1] == "30", done.stderr
