@@ -30,6 +30,7 @@ from .modeling_poolformer import (
     PoolFormerModel,
 )
 from .modeling_segmentation import MetaFormerForSemanticSegmentation, PoolFormerForSemanticSegmentation
+from .pipelines import register_pipelines
 from .token_mixers import TOKEN_MIXERS
 
 
@@ -64,6 +65,7 @@ def register_auto_classes():
 
 
 register_auto_classes()
+register_pipelines()
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,6 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..training.errors import UserError
 from ..training.files import one_line
 
@@ -100,6 +99,8 @@ class Manifest:
         known = {entry.name: entry for entry in fields(cls)}
         unknown = sorted(facts.keys() - known.keys())
         if unknown:
+            from .. import __version__  # here, since it brings PyTorch, which no --help waits for
+
             raise UserError(
                 f"{path} has {unknown[0]!r}, which this version of hf-poolformer ({__version__}) does not know"
                 f"{_writer(facts)}: update hf-poolformer, or export the model again"

@@ -1,0 +1,69 @@
+"""transformers' pipelines for segmentation and detection, which batch images that keep their proportions.
+
+Theirs put the pixels of a batch into one tensor, which for images of several sizes raises an error. Padding would
+change the statistics of GroupNorm. So images of one size are computed together, and every image as it would be alone.
+"""
+
+from typing import Any
+
+import torch
+from transformers.pipelines import PIPELINE_REGISTRY, ImageSegmentationPipeline, ObjectDetectionPipeline
+
+from .image_processing_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil
+
+
+# What an image processor makes that is as large as the image.
+MAPS = ("pixel_values", "pixel_mask")
+
+
+class BatchesBySize:
+    """Mixed into a pipeline, before it. With image processors of other models it does nothing."""
+
+    def preprocess(self, image: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = super().preprocess(image, *args, **kwargs)
+        if isinstance(self.image_processor, PoolFormerImageProcessor | PoolFormerImageProcessorPil):
+            # In lists, of which the collation of batches makes lists of lists instead of a tensor.
+            inputs.update({name: [inputs[name]] for name in MAPS if name in inputs})
+        return inputs
+
+    def forward(self, model_inputs: Any, **params: Any) -> Any:
+        if isinstance(model_inputs["pixel_values"], torch.Tensor):
+            return super().forward(model_inputs, **params)
+        maps = {
+            name: [part[0] if isinstance(part, list) else part for part in model_inputs[name]]  # each (1, ..., H, W)
+            for name in MAPS
+            if name in model_inputs
+        }
+        groups: dict[torch.Size, list[int]] = {}
+        for index, image in enumerate(maps["pixel_values"]):
+            groups.setdefault(image.shape, []).append(index)
+        pieces: list[Any] = [None] * len(maps["pixel_values"])
+        for indices in groups.values():
+            inputs = {name: pick(value, indices) for name, value in model_inputs.items() if name not in MAPS}
+            inputs |= {name: torch.cat(pick(parts, indices)) for name, parts in maps.items()}
+            outputs = super().forward(inputs, **params)
+            if len(groups) == 1:
+                return outputs
+            for place, index in enumerate(indices):
+                pieces[index] = {
+                    name: value[place] for name, value in outputs.items() if isinstance(value, torch.Tensor | list)
+                }
+        return type(outputs)({name: [piece[name] for piece in pieces] for name in pieces[0]})
+
+
+def pick(values: Any, indices: list[int]) -> Any:
+    """Of a batch, those of some images."""
+    return values[indices] if isinstance(values, torch.Tensor) else [values[index] for index in indices]
+
+
+class SegmentationBySize(BatchesBySize, ImageSegmentationPipeline):
+    pass
+
+
+class DetectionBySize(BatchesBySize, ObjectDetectionPipeline):
+    pass
+
+
+def register_pipelines():
+    for task, pipeline in (("image-segmentation", SegmentationBySize), ("object-detection", DetectionBySize)):
+        PIPELINE_REGISTRY.supported_tasks[task]["impl"] = pipeline
