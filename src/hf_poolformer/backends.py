@@ -14,14 +14,19 @@ from torch.nn.modules import module as hooks
 from transformers import activations
 
 
-# Class -> its forward, and the names of its methods, none of which an instance may have replaced.
+# Class -> its forward, and the names of methods that it may call, none of which an instance may have replaced.
 FUSIBLE: dict[type[nn.Module], tuple[Callable, frozenset[str]]] = {}
+
+
+# What `nn.Module.__call__` goes through.
+CALLING = {"_wrapped_call_impl", "_compiled_call_impl", "_call_impl", "_slow_forward"}
 
 
 def fusible(kind: type[nn.Module]) -> type[nn.Module]:
     """Class decorator: modules of this very class may be computed by a fused operation."""
-    methods = {name for name in dir(kind) if not name.startswith("__") and callable(getattr(kind, name))}
-    FUSIBLE[kind] = kind.forward, frozenset(methods | {"_compiled_call_impl"})
+    own = [name for parent in kind.__mro__[: kind.__mro__.index(nn.Module)] for name in vars(parent)]
+    methods = {name for name in own if not name.startswith("__") and callable(getattr(kind, name))}
+    FUSIBLE[kind] = kind.forward, frozenset(methods | CALLING)
     return kind
 
 
@@ -30,6 +35,14 @@ for _kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d, nn.AvgPool2d, 
 # transformers' own, which `hidden_act` makes.
 for _kind in (activations.GELUActivation, activations.SiLUActivation, activations.ReLUSquaredActivation):
     fusible(_kind)
+
+
+ACTIVATION_NAMES = {
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    activations.SiLUActivation: "silu",
+    activations.ReLUSquaredActivation: "squared_relu",
+}
 
 
 def is_unhooked(module: nn.Module) -> bool:
@@ -87,15 +100,13 @@ def activation_name(act: nn.Module) -> str | None:
         return "gelu" if act.act is nn.functional.gelu else None
     if kind is nn.GELU:
         return "gelu" if act.approximate == "none" else None
-    names = {nn.ReLU: "relu", nn.SiLU: "silu", activations.SiLUActivation: "silu"}
-    names[activations.ReLUSquaredActivation] = "squared_relu"
-    return names.get(kind) or getattr(kind, "fused_activation", None)
+    return ACTIVATION_NAMES.get(kind) or getattr(kind, "fused_activation", None)
 
 
 def fit(like: torch.Tensor, shapes: Iterable[tuple[torch.Tensor | None, tuple[int, ...]]]) -> bool:
     """Whether tensors have these shapes, and the dtype of the input `like`, which only autocast would give them."""
-    autocast = torch.is_autocast_enabled(like.device.type)
-    return all(
-        tensor is None or (tensor.shape == shape and (autocast or tensor.dtype == like.dtype))
-        for tensor, shape in shapes
-    )
+    dtype = None if torch.is_autocast_enabled(like.device.type) else like.dtype
+    for tensor, shape in shapes:
+        if tensor is not None and (tensor.shape != shape or (dtype is not None and tensor.dtype != dtype)):
+            return False
+    return True

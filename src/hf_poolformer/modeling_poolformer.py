@@ -179,18 +179,19 @@ class MetaFormerMLP(nn.Module):
         name = activation_name(act)
         if name is None or not (is_plain(self, MetaFormerMLP) and is_pointwise(conv1) and is_pointwise(conv2)):
             return None
-        channels, hidden = like.shape[1], conv1.weight.shape[0]
+        weight1, bias1, weight2, bias2 = conv1.weight, conv1.bias, conv2.weight, conv2.bias
+        channels, hidden = like.shape[1], weight1.shape[0]
         learned = (act.scale, act.bias) if name == "star_relu" else (None, None)
         shapes = [
-            (conv1.weight, (hidden, channels, 1, 1)),
-            (conv1.bias, (hidden,)),
-            (conv2.weight, (channels, hidden, 1, 1)),
-            (conv2.bias, (channels,)),
+            (weight1, (hidden, channels, 1, 1)),
+            (bias1, (hidden,)),
+            (weight2, (channels, hidden, 1, 1)),
+            (bias2, (channels,)),
             *((tensor, (1,)) for tensor in learned),
         ]
         if not fit(like, shapes):
             return None
-        products = {"weight1": conv1.weight, "bias1": conv1.bias, "weight2": conv2.weight, "bias2": conv2.bias}
+        products = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
         return {"activation": name, "act_scale": learned[0], "act_bias": learned[1], **products}
 
 
