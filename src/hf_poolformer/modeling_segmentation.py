@@ -13,6 +13,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
+from .backends import fusible
 from .configuration_poolformer import MetaFormerConfig
 from .modeling_poolformer import (
     MetaFormerBackbone,
@@ -32,6 +33,7 @@ def resize(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
+@fusible
 class XavierConv2d(nn.Conv2d):
     """Of the pyramid: uniform, by the sum of inputs and outputs."""
 
@@ -40,6 +42,7 @@ class XavierConv2d(nn.Conv2d):
         init.zeros_(self.bias)
 
 
+@fusible
 class KaimingConv2d(nn.Conv2d):
     """Before a ReLU: normal, by the outputs."""
 
@@ -76,6 +79,7 @@ class FeaturePyramid(nn.Module):
         return [conv(x) for conv, x in zip(self.fpn_convs, laterals, strict=True)]
 
 
+@fusible
 class ConvNormReLU(nn.Module):
     """3x3 convolution, BatchNorm (to be synchronised in training on several devices), ReLU."""
 

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
 from hf_poolformer import TOKEN_MIXERS, MetaFormerConfig, MetaFormerForImageClassification, ops
+from hf_poolformer.export.graph import fold
 from hf_poolformer.modeling_poolformer import DropPath, MetaFormerBlock, MetaFormerGroupNorm, MetaFormerMLP
 from hf_poolformer.token_mixers import Pooling, StarReLU
 
@@ -389,6 +390,20 @@ def test_a_changed_part(place, name, paths, model, agree, outcomes, relative_err
         model.metaformer.encoder.block[0][0] = changed
     after = agree(model, paths)
     assert (relative_error(after, before) > CHANGED) == ((place, name) not in SAME), "a change that changes nothing"
+
+
+@pytest.mark.parametrize("place, name", CASES, ids=[f"{place or 'block'}: {name}" for place, name in CASES])
+def test_a_changed_part_in_a_folded_graph(place, name, model, outcomes, relative_error):
+    """What exports are made of: only what is known is folded."""
+    block = model.metaformer.encoder.block[0][0]
+    changed = CHANGES[place][name](block.get_submodule(place))
+    if place:
+        block.set_submodule(place, changed)
+    else:
+        model.metaformer.encoder.block[0][0] = changed
+    model.eval()  # as an export is, drop path included
+    wanted, _ = outcomes(model, "reference", False)
+    assert relative_error(outcomes(fold(model), "reference", False)[0], wanted) < CLOSE
 
 
 @pytest.mark.parametrize("paths", PATHS)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ..backends import is_plain, is_pointwise
 from ..modeling_poolformer import (
+    DropPath,
     MetaFormerBatchNorm,
     MetaFormerBlock,
     MetaFormerEmbeddings,
@@ -211,7 +212,7 @@ class KeptMLP(nn.Module):
 
 def fold_block(block: nn.Module) -> nn.Module:
     """A block with both branches folded as far as they are known; anything else as it is."""
-    if not is_plain(block, MetaFormerBlock):
+    if not (is_plain(block, MetaFormerBlock) and is_plain(block.drop_path, DropPath)):
         return block
     branches = [fold_mixer(block)]
     if block.use_mlp:
@@ -238,7 +239,7 @@ def fold_mixer(block: MetaFormerBlock) -> nn.Module:
         body = PoolingDifference(mixer.pool, factor)
     elif kind is IdentityMixer:
         body = Affine(per_channel(product(gamma, scale)), per_channel(shift))
-    elif kind is SeparableConv and is_conv(mixer.pwconv1, mixer.dwconv, mixer.pwconv2):
+    elif kind is SeparableConv and is_pointwise(mixer.pwconv1) and type(mixer.pwconv2) is nn.Conv2d:
         conv1, conv2 = folded(mixer.pwconv1, gamma, beta), folded(mixer.pwconv2, scale=scale)
         body = nn.Sequential(conv1, mixer.act, mixer.dwconv, conv2)
     elif kind is DepthwiseConv:
@@ -272,7 +273,7 @@ def fold_mlp(block: MetaFormerBlock) -> nn.Module:
         return KeptMLP(block)
     norm, gamma, beta = parts
     act, conv2 = mlp.act_fn, mlp.conv2
-    if type(act) is StarReLU:
+    if is_plain(act, StarReLU) and act.scale.shape == act.bias.shape == (1,):
         hidden = conv2.in_channels
         conv2 = folded(conv2, act.scale.expand(hidden), act.bias.expand(hidden))
         act = SquaredReLU()
@@ -315,12 +316,12 @@ def fold_segmenter(model: MetaFormerForSemanticSegmentation) -> None:
     norms = model.base_model.hidden_states_norms
     for index, (name, conv) in enumerate(zip(list(norms), list(model.neck.lateral_convs), strict=True)):
         parts = split(norms[name])
-        if parts is not None:
+        if parts is not None and is_plain(conv):
             norm, gamma, beta = parts
             norms[name] = norm
             model.neck.lateral_convs[index] = folded(conv, gamma, beta)
     for layer in model.decode_head.modules():
-        if type(layer) is ConvNormReLU and type(layer.norm) is nn.BatchNorm2d:
+        if is_plain(layer, ConvNormReLU) and is_plain(layer.norm, nn.BatchNorm2d) and is_plain(layer.conv):
             scale, shift = batch_norm_affine(layer.norm)
             conv = folded(layer.conv, scale=scale)
             conv.bias = constant(shift if layer.conv.bias is None else shift + layer.conv.bias * scale)
@@ -384,10 +385,6 @@ def folded(
     layer.weight = constant(weight)
     layer.bias = None if bias is None else constant(bias)
     return layer
-
-
-def is_conv(*layers: nn.Module) -> bool:
-    return all(type(layer) is nn.Conv2d for layer in layers)
 
 
 def product(a: Scale, b: Scale) -> Scale:
