@@ -139,13 +139,13 @@ def pythons(wanted: Sequence[str]) -> dict[str, str]:
 
 
 def environments(project: dict, at_hand: Sequence[str]) -> Iterator[Environment]:
-    """The floors on the oldest Python, each minor release of torch on this one, the newest of all on the newest."""
+    """The floors on the oldest Python, each minor release of torch between on this one, the newest of all on the newest."""
     wanted = requirements(project)
     (torch,) = (line for line in wanted if parts(line)[0] == "torch")
     current = "{}.{}".format(*sys.version_info)
     yield Environment("floors", at_hand[0], wanted, floors=True)
-    # The newest minor release is the last environment's.
-    for minor in minors(releases("torch", current), parts(torch)[1])[:-1]:
+    # The oldest minor release is the first environment's, the newest the last one's.
+    for minor in minors(releases("torch", current), parts(torch)[1])[1:-1]:
         others = [line for line in wanted if line != torch]
         yield Environment(f"torch-{minor}", current, [f"torch=={minor}.*", *others])
     yield Environment("newest", at_hand[-1], wanted)
@@ -245,7 +245,7 @@ PAGE = """\
 
 Written by `make versions`. The tests of model, processor, kernels, conversion, data and training, each line in an
 environment of its own: `floors` has the first release of everything that `pyproject.toml` allows, `torch-X` the last
-patch of a minor release of torch and otherwise what pip chooses, `newest` what pip chooses. A test is skipped where
+patch of a minor release of torch in between and otherwise what pip chooses, `newest` what pip chooses. A test is skipped where
 what it needs is missing, a GPU for instance.
 
 {table}

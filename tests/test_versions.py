@@ -65,12 +65,11 @@ def test_environments_are_the_floors_each_minor_release_and_the_newest(index):
     found = list(versions.environments(PROJECT, ["3.8", CURRENT, "3.99"]))
     assert [(one.name, one.python, one.floors) for one in found] == [
         ("floors", "3.8", True),
-        ("torch-2.11", CURRENT, False),
         ("torch-2.12", CURRENT, False),
         ("torch-2.13", CURRENT, False),
         ("newest", "3.99", False),  # 3.0, which needs no environment of its own
     ]
-    assert "torch==2.12.*" in found[2].requirements
+    assert "torch==2.12.*" in found[1].requirements
 
 
 def test_a_floor_is_the_first_release_that_it_allows(index):
@@ -167,7 +166,7 @@ def run(tmp_path, capsys):
     return run
 
 
-NAMES = ["floors", "torch-2.11", "torch-2.12", "torch-2.13", "newest"]
+NAMES = ["floors", "torch-2.12", "torch-2.13", "newest"]
 
 
 def test_a_run_that_is_cut_off_goes_on_where_it_was(machine, run):
@@ -175,12 +174,12 @@ def test_a_run_that_is_cut_off_goes_on_where_it_was(machine, run):
     outcome["torch-2.12"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert visited == NAMES[:3]
+    assert visited == NAMES[:2]
     assert not run.page.exists()
     outcome.clear()
     visited.clear()
     assert run() == 0
-    assert visited == NAMES[2:]
+    assert visited == NAMES[1:]
     rows = re.findall(r"^\| ([\w.\-]+) +\|", run.page.read_text().replace(" |", "  |"), re.MULTILINE)
     assert rows == ["environment", "---", *NAMES]
     visited.clear()
@@ -206,16 +205,16 @@ def test_a_result_of_other_code_is_none(machine, run, monkeypatch):
 )
 def test_an_environment_that_fails_is_told_and_does_not_stop_the_others(machine, run, fault, said):
     visited, outcome = machine
-    outcome["torch-2.11"] = fault
+    outcome["torch-2.12"] = fault
     assert run() == 1
     assert visited == NAMES
     assert said in run.err
     assert run.err.count("\n") == 1
-    assert (run.folder / "torch-2.11").is_dir()  # stays, to look into; the others are gigabytes
+    assert (run.folder / "torch-2.12").is_dir()  # stays, to look into; the others are gigabytes
     assert not (run.folder / "newest").exists()
     assert run.page.exists() == isinstance(fault, dict)
     run("--clean")
-    assert not (run.folder / "torch-2.11").exists()
+    assert not (run.folder / "torch-2.12").exists()
     assert (run.folder / "newest.json").is_file()
 
 
@@ -228,7 +227,7 @@ def test_the_table_says_what_ran_where(machine, run):
 
 
 def test_an_unknown_environment_is_refused_with_the_known_ones(machine, run):
-    with pytest.raises(versions.Failure, match=r"no environment torch-1\.0; there are floors, torch-2\.11"):
+    with pytest.raises(versions.Failure, match=r"no environment torch-1\.0; there are floors, torch-2\.12"):
         run("--only", "torch-1.0")
 
 
