@@ -139,7 +139,7 @@ def pythons(wanted: Sequence[str]) -> dict[str, str]:
 
 
 def environments(project: dict, at_hand: Sequence[str]) -> Iterator[Environment]:
-    """The floors on the oldest Python, each minor release of torch between on this one, the newest of all on the newest."""
+    """The floors on the oldest Python, each minor release of torch between on this one, the newest on the newest."""
     wanted = requirements(project)
     (torch,) = (line for line in wanted if parts(line)[0] == "torch")
     current = "{}.{}".format(*sys.version_info)
@@ -245,8 +245,8 @@ PAGE = """\
 
 Written by `make versions`. The tests of model, processor, kernels, conversion, data and training, each line in an
 environment of its own: `floors` has the first release of everything that `pyproject.toml` allows, `torch-X` the last
-patch of a minor release of torch in between and otherwise what pip chooses, `newest` what pip chooses. A test is skipped where
-what it needs is missing, a GPU for instance.
+patch of a minor release of torch in between and otherwise what pip chooses, `newest` what pip chooses. A test is
+skipped where what it needs is missing, a GPU for instance.
 
 {table}
 """
