@@ -340,21 +340,32 @@ def model(scramble):
 
 
 @pytest.fixture
-def outcomes(monkeypatch):
+def choose(device, monkeypatch):
+    """Chooses who computes, and brings a model there: Triton's kernels may need a GPU."""
+
+    def run(model, kernels):
+        monkeypatch.setenv("HF_POOLFORMER_KERNELS", kernels)
+        return model.to(device if kernels == "triton" else "cpu")
+
+    return run
+
+
+@pytest.fixture
+def outcomes(choose):
     """Logits of a model and, where they are wanted, gradients."""
 
     def run(model, kernels, grad):
-        monkeypatch.setenv("HF_POOLFORMER_KERNELS", kernels)
-        model.zero_grad()
+        choose(model, kernels).zero_grad()
         torch.manual_seed(0)
-        pixel_values = torch.randn(2, 3, 16, 12)
+        pixel_values = torch.randn(2, 3, 16, 12).to(model.device)
         with torch.set_grad_enabled(grad):
             logits = model(pixel_values).logits
         if not grad:
-            return logits, {}
+            return logits.cpu(), {}
         logits.square().sum().backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-        return logits.detach(), {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        gradients = {name: gradient.cpu() for name, gradient in gradients.items() if gradient is not None}
+        return logits.detach().cpu(), gradients
 
     return run
 
@@ -500,15 +511,15 @@ def test_parts_in_another_precision_are_refused_as_by_torch(paths, model, outcom
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("kernels", ["auto", "cpu", "triton"])
-def test_hooks_of_the_pool_see_what_it_computed(kernels, grad, model, monkeypatch):
-    monkeypatch.setenv("HF_POOLFORMER_KERNELS", kernels)
+def test_hooks_of_the_pool_see_what_it_computed(kernels, grad, model, choose):
+    choose(model, kernels)
     seen = []
     for module in model.modules():
         if isinstance(module, nn.AvgPool2d):
             module.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
         module.register_full_backward_hook(lambda module, into, out: None)
     with torch.set_grad_enabled(grad):
-        logits = model(torch.randn(2, 3, 24, 20)).logits
+        logits = model(torch.randn(2, 3, 24, 20).to(model.device)).logits
     assert len(seen) == 4
     for x, pooled in seen:
         torch.testing.assert_close(pooled, nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
@@ -517,9 +528,8 @@ def test_hooks_of_the_pool_see_what_it_computed(kernels, grad, model, monkeypatc
 
 
 @pytest.mark.parametrize("kernels", ["reference", "auto", "cpu", "triton"])
-def test_the_counter_of_operations_sees_all_of_them(kernels, model, monkeypatch):
-    monkeypatch.setenv("HF_POOLFORMER_KERNELS", kernels)
-    pixel_values = torch.randn(2, 3, 24, 20)
+def test_the_counter_of_operations_sees_all_of_them(kernels, model, choose):
+    pixel_values = torch.randn(2, 3, 24, 20).to(choose(model, kernels).device)
     counts = []
     for grad in (False, True):
         with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
@@ -533,9 +543,10 @@ def test_the_counter_of_operations_sees_all_of_them(kernels, model, monkeypatch)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "cpu", "triton"])
-def test_fused_operations_have_formulas_of_their_own(kernels):
-    x = torch.randn(2, 6, 4, 4, requires_grad=True)
-    weight1, weight2 = torch.randn(10, 6), torch.randn(6, 10)
+def test_fused_operations_have_formulas_of_their_own(kernels, device):
+    where = device if kernels == "triton" else "cpu"
+    x = torch.randn(2, 6, 4, 4, requires_grad=True, device=where)
+    weight1, weight2 = torch.randn(10, 6, device=where), torch.randn(6, 10, device=where)
     ops.channel_mlp(x, weight1, weight2, activation="gelu", eps=1e-5, backend=kernels)  # registers them
     with FlopCounterMode(display=False) as counter:
         ops.channel_mlp(x, weight1, weight2, activation="gelu", eps=1e-5, backend=kernels)
