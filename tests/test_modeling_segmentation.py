@@ -287,9 +287,9 @@ def test_exports_with_dynamic_batch_and_size(model):
     ).module()
     for size in SIZES:
         pixel_values = torch.randn(size)
-        torch.testing.assert_close(
-            exported(pixel_values=pixel_values).logits, model(pixel_values).logits, rtol=1e-4, atol=1e-5
-        )
+        got, wanted = exported(pixel_values=pixel_values).logits, model(pixel_values).logits
+        # float32, summed in another order; a logit near zero is the difference of larger ones.
+        assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 @pytest.mark.slow

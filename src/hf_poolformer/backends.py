@@ -47,12 +47,11 @@ ACTIVATION_NAMES = {
 
 def is_unhooked(module: nn.Module) -> bool:
     """Whether calling the module runs its forward and nothing else: no hooks of its own, nor hooks of all modules."""
-    own = module.__dict__
     return not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
         or hooks._global_forward_hooks
         or hooks._global_forward_pre_hooks
         or hooks._global_backward_hooks
@@ -69,7 +68,12 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     if kind not in FUSIBLE or (kinds and kind not in kinds):
         return False
     forward, methods = FUSIBLE[kind]
-    return kind.forward is forward and is_unhooked(module) and methods.isdisjoint(module.__dict__)
+    own = vars(module)
+    # A loop, which torch.compile can follow and so guard.
+    for name in methods:
+        if name in own:
+            return False
+    return kind.forward is forward and is_unhooked(module)
 
 
 def is_valid_average(pool: nn.Module) -> bool:

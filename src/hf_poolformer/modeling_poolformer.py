@@ -282,7 +282,7 @@ class MetaFormerBlock(GradientCheckpointingLayer):
         return (
             self.use_residual is True
             and type(self).merge is MetaFormerBlock.merge
-            and "merge" not in self.__dict__
+            and "merge" not in vars(self)
             and is_plain(norm, MetaFormerGroupNorm)
             and norm.num_groups == 1
             and is_plain(self.drop_path, DropPath)
@@ -375,6 +375,13 @@ class MetaFormerPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         # transformers looks for the attention in the text of the class's own file.
         return cls._supports_attention_backend
+
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
+        """As transformers', also in a backbone within, whose configuration is a copy."""
+        super().set_attn_implementation(attn_implementation, **kwargs)
+        for module in self.modules():
+            if isinstance(module, MetaFormerPreTrainedModel):
+                module.config._attn_implementation_internal = self.config._attn_implementation
 
     @classmethod
     def from_pretrained(

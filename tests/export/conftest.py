@@ -1,5 +1,8 @@
 """Small saved models of every family, and photographs in folders."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -17,6 +20,12 @@ from hf_poolformer.benchmark.photographs import jpegs
 SMALL = {"depths": (1, 1, 1, 1), "hidden_sizes": (8, 16, 32, 64), "num_labels": 7}
 # The smallest variant of each family.
 FAMILIES = {name.rsplit("_", 1)[0]: name for name in VARIANTS if name.endswith(("_s12", "_s18"))}
+
+# Digits and settings to train on them, for what needs a trained model.
+_spec = importlib.util.spec_from_file_location("training_fixtures", Path(__file__).parents[1] / "training/conftest.py")
+_fixtures = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_fixtures)
+digits, all_digits, make_settings = _fixtures.digits, _fixtures.all_digits, _fixtures.make_settings
 
 
 @pytest.fixture(autouse=True)

@@ -155,7 +155,7 @@ CHANGES = {
     | {
         "four groups": attribute(num_groups=4),
         "eps": attribute(eps=0.5),
-        "no weight": attribute(weight=None),
+        "no weight": attribute(weight=None, bias=None),
         "no bias": attribute(bias=None),
         "of torch, two groups": lambda norm: nn.GroupNorm(2, 8),
         "identity": lambda norm: nn.Identity(),
@@ -166,7 +166,7 @@ CHANGES = {
     | {
         "two groups": attribute(num_groups=2),
         "eps": attribute(eps=0.5),
-        "no weight": attribute(weight=None),
+        "no weight": attribute(weight=None, bias=None),
         "no bias": attribute(bias=None),
         "of torch": lambda norm: nn.GroupNorm(1, 8),
         "local response": lambda norm: nn.LocalResponseNorm(3),

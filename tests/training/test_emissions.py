@@ -8,6 +8,7 @@ from hf_poolformer.training.errors import UserError
 
 
 def test_measures_without_the_network():
+    pytest.importorskip("codecarbon")
     meter = EmissionsMeter("fra")
     total = sum(index * index for index in range(200_000))
     found = meter.stop()
@@ -19,6 +20,7 @@ def test_measures_without_the_network():
 
 
 def test_unknown_country():
+    pytest.importorskip("codecarbon")
     with pytest.raises(UserError, match="Atlantis"):
         EmissionsMeter("Atlantis")
 

@@ -152,6 +152,9 @@ def blocks(x: torch.Tensor, width: int, size: int) -> list[slice]:
 def group_norm(x: torch.Tensor, weight: Optional, bias: Optional, eps: float) -> tuple[torch.Tensor, ...]:
     """Normalised x, and mean and 1 / standard deviation (B, 1) of each sample, float32."""
     batch, channels, height, width = x.shape
+    if batch == 1:
+        # Of one image the first stride may be anything, and then PyTorch 2.11 does not see that it is channels_last.
+        x = as_map(rows(x), x)
     if x.dtype != torch.float32:
         # With float32 parameters PyTorch also returns the statistics in float32.
         weight = torch.ones(channels) if weight is None else weight.float()
