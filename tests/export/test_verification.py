@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from hf_poolformer import (
+    MetaFormerConfig,
+    MetaFormerForImageClassification,
     PoolFormerConfig,
     PoolFormerForImageClassification,
     PoolFormerForSemanticSegmentation,
@@ -236,3 +238,23 @@ def test_small_and_odd_sizes_compiled(save_model, tmp_path):
     folder = save_model(model)
     export_model(folder, tmp_path / "out", format="torch", compile=True)
     small_sizes(model, load(tmp_path / "out", trust_remote_code=True))
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_as_many_heads_as_tokens(format, tmp_path, scramble):
+    """Of which OpenVINO, compiled for fixed shapes, takes one for the other."""
+    config = MetaFormerConfig(
+        depths=(1, 1, 1, 1), hidden_sizes=(8, 16, 32, 64), attention_head_dim=16, num_labels=5, image_size=64,
+        token_mixers=("pooling", "pooling", "attention", "attention"), layer_scale_init_value=1.0,
+    )  # fmt: skip
+    model = scramble(MetaFormerForImageClassification(config))
+    model.save_pretrained(tmp_path / "model")
+    size = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+    PoolFormerImageProcessor(**size).save_pretrained(tmp_path / "model")
+    export_model(tmp_path / "model", tmp_path / "out", format=format)
+    exported = load(tmp_path / "out")
+    for shape in ((1, 3, 64, 64), (5, 3, 64, 64), (2, 3, 16, 32)):  # 4 heads and tokens; and 2
+        pixel_values = torch.randn(shape)
+        with torch.no_grad():
+            wanted = model(pixel_values).logits
+        assert (exported(pixel_values).logits - wanted).norm() < 1e-4 * wanted.norm()
