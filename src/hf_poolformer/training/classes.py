@@ -136,7 +136,7 @@ class Classes:
 
     def shown(self) -> str:
         """For a message: the first classes, and how they are stored where that differs."""
-        keys = {index: key for key, index in reversed(self.table.items())}
+        keys = {index: key for key, index in self.table.items() if is_number(key)}
         parts = [
             name if keys.get(index) in (None, name, str(index)) else f"{keys[index]} ({name})"
             for index, name in enumerate(self.names)

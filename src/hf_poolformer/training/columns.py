@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import datasets
-import numpy as np
 from datasets import ClassLabel, Image, IterableDataset, Value
 
+from .classes import Classes
 from .errors import UserError
 
 
@@ -26,29 +26,43 @@ class ImageDataset:
     Attributes:
         stream: rows; the image column holds `{"bytes", "path"}`.
         label_column: None if unlabelled; `json.label` means the field `label` of the column `json`.
-        label_names: class names by index; None for unlabelled images and for regression.
-        label_ids: stored label -> class index; None where the stored integers are the indices.
+        classes: None for unlabelled images and for regression.
+        counts: images of each class, by index, where that could be had cheaply; None otherwise. Of a part that was
+            divided off, those of the whole.
+        unlabelled: rows without a label, where `counts` are known.
         problem_type: as in a model's config; None if unlabelled.
         num_examples: exact if known, else None.
         name: what messages call it.
         token: Hub token, for rows that name remote files.
+        origin: what made these rows a split.
+        left_out: files beside the images that nobody reads: kind -> how many.
+        local: its bytes are on this machine.
     """
 
     stream: IterableDataset
     image_column: str
     label_column: str | None
-    label_names: list[str] | None
     num_examples: int | None
-    label_ids: Mapping[Any, int] | None = None
+    classes: Classes | None = None
+    counts: tuple[int, ...] | None = None
+    unlabelled: int = 0
     problem_type: str | None = None
     name: str = "dataset"
     token: str | bool | None = None
+    origin: str = ""
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    local: bool = True
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """Class names by index."""
+        return None if self.classes is None else list(self.classes.names)
 
     @property
     def num_labels(self) -> int | None:
         """Outputs a model needs for these labels: classes, or 1 for regression."""
-        if self.label_names is not None:
-            return len(self.label_names)
+        if self.classes is not None:
+            return len(self.classes.names)
         return 1 if self.problem_type == "regression" else None
 
 
@@ -75,7 +89,13 @@ def find_label_column(features: datasets.Features, wanted: str | None, name: str
         return wanted
     typed = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
     if typed:
-        return _choose(typed, _LABEL_NAMES[:2], "label", features, name)
+        # Beside columns of another name, numbers or texts in one that is called label are what is meant.
+        plain = [
+            column
+            for column in _LABEL_NAMES[:2]
+            if isinstance(features.get(column), Value) and not features[column].dtype.startswith("float")
+        ]
+        return _choose(typed + plain, _LABEL_NAMES[:2], "label", features, name)
     # A WebDataset's .json is a struct; its label is one level down.
     nested = [
         f"{column}.{field}" for column, feature in features.items() if isinstance(feature, dict) for field in feature
@@ -135,16 +155,6 @@ def columns_needed(dataset: ImageDataset) -> list[str]:
     if label_column not in dataset.stream.features:
         label_column = label_column.partition(".")[0]
     return [dataset.image_column, label_column]
-
-
-def label_key(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.strip()
-    return int(value) if isinstance(value, bool | np.integer) else value
-
-
-def unlabelled() -> str:
-    return "label -1, which stands for `no label` in test splits: choose another split"
 
 
 def kind_of(feature: Any) -> str:

@@ -8,11 +8,13 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from datasets import ClassLabel, Image, Value
 
+from .classes import Classes, class_key, is_number, marks_nothing
 from .columns import (
     ImageDataset,
     feature_of,
@@ -20,16 +22,14 @@ from .columns import (
     find_image_column,
     find_label_column,
     kind_of,
-    label_key,
     missing,
     some,
-    unlabelled,
 )
 from .decoding import describe_source, read_bytes
 from .errors import UserError
 from .files import one_line
 from .loader import DecodedBatches, ImageLoader, make_loader
-from .sources import FolderSource, Source, content_key, is_held_out, open_source
+from .sources import FolderSource, HubSource, Source, content_key, is_held_out, open_source
 
 
 __all__ = [
@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 # Ends the name of what was divided off.
 HELD_OUT = "(held-out part)"
+# In so many rows a column whose values hardly ever occur twice is none of classes.
+_MANY = 100
 # Counting after a split by content means reading everything once; worth it up to this size.
 _CHEAP_TO_READ = 1 << 30
 
@@ -61,7 +63,7 @@ def open_datasets(
     train_val_split: float | None = 0.15,
     image_column_name: str | None = None,
     label_column_name: str | None = None,
-    label_names: list[str] | None = None,
+    classes: Classes | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | None = None,
@@ -79,7 +81,7 @@ def open_datasets(
             neither, `train_val_split` of the training split is held out by a hash of each image's encoded bytes: the
             same images whatever the order, the shards and the number of workers and processes.
         train_val_split: fraction held out then; 0 or None holds nothing out.
-        label_names: names of the classes where the dataset stores bare integers or strings; spares the pass over
+        classes: what bare integers or texts mean where the dataset does not name its classes; spares the pass over
             the label column that finds them otherwise. Usually those of a checkpoint.
         streaming: False downloads a Hub dataset first; local data is always read where it lies.
         labelled: False opens and splits the same way, and leaves it to the caller what the columns beside the image
@@ -114,11 +116,12 @@ def open_datasets(
             validation = base
 
     columns = {"image_column_name": image_column_name, "label_column_name": label_column_name, "token": token}
+    columns["labelled"] = labelled
     opened: dict[str, ImageDataset] = {}
     if held_out_from is not None:
         whole = _open_split(*held_out_from, **columns)
         if labelled:
-            whole = _with_labels(whole, *held_out_from, label_names)
+            whole = _with_labels(whole, *held_out_from, classes)
         parts = _divide(whole, *held_out_from, fraction)
         opened = dict(zip(("train", "validation"), parts, strict=True))
         if train is None:
@@ -128,13 +131,13 @@ def open_datasets(
         parts = {"train": train, "validation": validation}
         return {name: _open_split(*part, **columns) for name, part in parts.items() if part is not None}
     if train is not None:
-        opened["train"] = _with_labels(_open_split(*train, **columns), *train, label_names)
+        opened["train"] = _with_labels(_open_split(*train, **columns), *train, classes)
     if validation is not None:
         dataset = _open_split(*validation, **columns)
         if "train" in opened:
-            opened["validation"] = _with_labels_of(dataset, opened["train"])
+            opened["validation"] = _with_labels_of(dataset, *validation, opened["train"])
         else:
-            opened["validation"] = _with_labels(dataset, *validation, label_names)
+            opened["validation"] = _with_labels(dataset, *validation, classes)
     return opened
 
 
@@ -164,7 +167,7 @@ def open_images(
         whole=split is None,
     )
     name = _named_split(source, split, "--split") if split else _only_split(source, "--split")
-    return _open_split(source, name, image_column_name=image_column_name, label_column_name=None, token=token)
+    return _open_split(source, name, image_column_name=image_column_name, token=token, labelled=False)
 
 
 def align_labels(dataset: ImageDataset, label2id: Mapping[str, int], *, subset: bool = False) -> ImageDataset:
@@ -179,28 +182,41 @@ def align_labels(dataset: ImageDataset, label2id: Mapping[str, int], *, subset: 
     Raises:
         UserError: the label sets differ.
     """
-    if dataset.label_names is None:
+    classes = dataset.classes
+    if classes is None:
         return dataset
     names = [name for name, _ in sorted(label2id.items(), key=lambda item: int(item[1]))]
-    indices = {name: int(index) for name, index in label2id.items()}
-    if dataset.label_names == names:
+    if list(classes.names) == names:
         return dataset
-    if len(names) == len(dataset.label_names) and set(names) == {f"LABEL_{index}" for index in range(len(names))}:
+    if len(names) == len(classes.names) and set(names) == {f"LABEL_{index}" for index in range(len(names))}:
         logger.info("the checkpoint has no class names: those of %s are taken in their order", dataset.name)
         return dataset
-    ours = set(dataset.label_names)
-    if ours - indices.keys() or (indices.keys() - ours and not subset):
+    ours, theirs = ({class_key(name): name for name in group} for group in (classes.names, names))
+    foreign = [name for key, name in ours.items() if key not in theirs]
+    absent = [name for key, name in theirs.items() if key not in ours]
+    if dataset.counts is not None:  # a name that no image has does no harm
+        foreign = [name for name in foreign if dataset.counts[classes.names.index(name)]]
+    if foreign or (absent and not subset):
         raise UserError(
             f"{dataset.name} has other labels than the checkpoint: {some(dataset.label_names)} "
-            f"against {some(names)}; only in the dataset: {some(sorted(ours - indices.keys()))}, only in the "
-            f"checkpoint: {some(sorted(indices.keys() - ours))}"
+            f"against {some(names)}; only in the dataset: {some(sorted(foreign))}, only in the "
+            f"checkpoint: {some(sorted(absent))}"
         )
-    stored = dataset.label_ids or {index: index for index in range(len(dataset.label_names))}
-    return dataclasses.replace(
-        dataset,
-        label_names=names,
-        label_ids={value: indices[dataset.label_names[index]] for value, index in stored.items()},
-    )
+    return _renumbered(dataset, names)
+
+
+def _renumbered(dataset: ImageDataset, names: Sequence[str]) -> ImageDataset:
+    """With the indices of `names`; classes that are not among them have no images."""
+    known = {class_key(name) for name in names}
+    kept = [index for index, name in enumerate(dataset.classes.names) if class_key(name) in known]
+    place = {index: new for new, index in enumerate(kept)}
+    table = {key: place[index] for key, index in dataset.classes.table.items() if index in place}
+    classes = Classes(tuple(dataset.classes.names[index] for index in kept), table).renumbered(names)
+    counts = None
+    if dataset.counts is not None:
+        by_key = {class_key(name): count for name, count in zip(dataset.classes.names, dataset.counts, strict=True)}
+        counts = tuple(by_key.get(class_key(name), 0) for name in names)
+    return dataclasses.replace(dataset, classes=classes, counts=counts)
 
 
 def _named_split(source: Source, wanted: str, flag: str) -> str:
@@ -241,8 +257,8 @@ def _validation_split(
     dataset = _open_split(
         source, test, image_column_name=image_column_name, label_column_name=label_column_name, token=None
     )
-    label = field_of(_first_row(dataset), dataset.label_column) if dataset.label_column else None
-    if label is None or label == -1:
+    label = class_key(field_of(_first_row(dataset), dataset.label_column)) if dataset.label_column else None
+    if label is None or marks_nothing(label):
         logger.info("%s is unlabelled and not used for validation", dataset.name)
         return None
     logger.info("%s has no validation split: evaluating on %r", source.name, test)
@@ -254,10 +270,11 @@ def _open_split(
     split: str,
     *,
     image_column_name: str | None,
-    label_column_name: str | None,
+    label_column_name: str | None = None,
     token: str | bool | None,
+    labelled: bool = True,
 ) -> ImageDataset:
-    """A split with its columns found; labels not looked at yet."""
+    """A split with its columns found; labels not looked at yet, and their column not looked for unless `labelled`."""
     name = f"{source.name} ({split})" if len(source.splits) > 1 else source.name
     opened = source.open(split)
     stream = opened.stream
@@ -269,11 +286,13 @@ def _open_split(
     dataset = ImageDataset(
         stream=stream.cast_column(image_column, Image(decode=False)),
         image_column=image_column,
-        label_column=find_label_column(stream.features, label_column_name, name),
-        label_names=None,
+        label_column=find_label_column(stream.features, label_column_name, name) if labelled else None,
         num_examples=opened.num_examples,
         name=name,
         token=token,
+        origin=source.split_origin(split),
+        left_out=source.left_out,
+        local=not isinstance(source, HubSource),
     )
     _first_row(dataset)
     return dataset
@@ -289,78 +308,142 @@ def _first_row(dataset: ImageDataset) -> dict[str, Any]:
     return row
 
 
-def _with_labels(dataset: ImageDataset, source: Source, split: str, label_names: list[str] | None) -> ImageDataset:
-    """Finds out what the labels are: from ClassLabel, from the names given, or by one pass over the column."""
+def _with_labels(dataset: ImageDataset, source: Source, split: str, given: Classes | None) -> ImageDataset:
+    """Finds out what the labels are: from ClassLabel, from the classes given, or by one pass over the column."""
+    feature = _label_feature(dataset)
+    if isinstance(feature, ClassLabel):
+        classes = Classes.numbered(feature.names)
+    elif given is not None and not (_holds_fractions(feature) and _is_fraction(_first_label(dataset))):
+        classes = given
+    else:
+        classes = None
+    counted = _counted(dataset, source, split) if classes is None or source.reads_columns else None
+    if classes is None:
+        if _holds_fractions(feature) and any(map(_is_fraction, counted)):
+            return dataclasses.replace(dataset, problem_type="regression")
+        classes = _classes_found(dataset, counted)
+    _refuse_unlabelled(dataset, classes, counted)
+    if len(classes.names) < 2 and given is None:
+        raise UserError(
+            f"{dataset.name} has a single class, {some(classes.names)}: there is nothing to tell apart. If the "
+            "classes are the folders below it, give that folder instead"
+        )
+    return _counting(dataset, classes, counted)
+
+
+def _with_labels_of(dataset: ImageDataset, source: Source, split: str, train: ImageDataset) -> ImageDataset:
+    """Gives the validation split the classes of the training split, by name."""
+    feature = _label_feature(dataset)
+    if train.classes is None:
+        return dataclasses.replace(dataset, problem_type=train.problem_type)
+    counted = _counted(dataset, source, split) if source.reads_columns else None
+    if isinstance(feature, ClassLabel):
+        own = Classes.numbered(feature.names)
+        _refuse_unlabelled(dataset, own, counted)
+        label2id = {name: index for index, name in enumerate(train.label_names)}
+        return align_labels(_counting(dataset, own, counted), label2id, subset=True)
+    typed = isinstance(feature_of(train.stream.features, train.label_column), ClassLabel)
+    classes = Classes.named(train.label_names) if typed else train.classes
+    _refuse_unlabelled(dataset, classes, counted)
+    return _counting(dataset, classes, counted)
+
+
+def _label_feature(dataset: ImageDataset) -> Any:
     column = dataset.label_column
     if column is None:
         missing("label", dataset.stream.features, dataset.name)
     feature = feature_of(dataset.stream.features, column)
-    if isinstance(feature, ClassLabel):
-        names, label_ids = list(feature.names), None
-    elif not isinstance(feature, Value):
+    if not isinstance(feature, Value | ClassLabel):
         raise UserError(
             f"the label column {column!r} of {dataset.name} holds {kind_of(feature)}; a class index, a class name or "
             "a number for regression is needed"
         )
-    elif feature.dtype.startswith("float"):
-        return dataclasses.replace(dataset, problem_type="regression")
-    elif label_names is not None:
-        names = list(label_names)
-        label_ids = {name: index for index, name in enumerate(names)} if "string" in feature.dtype else None
-    else:
-        names, label_ids = _labels_by_pass(dataset, source, split)
-    first = field_of(_first_row(dataset), column)
-    if first == -1:
-        raise UserError(f"{dataset.name}: {unlabelled()}")
-    if len(names) < 2 and label_names is None:
-        raise UserError(f"{dataset.name} has a single class, {some(names)}: there is nothing to tell apart")
-    return dataclasses.replace(
-        dataset, label_names=names, label_ids=label_ids, problem_type="single_label_classification"
-    )
+    return feature
 
 
-def _labels_by_pass(dataset: ImageDataset, source: Source, split: str) -> tuple[list[str], dict[Any, int] | None]:
+def _holds_fractions(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype.startswith(("float", "double", "decimal"))
+
+
+def _is_fraction(value: Any) -> bool:
+    key = class_key(value)
+    return key is not None and not is_number(key)
+
+
+def _first_label(dataset: ImageDataset) -> Any:
+    return field_of(_first_row(dataset), dataset.label_column)
+
+
+def _counted(dataset: ImageDataset, source: Source, split: str) -> Counter[str | None]:
+    """How many rows have which key, by one pass over the label column; None stands for no label."""
     column = dataset.label_column
-    logger.info("%s: reading the column %r once to find the classes", dataset.name, column)
     root = column if column in dataset.stream.features else column.partition(".")[0]
-    values, count = set(), 0
+    if not source.reads_columns:
+        logger.info("%s: reading the column %r once to find the classes", dataset.name, column)
     try:
-        for value in source.column(split, root):
-            count += 1
-            value = label_key(field_of({root: value}, column))
-            if value is not None:
-                values.add(value)
+        stored = Counter(field_of({root: value}, column) for value in source.column(split, root))
     except Exception as error:
         raise UserError(f"the label column of {dataset.name} cannot be read: {one_line(error)}") from error
-    if not values:
+    counted: Counter[str | None] = Counter()
+    for value, count in stored.items():
+        counted[class_key(value)] += count
+    return counted
+
+
+def _classes_found(dataset: ImageDataset, counted: Counter[str | None]) -> Classes:
+    column, keys, count = dataset.label_column, {key for key in counted if key is not None}, counted.total()
+    if not keys:
         raise UserError(f"the label column {column!r} of {dataset.name} is empty")
-    if -1 in values:
-        raise UserError(f"{dataset.name}: {unlabelled()}")
-    if count >= 100 and len(values) > count / 2:
+    if count >= _MANY and len(keys) > count / 2:
         raise UserError(
-            f"the column {column!r} of {dataset.name} has {len(values)} different values in {count} rows, so it is no "
+            f"the column {column!r} of {dataset.name} has {len(keys)} different values in {count} rows, so it is no "
             "class label: name the right one with --label_column_name"
         )
-    ordered = sorted(values)
-    label_ids = {value: index for index, value in enumerate(ordered)}
-    identity = all(value == index for value, index in label_ids.items())
-    return [str(value) for value in ordered], None if identity else label_ids
+    markers = {key for key in keys if marks_nothing(key)}
+    if markers == keys:
+        raise UserError(f"{dataset.name}: {_unlabelled(markers)}")
+    # One negative number among others means that there is no label; but -1 and 1 alone are two classes.
+    if len(markers) == 1 and keys != {"-1", "1"}:
+        keys -= markers
+    return Classes.stored(keys)
 
 
-def _with_labels_of(dataset: ImageDataset, train: ImageDataset) -> ImageDataset:
-    """Gives the validation split the numbering of the training split, by name."""
-    if dataset.label_column is None:
-        missing("label", dataset.stream.features, dataset.name)
-    known = dataclasses.replace(dataset, problem_type=train.problem_type)
-    feature = feature_of(dataset.stream.features, dataset.label_column)
-    if train.problem_type != "regression" and isinstance(feature, ClassLabel):
-        label2id = {name: index for index, name in enumerate(train.label_names)}
-        known = align_labels(dataclasses.replace(known, label_names=list(feature.names)), label2id, subset=True)
-    else:
-        known = dataclasses.replace(known, label_names=train.label_names, label_ids=train.label_ids)
-    if field_of(_first_row(dataset), dataset.label_column) == -1 and train.problem_type != "regression":
-        raise UserError(f"{dataset.name}: {unlabelled()}")
-    return known
+def _refuse_unlabelled(dataset: ImageDataset, classes: Classes, counted: Counter[str | None] | None) -> None:
+    """Raises a UserError for a split without labels, or with labels that no class has."""
+    if counted is None:
+        key = class_key(_first_label(dataset))
+        if key is not None and key not in classes.table and marks_nothing(key):
+            raise UserError(f"{dataset.name}: {_unlabelled([key])}")
+        return
+    unknown = {key: count for key, count in counted.items() if key is not None and key not in classes.table}
+    markers = [key for key in unknown if marks_nothing(key)]
+    if not any(key in classes.table for key in counted) and (markers or not unknown):
+        raise UserError(f"{dataset.name}: {_unlabelled(markers)}")
+    strange = {key: count for key, count in unknown.items() if key not in markers}
+    if strange:
+        shown = some([f"{key!r} ({count} rows)" for key, count in sorted(strange.items())])
+        raise UserError(f"{dataset.name} has labels that are none of the classes {classes.shown()}: {shown}")
+
+
+def _unlabelled(markers: Collection[str]) -> str:
+    if not markers:
+        return "no row has a label: choose another split, or the column with --label_column_name"
+    return f"label {some(sorted(markers))}, which stands for `no label` in test splits: choose another split"
+
+
+def _counting(dataset: ImageDataset, classes: Classes, counted: Counter[str | None] | None) -> ImageDataset:
+    """The dataset with its classes and, if they were counted, their images."""
+    found = dataclasses.replace(dataset, classes=classes, problem_type="single_label_classification")
+    if counted is None:
+        return found
+    counts = [0] * len(classes.names)
+    for key, count in counted.items():
+        if key in classes.table:
+            counts[classes.table[key]] += count
+    number = None if dataset.num_examples is None else sum(counts)
+    return dataclasses.replace(
+        found, counts=tuple(counts), unlabelled=counted.total() - sum(counts), num_examples=number
+    )
 
 
 def _divide(dataset: ImageDataset, source: Source, split: str, fraction: float) -> tuple[ImageDataset, ImageDataset]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,10 +21,12 @@ from ..export.folder import is_exported
 from . import data
 from .arguments import EvaluationSettings, read_yaml
 from .augmentation import EvalTransform
+from .classes import Classes
 from .errors import UserError
 from .initialisation import first_line, load_checkpoint
 from .metrics import Accuracy, ConfusionMatrix, PerClassAccuracy, TopKAccuracy
 from .reports import write_confusion_matrix, write_json
+from .understood import describe_data
 
 
 logger = logging.getLogger(__name__)
@@ -69,45 +72,55 @@ def evaluate(
     bare.eval()
     device, depth = accelerator.device, min(max(topk), num_labels)
     loss_sum = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-    rankings, references, skipped, stopped = [], [], 0, False
+    rankings, references, skipped, stopped, fault = [], [], [], False, None
     start = time.perf_counter()
-    for batch in tqdm(loader, desc="evaluating", unit="batch", disable=not progress, leave=False):
-        skipped += len(batch.get("skipped", ()))
-        labels = batch["labels"]
-        if not len(labels):
-            continue
-        check_labels(labels, num_labels)
-        pixel_values = batch["pixel_values"].to(device, memory_format=memory_format, non_blocking=True)
-        with accelerator.autocast():
-            logits = bare(pixel_values=pixel_values).logits.float()
-        loss_sum += nn.functional.cross_entropy(logits, labels.to(device, non_blocking=True), reduction="sum")
-        rankings.append(logits.topk(depth).indices)
-        references.append(labels)
-        if stopped := bool(should_stop()):
-            break
+    try:
+        for batch in tqdm(loader, desc="evaluating", unit="batch", disable=not progress, leave=False):
+            skipped += batch.get("skipped", ())
+            labels = batch["labels"]
+            if not len(labels):
+                continue
+            check_labels(labels, num_labels)
+            pixel_values = batch["pixel_values"].to(device, memory_format=memory_format, non_blocking=True)
+            with accelerator.autocast():
+                logits = bare(pixel_values=pixel_values).logits.float()
+            loss_sum += nn.functional.cross_entropy(logits, labels.to(device, non_blocking=True), reduction="sum")
+            rankings.append(logits.topk(depth).indices)
+            references.append(labels)
+            if stopped := bool(should_stop()):
+                break
+    except UserError as error:  # the others would wait for this process
+        fault = str(error)
     mine = {
+        "fault": fault,
         "stopped": stopped,
         "ranked": torch.cat(rankings).cpu().numpy() if rankings else np.zeros((0, depth), dtype=np.int64),
         "labels": torch.cat(references).numpy() if references else np.zeros(0, dtype=np.int64),
         "loss": loss_sum.item(),
-        "skipped": skipped,
+        "skipped": len(skipped),
     }
     parts = gather_object([mine])
     seconds = time.perf_counter() - start
     bare.train(was_training)
+    for part in parts:
+        if part["fault"]:
+            raise UserError(part["fault"])
     if any(part["stopped"] for part in parts):
         return {}
 
     ranked = np.concatenate([part["ranked"] for part in parts])
     labels = np.concatenate([part["labels"] for part in parts])
+    missed = sum(part["skipped"] for part in parts)
     if not len(labels):
         raise UserError("there is no image to evaluate on: the split is empty, or every image in it is broken.")
+    if hasattr(loader, "judge"):  # a list of batches has none
+        loader.judge(len(labels) + missed, missed)
     best = {"predictions": ranked[:, 0], "references": labels}
     results = {
         "eval_accuracy": metric(Accuracy).compute(**best)["accuracy"],
         "eval_loss": sum(part["loss"] for part in parts) / len(labels),
         "eval_samples": len(labels),
-        "eval_skipped_images": sum(part["skipped"] for part in parts),
+        "eval_skipped_images": missed,
         "eval_runtime": seconds,
         "eval_samples_per_second": len(labels) / seconds,
     }
@@ -140,7 +153,7 @@ def check_labels(labels: torch.Tensor, num_labels: int) -> None:
 
 def check_classification(dataset: data.ImageDataset) -> None:
     """Raises a UserError unless the dataset has one class per image."""
-    if dataset.label_names is None:
+    if dataset.classes is None:
         kind = "numbers, for regression" if dataset.problem_type == "regression" else "none"
         raise UserError(
             f"{dataset.name} is no classification dataset: its labels are {kind}. "
@@ -248,13 +261,15 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
         train_val_split=fraction,
         image_column_name=settings.image_column_name,
         label_column_name=settings.label_column_name,
-        label_names=label_names,
+        classes=Classes.of_config(model.config),
         revision=settings.dataset_revision,
         token=settings.hub_token,
         cache_dir=settings.cache_dir,
         streaming=settings.streaming,
     )["validation"]
     check_classification(dataset)
+    if accelerator.is_main_process:
+        print(describe_data({"evaluation": dataset}), file=sys.stderr)
     if settings.train_val_split is None and dataset.name.endswith(data.HELD_OUT) and accelerator.is_main_process:
         logger.warning(
             "%s was trained on the other images of %s: --train_val_split 0 would take all.",

@@ -14,7 +14,7 @@ import torch
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
-from .columns import ImageDataset, columns_needed, field_of, label_key, unlabelled
+from .columns import ImageDataset, columns_needed, field_of
 from .decoding import BrokenImage, decode_image, describe_source
 from .errors import UserError
 from .files import one_line
@@ -25,7 +25,7 @@ from .workers import prepare_worker
 logger = logging.getLogger(__name__)
 
 # A share of broken images says nothing before this many were seen.
-_MIN_SEEN = 64
+MIN_SEEN = 64
 
 
 def make_loader(
@@ -63,8 +63,9 @@ def make_loader(
             and Python's global generators are seeded for each image from `seed`, epoch and its place in the dataset.
         num_workers: upper limit; no more are started than this process has shards.
         shuffle_buffer_size: undecoded images held by each worker, on average.
-        max_skipped: the run stops when more than this fraction (float) or number (int) of an epoch's images is
-            broken. 1.0 never stops it, 0 does at the first.
+        max_skipped: the run stops when more than this fraction (float; one image always passes) or number (int) of an
+            epoch's images is broken. 1.0 never stops it, 0 does at the first. Rows without a label count as broken
+            where the dataset does not know how many there are.
         max_skipped_shards: the run stops when more of this process's shards than this end early, because they are
             truncated, say, or gone.
         drop_last: overrides the rule above.
@@ -120,6 +121,18 @@ def make_loader(
     )
     loader.set_epoch(epoch)
     return loader
+
+
+def too_many_broken(broken: int, seen: int, limit: float | int) -> bool:
+    """Whether that many of the images seen are more than a fraction (float) or a number (int) allows.
+
+    One is never too many for a fraction: of a small set it would always be.
+    """
+    return broken > (limit if isinstance(limit, int) else max(limit * seen, 1))
+
+
+class Unlabelled(BrokenImage):
+    """A row without a label."""
 
 
 class ImageLoader(DataLoader):
@@ -307,13 +320,20 @@ class ImageLoader(DataLoader):
             )
         self.skipped += len(message["skipped"])
         self._examples += message["skipped"][: 5 - len(self._examples)]
-        counted = isinstance(self._max_skipped, int)
-        limit = self._max_skipped if counted else self._max_skipped * self.seen
-        if self.skipped > limit and (counted or self.seen >= _MIN_SEEN):
+        if isinstance(self._max_skipped, int) or self.seen >= MIN_SEEN:
+            self.judge(self.seen, self.skipped, "first ")
+
+    def judge(self, seen: int, skipped: int, which: str = "") -> None:
+        """Whether too many images are broken. To be called at the end of an epoch, with the numbers of all processes.
+
+        Raises:
+            UserError: they are.
+        """
+        limit = self._max_skipped
+        if too_many_broken(skipped, seen, limit):
             raise UserError(
-                f"{self.skipped} of the first {self.seen} images of {self._images.name} are broken, more than "
-                f"{self._max_skipped if counted else format(self._max_skipped, '.1%')} is allowed: "
-                f"{'; '.join(self._examples)}"
+                f"{skipped} of the {which}{seen} images of {self._images.name} are broken, more than --max_skipped "
+                f"allows ({limit if isinstance(limit, int) else format(limit, '.1%')}): {'; '.join(self._examples)}"
             )
 
     def _explain_nothing(self) -> None:
@@ -382,6 +402,12 @@ class DecodedBatches(torch.utils.data.IterableDataset):
                         examples.append(self._example(image, label))
                 else:
                     examples.append(self._example(image, label))
+            except Unlabelled as reason:
+                if self._dataset.counts is None:
+                    skipped.append(f"{self._describe(row)}: {reason}")
+                else:  # they were counted, and judged, before
+                    seen -= 1
+                continue
             except BrokenImage as reason:
                 skipped.append(f"{self._describe(row)}: {reason}")
                 continue
@@ -425,23 +451,15 @@ class DecodedBatches(torch.utils.data.IterableDataset):
         dataset = self._dataset
         value = field_of(row, dataset.label_column)
         if value is None:
-            raise BrokenImage("it has no label")
+            raise Unlabelled("it has no label")
         if dataset.problem_type == "regression":
             if not math.isfinite(value):
                 raise BrokenImage(f"its label is {value}")
             return float(value)
-        value = label_key(value)
-        if dataset.label_ids is not None:
-            index = dataset.label_ids.get(value)
-            if index is None:
-                raise UserError(unlabelled() if value == -1 else f"label {value!r} is none of the known ones")
-            return index
-        if value == -1:
-            raise UserError(unlabelled())
-        num_labels = len(dataset.label_names)
-        if not 0 <= value < num_labels:
-            raise UserError(f"label {value} lies outside 0..{num_labels - 1}")
-        return value
+        index = dataset.classes.index(value)
+        if index is None:
+            raise Unlabelled(f"its label is {value}, which stands for none")
+        return index
 
     def _describe(self, row: Row) -> str:
         path = describe_source(row.values[self._dataset.image_column])

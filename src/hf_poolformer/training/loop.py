@@ -30,7 +30,7 @@ from .checkpoints import Progress, Saver, TrainingState, whole
 from .distillation import Teacher, distillation_loss, load_teacher
 from .emissions import EmissionsMeter, device_name
 from .errors import Diverged, UserError
-from .evaluation import check_labels, evaluate, named_results
+from .evaluation import check_labels, evaluate, named_results, skip_limit
 from .initialisation import initial_model, label_order
 from .optimisation import WeightAverage, make_optimizer, make_schedule, scaled_learning_rate
 from .preparation import begin, due, make_accelerator, make_loaders, open_data, plan, prepare_output
@@ -45,6 +45,7 @@ from .reports import (
     write_curves,
     write_json,
 )
+from .understood import describe_data, judge
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Run:
     compute_losses: Callable[[Run, dict[str, Any]], list[torch.Tensor]]  # what is minimised, then parts to be shown
     teacher: Teacher | None = None
     replica: nn.Module | None = None  # of a model that is distributed, to be filled when it is needed
+    processor: Any = None  # saved beside the model
     saver: Saver = field(init=False)
     losses: list[torch.Tensor] = field(default_factory=list)  # since the last point of the curve, on the device
     images: int = 0  # of this process since the last point
@@ -115,6 +117,8 @@ def train(settings: TrainingSettings, make_loaders: Callable[..., tuple[Any, Any
 
     # Data: opened undecoded; the labels decide the model's head.
     datasets = open_data(settings)
+    accelerator.print(describe_data(datasets))
+    judge(datasets, accelerator, skip_limit(settings.max_skipped))
     label_names = label_order(settings, datasets["train"].label_names)
 
     # Model: equal on all processes, then every process goes its own random way.
@@ -186,16 +190,17 @@ def train(settings: TrainingSettings, make_loaders: Callable[..., tuple[Any, Any
             compute_losses=classification_losses,
             replica=replica,
             teacher=teacher,
+            processor=processor,
         )
         train_epochs(run, epochs, evaluate_now)
+        leave_model(run)
         results, matrix = final_results(run)
         run.saver.finish()
     if meter is not None:
         results.update(meter.stop())
 
-    final = trained_model(run)
     if accelerator.is_main_process:
-        save_model(run, final, output_dir, processor, results, matrix)
+        save_results(run, output_dir, results, matrix)
     finish(run, lambda: summary(output_dir, results))
     return results
 
@@ -288,6 +293,7 @@ def train_epoch(run: Run) -> None:
             clock = time.perf_counter()
         if count < run.accumulation:
             break
+    judge_skipped(run)
     if progress.step == first_step and not progress.batches:
         raise UserError("some process has no full batch of training images: use fewer processes or smaller batches.")
     log_point(run)
@@ -296,6 +302,16 @@ def train_epoch(run: Run) -> None:
     if progress.epoch_steps:
         progress.train_loss = progress.epoch_loss / progress.epoch_steps
     progress.epoch, progress.batches, progress.epoch_loss, progress.epoch_steps = progress.epoch + 1, 0, 0.0, 0
+
+
+def judge_skipped(run: Run) -> None:
+    """Ends the run if more images of the epoch were broken than is allowed, on all processes together.
+
+    Within the epoch the loader judges for its process, and not before it has seen some.
+    """
+    loader = run.train_loader
+    if hasattr(loader, "judge"):  # a loader of made-up images has none
+        loader.judge(*run.agreement.total(loader.seen, loader.skipped))
 
 
 def optimiser_step(run: Run, window: list[dict[str, Any]]) -> torch.Tensor:
@@ -388,15 +404,19 @@ def record(run: Run, row: dict[str, Any]) -> None:
 def evaluate_now(run: Run) -> dict[str, Any]:
     """Evaluates what would be saved now: the moving average if there is one."""
     plain = run.state.ema is None and run.replica is None and not run.settings.lora
-    results = evaluate(
-        run.model if plain else trained_model(run),
-        run.eval_loader,
-        accelerator=run.accelerator,
-        num_labels=run.mixer.num_labels,
-        memory_format=run.memory_format,
-        progress=run.accelerator.is_main_process and sys.stderr.isatty(),
-        should_stop=run.stop.check,
-    )
+    try:
+        results = evaluate(
+            run.model if plain else trained_model(run),
+            run.eval_loader,
+            accelerator=run.accelerator,
+            num_labels=run.mixer.num_labels,
+            memory_format=run.memory_format,
+            progress=run.accelerator.is_main_process and sys.stderr.isatty(),
+            should_stop=run.stop.check,
+        )
+    except UserError as error:  # the same on all processes
+        leave_model(run)
+        raise UserError(f"{error}. The model as it was trained so far is in {run.settings.output_dir}") from error
     if not results:
         save_and_leave(run, -run.agreement.minimum(-run.stop.check())[0])
     figures = {name: value for name, value in results.items() if isinstance(value, (int, float))}
@@ -483,13 +503,20 @@ def trained_model(run: Run) -> nn.Module:
     return run.replica
 
 
-def save_model(
-    run: Run, model: nn.Module, output_dir: Path, processor: Any, results: dict[str, Any], matrix: Any
-) -> None:
-    """Everything a finished run leaves; the model first, so that a failure further down cannot cost it."""
+def leave_model(run: Run) -> None:
+    """Saves the model and its processor: before anything else, so that nothing further down can cost them.
+
+    Every process must call it.
+    """
+    model = trained_model(run)
+    if run.accelerator.is_main_process:
+        model.save_pretrained(run.settings.output_dir)
+        run.processor.save_pretrained(run.settings.output_dir)
+
+
+def save_results(run: Run, output_dir: Path, results: dict[str, Any], matrix: Any) -> None:
+    """What a finished run leaves beside its model."""
     settings, label_names = run.settings, run.progress.label_names
-    model.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
     write_json(output_dir / "all_results.json", results)
     write_curves(output_dir / "curves.png", run.log.rows)
     if matrix is not None:

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,15 +49,26 @@ class Split:
 
 
 class Source(abc.ABC):
-    """A dataset with named splits. `local_bytes` is the size of its files here, None for a remote one."""
+    """A dataset with named splits.
+
+    Attributes:
+        local_bytes: size of its files here, None for a remote one.
+        reads_columns: a column can be had without reading the images, and is at hand.
+    """
 
     name: str
     splits: list[str]
     local_bytes: int | None = None
+    reads_columns: bool = True
+    left_out: Mapping[str, int] = {}
 
     @abc.abstractmethod
     def open(self, split: str) -> Split:
         """Opens one of `splits`."""
+
+    def split_origin(self, split: str) -> str:
+        """What made these rows this split."""
+        return ""
 
     def column(self, split: str, column: str) -> Iterator[Any]:
         """All values of one column, without reading the others where the format allows it."""
@@ -86,6 +97,7 @@ class HubSource(Source):
         streaming: bool,
     ):
         self.name = dataset_name
+        self.reads_columns = not streaming
         self._streaming = streaming
         self._arguments = {"path": dataset_name, "name": config_name, "revision": revision, "token": token}
         self._arguments["cache_dir"] = cache_dir
@@ -143,6 +155,7 @@ class FileSource(Source):
     def __init__(self, name: str, builder: str, files: dict[str, list[Path]], cache_dir: str | None = None):
         self.name = name
         self.splits = list(files)
+        self.reads_columns = builder != "webdataset"
         self._builder = builder
         self._files = files
         self._cache_dir = cache_dir

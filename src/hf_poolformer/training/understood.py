@@ -1,0 +1,160 @@
+"""What was understood of the data, said and judged before the first step.
+
+A wrong guess that is printed costs a minute, one that is not costs a run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from .columns import ImageDataset, feature_of, kind_of
+from .decoding import BrokenImage, decode_image, describe_source
+from .errors import UserError
+from .loader import MIN_SEEN, too_many_broken
+
+
+# Looking into the data may take so long, per split.
+SECONDS = 2.0
+# Names of classes on a line.
+_SHOWN = 8
+_WIDTH = 116
+
+
+def judge(
+    datasets: Mapping[str, ImageDataset],
+    accelerator: Accelerator,
+    max_skipped: float | int,
+    *extra: Callable[[], None],
+) -> None:
+    """Ends a run that its data would end later: too many rows without label, too many broken images.
+
+    The main process looks, for all, at the labels that were counted and at the first images of each split.
+
+    Args:
+        max_skipped: as `make_loader` takes it.
+        extra: what else has to be judged; raises UserError.
+
+    Raises:
+        UserError: on every process.
+    """
+    fault = None
+    if accelerator.is_main_process:
+        try:
+            for dataset in datasets.values():
+                judge_labels(dataset, max_skipped)
+                judge_images(dataset, max_skipped)
+            for check in extra:
+                check()
+        except UserError as error:
+            fault = str(error)
+    (fault,) = broadcast_object_list([fault])
+    if fault:
+        raise UserError(fault)
+
+
+def judge_labels(dataset: ImageDataset, max_skipped: float | int) -> None:
+    if dataset.counts is None or not dataset.unlabelled:
+        return
+    rows = dataset.unlabelled + sum(dataset.counts)
+    if too_many_broken(dataset.unlabelled, rows, max_skipped):
+        raise UserError(
+            f"{dataset.unlabelled} of {rows} rows of {dataset.name} have no label: nothing, or a negative number that "
+            f"stands for it. To train on the others: --max_skipped {_fraction(dataset.unlabelled, rows)}"
+        )
+
+
+def judge_images(dataset: ImageDataset, max_skipped: float | int) -> None:
+    """Decodes the first images, as many as the loader lets pass before it judges, where they are on this machine."""
+    if not dataset.local:
+        return
+    until, seen, broken = time.monotonic() + SECONDS, 0, []
+    stream = dataset.stream.select_columns([dataset.image_column])
+    try:
+        for row in itertools.islice(stream, MIN_SEEN):
+            seen += 1
+            source = row[dataset.image_column]
+            try:
+                decode_image(source, token=dataset.token)
+            except BrokenImage as error:
+                broken.append(f"{describe_source(source) or f'image {seen - 1}'}: {error}")
+            if time.monotonic() > until:
+                return  # too few for a judgement
+    except UserError:
+        raise
+    except Exception:  # a damaged shard, of which the loader has its own account
+        return
+    if too_many_broken(len(broken), seen, max_skipped):
+        raise UserError(
+            f"{len(broken)} of the first {seen} images of {dataset.name} are broken, more than --max_skipped allows: "
+            f"{'; '.join(broken[:5])}"
+        )
+
+
+def describe_data(datasets: Mapping[str, ImageDataset]) -> str:
+    """Some lines for a screen: where the splits come from, columns, classes with counts, and what is left out."""
+    lines = []
+    for split, dataset in datasets.items():
+        number = "unknown number of images" if dataset.num_examples is None else f"{dataset.num_examples} images"
+        lines.append((split, f"{number}, {dataset.name}" + (f": {dataset.origin}" if dataset.origin else "")))
+    first = next(iter(datasets.values()))
+    features = first.stream.features
+    columns = f"image {first.image_column!r}"
+    if first.label_column is not None:
+        columns += f", label {first.label_column!r} ({kind_of(feature_of(features, first.label_column))})"
+    lines.append(("columns", columns))
+    used = {first.image_column, first.label_column and first.label_column.partition(".")[0], first.label_column}
+    others = [name for name in features if name not in used]
+    if others:
+        lines.append(("not read", _short(others)))
+    if first.classes is not None:
+        lines += _class_lines(datasets)
+    for split, dataset in datasets.items():
+        if dataset.unlabelled:
+            lines.append(("no label", f"{dataset.unlabelled} rows of {split}, left out"))
+    left_out = {kind: count for dataset in datasets.values() for kind, count in dataset.left_out.items()}
+    if left_out:
+        kinds = sorted(left_out, key=lambda kind: -left_out[kind])
+        lines.append(("left out", _short([f"{left_out[kind]} {kind}" for kind in kinds])))
+    return "\n".join(f"  {title:<11} {_printable(text)[:_WIDTH]}" for title, text in lines)
+
+
+def _class_lines(datasets: Mapping[str, ImageDataset]) -> list[tuple[str, str]]:
+    dataset = next(iter(datasets.values()))
+    names, lines = dataset.classes.names, []
+    title = f"{len(names)} classes"
+    if dataset.counts is None:
+        return [(title, f"{_short(names)} (not counted)")]
+    counts = dict(enumerate(dataset.counts))
+    by_count = sorted(counts, key=lambda index: (-counts[index], index))
+    if len(names) <= _SHOWN:
+        lines.append((title, ", ".join(f"{names[index]} {count}" for index, count in counts.items())))
+    else:
+        half = _SHOWN // 2
+        largest = ", ".join(f"{names[index]} {counts[index]}" for index in by_count[:half])
+        smallest = ", ".join(f"{names[index]} {counts[index]}" for index in by_count[-half:])
+        lines.append((title, f"{largest}, ... {smallest}"))
+    for split, other in datasets.items():
+        absent = [name for name, count in zip(other.label_names, other.counts or (), strict=False) if not count]
+        if absent:
+            lines.append(("no image", f"in {split} of {len(absent)} of the classes: {_short(absent)}"))
+    return lines
+
+
+def _short(items: Any) -> str:
+    shown = ", ".join(map(str, items[:_SHOWN]))
+    return shown if len(items) <= _SHOWN else f"{shown}, ... ({len(items)} in all)"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _fraction(part: int, whole: int) -> str:
+    """The share, rounded up to a hundredth, as a flag takes it."""
+    return f"{min(-(-100 * part // whole), 99) / 100:.2f}"
