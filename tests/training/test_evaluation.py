@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
 from hf_poolformer import PoolFormerForImageClassification, PoolFormerImageProcessor
+from hf_poolformer.training import evaluation
 from hf_poolformer.training.arguments import EvaluationSettings
 from hf_poolformer.training.errors import UserError
 from hf_poolformer.training.evaluation import evaluate, evaluate_checkpoint, named_results
@@ -65,6 +66,22 @@ def test_fewer_classes_than_k(poolformer_config, images):
 def test_labels_out_of_range(model, images, labels):
     with pytest.raises(UserError, match="labels go from 0 to 9"):
         evaluate(model, batches(images[:2], labels), accelerator=Accelerator(), num_labels=10)
+
+
+def test_what_fails_on_one_process_fails_on_all(model, images, monkeypatch):
+    labels = torch.arange(25) % 10
+
+    def gathered(mine):
+        return [*mine, {**mine[0], "fault": "an image of the other process has label 7"}]
+
+    monkeypatch.setattr(evaluation, "gather_object", gathered)
+    with pytest.raises(UserError, match="other process has label 7"):
+        evaluate(model, batches(images, labels), accelerator=Accelerator(), num_labels=10)
+    monkeypatch.setattr(evaluation, "gather_object", lambda mine: mine)
+    model.train()
+    with pytest.raises(UserError, match="label"):
+        evaluate(model, batches(images, labels + 100), accelerator=Accelerator(), num_labels=10)
+    assert model.training
 
 
 def test_nothing_to_evaluate(model):

@@ -46,8 +46,8 @@ logger = logging.getLogger(__name__)
 
 # Ends the name of what was divided off.
 HELD_OUT = "(held-out part)"
-# In so many rows a column whose values hardly ever occur twice is none of classes.
-_MANY = 100
+# In so many rows a column whose values hardly ever occur twice is none of classes; with fewer they may.
+_MANY, _SOME = 100, 10
 # Counting after a split by content means reading everything once; worth it up to this size.
 _CHEAP_TO_READ = 1 << 30
 
@@ -394,7 +394,7 @@ def _classes_found(dataset: ImageDataset, counted: Counter[str | None]) -> Class
     column, keys, count = dataset.label_column, {key for key in counted if key is not None}, counted.total()
     if not keys:
         raise UserError(f"the label column {column!r} of {dataset.name} is empty")
-    if count >= _MANY and len(keys) > count / 2:
+    if len(keys) > count * (1 / 2 if count >= _MANY else 9 / 10) and count >= _SOME:
         raise UserError(
             f"the column {column!r} of {dataset.name} has {len(keys)} different values in {count} rows, so it is no "
             "class label: name the right one with --label_column_name"

@@ -175,12 +175,13 @@ class FileSource(Source):
         return Split(self._load(split), self._count(split))
 
     def column(self, split: str, column: str) -> Iterator[Any]:
-        stream = (
-            self._load(split, columns=[column])
-            if self._builder == "parquet"
-            else self._load(split).select_columns([column])
-        )
-        for row in stream:
+        if self._builder == "parquet":
+            for path in self._files[split]:
+                with pyarrow.parquet.ParquetFile(path) as file:
+                    for batch in file.iter_batches(columns=[column]):
+                        yield from batch.column(0).to_pylist()
+            return
+        for row in self._load(split).select_columns([column]):
             yield row[column]
 
     def _count(self, split: str) -> int | None:

@@ -139,6 +139,9 @@ def _class_lines(datasets: Mapping[str, ImageDataset]) -> list[tuple[str, str]]:
         largest = ", ".join(f"{names[index]} {counts[index]}" for index in by_count[:half])
         smallest = ", ".join(f"{names[index]} {counts[index]}" for index in by_count[-half:])
         lines.append((title, f"{largest}, ... {smallest}"))
+    lonely = sum(count == 1 for count in dataset.counts)
+    if lonely > len(names) / 2:
+        lines.append(("one image", f"is all that {lonely} of the classes have: are these classes?"))
     for split, other in datasets.items():
         absent = [name for name, count in zip(other.label_names, other.counts or (), strict=False) if not count]
         if absent:
