@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .arguments import TrainingSettings
 from .augmentation import input_size
+from .classes import class_key
 from .errors import UserError
 from .initialisation import first_line, load_checkpoint, shown
 
@@ -157,14 +158,15 @@ def label_order(teachers: Sequence[str], students: Sequence[str], name: str) -> 
     unnamed = teachers == [f"LABEL_{index}" for index in range(len(students))]
     if unnamed or teachers == students:
         return list(range(len(students)))
-    if sorted(teachers) != sorted(students) or len(set(teachers)) < len(teachers):
-        same = "in another order and not all different" if sorted(teachers) == sorted(students) else "others"
+    theirs, ours = ([class_key(label) or "" for label in labels] for labels in (teachers, students))
+    if sorted(theirs) != sorted(ours) or len(set(theirs)) < len(theirs):
+        same = "in another order and not all different" if sorted(theirs) == sorted(ours) else "others"
         raise UserError(
             f"the teacher {name} knows {len(teachers)} labels ({shown(teachers)}), {same} than the {len(students)} "
             f"here ({shown(students)}). Train it on this dataset first: --model_name_or_path {name}"
         )
-    number = {label: index for index, label in enumerate(teachers)}
-    return [number[label] for label in students]
+    number = {label: index for index, label in enumerate(theirs)}
+    return [number[label] for label in ours]
 
 
 def load_teacher(

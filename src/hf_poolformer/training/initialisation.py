@@ -16,6 +16,7 @@ from ..configuration_poolformer import VARIANTS, MetaFormerConfig
 from ..export.folder import is_exported, no_model
 from ..image_processing_poolformer import PoolFormerImageProcessor
 from .arguments import TrainingSettings
+from .classes import class_key
 from .errors import UserError
 
 
@@ -186,7 +187,7 @@ def label_order(settings: TrainingSettings, dataset_names: Sequence[str]) -> lis
         except Exception as error:
             raise UserError(why_not_loaded(settings.model_name_or_path, error)) from error
         learnt = [config.id2label[index] for index in range(len(config.id2label))]
-        if sorted(learnt) == sorted(names):
+        if sorted(map(str, map(class_key, learnt))) == sorted(map(str, map(class_key, names))):
             return learnt
     return names
 
