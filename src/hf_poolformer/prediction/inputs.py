@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import glob
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,20 @@ from typing import Any
 from ..training.decoding import BrokenImage, describe_source
 from ..training.errors import UserError
 from ..training.faults import Patience, is_transient
-from ..training.files import IMAGE_SUFFIXES, PARQUET_SUFFIXES, TAR_SUFFIXES, is_saved_dataset, list_files, one_line
+from ..training.files import (
+    PARQUET_SUFFIXES,
+    TAR_SUFFIXES,
+    count_by_suffix,
+    counted,
+    heif_hint,
+    is_saved_dataset,
+    list_files,
+    one_line,
+    only_images,
+)
 
+
+logger = logging.getLogger(__name__)
 
 DATASET_SUFFIXES = PARQUET_SUFFIXES | TAR_SUFFIXES
 
@@ -279,9 +292,13 @@ def open_dataset(location: str, **how: Any) -> Any:
 
 def _expand(path: Path, named: bool) -> list[Path]:
     """Image files and datasets at or below `path`. A file that was named outright is tried whatever its suffix."""
-    known = IMAGE_SUFFIXES | DATASET_SUFFIXES
     if not path.is_dir():
-        return [path] if named or path.suffix.lower() in known else []
+        return [path] if named or path.suffix.lower() in DATASET_SUFFIXES or only_images([path]) else []
     if is_saved_dataset(path):
         return [path]
-    return [file for file in list_files(path) if file.suffix.lower() in known]
+    files = list(list_files(path))
+    known = {*only_images(files), *(file for file in files if file.suffix.lower() in DATASET_SUFFIXES)}
+    left_out = count_by_suffix([file for file in files if file not in known])
+    if left_out:
+        logger.warning("%s: not read: %s%s", path, counted(left_out), heif_hint(left_out))
+    return [file for file in files if file in known]

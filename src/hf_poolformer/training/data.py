@@ -28,8 +28,9 @@ from .columns import (
 from .decoding import describe_source, read_bytes
 from .errors import UserError
 from .files import one_line
+from .layouts import open_source
 from .loader import DecodedBatches, ImageLoader, make_loader
-from .sources import FolderSource, Source, content_key, is_held_out, open_source
+from .sources import FolderSource, Source, content_key, is_held_out
 
 
 __all__ = [
@@ -269,7 +270,7 @@ def _open_split(
     dataset = ImageDataset(
         stream=stream.cast_column(image_column, Image(decode=False)),
         image_column=image_column,
-        label_column=find_label_column(stream.features, label_column_name, name),
+        label_column=find_label_column(stream.features, label_column_name or source.label_column, name),
         label_names=None,
         num_examples=opened.num_examples,
         name=name,
@@ -293,6 +294,8 @@ def _with_labels(dataset: ImageDataset, source: Source, split: str, label_names:
     """Finds out what the labels are: from ClassLabel, from the names given, or by one pass over the column."""
     column = dataset.label_column
     if column is None:
+        if source.unlabelled:
+            raise UserError(source.unlabelled)
         missing("label", dataset.stream.features, dataset.name)
     feature = feature_of(dataset.stream.features, column)
     if isinstance(feature, ClassLabel):
