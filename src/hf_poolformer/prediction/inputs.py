@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import glob
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from ..training.files import (
     heif_hint,
     is_saved_dataset,
     list_files,
+    match_pattern,
     one_line,
     only_images,
 )
@@ -262,7 +262,7 @@ def find_images(
 
     for text in map(os.fspath, inputs):
         path = Path(text).expanduser()
-        found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        found = [path] if path.exists() else match_pattern(str(path))
         members = [member for match in found for member in _expand(match, named=match == path)]
         if not members:
             raise UserError(f"{text}: {'no images there' if found else 'no such file or directory'}")

@@ -3,6 +3,7 @@
 Needs nothing beyond the standard library and Pillow.
 """
 
+import glob
 import importlib.util
 import logging
 import os
@@ -51,7 +52,7 @@ _NEVER_IMAGES = re.compile(
     r"\.(7z|arrow|avi|csv|db|docx?|gz|h5|html?|ini|ipynb|json|jsonl|log|mat|md|mov|mp[34]|np[yz]|onnx|pdf|pkl|pth?|py|rst"
     r"|safetensors|sh|svg|toml|tsv|txt|wav|xlsx?|xml|ya?ml|zip|arw|cr[23]|dng|lsm|ndpi|nef|orf|pef|psd|raf|rw2|srw|svs)"
 )
-_SNIFFED_FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
+_SNIFFED_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 # What storage systems, file managers and notebooks leave in every folder: thumbnails, deleted files, notes.
 _LITTER_FOLDERS = frozenset(
@@ -104,13 +105,36 @@ def list_files(root: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         if directory != os.fspath(root) and _holds_results(names):
-            logger.warning("%s holds results of a run: nothing in it is read as data", directory)
+            _tell_of_results(directory)
             subdirectories.clear()
             continue
         subdirectories[:] = sorted(name for name in subdirectories if not is_litter(name, folder=True))
         for name in sorted(names):
             if not is_litter(name):
                 yield Path(directory, name)
+
+
+def match_pattern(pattern: str) -> list[Path]:
+    """What a glob pattern matches, sorted, less what `list_files` leaves out below the part without wildcards."""
+    parts = Path(pattern).parts
+    fixed = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    results: dict[Path, bool] = {}
+
+    def wanted(path: Path) -> bool:
+        folders = [Path(*path.parts[:end]) for end in range(fixed + 1, len(path.parts) + 1)]
+        for folder in folders:
+            # Hidden files are the pattern's to match.
+            if folder.name[0] != "." and (is_litter(folder.name, folder=True) or is_litter(folder.name)):
+                return False
+            if folder not in results:
+                results[folder] = folder.is_dir() and _holds_results(os.listdir(folder))
+                if results[folder]:
+                    _tell_of_results(folder)
+            if results[folder]:
+                return False
+        return True
+
+    return [path for path in map(Path, sorted(glob.glob(pattern, recursive=True))) if wanted(path)]
 
 
 def is_litter(name: str, folder: bool = False) -> bool:
@@ -153,6 +177,10 @@ def _holds_results(names: Sequence[str]) -> bool:
         or {"config.json", "model.safetensors"}.issubset(names)
         or any(_PREDICTION_PART.fullmatch(name) for name in names)
     )
+
+
+def _tell_of_results(folder: str | Path) -> None:
+    logger.warning("%s holds results of a run: nothing in it is read as data", folder)
 
 
 def _kind(file: Path) -> str:

@@ -28,6 +28,7 @@ from .files import (
     heif_hint,
     is_saved_dataset,
     list_files,
+    match_pattern,
     one_line,
     only_images,
 )
@@ -76,7 +77,7 @@ def open_source(
         if is_saved_dataset(path):
             return SavedSource(path)
         return _open(_Place(text, path, list(list_files(path)), extra_splits, whole, cache_dir))
-    matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    matches = [path] if path.exists() else match_pattern(str(path))
     if matches:
         files = [match for match in matches if match.is_file()]
         root = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
@@ -151,6 +152,9 @@ def _listed(
 
 def _open_folders(place: _Place) -> FolderSource:
     folders = read_folders(place.root, place.images, place.others, place.extra_splits, place.whole)
+    for split, files in folders.files.items():
+        if len(names := {label for _, label in files}) == 1 and str(names.pop()).lower() in _IMAGE_FOLDERS:
+            folders.files[split] = [(file, None) for file, _ in files]  # `images` is no class
     rows = {split: rows_of_classes(files) for split, files in folders.files.items()}
     read = [image for files in folders.files.values() for image, _ in files]
     return _listed(place, rows, folders.origins, read, unlabelled=_no_labels(place))
@@ -206,25 +210,34 @@ def _open_table(place: _Place) -> FolderSource | None:
         return place.split_of_folder(file) == tables[table]
 
     described = read_tables(found, places, belongs)
-    columns = [name for name in described.table.column_names if name != "split"]
-    try:
-        tellable = find_label_column(Features.from_arrow_schema(described.table.schema), None, place.name)
-    except UserError:
-        tellable = None
-    tellable = tellable or (columns[0] if len(columns) == 1 else None)
     folders = {image.parent.name for image in described.files["image"] if place.split_of(image.parent.name) is None}
-    if len(folders) > 1:
-        values = set(map(str, described.table[tellable].unique().to_pylist())) if tellable else set()
-        if not tellable or folders & values:
-            logger.warning(
-                "%s is not used, although it names images: the folders tell the classes. To use it, call it "
-                "metadata.csv and its column of files file_name",
-                next(iter(found)),
-            )
-            return None
+    if len(folders) > 1 and not _goes_before_folders(place, described, folders, next(iter(found))):
+        return None
     # Beside train.csv, the table of a test without labels has no rows here; where there is one table, folders decide.
     split_of_row = (lambda row: tables[described.origin[row]]) if len(tables) > 1 else (lambda row: None)
     return _open_described(place, described, list(found), split_of_row)
+
+
+def _goes_before_folders(place: _Place, described: Described, folders: set[str], path: Path) -> bool:
+    """Whether a table tells the classes of images that lie in several folders; a table of anything else does not."""
+    table = described.table
+    try:
+        column = find_label_column(Features.from_arrow_schema(table.schema), None, place.name)
+    except UserError:
+        column = None
+    others = [name for name in table.column_names if name != "split"]
+    alone = others[0] if column is None and len(others) == 1 and pa.types.is_string(table[others[0]].type) else None
+    values = set(map(str, table[column or alone].unique().to_pylist())) if column or alone else set()
+    how = "call it metadata.csv and its column of files file_name"
+    if values and not folders & values and len(values) <= len(table) / 2:
+        if column:
+            return True
+        raise UserError(
+            f"{path} may tell the classes of the images ({alone}: {some(sorted(values))}), and so may their folders "
+            f"({some(sorted(folders))}): to use the table, {how}; to use the folders, move the table away"
+        )
+    logger.warning("%s is not used, although it names images: the folders tell the classes. To use it, %s", path, how)
+    return False
 
 
 def _open_described(
@@ -393,7 +406,7 @@ def _coco_rows(
                     "area": None if entry.get("area") is None else float(entry["area"]),
                 }
             )
-        entries = [(entry, places.called(entry["file_name"], path.parent, preferred)) for entry in document["images"]]
+        entries = [(entry, places.meant(entry["file_name"], path.parent, preferred)) for entry in document["images"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not as COCO has it: {type(error).__name__} {one_line(error)}") from error
     there = [(entry, file) for entry, file in entries if file is not None]

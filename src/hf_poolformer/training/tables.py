@@ -28,7 +28,7 @@ _MATCHING = 0.5
 _ROWS_TRIED = 200
 _MANY_TABLES = 20
 _WHOLE_NUMBER = r"^\s*-?(0|[1-9]\d*)\s*$"
-_NUMBER = r"^\s*([+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[nN]a[nN])\s*$"
+_NUMBER = r"^\s*([+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[nN]a[nN])\s*$"
 
 
 class Places:
@@ -54,12 +54,16 @@ class Places:
                     return found
         return None
 
-    def called(self, name: str | None, base: Path, preferred: Callable[[Path], bool]) -> Path | None:
-        """The file at a path, or the only one of this name, with or without its suffix."""
+    def called(self, name: str | None, base: Path) -> list[Path]:
+        """The file at a path, or all of this name, with or without its suffix."""
         found = self.at(name, base)
         if found is not None or not name:
-            return found
-        alike = self._by_name.get(_normal(name.strip().replace("\\", "/").rsplit("/", 1)[-1]), [])
+            return [found] if found is not None else []
+        return self._by_name.get(_normal(name.strip().replace("\\", "/").rsplit("/", 1)[-1]), [])
+
+    def meant(self, name: str | None, base: Path, preferred: Callable[[Path], bool]) -> Path | None:
+        """The only file that is `called` so, or the only one of these that is preferred."""
+        alike = self.called(name, base)
         if len(alike) > 1:
             alike = [file for file in alike if preferred(file)]
         return alike[0] if len(alike) == 1 else None
@@ -118,8 +122,8 @@ def find_tables(files: Iterable[Path], places: Places) -> dict[Path, str]:
         first, shares = table.slice(0, _ROWS_TRIED), {}
         for name, values in zip(first.column_names, first.columns, strict=True):
             if table.num_columns > 1 and values.type in (pa.string(), pa.large_string()) and len(values):
-                known = [places.called(value, path.parent, lambda _: True) for value in values.to_pylist()]
-                shares[name] = sum(file is not None for file in known) / len(known)
+                known = [bool(places.called(value, path.parent)) for value in values.to_pylist()]
+                shares[name] = sum(known) / len(known)
         best = max(shares, key=shares.get, default=None)
         if best is not None and shares[best] >= _MATCHING:
             found[path] = best
@@ -138,7 +142,7 @@ def read_tables(found: Mapping[Path, str], places: Places, belongs: Callable[[Pa
         raise UserError(f"{some(list(map(str, found)))} name the images in different columns, {some(sorted(names))}")
 
     def finder(path: Path) -> Callable[[str | None], Path | None]:
-        return lambda name: places.called(name, path.parent, lambda file: belongs(path, file))
+        return lambda name: places.meant(name, path.parent, lambda file: belongs(path, file))
 
     return _rows(tables, {names.pop(): "image"}, finder)
 
