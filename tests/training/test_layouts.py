@@ -1,5 +1,6 @@
 """Layouts of folders as people have them: read as they are meant, or refused with what would work."""
 
+import importlib.util
 import io
 import json
 import logging
@@ -196,21 +197,25 @@ def test_files_are_counted_by_kind_and_images_without_a_suffix_are_read(tmp_path
     assert source.open("train").num_examples == 4 + 12
 
 
-def test_heic(tmp_path, monkeypatch, caplog):
+def test_heic(tmp_path, monkeypatch, caplog, request):
+    request.addfinalizer(files.image_suffixes.cache_clear)
     put(tmp_path, *PETS, count=2)
     for index in range(3):
         (tmp_path / "dog" / f"{index}.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
-    found = importlib_find_spec = files.importlib.util.find_spec
-    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None if name == "pillow_heif" else found(name))
+
+    def installed(answer):
+        find = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: answer if name == "pillow_heif" else find(name))
+        files.image_suffixes.cache_clear()
+
+    installed(None)
     assert open_source(tmp_path).left_out == {".heic": 3}
     assert "3 .heic (pip install pillow-heif" in caplog.text
     (tmp_path / "bird").mkdir()
     (tmp_path / "bird" / "a.heif").write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
     with pytest.raises(UserError, match=r"bird would be no class.*1 \.heif.*pip install pillow-heif"):
         open_source(tmp_path)
-    monkeypatch.setattr(
-        files.importlib.util, "find_spec", lambda name: name if name == "pillow_heif" else importlib_find_spec(name)
-    )
+    installed(object())
     assert open_source(tmp_path).open("train").num_examples == 4 + 4
 
 
@@ -257,6 +262,12 @@ def test_one_metadata_file_for_each_split(tmp_path, kind):
 def test_names_of_files_are_no_splits(tmp_path):
     names = ["train in the rain.jpg", "test tubes.jpg", "val.jpg", *(f"{index}.jpg" for index in range(5))]
     write_metadata(put(tmp_path, *names) / "metadata.csv", names, list("abababab"))
+    assert counts(tmp_path, train_val_split=0) == {"train": (8, ["a", "b"])}
+
+
+def test_a_class_named_like_a_split_in_metadata(tmp_path):
+    names = [f"{name}/{index}.jpg" for name in ("bus", "train") for index in range(4)]
+    write_metadata(put(tmp_path, *names) / "metadata.csv", names, list("aabbaabb"))
     assert counts(tmp_path, train_val_split=0) == {"train": (8, ["a", "b"])}
 
 
@@ -314,6 +325,8 @@ def test_rows_without_files_and_files_without_rows_are_counted(tmp_path, caplog)
     with pytest.raises(UserError, match=r"none of the 2 files that metadata\.csv names is there"):
         open_source(tmp_path)
     write_metadata(tmp_path / "metadata.csv", ["1.jpg"], "a", columns=("file", "label"))
+    assert open_source(tmp_path).open("train").num_examples == 1
+    write_metadata(tmp_path / "metadata.csv", ["one"], "a", columns=("file", "label"))
     with pytest.raises(UserError, match="no column file_name, only file, label"):
         open_source(tmp_path)
 

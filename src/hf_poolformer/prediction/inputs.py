@@ -18,12 +18,13 @@ from ..training.files import (
     TAR_SUFFIXES,
     count_by_suffix,
     counted,
+    has_image_column,
     heif_hint,
+    is_image,
     is_saved_dataset,
     list_files,
     match_pattern,
     one_line,
-    only_images,
 )
 
 
@@ -293,12 +294,16 @@ def open_dataset(location: str, **how: Any) -> Any:
 def _expand(path: Path, named: bool) -> list[Path]:
     """Image files and datasets at or below `path`. A file that was named outright is tried whatever its suffix."""
     if not path.is_dir():
-        return [path] if named or path.suffix.lower() in DATASET_SUFFIXES or only_images([path]) else []
+        return [path] if named or path.suffix.lower() in DATASET_SUFFIXES or is_image(path) else []
     if is_saved_dataset(path):
         return [path]
     files = list(list_files(path))
-    known = {*only_images(files), *(file for file in files if file.suffix.lower() in DATASET_SUFFIXES)}
-    left_out = count_by_suffix([file for file in files if file not in known])
+    images = {file for file in files if is_image(file)}
+    parquet = [file for file in files if file.suffix.lower() in PARQUET_SUFFIXES]
+    # Among images, a table that has none is about them.
+    tables = {file for file in parquet if not has_image_column(file)} if images else set()
+    datasets = {file for file in files if file.suffix.lower() in DATASET_SUFFIXES} - tables
+    left_out = count_by_suffix([file for file in files if file not in images and file not in datasets])
     if left_out:
         logger.warning("%s: not read: %s%s", path, counted(left_out), heif_hint(left_out))
-    return [file for file in files if file in known]
+    return [file for file in files if file in images or file in datasets]

@@ -3,6 +3,7 @@
 Needs nothing beyond the standard library and Pillow.
 """
 
+import functools
 import glob
 import importlib.util
 import logging
@@ -10,7 +11,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
@@ -80,15 +81,30 @@ _RUN_FILES = frozenset(
 _PREDICTION_PART = re.compile(r"part-\d{5,}-of-\d{5,}-\d{5,}\.parquet")
 
 
+@functools.cache
 def image_suffixes() -> frozenset[str]:
     """Suffixes of the images that can be read here, in lower case."""
     return IMAGE_SUFFIXES | HEIF_SUFFIXES if importlib.util.find_spec("pillow_heif") else IMAGE_SUFFIXES
 
 
-def only_images(files: Iterable[Path]) -> list[Path]:
-    """The images among files: by suffix, or by the first bytes where there is no suffix or one that nobody knows."""
-    suffixes = image_suffixes()
-    return [file for file in files if file.suffix.lower() in suffixes or _looks_like_an_image(file)]
+def is_image(file: Path) -> bool:
+    """Told by the suffix, or by the first bytes where there is no suffix or one that nobody knows."""
+    return file.suffix.lower() in image_suffixes() or _begins_like_an_image(file)
+
+
+def has_image_column(parquet: Path) -> bool:
+    """Whether a Parquet file may hold images; if not, it is a table about those beside it."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(parquet)
+    except (OSError, ValueError):
+        return True  # reading it will say what is wrong
+    kinds = [field.type for field in schema]
+    return any(
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind) for kind in kinds
+    )
 
 
 def list_files(root: Path) -> Iterator[Path]:
@@ -188,7 +204,7 @@ def _kind(file: Path) -> str:
     return suffix if re.fullmatch(r"\.[a-z][a-z0-9_]{0,9}", suffix) else "without suffix"
 
 
-def _looks_like_an_image(file: Path) -> bool:
+def _begins_like_an_image(file: Path) -> bool:
     suffix = file.suffix.lower()
     if suffix in PARQUET_SUFFIXES | TAR_SUFFIXES or _NEVER_IMAGES.fullmatch(suffix):
         return False

@@ -9,12 +9,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 from datasets import Features
 
 from .columns import find_label_column, some
@@ -25,16 +25,26 @@ from .files import (
     TAR_SUFFIXES,
     count_by_suffix,
     counted,
+    has_image_column,
     heif_hint,
+    is_image,
     is_saved_dataset,
     list_files,
     match_pattern,
     one_line,
-    only_images,
 )
 from .sources import FileSource, FolderSource, HubSource, Listed, SavedSource, Source, TarSource, rows_of_classes
-from .splits import parts_below, read_folders, split_finder
-from .tables import METADATA_FILES, Described, Places, find_tables, read_metadata, read_tables
+from .splits import SPLIT_ALIASES, canonical, parts_below, read_folders, split_finder
+from .tables import (
+    MANY_TABLES,
+    METADATA_FILES,
+    Described,
+    Places,
+    find_tables,
+    names_files,
+    read_metadata,
+    read_tables,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -101,12 +111,13 @@ class _Place:
     ):
         self.name, self.root, self.files = name, root, files
         self.extra_splits, self.whole, self.cache_dir = extra_splits, whole, cache_dir
-        self.images = only_images(files)
-        known = set(self.images)
-        self.others = [file for file in files if file not in known]
+        self.images: list[Path] = []
+        self.others: list[Path] = []
+        for file in files:
+            (self.images if is_image(file) else self.others).append(file)
         parquet = [file for file in self.others if file.suffix.lower() in PARQUET_SUFFIXES]
         self.parquet = [
-            file for file in parquet if file.name not in METADATA_FILES and (not self.images or _holds_images(file))
+            file for file in parquet if file.name not in METADATA_FILES and (not self.images or has_image_column(file))
         ]
         self.tars = [file for file in self.others if file.suffix.lower() in TAR_SUFFIXES]
         self.metadata = [file for file in self.others if file.name in METADATA_FILES]
@@ -119,9 +130,9 @@ class _Place:
         folders = parts_below(self.root)(file)[:-1]
         return next((split for split in map(self.split_of, folders) if split), None)
 
-    def left_out(self, read: Sequence[Path]) -> dict[str, int]:
+    def all_but(self, read: Iterable[Path]) -> list[Path]:
         known = set(read)
-        return count_by_suffix([file for file in self.files if file not in known])
+        return [file for file in self.files if file not in known]
 
 
 def _open(place: _Place, named: bool = False) -> Source:
@@ -129,22 +140,25 @@ def _open(place: _Place, named: bool = False) -> Source:
     for members, kind in ((place.parquet, FileSource), (place.tars, TarSource)):
         if members:
             files, origins = _file_splits(place, members)
-            left_out = place.left_out([file for paths in files.values() for file in paths])
-            return kind(place.name, files, origins=origins, left_out=left_out, cache_dir=place.cache_dir)
+            unread = place.all_but(file for paths in files.values() for file in paths)
+            how = {"origins": origins, "left_out": count_by_suffix(unread), "cache_dir": place.cache_dir}
+            return kind(place.name, files, **how)
     if not place.images:
         raise UserError(_no_images(place, named))
-    if place.metadata:
+    if place.metadata and names_files(place.metadata):
         return _open_metadata(place)
     if named:
-        return _listed(place, {"train": rows_of_classes([(image, None) for image in place.images])}, {}, place.images)
+        return _listed(place, {"train": rows_of_classes([(image, None) for image in place.images])}, {}, place.others)
     source = _open_coco(place) or _open_maps(place) or _open_table(place)
+    if source is None and place.metadata:
+        return _open_metadata(place)  # which says what it lacks
     return source or _open_folders(place)
 
 
 def _listed(
-    place: _Place, rows: dict[str, Listed], origins: dict[str, str], read: Sequence[Path], **others: Any
+    place: _Place, rows: dict[str, Listed], origins: dict[str, str], unread: Sequence[Path], **others: Any
 ) -> FolderSource:
-    left_out = {**place.left_out(read), **others.pop("more_left_out", {})}
+    left_out = {**count_by_suffix(unread), **others.pop("more_left_out", {})}
     if hint := heif_hint(left_out):
         logger.warning("%s: not read: %s%s", place.name, counted(left_out), hint)
     return FolderSource(place.name, rows, origins=origins, left_out=left_out, **others)
@@ -156,8 +170,8 @@ def _open_folders(place: _Place) -> FolderSource:
         if len(names := {label for _, label in files}) == 1 and str(names.pop()).lower() in _IMAGE_FOLDERS:
             folders.files[split] = [(file, None) for file, _ in files]  # `images` is no class
     rows = {split: rows_of_classes(files) for split, files in folders.files.items()}
-    read = [image for files in folders.files.values() for image, _ in files]
-    return _listed(place, rows, folders.origins, read, unlabelled=_no_labels(place))
+    unread = [*place.others, *folders.left_out]
+    return _listed(place, rows, folders.origins, unread, unlabelled=_no_labels(place))
 
 
 def _file_splits(place: _Place, files: list[Path]) -> tuple[dict[str, list[Path]], dict[str, str]]:
@@ -168,7 +182,8 @@ def _file_splits(place: _Place, files: list[Path]) -> tuple[dict[str, list[Path]
     parts_of = parts_below(place.root)
     for file in () if place.whole else files:
         folders = parts_of(file)[:-1]
-        words = [*folders, *re.split(r"[-._ 0-9]+", file.stem)]
+        exact = [name for name in folders if name in place.extra_splits or canonical(name) in SPLIT_ALIASES]
+        words = [*exact, *re.split(r"[-._ 0-9]+", file.stem), *folders]
         split, word = next(((split, word) for word in words if (split := place.split_of(word))), (None, None))
         if split is None:
             unnamed.append(file)
@@ -195,8 +210,7 @@ def _open_metadata(place: _Place) -> FolderSource:
 
 def _open_table(place: _Place) -> FolderSource | None:
     """A table as competitions have it (labels.csv: id,breed), unless the classes are told by folders."""
-    places = Places(place.root, place.images)
-    found = find_tables(place.others, places)
+    found, places = find_tables(place.others, place.root, place.images)
     if not found:
         return None
     tables = {path: place.split_of(path.stem) for path in found}
@@ -260,7 +274,7 @@ def _open_described(
         else:
             origin = "rows of {names} with split {split}"
     members: dict[str, list[int]] = {}
-    if any(told):
+    if any(told) and not (None in told and set(told) == {None, "train"}):
         for row, split in enumerate(told):
             members.setdefault(split or "", []).append(row)
     else:
@@ -273,16 +287,18 @@ def _open_described(
         "images without a row": len(set(place.images).difference(*described.files.values())),
     }
     more = {kind: count for kind, count in more.items() if count}
+    if len(set(images)) < len(images):
+        logger.warning("%s: %d files have several rows in %s", place.name, len(images) - len(set(images)), names)
     if more:
         example = f" ({described.example} for one)" if described.missing else ""
         logger.warning("%s: %s: left out %s%s", place.name, names, counted(more), example)
     everything = Listed(described.files, table if table.num_columns else None)
-    rows = {split: everything.taken(pa.array(chosen)) for split, chosen in members.items()}
+    rows = {split: everything.taken(np.array(chosen)) for split, chosen in members.items()}
     columns = [column for column in table.column_names if column != "split"]
     label_column = columns[0] if len(columns) == 1 else None
     origins = {split: origin.format(names=names, split=split) for split in rows}
-    read = [*place.images, *tables]  # those without a row are counted as such
-    return _listed(place, rows, origins, read, label_column=label_column, more_left_out=more)
+    unread = [file for file in place.others if file not in tables]
+    return _listed(place, rows, origins, unread, label_column=label_column, more_left_out=more)
 
 
 def _open_maps(place: _Place) -> FolderSource | None:
@@ -320,13 +336,13 @@ def _open_maps(place: _Place) -> FolderSource | None:
         split: Listed({"image": [image for image, _ in both], "annotation": [map_ for _, map_ in both]})
         for split, both in members.items()
     }
-    read = [file for pair in pairs.values() for file in pair]
+    unread = place.all_but(file for pair in pairs.values() for file in pair)
     origins = {split: f"images beside maps{f', folder {split}' if len(rows) > 1 else ''}" for split in rows}
     unlabelled = (
         f"{place.name} has images beside annotation maps, which are no labels: hf-poolformer train-dense --task "
         "semantic-segmentation learns from them"
     )
-    return _listed(place, rows, origins, read, unlabelled=unlabelled)
+    return _listed(place, rows, origins, unread, unlabelled=unlabelled)
 
 
 def _open_coco(place: _Place) -> FolderSource | None:
@@ -336,6 +352,8 @@ def _open_coco(place: _Place) -> FolderSource | None:
         file for file in candidates if re.search(r"instances|coco|annotation|^(train|val|valid|test)", file.stem)
     ]
     candidates = [file for file in candidates if file.stem.startswith("instances")] or candidates
+    if len(candidates) > MANY_TABLES:
+        return None  # one file for each image, of some other program
     documents = {path: document for path in candidates if (document := _coco_document(path)) is not None}
     if not documents:
         return None
@@ -367,10 +385,11 @@ def _open_coco(place: _Place) -> FolderSource | None:
         logger.warning("%s: left out %s", place.name, counted(more))
     unlabelled = (
         f"{place.name} has COCO's annotations of objects ({some(list(origins.values()))}), which are no labels: "
-        "hf-poolformer train-dense --task object-detection or instance-segmentation learns from them"
+        "hf-poolformer train-dense --task object-detection or instance-segmentation learns from them. To learn from "
+        "folders of classes, move the JSON away"
     )
-    read = [*documents, *(image for split in rows.values() for image in split.images)]
-    return _listed(place, rows, origins, read, class_names=names, unlabelled=unlabelled, more_left_out=more)
+    unread = place.all_but([*documents, *(image for split in rows.values() for image in split.images)])
+    return _listed(place, rows, origins, unread, class_names=names, unlabelled=unlabelled, more_left_out=more)
 
 
 def _in_split(place: _Place, file: Path, split: str) -> bool:
@@ -430,18 +449,6 @@ _COCO_OBJECT = pa.struct(
         "area": pa.float64(),
     }
 )
-
-
-def _holds_images(parquet: Path) -> bool:
-    """Whether a Parquet file that lies among images has a column that may be one itself."""
-    try:
-        schema = pyarrow.parquet.read_schema(parquet)
-    except (OSError, ValueError):
-        return True  # reading it will say what is wrong
-    return any(
-        pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type) or pa.types.is_struct(field.type)
-        for field in schema
-    )
 
 
 def _no_images(place: _Place, named: bool) -> str:

@@ -17,16 +17,18 @@ import pyarrow.parquet
 from .columns import some
 from .errors import UserError
 from .files import one_line
+from .splits import parts_below
 
 
 logger = logging.getLogger(__name__)
 
+MANY_TABLES = 20  # more than these belong to single images
 METADATA_FILES = frozenset(["metadata.csv", "metadata.jsonl", "metadata.parquet", "metadata.tsv"])
 _TEXT_SUFFIXES = (".csv", ".tsv")
 # A table that is only found, not named as metadata, names at least this share of its first rows' files.
 _MATCHING = 0.5
 _ROWS_TRIED = 200
-_MANY_TABLES = 20
+_LARGEST = 1 << 28  # bytes
 _WHOLE_NUMBER = r"^\s*-?(0|[1-9]\d*)\s*$"
 _NUMBER = r"^\s*([+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?|[nN]a[nN])\s*$"
 
@@ -38,10 +40,11 @@ class Places:
         self.root = root
         self._by_path: dict[str, Path] = {}
         self._by_name: dict[str, list[Path]] = {}
+        top, parts_of = os.path.abspath(root), parts_below(root)
         for file in files:
-            self._by_path[_normal(os.path.abspath(file))] = file
-            self._by_name.setdefault(_normal(file.name), []).append(file)
-            self._by_name.setdefault(_normal(file.stem), []).append(file)
+            self._by_path[_normal(os.path.join(top, *parts_of(file)))] = file
+            for name in {file.name, file.stem}:
+                self._by_name.setdefault(_normal(name), []).append(file)
 
     def at(self, name: str | None, base: Path) -> Path | None:
         """The file at a path relative to `base`, or else to the root."""
@@ -105,12 +108,22 @@ def read_metadata(paths: Sequence[Path], places: Places) -> Described:
     return _rows(tables, targets, lambda path: lambda name: places.at(name, path.parent))
 
 
-def find_tables(files: Iterable[Path], places: Places) -> dict[Path, str]:
-    """Tables that name the images without being called metadata, each with the column that does."""
-    candidates = [file for file in files if file.suffix.lower() in (*_TEXT_SUFFIXES, ".parquet")]
+def names_files(paths: Sequence[Path]) -> bool:
+    """Whether metadata files have their column `file_name`. If not, they may still name the images in another way."""
+    return any("file_name" in _read(path).column_names for path in paths) or paths[0].suffix.lower() == ".jsonl"
+
+
+def find_tables(others: Iterable[Path], root: Path, images: Sequence[Path]) -> tuple[dict[Path, str], Places | None]:
+    """Tables that name the images, each with the column that does."""
+    candidates = [file for file in others if file.suffix.lower() in (*_TEXT_SUFFIXES, ".parquet")]
+    candidates = [file for file in candidates if "submission" not in file.stem.lower()]
+    if not 0 < len(candidates) <= MANY_TABLES:
+        return {}, None
+    places = Places(root, images)
     found: dict[Path, str] = {}
-    for path in candidates[:_MANY_TABLES]:
-        if "submission" in path.stem.lower():
+    for path in candidates:
+        if path.stat().st_size > _LARGEST:
+            logger.warning("%s is too large to be looked at; call it metadata.csv if it describes the images", path)
             continue
         try:
             table = _read(path)
@@ -127,7 +140,7 @@ def find_tables(files: Iterable[Path], places: Places) -> dict[Path, str]:
         best = max(shares, key=shares.get, default=None)
         if best is not None and shares[best] >= _MATCHING:
             found[path] = best
-    return found
+    return found, places
 
 
 def read_tables(found: Mapping[Path, str], places: Places, belongs: Callable[[Path, Path], bool]) -> Described:
@@ -167,7 +180,9 @@ def _rows(
             example = example or str(table[next(iter(targets))][min(lost)].as_py())
         for target, found in named.items():
             files[target] += [found[index] for index in there]
-        kept.append(table.take(pa.array(there, pa.int64())).drop_columns(list(targets)))
+        # A column called as those that are made here would take their place.
+        spare = [name for name in table.column_names if name in targets or name in files]
+        kept.append(table.take(pa.array(there, pa.int64())).drop_columns(spare))
         origin += [path] * len(there)
     table = pa.concat_tables(kept, promote_options="permissive")
     if origin and origin[0].suffix.lower() in _TEXT_SUFFIXES:
