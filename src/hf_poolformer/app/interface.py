@@ -18,7 +18,7 @@ os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 import gradio as gr
 
 from ..training.errors import UserError
-from ..training.files import IMAGE_SUFFIXES, list_files
+from ..training.files import is_image, list_files
 from .answers import TOP_K, Answer, answer, open_image
 from .models import CLASSIFICATION, Models
 
@@ -110,7 +110,7 @@ def find_examples(places: Sequence[str | Path]) -> list[Path]:
         if not place.exists():
             raise UserError(f"--examples {place}: no such file or folder")
         files = list_files(place) if place.is_dir() else [place]
-        found += [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+        found += [path for path in files if is_image(path)]
     return found[:MAX_EXAMPLES]
 
 

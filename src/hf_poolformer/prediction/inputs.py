@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-import glob
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +13,22 @@ from typing import Any
 from ..training.decoding import BrokenImage, describe_source
 from ..training.errors import UserError
 from ..training.faults import Patience, is_transient
-from ..training.files import IMAGE_SUFFIXES, PARQUET_SUFFIXES, TAR_SUFFIXES, is_saved_dataset, list_files, one_line
+from ..training.files import (
+    PARQUET_SUFFIXES,
+    TAR_SUFFIXES,
+    count_by_suffix,
+    counted,
+    has_image_column,
+    heif_hint,
+    is_image,
+    is_saved_dataset,
+    list_files,
+    match_pattern,
+    one_line,
+)
 
+
+logger = logging.getLogger(__name__)
 
 DATASET_SUFFIXES = PARQUET_SUFFIXES | TAR_SUFFIXES
 
@@ -249,7 +263,7 @@ def find_images(
 
     for text in map(os.fspath, inputs):
         path = Path(text).expanduser()
-        found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        found = [path] if path.exists() else match_pattern(str(path))
         members = [member for match in found for member in _expand(match, named=match == path)]
         if not members:
             raise UserError(f"{text}: {'no images there' if found else 'no such file or directory'}")
@@ -279,9 +293,17 @@ def open_dataset(location: str, **how: Any) -> Any:
 
 def _expand(path: Path, named: bool) -> list[Path]:
     """Image files and datasets at or below `path`. A file that was named outright is tried whatever its suffix."""
-    known = IMAGE_SUFFIXES | DATASET_SUFFIXES
     if not path.is_dir():
-        return [path] if named or path.suffix.lower() in known else []
+        return [path] if named or path.suffix.lower() in DATASET_SUFFIXES or is_image(path) else []
     if is_saved_dataset(path):
         return [path]
-    return [file for file in list_files(path) if file.suffix.lower() in known]
+    files = list(list_files(path))
+    images = {file for file in files if is_image(file)}
+    parquet = [file for file in files if file.suffix.lower() in PARQUET_SUFFIXES]
+    # Among images, a table that has none is about them.
+    tables = {file for file in parquet if not has_image_column(file)} if images else set()
+    datasets = {file for file in files if file.suffix.lower() in DATASET_SUFFIXES} - tables
+    left_out = count_by_suffix([file for file in files if file not in images and file not in datasets])
+    if left_out:
+        logger.warning("%s: not read: %s%s", path, counted(left_out), heif_hint(left_out))
+    return [file for file in files if file in images or file in datasets]

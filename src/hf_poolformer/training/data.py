@@ -28,8 +28,9 @@ from .columns import (
 from .decoding import describe_source, read_bytes
 from .errors import UserError
 from .files import one_line
+from .layouts import open_source
 from .loader import DecodedBatches, ImageLoader, make_loader
-from .sources import FolderSource, HubSource, Source, content_key, is_held_out, open_source
+from .sources import FolderSource, HubSource, Source, content_key, is_held_out
 
 
 __all__ = [
@@ -286,7 +287,9 @@ def _open_split(
     dataset = ImageDataset(
         stream=stream.cast_column(image_column, Image(decode=False)),
         image_column=image_column,
-        label_column=find_label_column(stream.features, label_column_name, name) if labelled else None,
+        label_column=(
+            find_label_column(stream.features, label_column_name or source.label_column, name) if labelled else None
+        ),
         num_examples=opened.num_examples,
         name=name,
         token=token,
@@ -310,7 +313,7 @@ def _first_row(dataset: ImageDataset) -> dict[str, Any]:
 
 def _with_labels(dataset: ImageDataset, source: Source, split: str, given: Classes | None) -> ImageDataset:
     """Finds out what the labels are: from ClassLabel, from the classes given, or by one pass over the column."""
-    feature = _label_feature(dataset)
+    feature = _label_feature(dataset, source)
     if isinstance(feature, ClassLabel):
         classes = Classes.numbered(feature.names)
     elif given is not None and not (_holds_fractions(feature) and _is_fraction(_first_label(dataset))):
@@ -333,7 +336,7 @@ def _with_labels(dataset: ImageDataset, source: Source, split: str, given: Class
 
 def _with_labels_of(dataset: ImageDataset, source: Source, split: str, train: ImageDataset) -> ImageDataset:
     """Gives the validation split the classes of the training split, by name."""
-    feature = _label_feature(dataset)
+    feature = _label_feature(dataset, source)
     if train.classes is None:
         return dataclasses.replace(dataset, problem_type=train.problem_type)
     counted = _counted(dataset, source, split) if source.reads_columns else None
@@ -348,9 +351,11 @@ def _with_labels_of(dataset: ImageDataset, source: Source, split: str, train: Im
     return _counting(dataset, classes, counted)
 
 
-def _label_feature(dataset: ImageDataset) -> Any:
+def _label_feature(dataset: ImageDataset, source: Source) -> Any:
     column = dataset.label_column
     if column is None:
+        if source.unlabelled:
+            raise UserError(source.unlabelled)
         missing("label", dataset.stream.features, dataset.name)
     feature = feature_of(dataset.stream.features, column)
     if not isinstance(feature, Value | ClassLabel):

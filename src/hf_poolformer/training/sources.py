@@ -1,43 +1,44 @@
 """Where images lie: the Hub, folders, Parquet, WebDataset tars and datasets saved on disk, all as streams.
 
-A source knows its splits and opens each as a stream of undecoded rows. What the columns mean is decided in `data.py`.
+A source knows its splits and opens each as a stream of undecoded rows. What the columns mean is decided in `data.py`,
+and which source a folder is in `layouts.py`.
 """
 
 import abc
 import glob
 import hashlib
+import json
 import logging
 import os
-import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 import pyarrow.parquet
-from datasets import ClassLabel, Features, Image, IterableDataset, load_dataset
+from datasets import ClassLabel, Features, Image, IterableDataset, Value, load_dataset
 
 from .errors import UserError
-from .files import IMAGE_SUFFIXES, PARQUET_SUFFIXES, TAR_SUFFIXES, is_saved_dataset, list_files, one_line
+from .files import image_suffixes, one_line
+from .splits import canonical
 
 
 logger = logging.getLogger(__name__)
 
-SPLIT_ALIASES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-
-_METADATA_FILES = frozenset(["metadata.csv", "metadata.jsonl", "metadata.parquet"])
 # Shards of a folder are only lists of paths: enough of them for any number of workers, and a power of two so that
 # they divide evenly among processes.
 _FOLDER_SHARDS = 1024
 _HASHED_BYTES = 16384
+# Fields of WebDataset samples whose type their suffix tells, and how many .json are read to find out about theirs.
+_TAR_TEXTS = frozenset(["txt", "text", "transcript"])
+_TAR_NUMBERS = frozenset(["cls", "cls2", "index", "inx", "id"])
+_STRUCTURES_READ = 100
 
 
 @dataclass(frozen=True)
@@ -54,32 +55,39 @@ class Source(abc.ABC):
     Attributes:
         local_bytes: size of its files here, None for a remote one.
         reads_columns: a column can be had without reading the images, and is at hand.
+        left_out: files and rows that are there and are not read: kind (".heic", "without suffix") -> how many.
+        label_column: the column that must hold the labels, where its name does not tell; else None.
+        class_names: names of the class ids that are stored, where the source has them (COCO's categories); else None.
+        unlabelled: what to say to somebody who needs a label for each image, where it is known that there is none.
     """
 
     name: str
     splits: list[str]
     local_bytes: int | None = None
     reads_columns: bool = True
-    left_out: Mapping[str, int] = {}
+    left_out: Mapping[str, int] = MappingProxyType({})
+    label_column: str | None = None
+    class_names: Mapping[int, str] | None = None
+    unlabelled: str | None = None
 
     @abc.abstractmethod
     def open(self, split: str) -> Split:
         """Opens one of `splits`."""
-
-    def split_origin(self, split: str) -> str:
-        """What made these rows this split."""
-        return ""
 
     def column(self, split: str, column: str) -> Iterator[Any]:
         """All values of one column, without reading the others where the format allows it."""
         for row in self.open(split).stream.select_columns([column]):
             yield row[column]
 
+    def split_origin(self, split: str) -> str:
+        """Where a split comes from, in words."""
+        return f"its own split {split}" if len(self.splits) > 1 else "everything there is"
+
     def split_named(self, wanted: str) -> str | None:
         """The split that a person means by `wanted`: itself, or one by an alias (`val` for `validation`)."""
         if wanted in self.splits:
             return wanted
-        alike = [split for split in self.splits if _canonical(split) == _canonical(wanted)]
+        alike = [split for split in self.splits if canonical(split) == canonical(wanted)]
         return alike[0] if len(alike) == 1 else None
 
 
@@ -109,6 +117,9 @@ class HubSource(Source):
             return load_dataset(**self._arguments, streaming=self._streaming, **arguments)
         except Exception as error:
             raise UserError(_hub_failure(self.name, error)) from error
+
+    def split_origin(self, split: str) -> str:
+        return f"the Hub's split {split}"
 
     def open(self, split: str) -> Split:
         opened = self._opened[split]
@@ -150,140 +161,297 @@ class SavedSource(Source):
 
 
 class FileSource(Source):
-    """Local Parquet files, WebDataset tars, or an image folder with a metadata file, read by `datasets`."""
+    """Local Parquet files, or others of which each holds many images, read by a builder of `datasets`."""
 
-    def __init__(self, name: str, builder: str, files: dict[str, list[Path]], cache_dir: str | None = None):
+    builder = "parquet"
+
+    def __init__(
+        self,
+        name: str,
+        files: dict[str, list[Path]],
+        *,
+        origins: dict[str, str] | None = None,
+        left_out: dict[str, int] | None = None,
+        cache_dir: str | None = None,
+    ):
         self.name = name
         self.splits = list(files)
-        self.reads_columns = builder != "webdataset"
-        self._builder = builder
-        self._files = files
-        self._cache_dir = cache_dir
+        self.left_out = left_out or {}
         self.local_bytes = sum(file.stat().st_size for paths in files.values() for file in paths)
+        self._files = files
+        self._origins = origins or {}
+        self._cache_dir = cache_dir
+
+    def split_origin(self, split: str) -> str:
+        return self._origins.get(split, super().split_origin(split))
+
+    def open(self, split: str) -> Split:
+        stream = self._load(split)
+        try:
+            return Split(stream, self._count(split))
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise UserError(f"{self.name} has a damaged file: {one_line(error)}") from error
+
+    def column(self, split: str, column: str) -> Iterator[Any]:
+        for path in self._files[split]:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(columns=[column]):
+                    yield from batch.column(0).to_pylist()
 
     def _load(self, split: str, **arguments: Any) -> IterableDataset:
         paths = [glob.escape(str(path)) for path in self._files[split]]
         try:
             opened = load_dataset(
-                self._builder, data_files={"data": paths}, streaming=True, cache_dir=self._cache_dir, **arguments
+                self.builder, data_files={"data": paths}, streaming=True, cache_dir=self._cache_dir, **arguments
             )
         except Exception as error:
-            raise UserError(f"{self.name} cannot be read as {self._builder}: {one_line(error)}") from error
+            raise UserError(f"{self.name} cannot be read as {self.builder}: {one_line(error)}") from error
         return opened["data"]
 
-    def open(self, split: str) -> Split:
-        return Split(self._load(split), self._count(split))
+    def _count(self, split: str) -> int:
+        return sum(pyarrow.parquet.read_metadata(path).num_rows for path in self._files[split])
+
+
+class TarSource(FileSource):
+    """WebDataset tars. Where one sample has its image as .jpg and the next as .png, both are the column `image`."""
+
+    builder = "webdataset"
+    reads_columns = False
+
+    def __init__(self, name: str, files: dict[str, list[Path]], **others: Any):
+        super().__init__(name, files, **others)
+        self._contents: dict[str, TarContents] = {}
 
     def column(self, split: str, column: str) -> Iterator[Any]:
-        if self._builder == "parquet":
-            for path in self._files[split]:
-                with pyarrow.parquet.ParquetFile(path) as file:
-                    for batch in file.iter_batches(columns=[column]):
-                        yield from batch.column(0).to_pylist()
-            return
         for row in self._load(split).select_columns([column]):
             yield row[column]
 
-    def _count(self, split: str) -> int | None:
+    def _load(self, split: str, **arguments: Any) -> IterableDataset:
         try:
-            if self._builder == "parquet":
-                return sum(pyarrow.parquet.read_metadata(path).num_rows for path in self._files[split])
-            if self._builder == "webdataset":
-                return sum(_count_tar_samples(path) for path in self._files[split])
+            features = self._look(split).mixed_features()
         except (OSError, ValueError, tarfile.TarError) as error:
             raise UserError(f"{self.name} has a damaged file: {one_line(error)}") from error
-        return None
+        if features is None:
+            return super()._load(split, **arguments)
+        stream = super()._load(split, features=features, **arguments)
+        alternatives = self._look(split).alternatives()
+        if not alternatives:
+            return stream
+        merged = Features({"image": Image(decode=False)})
+        merged.update({name: feature for name, feature in features.items() if name not in alternatives})
+        undecoded = Features({**features, **dict.fromkeys(alternatives, Image(decode=False))})
+        stream = stream.cast(undecoded)
+        return stream.map(_OneImage(alternatives), remove_columns=alternatives, features=merged)
+
+    def _count(self, split: str) -> int:
+        return self._look(split).count
+
+    def _look(self, split: str) -> "TarContents":
+        if split not in self._contents:
+            self._contents[split] = TarContents(self._files[split])
+        return self._contents[split]
+
+
+class TarContents:
+    """What the samples of tars are made of.
+
+    Attributes:
+        count: samples.
+        kinds: the sets of fields (`jpg`, `cls`) that samples have.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self.count = 0
+        self.kinds: set[frozenset[str]] = set()
+        self._structures: dict[str, list[Any]] = {}
+        for path in paths:
+            self._add(path)
+
+    def alternatives(self) -> list[str]:
+        """Fields that are images and of which each sample has at most one, if there are several."""
+        images = sorted({name for kind in self.kinds for name in kind if f".{name.lower()}" in image_suffixes()})
+        alone = all(len(kind.intersection(images)) <= 1 for kind in self.kinds)
+        return images if alone and len(images) > 1 else []
+
+    def mixed_features(self) -> Features | None:
+        """Features of all fields where samples differ in theirs, which `datasets` does not read of itself."""
+        if len(self.kinds) < 2:
+            return None
+        features = Features({"__key__": Value("string"), "__url__": Value("string")})
+        for name in sorted({name for kind in self.kinds for name in kind}):
+            suffix = name.rsplit(".", 1)[-1].lower()
+            if f".{suffix}" in image_suffixes():
+                features[name] = Image()
+            elif suffix in _TAR_TEXTS:
+                features[name] = Value("string")
+            elif suffix in _TAR_NUMBERS:
+                features[name] = Value("int64")
+            elif name in self._structures:
+                known = pyarrow.Table.from_pylist([{name: value} for value in self._structures[name]])
+                features.update(Features.from_arrow_schema(known.schema))
+            else:
+                return None
+        return features
+
+    def _add(self, path: Path) -> None:
+        with open(path, "rb") as file:
+            file.seek(-min(1024, path.stat().st_size), os.SEEK_END)
+            if file.read().strip(b"\0"):
+                # Reading will not notice: to tarfile, an archive that breaks off has simply ended.
+                logger.warning("%s has no end-of-archive mark, it is probably truncated", path)
+        key, fields = None, set()
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                # As WebDataset has it: a sample is what shares a path up to the first dot of the file's name.
+                directory, name = os.path.split(member.name)
+                stem, _, field = name.partition(".")
+                if not member.isfile() or not field or name.startswith((".", "__")):
+                    continue
+                if (directory, stem) != key:
+                    self._end(fields)
+                    key, fields = (directory, stem), set()
+                fields.add(field)
+                known = self._structures.setdefault(field, []) if field.lower().endswith(("json", "jsn")) else None
+                if known is not None and len(known) < _STRUCTURES_READ:
+                    known.append(json.loads(tar.extractfile(member).read()))
+        self._end(fields)
+
+    def _end(self, fields: set[str]) -> None:
+        if fields:
+            self.count += 1
+            self.kinds.add(frozenset(fields))
+
+
+class _OneImage:
+    """Map: the image of a sample that has it under one of several names."""
+
+    def __init__(self, alternatives: list[str]):
+        self._alternatives = alternatives
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"image": next((row[name] for name in self._alternatives if row[name] is not None), None)}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The rows of one split of a folder.
+
+    Attributes:
+        files: column -> the picture of each row; the first column holds the images.
+        table: the other columns, if any.
+        features: of the table, where its types do not tell them.
+    """
+
+    files: dict[str, list[Path | None]]
+    table: pyarrow.Table | None = None
+    features: Features | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def images(self) -> list[Path]:
+        return next(iter(self.files.values()))
+
+    def taken(self, indices: np.ndarray) -> "Listed":
+        files = {column: [paths[index] for index in indices] for column, paths in self.files.items()}
+        return Listed(files, None if self.table is None else self.table.take(indices), self.features)
 
 
 class FolderSource(Source):
-    """Image files; the class of each is the name of the first directory below the split's root."""
+    """Image files, and what is known of each: its class, its annotations, the columns of a table.
 
-    def __init__(self, name: str, files: dict[str, list[tuple[Path, str | None]]]):
+    Args:
+        origins: split -> where it comes from.
+        left_out: files that are not read: kind -> how many.
+        label_column: the column that must hold the labels, where its name does not tell.
+        class_names: names of stored class ids, where the folder has them.
+        unlabelled: what to say to somebody who needs labels, where there are none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: dict[str, Listed],
+        *,
+        origins: dict[str, str] | None = None,
+        left_out: dict[str, int] | None = None,
+        label_column: str | None = None,
+        class_names: dict[int, str] | None = None,
+        unlabelled: str | None = None,
+    ):
         self.name = name
-        self.splits = list(files)
-        self._files = files
+        self.splits = list(rows)
+        self.left_out = left_out or {}
+        self.label_column = label_column
+        self.class_names = class_names
+        self.unlabelled = unlabelled
+        self._rows = rows
+        self._origins = origins or {}
 
     def open(self, split: str) -> Split:
-        return self._stream(self._files[split], self._classes(split))
+        return _stream(self._rows[split])
+
+    def column(self, split: str, column: str) -> Iterator[Any]:
+        table = self._rows[split].table
+        if table is None or column not in table.column_names:
+            yield from super().column(split, column)
+        else:
+            yield from table[column].to_pylist()
+
+    def split_origin(self, split: str) -> str:
+        return self._origins.get(split, super().split_origin(split))
 
     def divide(self, split: str, fraction: float) -> tuple[Split, Split]:
         """Train and held-out parts by content hash. The files are read once, here, not at every pass."""
-        files = self._files[split]
-
-        def held_out(file: tuple[Path, str | None]) -> bool:
-            return is_held_out(file_content_key(file[0]), fraction)
-
+        rows = self._rows[split]
         with ThreadPoolExecutor(16) as pool:
-            verdicts = list(pool.map(held_out, files))
-        train = [file for file, verdict in zip(files, verdicts, strict=True) if not verdict]
-        rest = [file for file, verdict in zip(files, verdicts, strict=True) if verdict]
-        classes = self._classes(split)
-        return self._stream(train, classes), self._stream(rest, classes)
-
-    def _classes(self, split: str) -> list[str] | None:
-        names = {label for _, label in self._files[split]}
-        return None if names <= {None} else sorted(names)
-
-    def _stream(self, files: list[tuple[Path, str | None]], classes: list[str] | None) -> Split:
-        features = Features({"image": Image(decode=False)})
-        if classes is not None:
-            features["label"] = ClassLabel(names=classes)
-        indices = {name: index for index, name in enumerate(classes or [])}
-        # Files of one class lie together on disk: dealt out at random, every shard is a sample of the whole.
-        order = np.random.default_rng(0).permutation(len(files))
-        num_shards = min(_FOLDER_SHARDS, 1 << max(len(files).bit_length() - 1, 0))
-        shards = []
-        for shard in range(num_shards):
-            chosen = [files[index] for index in order[shard::num_shards]]
-            # One string and one array per shard, not a million small objects for each worker to copy.
-            paths = "\0".join(str(path) for path, _ in chosen)
-            shards.append((paths, np.array([indices.get(label, -1) for _, label in chosen], dtype=np.int32)))
-        rows = _folder_rows if classes is not None else _unlabelled_folder_rows
-        return Split(IterableDataset.from_generator(rows, features, gen_kwargs={"shards": shards}), len(files))
+            keys = pool.map(file_content_key, rows.images)
+            held_out = np.array([is_held_out(key, fraction) for key in keys], dtype=bool)
+        return _stream(rows.taken(np.flatnonzero(~held_out))), _stream(rows.taken(np.flatnonzero(held_out)))
 
 
-def _folder_rows(shards: list[tuple[str, np.ndarray]]) -> Iterator[dict[str, Any]]:
-    for paths, labels in shards:
-        for path, label in zip(paths.split("\0") if paths else [], labels, strict=True):
-            yield {"image": {"bytes": None, "path": path}, "label": int(label)}
+def rows_of_classes(files: Sequence[tuple[Path, str | None]]) -> Listed:
+    """Images with the names of their classes, numbered by name; without labels where there are no classes."""
+    paths, labels = [path for path, _ in files], [label for _, label in files]
+    classes = sorted({label for label in labels if label is not None})
+    if not classes:
+        return Listed({"image": paths})
+    indices = {name: index for index, name in enumerate(classes)}
+    numbers = np.array([indices.get(label, -1) for label in labels], dtype=np.int32)
+    return Listed({"image": paths}, pyarrow.table({"label": numbers}), Features({"label": ClassLabel(names=classes)}))
 
 
-def _unlabelled_folder_rows(shards: list[tuple[str, np.ndarray]]) -> Iterator[dict[str, Any]]:
-    for row in _folder_rows(shards):
-        yield {"image": row["image"]}
+def _stream(rows: Listed) -> Split:
+    features = Features({column: Image(decode=False) for column in rows.files})
+    if rows.table is not None:
+        features.update(rows.features or Features.from_arrow_schema(rows.table.schema))
+    # Files of one class lie together on disk: dealt out at random, every shard is a sample of the whole.
+    order = np.random.default_rng(0).permutation(len(rows))
+    num_shards = min(_FOLDER_SHARDS, 1 << max(len(rows).bit_length() - 1, 0))
+    shards = []
+    for shard in range(num_shards):
+        chosen = rows.taken(order[shard::num_shards])
+        # One string and one table per shard, not a million small objects for each worker to copy.
+        paths = {column: "\0".join(map(_text, files)) for column, files in chosen.files.items()}
+        shards.append((len(chosen), paths, chosen.table))
+    return Split(IterableDataset.from_generator(_listed_rows, features, gen_kwargs={"shards": shards}), len(rows))
 
 
-def open_source(
-    location: str | os.PathLike,
-    *,
-    config_name: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | None = None,
-    streaming: bool = True,
-    extra_splits: tuple[str, ...] = (),
-    whole: bool = False,
-) -> Source:
-    """Opens whatever `location` names, told by content.
+def _text(path: Path | None) -> str:
+    return "" if path is None else str(path)
 
-    Args:
-        location: a directory, file or glob pattern here, otherwise a dataset id on the Hub.
-        extra_splits: names, beside the usual ones, by which files or folders may be told apart.
-        whole: take everything found as one split, `train`, whatever its names say.
 
-    Raises:
-        UserError: nothing there, or nothing that holds images.
-    """
-    text = os.fspath(location)
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return _open_directory(path, extra_splits, whole, cache_dir)
-    matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-    if matches:
-        return _open_files(text, [match for match in matches if match.is_file()], extra_splits, whole, cache_dir)
-    if _looks_local(text):
-        raise UserError(f"{text}: no such file or directory")
-    return HubSource(text, config_name, revision=revision, token=token, cache_dir=cache_dir, streaming=streaming)
+def _listed_rows(shards: list[tuple[int, dict[str, str], pyarrow.Table | None]]) -> Iterator[dict[str, Any]]:
+    for count, paths, table in shards:
+        columns = {column: text.split("\0") for column, text in paths.items()}
+        others = [{}] * count if table is None else table.to_pylist()
+        for index in range(count):
+            pictures = {
+                column: {"bytes": None, "path": texts[index]} if texts[index] else None
+                for column, texts in columns.items()
+            }
+            yield {**pictures, **others[index]}
 
 
 def content_key(data: bytes) -> bytes:
@@ -312,162 +480,9 @@ def _key(size: int, head: bytes, tail: bytes) -> bytes:
     return hashlib.blake2b(size.to_bytes(8, "big") + head + tail, digest_size=16).digest()
 
 
-def _canonical(split: str) -> str:
-    lowered = split.lower()
-    return next((name for name, aliases in SPLIT_ALIASES.items() if lowered in aliases), split)
-
-
-def _looks_local(text: str) -> bool:
-    return (
-        text.startswith((".", "/", "~"))
-        or "\\" in text
-        or text.count("/") > 1
-        or glob.has_magic(text)
-        or Path(text).suffix.lower() in IMAGE_SUFFIXES | PARQUET_SUFFIXES | TAR_SUFFIXES
-    )
-
-
-def _open_directory(root: Path, extra_splits: tuple[str, ...], whole: bool, cache_dir: str | None) -> Source:
-    if is_saved_dataset(root):
-        return SavedSource(root)
-    files = list(list_files(root))
-    source = _open_by_suffix(str(root), files, root, extra_splits, whole, cache_dir)
-    if source is not None:
-        return source
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-    if not images:
-        raise UserError(
-            f"{root} holds {f'{len(files)} files but ' if files else ''}no images, Parquet files or WebDataset tars"
-        )
-    splits = {"train": (root, images)} if whole else _folder_splits(root, images, extra_splits)
-    return FolderSource(
-        str(root), {split: _with_classes(below, members) for split, (below, members) in splits.items()}
-    )
-
-
-def _open_files(
-    name: str, files: list[Path], extra_splits: tuple[str, ...], whole: bool, cache_dir: str | None
-) -> Source:
-    root = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
-    source = _open_by_suffix(name, files, root, extra_splits, whole, cache_dir)
-    if source is not None:
-        return source
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-    if not images:
-        raise UserError(f"{name} is neither an image nor a Parquet file nor a WebDataset tar")
-    return FolderSource(name, {"train": [(file, None) for file in images]})
-
-
-def _open_by_suffix(
-    name: str, files: list[Path], root: Path, extra_splits: tuple[str, ...], whole: bool, cache_dir: str | None
-) -> Source | None:
-    """Parquet, tars and folders with a metadata file; None where none of these is found."""
-    parquet = [file for file in files if file.suffix.lower() in PARQUET_SUFFIXES and file.name not in _METADATA_FILES]
-    tars = [file for file in files if file.suffix.lower() in TAR_SUFFIXES]
-    described = [file for file in files if file.name in _METADATA_FILES]
-    if parquet:
-        chosen, builder = parquet, "parquet"
-    elif tars:
-        chosen, builder = tars, "webdataset"
-    elif described:
-        chosen, builder = described + [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES], "imagefolder"
-    else:
-        return None
-    splits = {"train": chosen} if whole else _file_splits(root, chosen, extra_splits)
-    return FileSource(name, builder, splits, cache_dir)
-
-
-def _file_splits(root: Path, files: list[Path], extra_splits: tuple[str, ...]) -> dict[str, list[Path]]:
-    """Files by the split that a directory or a word of the file's name tells (`data/train-00000-of-00002.parquet`)."""
-    splits: dict[str, list[Path]] = {}
-    unnamed = []
-    for file in files:
-        relative = file.relative_to(root)
-        words = [*relative.parts[:-1], *re.split(r"[-._ 0-9]+", relative.stem)]
-        split = next((name for name in map(_split_name(extra_splits), words) if name), None)
-        if split is None:
-            unnamed.append(file)
-        else:
-            splits.setdefault(split, []).append(file)
-    if not splits:
-        return {"train": unnamed}
-    if unnamed:
-        logger.warning(
-            "%s: %d of %d files are named after no split and are left out, %s for one",
-            root,
-            len(unnamed),
-            len(files),
-            unnamed[0].name,
-        )
-    return splits
-
-
-def _folder_splits(
-    root: Path, images: list[Path], extra_splits: tuple[str, ...]
-) -> dict[str, tuple[Path, list[Path]]]:
-    """Splits are the top directories, if each is named after one; otherwise the top directories are classes."""
-    by_top: dict[str | None, list[Path]] = {}
-    for image in images:
-        parts = image.relative_to(root).parts
-        by_top.setdefault(parts[0] if len(parts) > 1 else None, []).append(image)
-    name_of = _split_name(extra_splits)
-    names = {top: name_of(top) if top else None for top in by_top}
-    if all(names.values()):
-        splits: dict[str, tuple[Path, list[Path]]] = {}
-        for top, members in by_top.items():
-            if names[top] in splits:
-                raise UserError(f"{root} has two directories for one split: {splits[names[top]][0].name} and {top}")
-            splits[names[top]] = (root / top, members)
-        return splits
-    return {"train": (root, images)}
-
-
-def _split_name(extra_splits: tuple[str, ...]) -> Callable[[str], str | None]:
-    def name_of(word: str) -> str | None:
-        if word in extra_splits:
-            return word
-        canonical = _canonical(word)
-        return canonical if canonical in SPLIT_ALIASES else None
-
-    return name_of
-
-
-def _with_classes(root: Path, images: list[Path]) -> list[tuple[Path, str | None]]:
-    relative = [image.relative_to(root).parts for image in images]
-    # A lone directory between the root and the classes (dataset/images/cat/1.jpg) says nothing.
-    depth = 0
-    while len({parts[depth] for parts in relative}) == 1 and all(len(parts) > depth + 2 for parts in relative):
-        depth += 1
-    loose = [image for image, parts in zip(images, relative, strict=True) if len(parts) == depth + 1]
-    if len(loose) == len(images):
-        return [(image, None) for image in images]
-    if loose:
-        raise UserError(
-            f"{root} has {len(loose)} images beside its class directories, {loose[0].name} for one: "
-            "move them into a directory named after their class, or away"
-        )
-    return [(image, parts[depth]) for image, parts in zip(images, relative, strict=True)]
-
-
 def _from_memory_map(dataset: datasets.Dataset) -> Split:
     num_shards = max(1, min(64, len(dataset)))
     return Split(dataset.to_iterable_dataset(num_shards=num_shards), len(dataset))
-
-
-def _count_tar_samples(path: Path) -> int:
-    keys = set()
-    with open(path, "rb") as file:
-        file.seek(-min(1024, path.stat().st_size), os.SEEK_END)
-        if file.read().strip(b"\0"):
-            # Reading will not notice: to tarfile, an archive that breaks off has simply ended.
-            logger.warning("%s has no end-of-archive mark, it is probably truncated", path)
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            # As WebDataset has it: a sample is what shares a path up to the first dot of the file's name.
-            directory, name = os.path.split(member.name)
-            if member.isfile() and "." in name and not name.startswith("."):
-                keys.add((directory, name.split(".", 1)[0]))
-    return len(keys)
 
 
 def _hub_failure(name: str, error: Exception) -> str:
