@@ -162,11 +162,12 @@ class Service:
         Raises:
             HTTPException: not an image, a broken one, or one of too many pixels; told by its header.
         """
+        from hf_poolformer.image_pixels import open_encoded
         from hf_poolformer.training.decoding import BrokenImage, decode_image
         from hf_poolformer.training.files import one_line
 
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
+            image = open_encoded(io.BytesIO(data), formats=FORMATS)  # reads the header only
             if math.prod(image.size) > self.limits.max_pixels:
                 raise Image.DecompressionBombError
         except Image.UnidentifiedImageError:
