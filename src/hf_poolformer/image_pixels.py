@@ -97,7 +97,7 @@ def note_pixels(image: Image.Image) -> None:
     span = declared_range(image)
     if span is not None:
         image.info[RANGE] = span
-    if not is_wide(image) and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
+    if len(image.getbands()) > 1 and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
         image.info[SHORTENED] = True
 
 
@@ -177,10 +177,8 @@ def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image]:
 
 def check_shortened(image: Image.Image) -> None:
     """ValueError for colours of 12 bits in 16, of which Pillow has kept no more than four."""
-    bands = image.convert("RGB").getextrema() if image.mode == "P" else image.getextrema()
-    bands = bands if isinstance(bands[0], tuple) else (bands,)
-    names = image.getbands()
-    brightest = max(high for name, (_, high) in zip(names, bands, strict=True) if name not in ("A", "X", "a"))
+    colours = zip(image.getbands(), image.getextrema(), strict=True)
+    brightest = max(high for name, (_, high) in colours if name not in ("A", "X"))
     if 0 < brightest <= TWELVE_BITS >> 8:
         raise ValueError(
             f"colours of 16 bits, none above {TWELVE_BITS}: 12 bits, or almost black. Save it with 8 bits per colour"
@@ -263,6 +261,8 @@ def on_white(planes: torch.Tensor, white: float) -> torch.Tensor:
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """RGB in the colours of sRGB; an image that is that already is returned as it is."""
+    if image.mode not in (*PROFILE_SPACES, "LAB"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
     transform = None
     if profile and image.mode in PROFILE_SPACES:
         transform = profile_transform(profile, image.mode)

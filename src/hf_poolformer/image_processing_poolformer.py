@@ -667,9 +667,7 @@ class PoolFormerImageProcessorPil(DensePrediction, EvaluationTransform, PilBacke
         """One image as an RGB PIL image (no detour through an array) or an array (C, H, W), uint8 or float32."""
         if isinstance(image, Image.Image) and do_convert_rgb:
             return pil_to_rgb(image)
-        planes = self._to_planes(
-            image, do_convert_rgb, do_rescale, input_data_format, kwargs.get("rescale_factor")
-        )
+        planes = self._to_planes(image, do_convert_rgb, do_rescale, input_data_format, kwargs.get("rescale_factor"))
         if needs_gradient(planes):
             raise ValueError(
                 "Pillow computes no gradients: give the detached image, or use the torchvision backend, "
