@@ -189,6 +189,8 @@ class Service:
         answer = loop.create_future()
         self.jobs.put_nowait(Job(pixels, top_k, answer, loop.time()))
         row = await answer
+        if row["error"] is not None:
+            raise UserError(row["error"])
         best = zip(row["labels"][:top_k], row["scores"][:top_k], strict=True)
         return [{"label": label, "score": score} for label, score in best]
 
@@ -202,6 +204,9 @@ class Service:
             self.batch_started = loop.time()
             try:
                 rows = await loop.run_in_executor(self.model, self.compute, batch)
+            except UserError as error:
+                logger.error("%s", error)
+                rows = [error] * len(batch)
             except Exception as error:
                 logger.exception("a batch of %d images failed", len(batch))
                 rows = [error] * len(batch)
@@ -298,6 +303,8 @@ def create_app(service: Service) -> FastAPI:
             predictions = await within(limits.timeout, service.predict(data, top_k), late)
         except (HTTPException, ClientDisconnect):
             raise
+        except UserError as error:
+            raise HTTPException(500, str(error)) from None
         except Exception as error:
             logger.error("%s: %s", type(error).__name__, error)
             raise HTTPException(500, "the server failed at this image, and says more about it in its log") from error

@@ -498,11 +498,11 @@ AVIF_SEQUENCE = b"\0\0\0\x18ftypavis\0\0\0\0avisxxxx" + b"\0" * 64
 
 def test_heic_without_its_library(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(BrokenImage, match="HEIC.*pip install pillow-heif"):
+    with pytest.raises(BrokenImage, match=r"HEIC.*pip install pillow-heif"):
         decode_image(HEIC)
     file = tmp_path / "IMG_0001.HEIC"
     file.write_bytes(HEIC)
-    with pytest.raises(OSError, match="HEIC.*pip install pillow-heif"):
+    with pytest.raises(OSError, match=r"HEIC.*pip install pillow-heif"):
         PoolFormerImageProcessor()(str(file))
 
 

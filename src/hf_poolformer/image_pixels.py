@@ -178,7 +178,7 @@ def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image]:
 def check_shortened(image: Image.Image) -> None:
     """ValueError for colours of 12 bits in 16, of which Pillow has kept no more than four."""
     colours = zip(image.getbands(), image.getextrema(), strict=True)
-    brightest = max(high for name, (_, high) in colours if name not in ("A", "X"))
+    brightest = max((high for name, (_, high) in colours if name in "RGBL"), default=0)
     if 0 < brightest <= TWELVE_BITS >> 8:
         raise ValueError(
             f"colours of 16 bits, none above {TWELVE_BITS}: 12 bits, or almost black. Save it with 8 bits per colour"

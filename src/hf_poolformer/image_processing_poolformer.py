@@ -184,7 +184,7 @@ def open_image(source: str | os.PathLike, timeout: float | None = None) -> Image
     is_file = os.path.isfile(name)
     try:
         if is_file:
-            file = open(name, "rb")
+            file = open(name, "rb")  # noqa: SIM115
         elif name.startswith(("http://", "https://")):
             file = io.BytesIO(image_utils.httpx.get(name, timeout=timeout, follow_redirects=True).content)
         else:
@@ -216,7 +216,7 @@ def needs_gradient(values: torch.Tensor) -> bool:
 def to_planes(
     image: torch.Tensor, input_data_format: str | ChannelDimension | None, convert_rgb: bool, white: float
 ) -> torch.Tensor:
-    """Any (H, W), (C, H, W) or (H, W, C) tensor as (C, H, W), uint8 or float32, RGB on demand; `white` is of floats."""
+    """Any (H, W), (C, H, W) or (H, W, C) tensor as (C, H, W), uint8 or float32, RGB on demand; `white` is floats'."""
     if image.ndim == 2:
         image = image[None]
     else:
@@ -513,10 +513,9 @@ class PoolFormerImageProcessor(DensePrediction, EvaluationTransform, Torchvision
 
     Takes PIL images of any mode, numpy arrays and tensors (H, W), (H, W, C), (C, H, W), batches of rank 4, paths, URLs
     and nested lists of those; sizes may differ. Pixels are 0..255 (uint8 or other integers, 16 bits are scaled) or
-    floats, 0..255 or, with `do_rescale=False`, 0..1; alpha is composited on white, ICC profiles of PIL images and files
-    are converted to sRGB (image_pixels.py has all rules). Gives `pixel_values` of shape (B, 3, crop height, crop width),
-    float32. Raises ValueError on images that are empty, of another rank or number of channels, OSError on files that
-    hold no image.
+    floats, 0..255 or, with `do_rescale=False`, 0..1; alpha is composited on white, colours of an ICC profile become
+    sRGB (image_pixels.py has all rules). Gives `pixel_values` of shape (B, 3, crop height, crop width), float32.
+    Raises ValueError on images that are empty, of another rank or number of channels, OSError on files that hold no image.
 
     Tensors of floats keep their gradients. Filters that torch lacks (BOX, HAMMING, on accelerators LANCZOS) are
     Pillow's, without gradients, and NEAREST takes the pixels that Pillow takes.

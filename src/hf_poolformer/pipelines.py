@@ -1,7 +1,8 @@
 """transformers' pipelines, which see images as training does, and batch those that keep their proportions.
 
-Theirs drop alpha before the image processor has seen it. And theirs put the pixels of a batch into one tensor, which for images of several sizes raises an error. Padding would
-change the statistics of GroupNorm. So images of one size are computed together, and every image as it would be alone.
+Theirs drop alpha before the image processor has seen it, name a class for scores that are NaN, and put the pixels of a
+batch into one tensor, which for images of several sizes raises an error. Padding would change the statistics of
+GroupNorm. So images of one size are computed together, and every image as it would be alone.
 """
 
 from typing import Any
@@ -85,7 +86,10 @@ class DetectionBySize(BatchesBySize, ObjectDetectionPipeline):
 
 
 class Classification(OwnPixels, ImageClassificationPipeline):
-    pass
+    def postprocess(self, model_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if not model_outputs["logits"].isfinite().all():
+            raise ValueError("The model gives no finite scores (but NaN or infinity) for this image.")
+        return super().postprocess(model_outputs, *args, **kwargs)
 
 
 class FeatureExtraction(OwnPixels, ImageFeatureExtractionPipeline):

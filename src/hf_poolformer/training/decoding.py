@@ -127,7 +127,8 @@ class EncodedImage:
         """The encoded bytes if they are a JPEG such as every decoder reads: whole, grey or YCbCr. None otherwise.
 
         Not plain are CMYK, RGB stored as such, colours of another profile than sRGB, several pictures in one file, and
-        a file without its end, of which decoders make different things. Arithmetic coding is not looked for: a decoder that lacks it says so.
+        a file without its end, of which decoders make different things. Arithmetic coding is not looked for: a decoder
+        that lacks it says so.
         """
         image = self._image
         if not self._scalable or image.format != "JPEG" or image.mode not in ("L", "RGB"):
