@@ -681,7 +681,6 @@ def test_pads_to_the_largest(backend):
         (np.zeros((0, 9, 3), dtype=np.uint8), r"must not be empty, got shape \(0, 9, 3\)"),
         (torch.zeros(3, 9, 0), r"must not be empty, got shape \(3, 9, 0\)"),
         (np.zeros((8, 9, 3), dtype=complex), "numeric"),
-        (Image.new("La", (8, 9)), "mode 'La'"),
         ([], "no image"),
         ("no such file.jpg", "no such file.jpg"),
     ],

@@ -63,6 +63,21 @@ def with_chunks(png: bytes, *chunks: bytes) -> bytes:
 # Alpha ---------------------------------------------------------------------------------------------------------------
 
 
+def few_bits(bits: int) -> bytes:
+    """A PNG whose rows run through all levels, of which 1 is transparent."""
+    row = b"\0" + {2: b"\x1b" * 4, 4: bytes.fromhex("0123456789abcdef")}[bits]
+    header = struct.pack(">IIBBBBB", 16, 16, bits, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"tRNS", struct.pack(">H", 1)) + chunk(b"IDAT", zlib.compress(row * 16))
+    return b"\x89PNG\r\n\x1a\n" + parts + chunk(b"IEND", b"")
+
+
+def shades(bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Colours and alpha of `few_bits`."""
+    level = np.arange(16) % 2**bits
+    level = np.tile(level, (16, 1))
+    return np.repeat((level * (255 // (2**bits - 1)))[..., None], 3, axis=2), np.where(level == 1, 0, 255)
+
+
 def transparent_files() -> dict[str, tuple[bytes, np.ndarray]]:
     """Encoded images with alpha of every kind, and what they look like on white."""
     colours, alpha = noise(1), noise(2)[..., 0]
@@ -89,6 +104,8 @@ def transparent_files() -> dict[str, tuple[bytes, np.ndarray]]:
             encode(Image.fromarray(grey), transparency=int(grey[0, 0])),
             composited(levels, np.where(grey == grey[0, 0], 0, 255)),
         ),
+        "one level of 2 bits": (few_bits(2), composited(*shades(2))),
+        "one level of 4 bits": (few_bits(4), composited(*shades(4))),
         "one level of 16 bits": (
             with_chunks(encode(Image.fromarray(deep)), chunk(b"tRNS", struct.pack(">H", deep[0, 0]))),
             composited(levels, np.where(deep == deep[0, 0], 0, 255)),
@@ -526,7 +543,15 @@ def test_heic_photographs():
     assert np.abs(pixels(file.getvalue()) - np.asarray(smooth())).mean() < 4
 
 
+def test_avif_without_a_decoder(monkeypatch):
+    from PIL import features
+
+    monkeypatch.setattr(features, "check", lambda name: False)
+    with pytest.raises(BrokenImage, match="AVIF.*Pillow"):
+        decode_image(AVIF_SEQUENCE)
+
+
 def test_other_files_are_still_no_images():
-    for data in (b"ftyp" * 20, b"\0\0\0\x18ftypisom\0\0\0\0isommp42" + b"\0" * 64, b"abc"):
+    for data in (AVIF_SEQUENCE, b"ftyp" * 20, b"\0\0\0\x18ftypisom\0\0\0\0isommp42" + b"\0" * 64, b"abc"):
         with pytest.raises(BrokenImage, match="not an image in a format"):
             decode_image(data)

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, features
 from transformers.utils import logging
 
 
@@ -82,7 +82,7 @@ def register_reader(file: BinaryIO) -> None:
     if head[4:8] != b"ftyp":
         return
     brands = {head[8:12], *(head[start : start + 4] for start in range(16, len(head), 4))}
-    if brands & AVIF_BRANDS:
+    if brands & AVIF_BRANDS and not features.check("avif"):
         raise ValueError("an AVIF image, which Pillow reads from release 11.3 on: pip install --upgrade pillow")
     if brands & HEIF_BRANDS:
         try:
@@ -97,8 +97,12 @@ def note_pixels(image: Image.Image) -> None:
     span = declared_range(image)
     if span is not None:
         image.info[RANGE] = span
-    if len(image.getbands()) > 1 and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
+    layout = "".join(str(tile[3]) for tile in getattr(image, "tile", ()))
+    if len(image.getbands()) > 1 and ";16" in layout:
         image.info[SHORTENED] = True
+    if image.mode == "L" and isinstance(image.info.get("transparency"), int):
+        # Of 2 and 4 bits Pillow scales the pixels, and not the level that is transparent.
+        image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(layout, 1)
 
 
 def declared_range(image: Image.Image) -> tuple[int | None, int | None] | None:

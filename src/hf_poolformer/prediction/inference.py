@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Predictor:
     """A classifier on its device, and its image processor.
 
     Attributes:
+        name: for messages, which strangers may read: of a folder the last part.
         columns: what a row holds besides `path` and `error`: `LABEL_COLUMNS` and, if asked for, `embedding`.
         embedding_size: length of an embedding, None if there are none.
     """
@@ -99,7 +101,7 @@ class Predictor:
                 f"{name} has no classes: it is a feature extractor (num_labels is 0), whose features "
                 "`hf-poolformer predict --embeddings` writes"
             )
-        self.name = name
+        self.name = Path(name).resolve().name if Path(name).is_dir() else name
         self.top_k = top_k
         self.dtype = dtype
         self._answered = False  # with a finite number, yet
