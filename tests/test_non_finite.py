@@ -258,7 +258,7 @@ def test_an_evaluation_counts_them(model, photos):
     assert evaluate(classifier, batches, accelerator=Accelerator(), num_labels=2)["eval_samples"] == 9
     spoil_light_images(classifier, NAN)
     classifier.train()
-    with pytest.raises(UserError, match="no finite scores .* for 2 of 9 images"):
+    with pytest.raises(UserError, match=r"no finite scores .* for 2 of 9 images"):
         evaluate(classifier, batches, accelerator=Accelerator(), num_labels=2)
     assert classifier.training
 
@@ -272,7 +272,7 @@ def test_what_is_finite():
     for value in (NAN, INF, -INF):
         outputs = torch.zeros(3, 2, 4)
         outputs[1, 0, 3] = value
-        with pytest.raises(UserError, match="x gives no finite scores .* for 1 of 3 images"):
+        with pytest.raises(UserError, match=r"x gives no finite scores .* for 1 of 3 images"):
             check_finite(outputs, "x")
     assert all_finite(torch.tensor([1, 2])) and all_finite(torch.empty(2, device="meta"))
     assert not all_finite(torch.tensor([1.0, NAN], dtype=torch.bfloat16))

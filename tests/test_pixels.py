@@ -547,7 +547,7 @@ def test_avif_without_a_decoder(monkeypatch):
     from PIL import features
 
     monkeypatch.setattr(features, "check", lambda name: False)
-    with pytest.raises(BrokenImage, match="AVIF.*Pillow"):
+    with pytest.raises(BrokenImage, match=r"AVIF.*Pillow"):
         decode_image(AVIF_SEQUENCE)
 
 

@@ -47,10 +47,11 @@ GREY_MODES = ("1", "L", "LA", "La")
 HEIF_BRANDS = frozenset([b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"])
 AVIF_BRANDS = frozenset([b"avif", b"avis"])
 
-# Notes in `Image.info`, which copies and turned images keep: (what is black, what is white), and that Pillow has
-# left 8 of 16 bits per colour.
+# Notes in `Image.info`, which copies and turned images keep: (what is black, what is white), that Pillow has left
+# 8 of 16 bits per colour, and that there are notes.
 RANGE = "pixel_range"
 SHORTENED = "shortened_pixels"
+NOTED = "noted_pixels"
 
 
 def open_encoded(file: BinaryIO, formats: Sequence[str] | None = None) -> Image.Image:
@@ -69,8 +70,7 @@ def open_encoded(file: BinaryIO, formats: Sequence[str] | None = None) -> Image.
             raise
         register_reader(file)
         image = Image.open(file)
-    if image.mode not in ("RGB", "L") or image.format in ("PNG", "TIFF"):
-        note_pixels(image)
+    note_pixels(image)
     return image
 
 
@@ -93,7 +93,10 @@ def register_reader(file: BinaryIO) -> None:
 
 
 def note_pixels(image: Image.Image) -> None:
-    """Puts into `image.info` what is known only of an image just opened."""
+    """Puts into `image.info`, once, what is known only of an image just opened."""
+    if image.format not in ("PNG", "TIFF", "PPM") or NOTED in image.info:
+        return
+    image.info[NOTED] = True
     span = declared_range(image)
     if span is not None:
         image.info[RANGE] = span
@@ -137,6 +140,8 @@ def pil_to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: pixels that are not finite, or of which nobody can tell what is white.
     """
+    if getattr(image, "tile", None):  # not loaded yet, and opened by somebody else
+        note_pixels(image)
     info = image.info
     if image.mode == "RGB" and not ("icc_profile" in info or "transparency" in info or SHORTENED in info):
         return image

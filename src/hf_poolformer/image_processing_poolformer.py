@@ -515,7 +515,9 @@ class PoolFormerImageProcessor(DensePrediction, EvaluationTransform, Torchvision
     and nested lists of those; sizes may differ. Pixels are 0..255 (uint8 or other integers, 16 bits are scaled) or
     floats, 0..255 or, with `do_rescale=False`, 0..1; alpha is composited on white, colours of an ICC profile become
     sRGB (image_pixels.py has all rules). Gives `pixel_values` of shape (B, 3, crop height, crop width), float32.
-    Raises ValueError on images that are empty, of another rank or number of channels, OSError on files that hold no image.
+
+    Raises ValueError on images that are empty, of another rank or number of channels, OSError on files that hold no
+    image.
 
     Tensors of floats keep their gradients. Filters that torch lacks (BOX, HAMMING, on accelerators LANCZOS) are
     Pillow's, without gradients, and NEAREST takes the pixels that Pillow takes.
