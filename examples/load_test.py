@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import json
 import re
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from PIL import Image
 
 from hf_poolformer.commands import CommandParser, command, complain
 from hf_poolformer.training.errors import UserError
+from hf_poolformer.training.strict_json import to_json
 
 
 try:
@@ -338,7 +338,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             raise UserError(f"nobody answers at {url}: {error}") from error
     if arguments.json:
         content = {"steps": [asdict(step) for step in steps], "broken_promises": broken}
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        arguments.json.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
         print(f"figures: {arguments.json}")
     for promise in broken:
         print(f"not kept: {promise}")

@@ -20,7 +20,11 @@ def best_classes(folder: str, photo: str, count: int = 5) -> list[tuple[str, flo
     config, processor = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("config", "preprocessor_config")
     )
-    image, crop = Image.open(photo).convert("RGB"), processor["crop_size"]["height"]
+    image, crop = Image.open(photo), processor["crop_size"]["height"]
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)  # as the model was trained
+    image = image.convert("RGB")
     short = int(processor["size"]["shortest_edge"] / processor["crop_pct"])
     size = [int(short * side / min(image.size)) for side in image.size]
     image = image.resize(size, Image.Resampling.BICUBIC)

@@ -162,11 +162,12 @@ class Service:
         Raises:
             HTTPException: not an image, a broken one, or one of too many pixels; told by its header.
         """
+        from hf_poolformer.image_pixels import open_encoded
         from hf_poolformer.training.decoding import BrokenImage, decode_image
         from hf_poolformer.training.files import one_line
 
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
+            image = open_encoded(io.BytesIO(data), formats=FORMATS)  # reads the header only
             if math.prod(image.size) > self.limits.max_pixels:
                 raise Image.DecompressionBombError
         except Image.UnidentifiedImageError:
@@ -188,6 +189,8 @@ class Service:
         answer = loop.create_future()
         self.jobs.put_nowait(Job(pixels, top_k, answer, loop.time()))
         row = await answer
+        if row["error"] is not None:
+            raise UserError(row["error"])
         best = zip(row["labels"][:top_k], row["scores"][:top_k], strict=True)
         return [{"label": label, "score": score} for label, score in best]
 
@@ -201,6 +204,9 @@ class Service:
             self.batch_started = loop.time()
             try:
                 rows = await loop.run_in_executor(self.model, self.compute, batch)
+            except UserError as error:
+                logger.error("%s", error)
+                rows = [error] * len(batch)
             except Exception as error:
                 logger.exception("a batch of %d images failed", len(batch))
                 rows = [error] * len(batch)
@@ -297,6 +303,8 @@ def create_app(service: Service) -> FastAPI:
             predictions = await within(limits.timeout, service.predict(data, top_k), late)
         except (HTTPException, ClientDisconnect):
             raise
+        except UserError as error:
+            raise HTTPException(500, str(error)) from None
         except Exception as error:
             logger.error("%s: %s", type(error).__name__, error)
             raise HTTPException(500, "the server failed at this image, and says more about it in its log") from error

@@ -7,7 +7,9 @@ levels (nearly always none: both resample rows first, then columns, rounding to 
 until release 13, which resamples tall images the other way round).
 """
 
+import base64
 import difflib
+import io
 import math
 import numbers
 import os
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from transformers import image_utils
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
@@ -26,13 +29,13 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
-    load_image,
     torch_pil_interpolation_mapping,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TensorType, logging
 from transformers.utils.import_utils import is_torchvision_greater_or_equal
 
+from .image_pixels import on_white, open_encoded, pil_to_rgb, pil_to_tensor, to_eight_bits
 from .image_processing_dense import DenseImageProcessorKwargs, DensePrediction, rescaled_size
 
 
@@ -171,74 +174,28 @@ def resample_window(image: Image.Image | np.ndarray, geometry: Geometry, resampl
     return np.stack([np.asarray(plane) for plane in planes])
 
 
-def to_eight_bits(values: torch.Tensor, unit_range: bool = False) -> torch.Tensor:
-    """Integer (or, with `unit_range`, also float) pixels as uint8, scaled and not clipped.
-
-    bool is 0 or 255, uint16 always means 0..65535. Other types do not tell their range, the largest value does: up to
-    255 is 8 bits, up to 65535 is 16 bits and, with `unit_range`, up to 1 is 0..1. Anything else is a ValueError.
-    """
-    if values.dtype == torch.uint8:
-        return values
-    if values.dtype == torch.bool:
-        return values.to(torch.uint8) * 255
-    sixteen_bits = values.dtype == torch.uint16
-    if sixteen_bits or values.dtype in (torch.uint32, torch.uint64):  # torch computes little on these
-        values = values.to(torch.int64)
-    low, high = (bound.item() for bound in values.aminmax())
-    if not (low >= 0 and high <= 65535):
-        raise ValueError(
-            f"The pixel values lie between {low} and {high}: cannot tell what is white. Give 8-bit values (0 to 255) "
-            "or 16-bit values (0 to 65535)."
-        )
-    if unit_range and high <= 1:
-        values = values * 255.0
-    elif sixteen_bits or high > 255:
-        values = values / 257.0
-    return values.round().to(torch.uint8)
-
-
-def pil_to_rgb(image: Image.Image) -> Image.Image:
-    """An 8-bit RGB image, as `Image.convert("RGB")` (alpha is dropped, as in timm), but scaling 16-bit and float
-    images to 8 bits where Pillow would clip them to white."""
-    if image.mode == "RGB":
-        return image
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return Image.fromarray(to_eight_bits(pil_to_tensor(image), unit_range=image.mode == "F").numpy()).convert(
-            "RGB"
-        )
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # gives the same colours, without Pillow's warning
-    try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ValueError(f"Cannot convert an image of mode {image.mode!r} to RGB: {error}") from error
-
-
-def open_image(source: str | os.PathLike) -> Image.Image:
-    """An image file, URL or base64 text as an image that is upright; a file keeps its mode, so that 16 bits stay 16
-    bits."""
+def open_image(source: str | os.PathLike, timeout: float | None = None) -> Image.Image:
+    """An image file, URL or base64 text as an image that is upright and keeps its mode, so that 16 bits stay 16 bits
+    and alpha is not lost."""
     name = os.fsdecode(source)
     shown = name if len(name) <= 200 else f"{name[:200]}..."
     if os.path.isdir(name):
         raise ValueError(f"{shown} is a folder: give the images in it.")
     is_file = os.path.isfile(name)
-    if is_file or name.startswith(("http://", "https://", "data:image/")):
-        try:
-            if not is_file:
-                return load_image(name)
-            with Image.open(name) as image:
-                return ImageOps.exif_transpose(image)
-        except Exception as error:  # Pillow's formats and the network raise whatever they meet
-            raise OSError(f"Cannot read the image {shown}: {error}") from error
     try:
-        return load_image(name)
-    except (ValueError, OSError) as error:
+        if is_file:
+            file = open(name, "rb")  # noqa: SIM115
+        elif name.startswith(("http://", "https://")):
+            file = io.BytesIO(image_utils.httpx.get(name, timeout=timeout, follow_redirects=True).content)
+        else:
+            text = name.partition(",")[2] if name.startswith("data:image/") else name
+            file = io.BytesIO(base64.decodebytes(text.encode()))
+        with file, open_encoded(file) as image:
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow's formats and the network raise whatever they meet
+        if is_file or name.startswith(("http://", "https://", "data:image/")):
+            raise OSError(f"Cannot read the image {shown}: {error}") from error
         raise ValueError(f"There is no image file {shown!r}, and it is no URL or base64 text either.") from error
-
-
-def pil_to_tensor(image: Image.Image) -> torch.Tensor:
-    values = np.array(image)
-    return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False))
 
 
 def array_to_tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -257,9 +214,9 @@ def needs_gradient(values: torch.Tensor) -> bool:
 
 
 def to_planes(
-    image: torch.Tensor, input_data_format: str | ChannelDimension | None, convert_rgb: bool
+    image: torch.Tensor, input_data_format: str | ChannelDimension | None, convert_rgb: bool, white: float
 ) -> torch.Tensor:
-    """Any (H, W), (C, H, W) or (H, W, C) tensor as (C, H, W), uint8 or float32, RGB on demand."""
+    """Any (H, W), (C, H, W) or (H, W, C) tensor as (C, H, W), uint8 or float32, RGB on demand; `white` is floats'."""
     if image.ndim == 2:
         image = image[None]
     else:
@@ -282,7 +239,8 @@ def to_planes(
             )
     image = image.float() if image.is_floating_point() else to_eight_bits(image)
     if convert_rgb:
-        image = image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
+        image = image.expand(3, -1, -1) if image.shape[0] == 1 else image
+        image = on_white(image, white) if image.shape[0] == 4 else image
     return image
 
 
@@ -468,11 +426,13 @@ class EvaluationTransform:
         do_convert_rgb: bool | None,
         do_rescale: bool | None,
         input_data_format: str | ChannelDimension | None,
+        rescale_factor: float | None = None,
     ) -> torch.Tensor:
         """(C, H, W), uint8 or float32, with a clear error or warning for pixels that cannot be meant so."""
         if isinstance(image, Image.Image):
             image, input_data_format = pil_to_tensor(image), ChannelDimension.LAST
-        planes = to_planes(array_to_tensor(image), input_data_format, bool(do_convert_rgb))
+        white = 1 / (rescale_factor or 1 / 255) if do_rescale else 1.0
+        planes = to_planes(array_to_tensor(image), input_data_format, bool(do_convert_rgb), white)
         if planes.dtype != torch.uint8:
             low, high = (bound.item() for bound in planes.detach().aminmax())
             if not (math.isfinite(low) and math.isfinite(high)):
@@ -553,9 +513,11 @@ class PoolFormerImageProcessor(DensePrediction, EvaluationTransform, Torchvision
 
     Takes PIL images of any mode, numpy arrays and tensors (H, W), (H, W, C), (C, H, W), batches of rank 4, paths, URLs
     and nested lists of those; sizes may differ. Pixels are 0..255 (uint8 or other integers, 16 bits are scaled) or
-    floats, 0..255 or, with `do_rescale=False`, 0..1. Gives `pixel_values` of shape (B, 3, crop height, crop width),
-    float32. Raises ValueError on images that are empty, of another rank or number of channels, OSError on files that
-    hold no image.
+    floats, 0..255 or, with `do_rescale=False`, 0..1; alpha is composited on white, colours of an ICC profile become
+    sRGB (image_pixels.py has all rules). Gives `pixel_values` of shape (B, 3, crop height, crop width), float32.
+
+    Raises ValueError on images that are empty, of another rank or number of channels, OSError on files that hold no
+    image.
 
     Tensors of floats keep their gradients. Filters that torch lacks (BOX, HAMMING, on accelerators LANCZOS) are
     Pillow's, without gradients, and NEAREST takes the pixels that Pillow takes.
@@ -574,7 +536,9 @@ class PoolFormerImageProcessor(DensePrediction, EvaluationTransform, Torchvision
         if isinstance(image, Image.Image) and do_convert_rgb:
             planes = pil_to_tensor(pil_to_rgb(image)).permute(2, 0, 1)
         else:
-            planes = self._to_planes(image, do_convert_rgb, do_rescale, input_data_format)
+            planes = self._to_planes(
+                image, do_convert_rgb, do_rescale, input_data_format, kwargs.get("rescale_factor")
+            )
         return planes if device is None else planes.to(device)
 
     def _resize_planes(self, images: torch.Tensor, size: tuple[int, int], resample: int, white: float) -> torch.Tensor:
@@ -704,7 +668,7 @@ class PoolFormerImageProcessorPil(DensePrediction, EvaluationTransform, PilBacke
         """One image as an RGB PIL image (no detour through an array) or an array (C, H, W), uint8 or float32."""
         if isinstance(image, Image.Image) and do_convert_rgb:
             return pil_to_rgb(image)
-        planes = self._to_planes(image, do_convert_rgb, do_rescale, input_data_format)
+        planes = self._to_planes(image, do_convert_rgb, do_rescale, input_data_format, kwargs.get("rescale_factor"))
         if needs_gradient(planes):
             raise ValueError(
                 "Pillow computes no gradients: give the detached image, or use the torchvision backend, "

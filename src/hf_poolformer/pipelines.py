@@ -1,22 +1,43 @@
-"""transformers' pipelines for segmentation and detection, which batch images that keep their proportions.
+"""transformers' pipelines, which see images as training does, and batch those that keep their proportions.
 
-Theirs put the pixels of a batch into one tensor, which for images of several sizes raises an error. Padding would
-change the statistics of GroupNorm. So images of one size are computed together, and every image as it would be alone.
+Theirs drop alpha before the image processor has seen it, name a class for scores that are NaN, and put the pixels of a
+batch into one tensor, which for images of several sizes raises an error. Padding would change the statistics of
+GroupNorm. So images of one size are computed together, and every image as it would be alone.
 """
 
 from typing import Any
 
 import torch
-from transformers.pipelines import PIPELINE_REGISTRY, ImageSegmentationPipeline, ObjectDetectionPipeline
+from PIL import Image, ImageOps
+from transformers.pipelines import (
+    PIPELINE_REGISTRY,
+    ImageClassificationPipeline,
+    ImageFeatureExtractionPipeline,
+    ImageSegmentationPipeline,
+    ObjectDetectionPipeline,
+)
 
-from .image_processing_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil
+from .image_pixels import pil_to_rgb
+from .image_processing_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil, open_image
 
 
 # What an image processor makes that is as large as the image.
 MAPS = ("pixel_values", "pixel_mask")
 
 
-class BatchesBySize:
+class OwnPixels:
+    """Mixed into a pipeline, before it. With image processors of other models it does nothing."""
+
+    def preprocess(self, image: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.image_processor, PoolFormerImageProcessor | PoolFormerImageProcessorPil):
+            if isinstance(image, str):
+                image = open_image(image, kwargs.get("timeout"))
+            if isinstance(image, Image.Image):
+                image = pil_to_rgb(ImageOps.exif_transpose(image))
+        return super().preprocess(image, *args, **kwargs)
+
+
+class BatchesBySize(OwnPixels):
     """Mixed into a pipeline, before it. With image processors of other models it does nothing."""
 
     def preprocess(self, image: Any, *args: Any, **kwargs: Any) -> Any:
@@ -64,6 +85,25 @@ class DetectionBySize(BatchesBySize, ObjectDetectionPipeline):
     pass
 
 
+class Classification(OwnPixels, ImageClassificationPipeline):
+    def postprocess(self, model_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if not model_outputs["logits"].isfinite().all():
+            raise ValueError("The model gives no finite scores (but NaN or infinity) for this image.")
+        return super().postprocess(model_outputs, *args, **kwargs)
+
+
+class FeatureExtraction(OwnPixels, ImageFeatureExtractionPipeline):
+    pass
+
+
+PIPELINES = {
+    "image-classification": Classification,
+    "image-feature-extraction": FeatureExtraction,
+    "image-segmentation": SegmentationBySize,
+    "object-detection": DetectionBySize,
+}
+
+
 def register_pipelines():
-    for task, pipeline in (("image-segmentation", SegmentationBySize), ("object-detection", DetectionBySize)):
+    for task, pipeline in PIPELINES.items():
         PIPELINE_REGISTRY.supported_tasks[task]["impl"] = pipeline

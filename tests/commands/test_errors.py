@@ -222,7 +222,12 @@ def test_the_extras_that_errors_name_exist():
         pytest.skip("needs tomllib")
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     brings = project["optional-dependencies"]
-    distributions = {"skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+    distributions = {
+        "pillow_heif": "pillow-heif",
+        "skimage": "scikit-image",
+        "sklearn": "scikit-learn",
+        "yaml": "pyyaml",
+    }
     for library, extra in EXTRAS.items():
         everything = brings[extra] + [
             text for name in brings for text in brings[name] if f"[{name}]" in str(brings[extra])

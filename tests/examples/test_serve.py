@@ -179,6 +179,31 @@ def assert_same(predictions, expected):
     assert [best["score"] for best in predictions] == pytest.approx(scores, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_are_an_error_of_that_image(start, value, caplog):
+    server = start(max_queue=64)
+
+    def spoil(module, arguments, keywords, outputs):
+        outputs.logits[keywords["pixel_values"].mean((1, 2, 3)) > 1.5] = value
+        return outputs
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), "white").save(buffer, "JPEG")
+    server.gate.predictor.model.register_forward_hook(spoil, with_kwargs=True)
+    good = predict(server.port, photograph())
+    server.gate.open.clear()
+    with ThreadPoolExecutor(3) as pool:
+        images = (photograph(), buffer.getvalue(), photograph())
+        answers = [pool.submit(predict, server.port, image) for image in images]
+        wait_until(lambda: server.service.accepted == 3)
+        server.gate.open.set()
+        (first, bad, last) = (answer.result() for answer in answers)
+    assert good[0] == first[0] == last[0] == 200
+    assert_same(first[1]["predictions"], good[1]["predictions"])
+    assert bad[0] == 500 and "no finite scores" in bad[1]["detail"]
+    assert "Traceback" not in caplog.text
+
+
 def test_answers_are_those_of_the_pipeline(start, model):
     port = start().port
     classify = pipeline("image-classification", model=str(model), device="cpu")

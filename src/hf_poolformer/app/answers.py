@@ -16,6 +16,7 @@ from ..prediction.inference import Predictor
 from ..training.decoding import BrokenImage, decode_image
 from ..training.dense.pictures import SHOWN_SCORE, colours, draw_map, draw_objects
 from ..training.errors import UserError
+from ..training.finite import check_finite
 from ..training.reports import new_figure
 from .models import DenseModel
 
@@ -100,7 +101,9 @@ def plain_scores(predictor: Predictor, image: Image.Image) -> dict[str, float]:
 @torch.inference_mode()
 def forward(dense: DenseModel, image: Image.Image) -> Any:
     inputs = dense.processor(image, return_tensors="pt").to(dense.device)
-    return dense.model(**inputs)
+    outputs = dense.model(**inputs)
+    check_finite(outputs.logits, "the model")
+    return outputs
 
 
 def find_classes(dense: DenseModel, image: Image.Image) -> Answer:

@@ -29,6 +29,7 @@ from ..export.folder import is_exported, no_model
 from ..prediction.inference import Predictor, find_device
 from ..training.errors import UserError
 from ..training.files import one_line
+from ..training.finite import check_weights
 from ..training.initialisation import why_not_loaded
 
 
@@ -197,6 +198,7 @@ class Models:
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:3])
             raise UserError(f"{source} is not a trained model for {task}: it has no weights for {missing}")
+        check_weights(model, source)
         model.to(self.device, memory_format=torch.channels_last).eval()
         return DenseModel(task, model, processor, self.device)
 

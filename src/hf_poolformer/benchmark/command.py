@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes.util
-import json
 import logging
 import os
 import shlex
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from hf_poolformer.training.errors import UserError
 
+from ..training.strict_json import to_json
 from . import report as reports
 from .case import DTYPES, Case, variants
 from .comparison import Runner
@@ -294,7 +294,7 @@ def run_exports(arguments: argparse.Namespace) -> int:
         written |= {arguments.output.with_suffix(f".{kind}"): kind for kind in ("json", "md")}
     for path, kind in written.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=2) + "\n" if kind == "json" else text, encoding="utf-8")
+        path.write_text(to_json(figures, indent=2) + "\n" if kind == "json" else text, encoding="utf-8")
     print(text)
     failed = exports.failures(tables)
     if failed:

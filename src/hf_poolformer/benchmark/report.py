@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import platform
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..training.strict_json import to_json
 from .comparison import Comparison, Result
 from .floor import Ceilings
 from .growth import Growth
@@ -375,7 +375,7 @@ def write(report: Report, prefix: Path) -> list[Path]:
 
 def write_json(report: Report, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(report.to_dict()), indent=1) + "\n", encoding="utf-8")
+    path.write_text(to_json(report.to_dict(), indent=1) + "\n", encoding="utf-8")
 
 
 def draw(report: Report, path: Path) -> bool:
@@ -508,12 +508,3 @@ def _ratio(value: float | None) -> str:
 def _error(result: Result) -> str:
     errors = [error for error in (result.logits_error, result.gradient_error) if error is not None]
     return " / ".join(f"{error:.0e}" for error in errors)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

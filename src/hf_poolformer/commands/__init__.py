@@ -47,6 +47,7 @@ EXTRAS = {
     "onnxscript": "export",
     "openvino": "export",
     "peft": "lora",
+    "pillow_heif": "heif",
     "psutil": "train",
     "pyarrow": "train",
     "pycocotools": "dense",

@@ -5,7 +5,6 @@ Holds no token, no path and no name of the machine.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+from ..training.strict_json import to_json
 from . import CommandParser, command
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Prints what there is."""
     arguments = parser(prog).parse_args(argv)
     facts = describe_environment()
-    print(json.dumps(facts, indent=2) if arguments.json else as_text(facts))
+    print(to_json(facts, indent=2) if arguments.json else as_text(facts))
     return 0
 
 

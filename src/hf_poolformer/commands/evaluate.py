@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 
+from ..training.strict_json import to_json
 from . import command, quieten
 
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if not PartialState().is_main_process:
         return 0
     if settings.json:
-        print(json.dumps({"model": settings.model, **results}, indent=2))
+        print(to_json({"model": settings.model, **results}, indent=2))
         return 0
     print(f"{settings.model}: {describe(results)}.")
     if settings.output_dir:

@@ -10,12 +10,12 @@ exact where the head is linear. What lies outside of the model's centre crop is 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..training.errors import UserError
+from ..training.strict_json import to_json
 from . import CommandParser, add_model_arguments, command, quieten
 
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     caption = f"{METHODS[arguments.method]}, stage {stage} of {stages}"
     write_explanation(output, explanation, title=arguments.image.name, caption=caption)
     if arguments.json:
-        print(json.dumps(summary(explanation, arguments, output), indent=2, ensure_ascii=False))
+        print(to_json(summary(explanation, arguments, output), indent=2, ensure_ascii=False))
         return 0
     width = max(len(found.label) for found in explanation.classes)
     for found in explanation.classes:

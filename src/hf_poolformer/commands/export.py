@@ -12,10 +12,10 @@ labels, processor settings, versions and a card in it. `predict` and `evaluate` 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..training.strict_json import to_json
 from . import CommandParser, add_model_arguments, command, quieten
 
 
@@ -79,5 +79,5 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         summary = export_model(
             **options, dynamic_size=None if dynamic is None else dynamic == "true", progress=bar.set_description_str
         )
-    print(json.dumps(dataclasses.asdict(summary), indent=2, default=str) if as_json else summary)
+    print(to_json(dataclasses.asdict(summary), indent=2, default=str) if as_json else summary)
     return 0

@@ -11,13 +11,13 @@ on where it was.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..training.strict_json import to_json
 from . import CommandParser, add_model_arguments, command, quieten
 
 
@@ -75,5 +75,5 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         print(f"broken: {example}", file=sys.stderr)
     # Of several processes, the one that came last speaks for all.
     if summary.complete or int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        print(json.dumps(dataclasses.asdict(summary), indent=2, default=str) if as_json else summary)
+        print(to_json(dataclasses.asdict(summary), indent=2, default=str) if as_json else summary)
     return 0 if summary.predicted or not summary.broken else 1

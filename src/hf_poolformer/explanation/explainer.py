@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from ..prediction.inference import Predictor, class_scores
 from ..training.errors import UserError
+from ..training.finite import check_finite
 from .geometry import lay_on_image, visible_region
 from .gradcam import gradcam
 
@@ -89,7 +90,8 @@ def explain(
         method, stage: of `gradcam`.
 
     Raises:
-        UserError: the model has no such class, or `gradcam` or the processor's geometry refuses.
+        UserError: the model has no such class, `gradcam` or the processor's geometry refuses, or its
+            scores are not finite.
     """
     config = predictor.model.config
     wanted = None if classes is None else [find_class(config, name) for name in classes]
@@ -99,8 +101,10 @@ def explain(
     if wanted is None:
         with torch.inference_mode():
             logits = predictor.model(pixel_values.to(predictor.device, predictor.model.dtype)).logits
+        check_finite(logits, predictor.name)
         wanted = logits[0].float().topk(min(top_k, config.num_labels)).indices.tolist()
     found = gradcam(predictor.model, pixel_values, wanted, method=method, stage=stage)
+    check_finite(found.logits, predictor.name)
     scores = class_scores(found.logits, config)[0].tolist()
     drawn = for_drawing(image)
     place = region.scaled(drawn.width / image.width, drawn.height / image.height)

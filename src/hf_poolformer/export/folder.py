@@ -16,6 +16,7 @@ from typing import Any
 
 from ..training.errors import UserError
 from ..training.files import one_line
+from ..training.strict_json import to_json
 
 
 try:
@@ -314,7 +315,7 @@ def _umask() -> int:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
 
 
 def digest(path: Path) -> str:

@@ -23,6 +23,7 @@ from transformers import (
 from .. import __version__
 from ..token_mixers import Attention
 from ..training.errors import UserError
+from ..training.finite import check_weights
 from ..training.initialisation import why_not_loaded
 from . import formats
 from .card import render_card
@@ -234,7 +235,7 @@ def load_source(name: str, **where: Any) -> tuple[nn.Module, Any, str]:
     Model in inference mode, image processor, and task.
 
     Raises:
-        UserError: no such model, none that can be exported, or one without trained weights.
+        UserError: no such model, none that can be exported, or one without trained, finite weights.
     """
     folder = Path(name)
     if is_exported(folder):
@@ -261,6 +262,7 @@ def load_source(name: str, **where: Any) -> tuple[nn.Module, Any, str]:
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise UserError(f"{name} is not a trained model of its kind: it has no weights for {missing}")
+    check_weights(model, name)
     check_channels(name, processor, getattr(model.config, "num_channels", 3))
     return model.float().eval(), processor, "semantic-segmentation" if segments else "image-classification"
 

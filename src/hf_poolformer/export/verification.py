@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ..training.errors import UserError
 from ..training.files import one_line
+from ..training.finite import check_finite
 from .formats import activation_of, pixel_affine, scores
 from .images import Sample
 from .runtime import ExportedModel
@@ -379,13 +380,15 @@ def judge(report: Report, agreement: float) -> None:
 def reference(model: nn.Module, pixel_values: torch.Tensor, images: str | None = None) -> torch.Tensor:
     """The model's own logits; with `images`, of a size that is not its own, it may refuse."""
     try:
-        return model(pixel_values=pixel_values).logits
+        logits = model(pixel_values=pixel_values).logits
     except Exception as error:
         if images is None:
             raise
         raise UserError(
             f"the model itself takes no {images}: {one_line(error)}; --dynamic_size false exports it for its own size"
         ) from error
+    check_finite(logits, "the model itself")
+    return logits
 
 
 def answer(exported: ExportedModel, pixel_values: torch.Tensor, images: str) -> torch.Tensor:

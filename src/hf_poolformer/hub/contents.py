@@ -19,6 +19,7 @@ import yaml
 from huggingface_hub.serialization import save_torch_state_dict
 
 from ..export.folder import is_exported, no_model
+from ..training.strict_json import to_json
 from . import cards, dataset_cards
 
 
@@ -210,6 +211,7 @@ def check_model(folder: Path, contents: Contents) -> None:
             safetensors_header(folder / name)
         except (OSError, ValueError) as error:
             raise PublishError(f"{folder / name} is damaged: {error}") from None
+    check_numbers(folder, weights)
     config = read_json(folder / "config.json")
     for entry in config.get("auto_map", {}).values():
         module = f"{entry.rpartition('--')[2].split('.')[0]}.py"
@@ -217,6 +219,23 @@ def check_model(folder: Path, contents: Contents) -> None:
             raise PublishError(
                 f"{folder} lacks {module}, the code that config.json names; save the model again with save_pretrained"
             )
+
+
+def check_numbers(folder: Path, weights: Sequence[str]) -> None:
+    """PublishError for weights that are NaN or infinite: the answers of such a model are none."""
+    from safetensors import safe_open
+
+    from ..training.errors import UserError
+    from ..training.finite import all_finite, refuse_weights
+
+    broken = []
+    for name in weights:
+        with safe_open(folder / name, framework="pt") as file:
+            broken += [key for key in file.keys() if not all_finite(file.get_tensor(key))]  # noqa: SIM118
+    try:
+        refuse_weights(broken, str(folder))
+    except UserError as error:
+        raise PublishError(str(error)) from None
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
@@ -355,7 +374,7 @@ def hide_in_text(text: str, suffix: str, private: Sequence[str]) -> str:
     if hidden == value:
         return text
     if suffix == ".json":
-        return json.dumps(hidden, indent=2 if "\n" in text.strip() else None, ensure_ascii=False) + "\n"
+        return to_json(hidden, indent=2 if "\n" in text.strip() else None, ensure_ascii=False) + "\n"
     return yaml.safe_dump(hidden, sort_keys=False, allow_unicode=True)
 
 

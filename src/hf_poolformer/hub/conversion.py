@@ -10,7 +10,6 @@ import functools
 import glob
 import html
 import io
-import json
 import os
 import re
 import shutil
@@ -50,6 +49,8 @@ from hf_poolformer.hub.key_maps import FORMATS, OFFICIAL_FIRST, OFFICIAL_SECOND,
 from hf_poolformer.hub.weights import ConversionError, Source, listed, one_line, open_source
 from hf_poolformer.image_processing_poolformer import PoolFormerImageProcessor
 from hf_poolformer.modeling_poolformer import AUTO_CLASSES
+
+from ..training.strict_json import to_json
 
 
 try:
@@ -682,7 +683,7 @@ def write_timm(checkpoint: Checkpoint, folder: Path) -> None:
         "label_names": [config.id2label[index] for index in range(config.num_labels)],
         "pretrained_cfg": published,
     }
-    (folder / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    (folder / "config.json").write_text(to_json(content, indent=2), encoding="utf-8")
 
 
 def foreign(checkpoint: Checkpoint, target: Format) -> dict[str, torch.Tensor]:

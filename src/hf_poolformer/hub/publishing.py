@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -29,6 +28,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from ..training.strict_json import to_json
 from .contents import REPO_TYPES, Contents, PublishError, collect
 from .dataset_cards import size_text
 from .spaces import space_contents
@@ -516,7 +516,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         print(f"interrupted; {folder} is complete.\nTo go on: {command}", file=sys.stderr)
         return 130
     if arguments.json:
-        print(json.dumps(dataclasses.asdict(published), indent=2))
+        print(to_json(dataclasses.asdict(published), indent=2))
         return 0
     for note in published.notes:
         print(f"note: {note}")
@@ -545,7 +545,7 @@ def list_contents(folder: Path, repo_id: str, arguments: argparse.Namespace) -> 
             page = space_contents(contents, repo_id)
             contents.notes.append(f"a Space would have {', '.join(sorted(page.files))}")
     if arguments.json:
-        print(json.dumps({"files": sizes, "left_out": contents.left_out, "notes": contents.notes}, indent=2))
+        print(to_json({"files": sizes, "left_out": contents.left_out, "notes": contents.notes}, indent=2))
         return 0
     print(f"{folder} -> {arguments.repo_type} {repo_id}: {len(sizes)} files, {size_text(sum(sizes.values()))}")
     for name, size in sizes.items():

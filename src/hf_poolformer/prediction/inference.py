@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from ..export.folder import is_exported
 from ..training.decoding import BrokenImage, decode_image
 from ..training.errors import UserError
 from ..training.files import one_line
+from ..training.finite import finite_answers, refuse_not_finite
 from ..training.initialisation import belongs_to_head, load_checkpoint
 from ..training.workers import prepare_worker
 
 
 LABEL_COLUMNS = ("label", "score", "labels", "scores")
+NOT_FINITE = "the model gives no finite scores (but NaN or infinity) for this image"
 
 
 def decode(items: Sequence[tuple[str, Any]], processor: Any) -> dict[str, Any]:
@@ -51,6 +54,7 @@ class Predictor:
     """A classifier on its device, and its image processor.
 
     Attributes:
+        name: for messages, which strangers may read: of a folder the last part.
         columns: what a row holds besides `path` and `error`: `LABEL_COLUMNS` and, if asked for, `embedding`.
         embedding_size: length of an embedding, None if there are none.
     """
@@ -97,8 +101,10 @@ class Predictor:
                 f"{name} has no classes: it is a feature extractor (num_labels is 0), whose features "
                 "`hf-poolformer predict --embeddings` writes"
             )
+        self.name = Path(name).resolve().name if Path(name).is_dir() else name
         self.top_k = top_k
         self.dtype = dtype
+        self._answered = False  # with a finite number, yet
         self._headless = headless
         self._head = None if headless else _head(self.model)
         if embeddings and self._head is None and not headless and self.model.config.num_labels:
@@ -130,7 +136,13 @@ class Predictor:
 
     @torch.inference_mode()
     def rows(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """Predictions for what `decode` returned, in order; of a broken image all but `path` and `error` is None."""
+        """Predictions for what `decode` returned, in order; of a broken image all but `path` and `error` is None.
+
+        An image for which the model gives NaN or infinity is a row with an error.
+
+        Raises:
+            UserError: so are all images of a size, and there has been no other answer yet; or too little memory.
+        """
         rows = [
             {"path": name, **dict.fromkeys(self.columns), "error": error}
             for name, error in zip(batch["names"], batch["errors"], strict=True)
@@ -142,11 +154,20 @@ class Predictor:
                 raise UserError(
                     f"{len(pixel_values)} images at once need too much memory: lower --batch_size"
                 ) from error
+            finite = finite_answers(outputs.logits.float()) if self._labels else finite_answers(features.float())
+            if features is not None:
+                finite &= finite_answers(features.float())
+            finite = finite.tolist()
+            self._answered |= any(finite)
+            if not self._answered:
+                refuse_not_finite(len(finite), len(finite), self.name)
             if self._labels:
                 self._add_labels(rows, indices, outputs.logits.float())
             if features is not None:
                 for index, embedding in zip(indices, features.float().cpu().numpy(), strict=True):
                     rows[index]["embedding"] = embedding
+            for index in (index for index, usable in zip(indices, finite, strict=True) if not usable):
+                rows[index] |= {**dict.fromkeys(self.columns), "error": NOT_FINITE}
         return rows
 
     def _forward(self, pixel_values: torch.Tensor) -> tuple[Any, torch.Tensor | None]:

@@ -28,6 +28,7 @@ from typing import Any
 
 from ..training.errors import UserError
 from ..training.files import one_line
+from ..training.strict_json import to_json
 from .inference import Predictor
 from .inputs import Position, Shard
 from .tables import put_in_place, table, unwritable
@@ -97,7 +98,7 @@ def claim_folder(folder: Path, run: dict[str, Any], about: dict[str, Any]) -> st
     """
     manifest = folder / MANIFEST
     if not manifest.exists():
-        _publish(manifest, json.dumps({"run": run, **about}, indent=2, default=str))
+        _publish(manifest, to_json({"run": run, **about}, indent=2, default=str))
     try:
         there = json.loads(manifest.read_text(encoding="utf-8"))["run"]
         differing = [name for name in run.keys() | there.keys() if run.get(name) != there.get(name)]
@@ -118,7 +119,7 @@ def claim_folder(folder: Path, run: dict[str, Any], about: dict[str, Any]) -> st
 
 
 def fingerprint(run: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(to_json(run, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def clear_folder(folder: Path) -> None:
@@ -197,7 +198,7 @@ class Parts:
             part = Part(0, 0, False, {}, self._run)
 
             def metadata(part: Part = part) -> dict[str, str]:
-                return {_KEY: json.dumps(dataclasses.asdict(part))}
+                return {_KEY: to_json(dataclasses.asdict(part))}
 
             with table(self.path(tag.shard, tag.chunk), columns, predictor.embedding_size, metadata) as write:
                 while True:
@@ -231,7 +232,7 @@ class Parts:
             "broken": broken,
             "parts": {path.name: part.rows for path, part in parts},
         }
-        _publish(self.folder / SUMMARY, json.dumps(summary, indent=2), replace=True)
+        _publish(self.folder / SUMMARY, to_json(summary, indent=2), replace=True)
         return summary
 
 

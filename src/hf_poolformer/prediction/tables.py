@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 
 from ..training.errors import UserError
 from ..training.files import one_line
+from ..training.strict_json import to_json
 
 
 Write = Callable[[Iterable[dict[str, Any]]], None]
@@ -165,7 +165,7 @@ def _csv(path: Path, columns: Sequence[str], embedding_size: int | None, metadat
 
         def write(rows: Iterable[dict[str, Any]]) -> None:
             for row in map(_plain, rows):
-                lists = {key: json.dumps(row[key], ensure_ascii=False) for key in _LISTS if row.get(key)}
+                lists = {key: to_json(row[key], ensure_ascii=False) for key in _LISTS if row.get(key)}
                 writer.writerow({**row, **lists})
 
         yield write
@@ -177,7 +177,7 @@ def _jsonl(path: Path, columns: Sequence[str], embedding_size: int | None, metad
 
         def write(rows: Iterable[dict[str, Any]]) -> None:
             for row in map(_plain, rows):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(to_json(row, ensure_ascii=False) + "\n")
 
         yield write
 

@@ -13,6 +13,7 @@ from typing import Any
 from .arguments import TrainingSettings
 from .errors import Diverged, UserError
 from .loop import train
+from .strict_json import to_json
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def measure(name: str, base: TrainingSettings, output_dir: Path, seed: int) -> d
         "diverged": diverged,
     }
     result_file.parent.mkdir(parents=True, exist_ok=True)
-    result_file.write_text(json.dumps(result, indent=2) + "\n")
+    result_file.write_text(to_json(result, indent=2) + "\n")
     return result
 
 

@@ -43,6 +43,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import UserError
+from .strict_json import to_json
 
 
 logger = logging.getLogger(__name__)
@@ -288,7 +289,7 @@ def write(root: Path, taken: Snapshot, keep: int = 0) -> Path:
         save_file(weights, str(temporary / "model.safetensors"), metadata={"format": "pt"})
         save_tensors(taken.shared, temporary / "state.pt")
         save_tensors(taken.processes, temporary / "processes.pt")
-        progress = json.dumps(taken.progress, indent=2)
+        progress = to_json(taken.progress, indent=2)
         (temporary / "progress.json").write_text(progress, encoding="utf-8")
         seal(temporary)
         if target.exists():
@@ -497,7 +498,7 @@ def seal(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         sync(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": digest(path)}
-    (folder / MARKER).write_text(json.dumps({"files": files}, indent=2), encoding="utf-8")
+    (folder / MARKER).write_text(to_json({"files": files}, indent=2), encoding="utf-8")
     sync(folder / MARKER)
     sync(folder)
 
@@ -525,7 +526,7 @@ def best_of(root: Path) -> tuple[int, float] | None:
 def mark_best(root: Path, step: int, value: float) -> None:
     """Makes `step-N` the one that stays; the one before it loses this privilege."""
     temporary = root / f".{BEST}"
-    temporary.write_text(json.dumps({"step": step, "value": value}), encoding="utf-8")
+    temporary.write_text(to_json({"step": step, "value": value}), encoding="utf-8")
     sync(temporary)
     temporary.replace(root / BEST)
 

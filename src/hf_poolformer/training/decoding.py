@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..image_processing_poolformer import pil_to_rgb
+from ..image_pixels import changes_colours, open_encoded, pil_to_rgb
 from .files import one_line
 
 
@@ -80,7 +80,7 @@ class EncodedImage:
                     self._file, image = None, source
                 else:
                     self._file = self._files.enter_context(_open_source(source, token))
-                    image = self._files.enter_context(Image.open(self._file))
+                    image = self._files.enter_context(open_encoded(self._file))
                 _judge_size(*image.size, max_pixels, max_aspect_ratio)
                 self._image = image
                 self._scalable = self._file is not None and image.format in ("JPEG", "MPO")
@@ -103,7 +103,7 @@ class EncodedImage:
         self._files.close()
 
     def decode(self, reduction: int = 1) -> tuple[Image.Image, int]:
-        """The image, RGB and upright, and how many times smaller it is than it was stored.
+        """The image, RGB in the colours of sRGB and upright, and how many times smaller it is than it was stored.
 
         Args:
             reduction: 1, 2, 4 or 8. JPEGs shrink by it, the incomplete pixels at the right and bottom edge of the
@@ -126,13 +126,14 @@ class EncodedImage:
     def plain_jpeg(self) -> bytes | None:
         """The encoded bytes if they are a JPEG such as every decoder reads: whole, grey or YCbCr. None otherwise.
 
-        Not plain are CMYK, RGB stored as such, several pictures in one file, and a file without its end, of which
-        decoders make different things. Arithmetic coding is not looked for: a decoder that lacks it says so.
+        Not plain are CMYK, RGB stored as such, colours of another profile than sRGB, several pictures in one file, and
+        a file without its end, of which decoders make different things. Arithmetic coding is not looked for: a decoder
+        that lacks it says so.
         """
         image = self._image
         if not self._scalable or image.format != "JPEG" or image.mode not in ("L", "RGB"):
             return None
-        if image.mode == "RGB" and image.info.get("adobe_transform") == 0:
+        if (image.mode == "RGB" and image.info.get("adobe_transform") == 0) or changes_colours(image):
             return None
         with _broken_if_it_fails():
             self._file.seek(0)
@@ -147,7 +148,9 @@ def decode_image(
     max_aspect_ratio: float = MAX_ASPECT_RATIO,
     token: str | bool | None = None,
 ) -> Image.Image:
-    """Decodes one image to RGB, upright, first frame; arguments and errors as of `EncodedImage`."""
+    """Decodes one image to RGB, upright, first frame; arguments and errors as of `EncodedImage`.
+
+    What becomes of alpha, profiles, 16 bits and floats is in `image_pixels.py`."""
     with EncodedImage(source, max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio, token=token) as encoded:
         return encoded.decode()[0]
 

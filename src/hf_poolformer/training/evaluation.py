@@ -23,6 +23,7 @@ from .arguments import EvaluationSettings, read_yaml
 from .augmentation import EvalTransform
 from .classes import Classes
 from .errors import UserError
+from .finite import finite_answers, refuse_not_finite
 from .initialisation import first_line, load_checkpoint
 from .metrics import Accuracy, ConfusionMatrix, PerClassAccuracy, TopKAccuracy
 from .reports import write_confusion_matrix, write_json
@@ -64,7 +65,7 @@ def evaluate(
         NaN for classes without images), `confusion_matrix` (int64 array, true by predicted; None beyond 5000 classes).
 
     Raises:
-        UserError: no image at all, or labels that the model does not have.
+        UserError: no image at all, labels that the model does not have, or outputs that are not finite.
     """
     # The bare model: DistributedDataParallel would wait for the others in every forward pass.
     bare = accelerator.unwrap_model(model)
@@ -72,6 +73,7 @@ def evaluate(
     bare.eval()
     device, depth = accelerator.device, min(max(topk), num_labels)
     loss_sum = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    unusable = torch.zeros((), device=device, dtype=torch.int64)
     rankings, references, skipped, stopped, fault = [], [], [], False, None
     start = time.perf_counter()
     try:
@@ -84,6 +86,7 @@ def evaluate(
             pixel_values = batch["pixel_values"].to(device, memory_format=memory_format, non_blocking=True)
             with accelerator.autocast():
                 logits = bare(pixel_values=pixel_values).logits.float()
+            unusable += (~finite_answers(logits)).sum()  # counted on the device, which nobody waits for
             loss_sum += nn.functional.cross_entropy(logits, labels.to(device, non_blocking=True), reduction="sum")
             rankings.append(logits.topk(depth).indices)
             references.append(labels)
@@ -97,6 +100,7 @@ def evaluate(
         "ranked": torch.cat(rankings).cpu().numpy() if rankings else np.zeros((0, depth), dtype=np.int64),
         "labels": torch.cat(references).numpy() if references else np.zeros(0, dtype=np.int64),
         "loss": loss_sum.item(),
+        "unusable": unusable.item(),
         "skipped": len(skipped),
     }
     parts = gather_object([mine])
@@ -115,6 +119,7 @@ def evaluate(
         raise UserError("there is no image to evaluate on: the split is empty, or every image in it is broken.")
     if hasattr(loader, "judge"):  # a list of batches has none
         loader.judge(len(labels) + missed, missed)
+    refuse_not_finite(sum(part["unusable"] for part in parts), len(labels), "the model")
     best = {"predictions": ranked[:, 0], "references": labels}
     results = {
         "eval_accuracy": metric(Accuracy).compute(**best)["accuracy"],

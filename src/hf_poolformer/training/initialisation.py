@@ -18,6 +18,7 @@ from ..image_processing_poolformer import PoolFormerImageProcessor
 from .arguments import TrainingSettings
 from .classes import class_key
 from .errors import UserError
+from .finite import check_weights
 
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def load_checkpoint(
         model, processor, and the names of the weights that did not come from the checkpoint.
 
     Raises:
-        UserError: there is no such checkpoint, or it is not an image classifier.
+        UserError: there is no such checkpoint, it is not an image classifier, or its weights are not finite.
     """
     where = {"revision": revision, "token": token, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
     try:
@@ -53,6 +54,7 @@ def load_checkpoint(
     except Exception as error:
         # Whatever a foreign folder provokes: missing files, wrong types, a truncated safetensors file, no network.
         raise UserError(why_not_loaded(name, error)) from error
+    check_weights(model, name)
     check_colours(name, model.config, processor)
     mismatched = [item[0] for item in info["mismatched_keys"]]
     return model, processor, sorted({*info["missing_keys"], *mismatched})

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .errors import UserError
+from .strict_json import to_json
 
 
 SKIPPED = "skipped.csv"
@@ -37,12 +38,12 @@ class RunLog:
         self.rows: list[dict[str, Any]] = []
         if resume_step is not None and path.is_file():
             self.rows = [row for row in read_rows(path) if row.get("step", 0) <= resume_step]
-        replace_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        replace_text(path, "".join(to_json(row) + "\n" for row in self.rows))
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(to_json(row) + "\n")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -109,7 +110,7 @@ def resume_command(output_dir: Path, num_processes: int, cpu: bool) -> str:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    replace_text(path, json.dumps(values, indent=2) + "\n")
+    replace_text(path, to_json(values, indent=2) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..finite import check_finite
 from .augmentation import collate
 from .data import Truth
 from .metrics import DetectionMetric, SegmentationMetric
@@ -67,7 +68,7 @@ def evaluate(
         `eval_runtime` in seconds, `eval_samples_per_second`; and the examples.
 
     Raises:
-        UserError: there is no image to evaluate on.
+        UserError: there is no image to evaluate on, or outputs are not finite.
     """
     # The bare model: DistributedDataParallel would wait for the others in every forward pass.
     bare = accelerator.unwrap_model(model)
@@ -139,6 +140,7 @@ def predict(
         pixel_values, _ = collate(images, 1)
         with accelerator.autocast():
             outputs = model(pixel_values=pixel_values.to(device, memory_format=torch.channels_last))
+        check_finite(outputs.logits, "the model")
         maps = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
         return [values.cpu().numpy() for values in maps]
     pixel_values, pixel_mask = collate(images, DIVISOR)
@@ -147,6 +149,7 @@ def predict(
         inputs["pixel_mask"] = pixel_mask.to(device)
     with accelerator.autocast():
         outputs = model(**inputs)
+    check_finite(outputs.logits, "the model")
     found = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
     masks: list[Any] = [None] * len(found)
     if task == "instance-segmentation":

@@ -18,6 +18,7 @@ from transformers import (
 from ...configuration_poolformer import VARIANTS, MetaFormerConfig
 from ...image_processing_poolformer import PoolFormerImageProcessor
 from ..errors import UserError
+from ..finite import check_weights
 from ..initialisation import first_line, looks_like_checkpoint, shown, why_not_loaded
 from .arguments import DenseSettings
 
@@ -91,6 +92,7 @@ def from_checkpoint(settings: DenseSettings, names: list[str], changes: dict[str
         )
     except Exception as error:  # whatever a foreign folder provokes
         raise UserError(why_not_loaded(name, error, "the start of a segmenter or detector")) from error
+    check_weights(model, name)
     fresh = sorted({*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])})
     # The norms of the feature maps are the backbone's, but no classifier has them.
     body = f"{model.base_model_prefix}."
