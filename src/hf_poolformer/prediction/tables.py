@@ -12,6 +12,7 @@ from typing import Any
 
 from ..training.errors import UserError
 from ..training.files import one_line
+from ..training.folders import put_in_place
 
 
 Write = Callable[[Iterable[dict[str, Any]]], None]
@@ -94,23 +95,6 @@ def table(
         raise unwritable(output, error) from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def put_in_place(partial: Path, target: Path) -> None:
-    """Renames a finished file when it has reached the disk, and makes the disk remember the name."""
-    sync(partial)
-    os.replace(partial, target)
-    if os.name != "nt":  # folders cannot be opened there, and renames need no help
-        sync(target.parent)
-
-
-def sync(path: Path) -> None:
-    """fsync of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def unwritable(output: Path, error: OSError) -> UserError:

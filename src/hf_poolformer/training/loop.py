@@ -34,7 +34,7 @@ from .evaluation import check_labels, evaluate, named_results
 from .initialisation import initial_model, label_order
 from .optimisation import WeightAverage, make_optimizer, make_schedule, scaled_learning_rate
 from .preparation import begin, due, make_accelerator, make_loaders, open_data, plan, prepare_output
-from .processes import Agreement, Stopped, StopSignal, telling_of_lost_processes
+from .processes import Agreement, Stopped, StopSignal, alone_in_its_folder, telling_of_lost_processes
 from .reports import (
     RunLog,
     describe,
@@ -91,6 +91,7 @@ class Run:
         return self.state.progress
 
 
+@alone_in_its_folder
 def train(settings: TrainingSettings, make_loaders: Callable[..., tuple[Any, Any]] = make_loaders) -> dict[str, Any]:
     """Trains a classifier as the settings say and leaves everything about it in `settings.output_dir`.
 

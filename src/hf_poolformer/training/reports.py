@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .errors import UserError
+from .folders import put_in_place
 
 
 SKIPPED = "skipped.csv"
@@ -118,7 +119,7 @@ def replace_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}.") from error
 

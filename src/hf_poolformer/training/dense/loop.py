@@ -22,7 +22,7 @@ from ..initialisation import label_order
 from ..loop import Run, finish, keep_if_best, record, running, save_and_leave, train_epochs, training_figures
 from ..optimisation import WeightAverage, make_optimizer, scaled_learning_rate
 from ..preparation import begin, make_accelerator, plan, prepare_output
-from ..processes import Agreement
+from ..processes import Agreement, alone_in_its_folder
 from ..reports import write_json
 from .arguments import DenseSettings
 from .augmentation import collate, collate_maps
@@ -37,6 +37,7 @@ from .pictures import METRICS, write_curves, write_predictions
 PICTURES = 8  # predictions in the picture
 
 
+@alone_in_its_folder
 def train(settings: DenseSettings) -> dict[str, Any]:
     """Trains a segmenter or detector as the settings say and leaves everything about it in `settings.output_dir`.
 
