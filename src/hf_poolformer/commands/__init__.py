@@ -120,6 +120,9 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # names of files and classes may hold any byte
         try:
             with sigterm_as_interrupt():
                 status = main(argv, prog)

@@ -22,6 +22,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..training.names import undecodable_escaped
 from .card_tasks import DenseTask, task_of
 
 
@@ -618,6 +619,7 @@ def _emissions_text(results: Mapping[str, Any]) -> str:
 
 def _one_line(text: str) -> str:
     """One line, without control characters and without the marks that reverse the direction of writing."""
+    text = undecodable_escaped(text)
     text = "".join(" " if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char for char in text)
     text = "".join(char for char in text if unicodedata.category(char) not in ("Cf", "Cs", "Co", "Cn"))
     return " ".join(text.split())

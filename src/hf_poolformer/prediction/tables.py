@@ -13,6 +13,7 @@ from typing import Any
 from ..training.errors import UserError
 from ..training.files import one_line
 from ..training.folders import put_in_place
+from ..training.names import undecodable_escaped
 
 
 Write = Callable[[Iterable[dict[str, Any]]], None]
@@ -79,7 +80,7 @@ def table(
 
             def write_or_explain(rows: Iterable[dict[str, Any]]) -> None:
                 try:
-                    write([{**row, "path": _printable(row["path"])} for row in rows])
+                    write([{**row, "path": undecodable_escaped(row["path"])} for row in rows])
                 except OSError as error:
                     raise unwritable(output, error) from error
 
@@ -176,8 +177,3 @@ WRITERS: dict[str, Callable[..., AbstractContextManager[Write]]] = {
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     embedding = row.get("embedding")
     return row if embedding is None else {**row, "embedding": embedding.tolist()}
-
-
-def _printable(path: str) -> str:
-    """File names are bytes; those that are not UTF-8 are written with escapes."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -37,6 +37,7 @@ from .preparation import begin, due, make_accelerator, make_loaders, open_data, 
 from .processes import Agreement, Stopped, StopSignal, alone_in_its_folder, telling_of_lost_processes
 from .reports import (
     RunLog,
+    best_effort,
     describe,
     note_skipped,
     resume_command,
@@ -192,7 +193,8 @@ def train(settings: TrainingSettings, make_loaders: Callable[..., tuple[Any, Any
         results, matrix = final_results(run)
         run.saver.finish()
     if meter is not None:
-        results.update(meter.stop())
+        with best_effort("measuring the emissions"):
+            results.update(meter.stop())
 
     final = trained_model(run)
     if accelerator.is_main_process:
@@ -383,7 +385,8 @@ def record(run: Run, row: dict[str, Any]) -> None:
     if run.log is not None:
         run.log.add(row)
     figures = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
-    run.accelerator.log(figures, step=row["step"])
+    with best_effort("telling the experiment trackers"):
+        run.accelerator.log(figures, step=row["step"])
 
 
 def evaluate_now(run: Run) -> dict[str, Any]:
@@ -492,15 +495,18 @@ def save_model(
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     write_json(output_dir / "all_results.json", results)
-    write_curves(output_dir / "curves.png", run.log.rows)
+    with best_effort("drawing the curves"):
+        write_curves(output_dir / "curves.png", run.log.rows)
     if matrix is not None:
-        write_confusion_matrix(output_dir / "confusion_matrix.png", matrix, label_names)
-    write_training_card(
-        output_dir,
-        results=results,
-        settings=settings.to_dict(),
-        dataset_name=settings.dataset_name,
-        base_model=settings.model_name_or_path,
-        label_names=label_names,
-        repo_id=settings.hub_model_id,
-    )
+        with best_effort("drawing the confusion matrix"):
+            write_confusion_matrix(output_dir / "confusion_matrix.png", matrix, label_names)
+    with best_effort("writing the model card"):
+        write_training_card(
+            output_dir,
+            results=results,
+            settings=settings.to_dict(),
+            dataset_name=settings.dataset_name,
+            base_model=settings.model_name_or_path,
+            label_names=label_names,
+            repo_id=settings.hub_model_id,
+        )

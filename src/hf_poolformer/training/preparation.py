@@ -16,7 +16,7 @@ from .augmentation import EvalTransform
 from .device_pipeline import make_pipeline
 from .errors import UserError
 from .evaluation import check_classification, data_workers, skip_limit
-from .reports import RunLog
+from .reports import RunLog, best_effort
 
 
 def make_accelerator(settings: TrainingSettings, fsdp: bool = False) -> Accelerator:
@@ -243,7 +243,8 @@ def begin(
         log = RunLog(output_dir / "training_log.jsonl", progress.step if resume_from else None)
     if accelerator.log_with:
         config = {name: value if value is not None else "" for name, value in settings.to_dict().items()}
-        accelerator.init_trackers("hf-poolformer", config=config)
+        with best_effort("starting the experiment trackers"):
+            accelerator.init_trackers("hf-poolformer", config=config)
     return log
 
 
