@@ -18,6 +18,7 @@ from ..training.errors import UserError
 from ..training.files import one_line
 from ..training.folders import Taken, give_back, take
 
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "export.json"

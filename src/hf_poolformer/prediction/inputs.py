@@ -14,6 +14,7 @@ from ..training.decoding import BrokenImage, describe_source
 from ..training.errors import UserError
 from ..training.faults import Patience, is_transient
 from ..training.files import IMAGE_SUFFIXES, PARQUET_SUFFIXES, TAR_SUFFIXES, is_saved_dataset, list_files, one_line
+from ..training.fingerprints import hub_commit, state_of_files, state_of_path
 
 
 DATASET_SUFFIXES = PARQUET_SUFFIXES | TAR_SUFFIXES
@@ -35,6 +36,10 @@ class Shard(abc.ABC):
 
     key: str
     count: int | None
+
+    def state(self) -> str:
+        """Tells whether its images are still what they were; "" where that is not known."""
+        return ""
 
     @abc.abstractmethod
     def read(self, position: Position) -> Iterator[Item]:
@@ -58,6 +63,9 @@ class FileShard(Shard):
     def __post_init__(self) -> None:
         self.key = "\0".join(map(str, self.files))
         self.count = len(self.files)
+
+    def state(self) -> str:
+        return state_of_files(self.files)
 
     def read(self, position: Position) -> Iterator[Item]:
         for file in self.files[position.row :]:
@@ -103,6 +111,7 @@ class StreamShard(Shard):
         groups: the units of the storage that belong to this shard, None for all.
         first: number of its first row in what `prefix` names.
         by_name: rows are called by their names (in a tar), not by their numbers.
+        commit: of a dataset of the Hub.
     """
 
     stream: Any
@@ -112,10 +121,14 @@ class StreamShard(Shard):
     by_name: bool
     groups: range | None = None
     first: int = 0
+    commit: str | None = None
     key: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         self.key = f"{self.prefix} {self.groups} {self.count}"
+
+    def state(self) -> str:
+        return self.commit or state_of_path(self.prefix) or ""
 
     def read(self, position: Position) -> Iterator[Item]:
         patience = Patience()
@@ -213,10 +226,13 @@ class HubDataset(Images):
     def __post_init__(self) -> None:
         self._dataset = open_dataset(self.name, **self.options)
         self.count = self._dataset.num_examples
+        self._commit = (
+            None if Path(self.name).exists() else hub_commit(self.name, "dataset", None, self.options["token"])
+        )
 
     def shards(self, size: int | None) -> list[Shard]:
         stream = self._dataset.stream.select_columns([self._dataset.image_column])
-        how = {"image_column": self._dataset.image_column, "by_name": False}
+        how = {"image_column": self._dataset.image_column, "by_name": False, "commit": self._commit}
         number = stream.num_shards
         if size is None or number == 1:
             return [StreamShard(stream, count=self.count, prefix=self.name, **how)]

@@ -29,7 +29,7 @@ def state_of_files(files: Iterable[str | os.PathLike]) -> str:
 
 
 def state_of_path(path: str | os.PathLike) -> str | None:
-    """`state_of_files` of a file, of all that lies in a folder, or of what a pattern matches; None if there is none."""
+    """`state_of_files` of a file, of all in a folder, or of what a pattern matches; None if there is none."""
     found = [Path(path)] if Path(path).exists() else [Path(match) for match in sorted(glob.glob(os.fspath(path)))]
     if not found:
         return None

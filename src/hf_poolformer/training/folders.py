@@ -98,7 +98,7 @@ def hold(folder: Path, name: str = LOCK) -> Iterator[None]:
         file, locked = take(folder / name)
     except Taken as owner:
         raise UserError(
-            f"{folder} is in use by {owner}: two at once would overwrite each other. Wait for it, or give another folder."
+            f"{folder} is in use by {owner}. Two at once would overwrite each other: wait, or give another folder."
         ) from None
     except OSError as error:
         raise UserError(f"cannot create the folder {folder}, or write to it: {error.strerror}.") from error
