@@ -15,7 +15,6 @@ Nothing here and nothing at the top of a command's module imports torch, transfo
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import functools
 import itertools
@@ -28,6 +27,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from ..training.errors import UserError
+from ..training.names import near_names
 
 
 __all__ = ["CommandParser", "add_model_arguments", "command", "complain", "quieten", "reason"]
@@ -74,16 +74,11 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**options)
 
     def error(self, message: str) -> None:
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        near = near_names(unknown[1], known) if unknown else []
+        unknown = re.match(r"unrecognized arguments:.*? --?([\w-]+)", message)
+        known = [flag[2:] for flag in self._option_string_actions if flag.startswith("--")]
+        near = [f"--{name}" for name in near_names(unknown[1], known)] if unknown else []
         hint = f"did you mean {' or '.join(near)}?" if near else f"{self.prog} --help shows what there is."
         raise UserError(f"{message}; {hint}")
-
-
-def near_names(flag: str, known: Sequence[str]) -> list[str]:
-    """Flags that may have been meant by `flag`."""
-    return [f"--{name}" for name in difflib.get_close_matches(flag[2:], [text[2:] for text in known], n=2, cutoff=0.7)]
 
 
 def add_model_arguments(

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from .. import __version__
+from ..hub.cards import plain_markdown
 from .arguments import TrainingSettings
 from .checkpoints import free_name
 from .errors import Diverged, UserError
@@ -278,7 +279,7 @@ def write_table(lines: Sequence[dict[str, Any]], folder: Path, about: str) -> No
     writer.writeheader()
     writer.writerows(lines)
     replace_text(folder / "ablation.csv", table.getvalue())
-    text = [f"# Ablation of PoolFormer\n\n{about}\n"]
+    text = [f"# Ablation of PoolFormer\n\n{plain_markdown(about)}\n"]
     text += ["| group | variant | ours, top-1 (%) | spread | seeds | paper, ImageNet-1K top-1 (%) |"]
     text += ["|---|---|---:|---:|---:|---:|"]
     for line in lines:

@@ -415,8 +415,8 @@ def evaluate_now(run: Run) -> dict[str, Any]:
 def keep_if_best(run: Run, figures: dict[str, float]) -> None:
     """Saves a checkpoint that stays, if what `--keep_best` names was never better; every process must call it."""
     progress, metric, root = run.progress, run.settings.keep_best, run.saver.root
-    if metric not in figures:
-        raise UserError(f"--keep_best {metric}: an evaluation gives {', '.join(figures)}.")
+    if metric not in figures:  # no number this time: there was nothing to measure it on
+        return
     best, sign = checkpoints.best_of(root), -1 if metric.endswith("loss") else 1
     # A mark from a later step is from before this run was set back.
     better = best is None or best[0] > progress.step or sign * figures[metric] > sign * best[1]
