@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -325,7 +325,7 @@ def folder_card(model_dir: str | os.PathLike, *, repo_id: str | None = None, lic
     results, settings = {}, {}
     for path, values in ((model_dir / "all_results.json", results), (model_dir / "training_settings.yaml", settings)):
         if path.is_file():
-            values.update(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+            values.update(_read(path, yaml.safe_load))
     return training_card(
         model_dir,
         results=results,
@@ -583,7 +583,8 @@ def _adaptation(settings: Mapping[str, Any]) -> str:
     if settings.get("freeze_backbone"):
         return ", training nothing but the head (linear probe)"
     if settings.get("lora"):
-        return f", training the head and LoRA adapters of rank {plain_markdown(settings['lora'])}, merged into the weights"
+        rank = plain_markdown(settings["lora"])
+        return f", training the head and LoRA adapters of rank {rank}, merged into the weights"
     return ""
 
 
@@ -700,7 +701,21 @@ def _versions() -> list[tuple[str, str]]:
 
 def _read_config(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _read(path, json.loads) if path.is_file() else {}
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """
+    Raises:
+        CardError: it is in another encoding, damaged, or no mapping.
+    """
+    try:
+        values = parse(path.read_text(encoding="utf-8")) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise CardError(f"{path.name} cannot be read: {_one_line(str(error))}") from None
+    if not isinstance(values, dict):
+        raise CardError(f"{path.name} holds no mapping of names to values")
+    return values
 
 
 def _parameter_count(model_dir: Path) -> int:
