@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
     logging.basicConfig(format="%(message)s")
     names = ablation.choose_rows(arguments.rows)
-    base = parse(training_flags)
+    base = parse(training_flags, others=list(vars(arguments)))
     start_cpu_processes()
     folder = Path(base.output_dir)
     with owned(folder):

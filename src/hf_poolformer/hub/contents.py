@@ -316,10 +316,10 @@ def text_of_card(contents: Contents) -> str:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        guess = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "Latin-1"
+        guess = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "ISO-8859-1"
         raise PublishError(
             f"README.md is not UTF-8, which the Hub reads, but perhaps {guess} (byte {content[error.start]:#04x} at "
-            f"{error.start}): save it as UTF-8, by `iconv -f {guess.upper()} -t UTF-8` for instance"
+            f"{error.start}): save it as UTF-8, by `iconv -f {guess} -t UTF-8` for instance"
         ) from None
     if content != text.encode():
         contents.files["README.md"] = text.encode()

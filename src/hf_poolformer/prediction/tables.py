@@ -80,7 +80,7 @@ def table(
 
             def write_or_explain(rows: Iterable[dict[str, Any]]) -> None:
                 try:
-                    write([{**row, "path": undecodable_escaped(row["path"])} for row in rows])
+                    write(map(_encodable, rows))
                 except OSError as error:
                     raise unwritable(output, error) from error
 
@@ -172,6 +172,15 @@ WRITERS: dict[str, Callable[..., AbstractContextManager[Write]]] = {
     ".csv": _csv,
     ".jsonl": _jsonl,
 }
+
+
+def _encodable(row: dict[str, Any]) -> dict[str, Any]:
+    """Names of files, and of classes after folders, are bytes; those that are no UTF-8 are written as escapes."""
+    row = {**row, "path": undecodable_escaped(row["path"])}
+    if row.get("label") is not None:
+        row["label"] = undecodable_escaped(row["label"])
+        row["labels"] = [undecodable_escaped(label) for label in row["labels"]]
+    return row
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

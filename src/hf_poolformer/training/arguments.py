@@ -511,22 +511,26 @@ def check_overrides(overrides: Mapping[str, Any], config: Any, name: str) -> Non
     kind = config if isinstance(config, type) else type(config)
     known = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
     known |= set() if isinstance(config, type) else set(vars(config))
-    known |= {*getattr(kind, "attribute_map", {}), "out_features", "out_indices", "torch_dtype"}
-    check_names(overrides, sorted(field for field in known if field[0] != "_"), "key in --config_overrides")
+    constants = {field: value for field, value in vars(kind).items() if isinstance(value, Fixed)}
+    known |= {*constants, *getattr(kind, "attribute_map", {}), "out_features", "out_indices", "torch_dtype"}
     for field in ("id2label", "label2id", "num_labels", "problem_type"):
         if field in overrides:
             raise UserError(f"--config_overrides cannot set {field}: the classes are those of the data.")
+    check_names(overrides, sorted(field for field in known if field[0] != "_"), "key in --config_overrides")
     for field, value in overrides.items():
-        fixed = kind.__dict__.get(field)
-        if isinstance(fixed, Fixed) and value not in (fixed.value, json.loads(json.dumps(getattr(kind, field)))):
+        fixed = constants.get(field)
+        if fixed is not None and value not in (fixed.value, json.loads(json.dumps(getattr(kind, field)))):
             raise UserError(
                 f"--config_overrides cannot set {field}: it is a constant of {kind.model_type}, the architecture of "
                 f"{name}. With --config_name metaformer_id_s12 every part can be chosen."
             )
 
 
-def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> TrainingSettings:
+def parse(argv: Sequence[str] | None = None, prog: str | None = None, others: Sequence[str] = ()) -> TrainingSettings:
     """Settings from the command line: a flag wins over the YAML file, and that over the recipe.
+
+    Args:
+        others: flags that the caller has taken out of `argv`; they may be meant by a misspelt one.
 
     Raises:
         UserError: unknown flags, keys or recipes (with what was probably meant), and values that do not fit.
@@ -555,7 +559,7 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> Trainin
     parser.set_defaults(**defaults, recipe=recipe)
     # An explicit null in the file unsets what the recipe set.
     parser.set_defaults(**{name: None for name, value in from_file.items() if value is None and name != "recipe"})
-    parts = parser.parse(as_flags(from_file, TrainingSettings) + argv, names)
+    parts = parser.parse(as_flags(from_file, TrainingSettings) + argv, [*names, *others])
     return TrainingSettings(**{key: value for part in parts for key, value in vars(part).items()})
 
 
