@@ -62,6 +62,8 @@ logger = logging.getLogger("serve")
 # What browsers and cameras produce. Pillow reads dozens more, some by starting other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 BUSY = {"Retry-After": "1"}  # seconds
+# Of a body that is refused, this many times the limit is read and thrown away, so that the client hears why.
+DISCARDED = 10
 BODY = {
     "required": True,
     "content": {
@@ -249,6 +251,43 @@ class Service:
         return started is not None and asyncio.get_running_loop().time() - started > self.limits.timeout
 
 
+class Drained:
+    """ASGI middleware: reads on, up to a limit, before it refuses a request whose body is still on its way.
+
+    A client that is cut off while it sends sees a broken connection, and not the reason.
+    """
+
+    def __init__(self, app: Any, limits: Limits):
+        self.app, self.limits = app, limits
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        received, ended = 0, False
+        # Who asks before sending has sent nothing yet, and hears the answer first.
+        asks = any(name == b"expect" for name, _ in scope["headers"])
+
+        async def counted() -> dict:
+            nonlocal received, ended
+            message = await receive()
+            received += len(message.get("body", b""))
+            ended = message["type"] == "http.disconnect" or not message.get("more_body", False)
+            return message
+
+        async def rest() -> None:
+            while not ended and received < self.limits.max_bytes * DISCARDED:
+                await counted()
+
+        async def answer(message: dict) -> None:
+            refused = message["type"] == "http.response.start" and message["status"] >= 400
+            if refused and message["status"] != 408 and not ended and not (asks and not received):
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(rest(), self.limits.timeout)
+            await send(message)
+
+        await self.app(scope, counted, answer)
+
+
 class Measured:
     """ASGI middleware: counts and times the answers of /predict, whoever gives them."""
 
@@ -284,6 +323,7 @@ def create_app(service: Service) -> FastAPI:
 
     # FastAPI's pages of documentation load scripts from elsewhere; /openapi.json does not.
     app = FastAPI(title="hf-poolformer", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(Drained, limits=limits)
     app.add_middleware(Measured, metrics=service.metrics)
 
     @app.exception_handler(RequestValidationError)
@@ -346,7 +386,7 @@ async def read_upload(request: Request, max_bytes: int) -> bytes:
     """The image of a request: its body, or the file in the field `file` of a form.
 
     Raises:
-        HTTPException: there is none, or the body is too large; of more than `max_bytes`, the rest is not read.
+        HTTPException: there is none, or the body is too large; of more than `max_bytes`, nothing is kept.
     """
     too_large = HTTPException(413, f"the request has more than {max_bytes} bytes")
     if int(request.headers.get("content-length") or 0) > max_bytes:

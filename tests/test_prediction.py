@@ -297,7 +297,7 @@ def interrupt(after: int):
 def test_parts_in_order_are_the_table(model, shards, tmp_path, num_workers):
     summary = fill(model, shards, tmp_path / "out", num_workers=num_workers)
     assert (summary.predicted, summary.broken, summary.complete) == (53, 3, True)
-    assert "53 images predicted, 3 broken (see broken.csv)" in str(summary)
+    assert "53 images predicted, 3 broken (see .broken.csv)" in str(summary)
     parts = parts_of(tmp_path / "out")
     # Whole row groups, of five rows, as many as fit into seven; image files between the Parquet files by themselves.
     assert [len(rows) for rows in parts.values()] == [5, 5, 5, 5, 6, 1, 5, 5, 5, 5, 6, 3]
@@ -310,13 +310,13 @@ def test_parts_in_order_are_the_table(model, shards, tmp_path, num_workers):
         if row["labels"]:
             # Other batches, hence other last digits.
             assert row["scores"] == pytest.approx(same["scores"], rel=1e-5)
-    stored = json.loads((tmp_path / "out" / "summary.json").read_text())
+    stored = json.loads((tmp_path / "out" / ".summary.json").read_text())
     assert stored == {"predicted": 53, "broken": 3, "parts": {name: len(part) for name, part in parts.items()}}
-    with open(tmp_path / "out" / "broken.csv", newline="") as file:
+    with open(tmp_path / "out" / ".broken.csv", newline="") as file:
         broken = list(csv.DictReader(file))
     assert [row["path"] for row in broken] == [row["path"] for row in rows if row["error"]]
     assert all(row["error"] == "not an image in a format that Pillow knows" for row in broken)
-    assert not list((tmp_path / "out").glob(".*"))
+    assert not list((tmp_path / "out").glob(".*.[pl]*"))
 
 
 @pytest.mark.parametrize("after", [1, 4, 9, 13])
@@ -325,7 +325,7 @@ def test_stopped_and_started_again_the_rows_are_the_same(model, shards, tmp_path
     with pytest.raises(KeyboardInterrupt):
         fill(model, shards, tmp_path / "out", should_stop=interrupt(after))
     done = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in parts_of(tmp_path / "out")}
-    assert not list((tmp_path / "out").glob(".*")) and not (tmp_path / "out" / "summary.json").exists()
+    assert not list((tmp_path / "out").glob(".*.[pl]*")) and not (tmp_path / "out" / ".summary.json").exists()
     # Killed while it wrote: an unfinished part of a process that is no more.
     (tmp_path / "out" / ".part-00000-of-00015-00009.parquet.1.partial").write_bytes(b"PAR1")
     summary = fill(model, shards, tmp_path / "out")
@@ -356,7 +356,10 @@ def test_what_is_done_is_not_read_again(model, folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         predict(model, [folder], tmp_path / "out", should_stop=interrupt(3), **options)
     for seed in range(4):
-        (folder / f"{seed}.png").write_bytes(b"gone")
+        file = folder / f"{seed}.png"
+        facts = file.stat()
+        file.write_bytes(b"?" * facts.st_size)  # unread, these bytes do not count
+        os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     assert predict(model, [folder], tmp_path / "out", **options).broken == 2
     assert all(row["error"] is None for row in parts_of(tmp_path / "out")["part-00000-of-00003-00000.parquet"])
 
@@ -409,7 +412,7 @@ def test_another_jobs_folder_is_refused(model, shards, tmp_path):
     fill(tmp_path / "other", shards, out, overwrite=True)
     assert parts_of(out).keys() == expected.keys() and parts_of(out) != expected
     assert (out / "notes.txt").read_text() == "mine"
-    (out / "manifest.json").write_text("{")
+    (out / ".manifest.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         fill(model, shards, out)
     with pytest.raises(UserError, match="several processes fill a folder"):
@@ -475,7 +478,7 @@ except UserError as error:
 """
     done = run_python(code, model, shards, tmp_path / "out")
     assert "cannot be written" in done.stdout and "File too large" in done.stdout
-    assert 0 < len(parts_of(tmp_path / "out")) < 8 and not list((tmp_path / "out").glob(".*"))
+    assert 0 < len(parts_of(tmp_path / "out")) < 8 and not list((tmp_path / "out").glob(".*.[pl]*"))
     fill(model, shards, tmp_path / "out", embeddings=True)
     fill(model, shards, tmp_path / "whole", embeddings=True)
     assert parts_of(tmp_path / "out") == parts_of(tmp_path / "whole")

@@ -75,7 +75,7 @@ def test_killed_ten_times_the_rows_are_those_of_the_uninterrupted_run(
     assert last.wait(ENOUGH) == [0] * processes, last.output()
     assert "4950 images predicted, 50 broken" in last.output()
     assert rows_of(tmp_path / "killed") == expected
-    assert not list((tmp_path / "killed").glob(".*"))
+    assert not list((tmp_path / "killed").glob(".*.partial"))
     assert seen == sorted(seen)  # no kill ever took a finished part away
     print(f"{processes} processes, {seconds:.1f} s uninterrupted; parts after each kill: {seen[1:]} of {total}")
 
@@ -96,7 +96,7 @@ def test_accelerate_launch_fills_one_folder_with_two_processes(images, tiny_mode
     command += ["--part_size", "200", "--num_workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=ENOUGH)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("1237 images predicted, 13 broken (see broken.csv)") == 1, done.stdout
+    assert done.stdout.count("1237 images predicted, 13 broken (see .broken.csv)") == 1, done.stdout
     assert "process 1 of 2" in done.stderr and len(rows_of(tmp_path / "out")) == 1250
     again = subprocess.run([*command, "--top_k", "2"], capture_output=True, text=True, timeout=ENOUGH)
     assert again.returncode != 0 and "error: " in again.stderr and "top_k 5 instead of 2" in again.stderr

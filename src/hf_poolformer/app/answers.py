@@ -17,7 +17,7 @@ from ..training.decoding import BrokenImage, decode_image
 from ..training.dense.pictures import SHOWN_SCORE, colours, draw_map, draw_objects
 from ..training.errors import UserError
 from ..training.finite import check_finite
-from ..training.reports import new_figure
+from ..training.reports import add_legend, new_figure
 from .models import DenseModel
 
 
@@ -117,7 +117,7 @@ def find_classes(dense: DenseModel, image: Image.Image) -> Answer:
     palette = colours(len(names))
     figure, axes = canvas(drawn)
     used = draw_map(axes, np.asarray(drawn), classes, palette)
-    add_legend(figure, [(palette[index], names[index]) for index in sorted(used)])
+    add_legend(figure, [(palette[index], names[index]) for index in sorted(used)], columns=5)
     return Answer(
         picture=render(figure),
         note="The class of each pixel.",
@@ -143,7 +143,7 @@ def find_objects(dense: DenseModel, image: Image.Image) -> Answer:
     palette = colours(len(names))
     figure, axes = canvas(drawn)
     used = draw_objects(axes, np.asarray(drawn), boxes, labels, masks, scores, palette)
-    add_legend(figure, [(palette[index], names[index]) for index in sorted(used)])
+    add_legend(figure, [(palette[index], names[index]) for index in sorted(used)], columns=5)
     places = np.rint(boxes * (np.array(image.size * 2) / (drawn.size * 2))).astype(int)
     return Answer(
         picture=render(figure),
@@ -164,16 +164,6 @@ def canvas(image: Image.Image) -> tuple[Any, Any]:
     figure, axes = new_figure((max(image.width * factor, 2.5), max(image.height * factor, 1.5)))
     axes.axis("off")
     return figure, axes
-
-
-def add_legend(figure: Any, entries: list[tuple[Any, str]]) -> None:
-    from matplotlib.patches import Patch
-
-    if entries:
-        handles = [Patch(color=colour, label=name) for colour, name in entries[:20]]
-        legend = figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=9)
-        for text in legend.get_texts():
-            text.set_parse_math(False)  # a dollar in a label is a dollar
 
 
 def render(figure: Any) -> Image.Image:

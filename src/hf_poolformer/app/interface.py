@@ -19,6 +19,7 @@ import gradio as gr
 
 from ..training.errors import UserError
 from ..training.files import is_image, list_files
+from ..training.names import printable
 from .answers import TOP_K, Answer, answer, open_image
 from .models import CLASSIFICATION, Models
 
@@ -139,7 +140,7 @@ def build_page(models: Models, examples: Sequence[Path], max_pixels: int) -> gr.
     def show_class(upload: Any, model: str | None, name: str | None) -> list[Any]:
         chosen, image = read(upload, model)
         found = answer(chosen, image, name)
-        return [found.picture, found.note]
+        return [found.picture, literal(found.note)]
 
     def outputs(found: Answer) -> list[Any]:
         classes = list(found.scores)
@@ -149,13 +150,13 @@ def build_page(models: Models, examples: Sequence[Path], max_pixels: int) -> gr.
             found.picture,
             gr.update(**shown, visible=len(classes) > 1 and found.picture is not None),
             gr.update(value={"headers": list(found.columns), "data": found.rows}, visible=not classes),
-            found.note,
+            literal(found.note),
         ]
 
     several = len(models.names) > 1 or models.allow_any_model
     classifies = models.tasks[models.names[0]] == CLASSIFICATION
     with gr.Blocks(title=f"{models.names[0]}: try it", delete_cache=DELETE_CACHE, analytics_enabled=False) as page:
-        gr.Markdown(f"# {html.escape(models.names[0])}\n" if not several else "# Try a PoolFormer\n")
+        gr.Markdown(f"# {literal(models.names[0])}\n" if not several else "# Try a PoolFormer\n")
         with gr.Row():
             with gr.Column():
                 upload = gr.Image(
@@ -220,6 +221,11 @@ def build_page(models: Models, examples: Sequence[Path], max_pixels: int) -> gr.
             **options,
         )
     return page
+
+
+def literal(text: str) -> str:
+    """Text that Markdown shows as it is: the name of a class must not become a picture that the browser asks for."""
+    return "".join(char if char.isalnum() or char in " ,.-" else f"&#{ord(char)};" for char in printable(text))
 
 
 def told_to_the_visitor(function: Callable[..., Any]) -> Callable[..., Any]:

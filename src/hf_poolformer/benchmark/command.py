@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from hf_poolformer.training.errors import UserError
 
+from ..commands import CommandParser
 from ..training.strict_json import to_json
 from . import report as reports
 from .case import DTYPES, Case, variants
@@ -55,7 +56,7 @@ BUDGETS = {"all": 540.0, "growth": 300.0, "export": 240.0}
 
 def parse(argv: Sequence[str], prog: str | None = None) -> argparse.Namespace:
     """The arguments; without a command, "all" is meant."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog or "benchmark.py",
         description="Time PoolFormer next to the one built into transformers, timm's, onnxruntime and OpenVINO.",
         epilog=EPILOGUE,
@@ -131,9 +132,9 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Exit status: 0, 1 if a row failed its gate, 2 for a mistake in the arguments, 130 after Ctrl-C."""
-    arguments = parse(sys.argv[1:] if argv is None else argv, prog)
-    quieten()
     try:
+        arguments = parse(sys.argv[1:] if argv is None else argv, prog)
+        quieten()
         check(arguments)
         if getattr(arguments, "list_rows", False):
             case = Case(arguments.command, device=arguments.device, dtype=dtypes(arguments)[0])

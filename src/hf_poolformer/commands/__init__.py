@@ -15,7 +15,6 @@ Nothing here and nothing at the top of a command's module imports torch, transfo
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import functools
 import itertools
@@ -28,6 +27,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from ..training.errors import UserError
+from ..training.names import near_names
 
 
 __all__ = ["CommandParser", "add_model_arguments", "command", "complain", "quieten", "reason"]
@@ -74,17 +74,28 @@ class CommandParser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**options)
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: object = None) -> tuple:
+        self.given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> None:
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        near = near_names(unknown[1], known) if unknown else []
+        known = self.flags()
+        strange = [text.lstrip("-").partition("=")[0] for text in self.given if re.match(r"--?[a-zA-Z]", text)]
+        # A misspelt flag that is required is first of all missing.
+        strange = [name for name in strange if name.replace("-", "_") not in known] if "arguments" in message else []
+        near = [f"--{name}" for name in near_names(strange[0], known)] if strange else []
         hint = f"did you mean {' or '.join(near)}?" if near else f"{self.prog} --help shows what there is."
+        if near and strange[0] not in message:
+            hint = f"--{strange[0]} is none of them: {hint}"
         raise UserError(f"{message}; {hint}")
 
-
-def near_names(flag: str, known: Sequence[str]) -> list[str]:
-    """Flags that may have been meant by `flag`."""
-    return [f"--{name}" for name in difflib.get_close_matches(flag[2:], [text[2:] for text in known], n=2, cutoff=0.7)]
+    def flags(self) -> list[str]:
+        """Names of all flags, those of sub-commands too."""
+        parsers = [self]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+        return [flag.lstrip("-") for parser in parsers for flag in parser._option_string_actions]
 
 
 def add_model_arguments(
@@ -121,6 +132,9 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # names of files and classes may hold any byte
         try:
             with sigterm_as_interrupt():
                 status = main(argv, prog)

@@ -5,7 +5,8 @@
     accelerate launch -m hf_poolformer ablate --rows "token mixer" --seeds 3 --recipe paper --dataset_name ... \\
         --output_dir ...
 
-Every flag of `hf-poolformer train` sets the budget, the same for all rows. Rows that are done are not trained again.
+Every flag of `hf-poolformer train` sets the budget, the same for all rows. Rows that are done with the same settings,
+data and version are not trained again, and the table has all of them, whichever --rows names.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import CommandParser, UserError, command
+
+
+if TYPE_CHECKING:
+    from ..training.arguments import TrainingSettings
 
 
 def parser(prog: str | None = None) -> CommandParser:
@@ -34,25 +40,36 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
     from ..training import ablation
     from ..training.arguments import parse
-    from ..training.processes import start_cpu_processes
+    from ..training.processes import owned, start_cpu_processes
 
     logging.basicConfig(format="%(message)s")
     names = ablation.choose_rows(arguments.rows)
-    base = parse(training_flags)
+    base = parse(training_flags, others=list(vars(arguments)))
     start_cpu_processes()
     folder = Path(base.output_dir)
-    results = []
-    for index, name in enumerate(names):
-        for seed in range(base.seed, base.seed + arguments.seeds):
-            PartialState().print(f"\n[{index + 1}/{len(names)}] {name}, seed {seed}", flush=True)
-            results.append(ablation.measure(name, base, folder / "rows" / name / f"seed-{seed}", seed))
-    if PartialState().is_main_process:
-        lines = ablation.summarise(results)
-        epochs = f"{base.max_train_steps} steps" if base.max_train_steps else f"{base.num_train_epochs} epochs"
-        data = base.dataset_name or base.train_dir
-        about = f"{data}, recipe {base.recipe}, {epochs}, {arguments.seeds} seed(s) per row"
-        ablation.write_table(lines, folder, about)
-        ablation.draw_table(lines, folder / "ablation.png", about)
-        print(f"\n{(folder / 'ablation.md').read_text()}")
-        print(f"Table: {folder / 'ablation.md'}, {folder / 'ablation.csv'}; plot: {folder / 'ablation.png'}")
+    with owned(folder):
+        content = ablation.content_of(base)
+        for index, name in enumerate(names):
+            for seed in range(base.seed, base.seed + arguments.seeds):
+                PartialState().print(f"\n[{index + 1}/{len(names)}] {name}, seed {seed}", flush=True)
+                ablation.measure(name, base, folder / "rows" / name / f"seed-{seed}", seed, content)
+        if PartialState().is_main_process:
+            write_report(base, folder, content)
     return 0
+
+
+def write_report(base: TrainingSettings, folder: Path, content: dict[str, str]) -> None:
+    """The table of all that is measured, whichever rows this call was about."""
+    from ..training import ablation
+    from ..training.names import printable
+    from ..training.reports import best_effort
+
+    lines = ablation.summarise(ablation.all_results(base, folder, content))
+    epochs = f"{base.max_train_steps} steps" if base.max_train_steps else f"{base.num_train_epochs} epochs"
+    data = printable(base.dataset_name or base.train_dir)
+    about = f"{data}, recipe {base.recipe}, {epochs}, learning rate {base.learning_rate:g}"
+    ablation.write_table(lines, folder, about)
+    with best_effort("drawing the table"):
+        ablation.draw_table(lines, folder / "ablation.png", about)
+    print(f"\n{(folder / 'ablation.md').read_text(encoding='utf-8')}")
+    print(f"Table: {folder / 'ablation.md'}, {folder / 'ablation.csv'}; plot: {folder / 'ablation.png'}")

@@ -72,6 +72,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         raise UserError(f"{arguments.image}: {error}") from error
     names = ("device", "dtype", "revision", "token", "cache_dir", "trust_remote_code")
     predictor = Predictor(arguments.model, **{name: getattr(arguments, name) for name in names})
+    stages = len(getattr(predictor.model.config, "depths", ()))
+    if stages and arguments.stage is not None and arguments.stage > stages:
+        raise UserError(f"--stage {arguments.stage}: the model has {stages} stages, 1 to {stages}")
     explanation = explain(
         predictor,
         image,
@@ -80,7 +83,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         method=arguments.method,
         stage=None if arguments.stage is None else arguments.stage - 1,
     )
-    stages = len(predictor.model.config.depths)
     stage = explanation.stage + 1
     caption = f"{METHODS[arguments.method]}, stage {stage} of {stages}"
     write_explanation(output, explanation, title=arguments.image.name, caption=caption)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def explain(
 
     Args:
         image: RGB and upright, as `training.decoding.decode_image` gives it.
-        classes: names or numbers of classes; the best `top_k` if None.
+        classes: names or numbers of classes, see `find_class`; the best `top_k` if None.
         method, stage: of `gradcam`.
 
     Raises:
@@ -149,10 +150,17 @@ def class_names(config: PretrainedConfig) -> list[str]:
 def find_class(config: PretrainedConfig, name: str | int) -> int:
     """The number of a class, by its name, one of the synonyms in it (`tabby, tabby cat`), or its number.
 
+    A number, 4, is always a number; a text, "4", is the class of that name if there is one, and else a number.
+
     Raises:
         UserError: there is no such class, or several.
     """
     labels = class_names(config)
+    if hasattr(name, "__index__") and not isinstance(name, (bool, np.bool_)):
+        index = operator.index(name)
+        if not 0 <= index < len(labels):
+            raise UserError(f"the model has no class {index}; it has {len(labels)}, numbered from 0")
+        return index
     text = str(name).strip()
     if name in labels:
         return labels.index(name)

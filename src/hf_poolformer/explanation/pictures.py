@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..training.names import printable
 from ..training.reports import new_figure, save_figure
 from .explainer import Explanation
 
@@ -96,4 +97,5 @@ def heat_colours() -> Any:
 
 def wrapped(text: str) -> str:
     """A label on at most two lines."""
+    text = printable(text)
     return "\n".join(textwrap.wrap(text, 30, max_lines=2, placeholder=" ...")) or text

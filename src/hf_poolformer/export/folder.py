@@ -16,13 +16,9 @@ from typing import Any
 
 from ..training.errors import UserError
 from ..training.files import one_line
+from ..training.folders import Taken, give_back, take
 from ..training.strict_json import to_json
 
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -245,37 +241,20 @@ def workplace(output: Path) -> Iterator[Path]:
         UserError: it is another's.
     """
     place = output.with_name(f".{output.name}.export")
-    file, locked = claim(place / "lock", output)
+    try:
+        file, locked = take(place / "lock")
+    except Taken as owner:
+        raise UserError(
+            f"another export to {output} is at work ({owner}): wait for it, or choose another place"
+        ) from None
     try:
         if locked:
             clear(place, output)
         yield place
     finally:
+        give_back(place / "lock", file)
         with contextlib.suppress(OSError):  # what could not be put back stays
-            (place / "lock").unlink()
             place.rmdir()
-        os.close(file)
-
-
-def claim(lock: Path, output: Path) -> tuple[int, bool]:
-    """A descriptor, and whether there is a lock on it, which lasts until it is closed or the process ends."""
-    while True:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # whoever had it has just cleared the folder away
-            continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            raise UserError(f"another export to {output} is at work: wait for it, or choose another place") from None
-        except (AttributeError, OSError):  # no locks here
-            return file, False
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file), os.stat(lock)):
-                return file, True
-        os.close(file)  # this one's owner has removed it: once more
 
 
 def clear(place: Path, output: Path) -> None:

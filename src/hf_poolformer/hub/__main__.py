@@ -2,7 +2,7 @@
 
 import sys
 
-from .publishing import main
+from ..commands.publish import main
 
 
 if __name__ == "__main__":

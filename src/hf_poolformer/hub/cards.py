@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..training.names import undecodable_escaped
 from .card_tasks import DenseTask, task_of
 
 
@@ -30,6 +31,7 @@ __all__ = [
     "check_card",
     "check_metadata",
     "folder_card",
+    "plain_markdown",
     "training_card",
     "with_repo_id",
     "write_training_card",
@@ -256,7 +258,7 @@ def training_card(
 
     origin = "trained from scratch"
     if base_model is not None:
-        origin = f"fine-tuned from {_link(base_id) if base_id else _markdown(_last_component(base_model))}"
+        origin = f"fine-tuned from {_link(base_id) if base_id else plain_markdown(_last_component(base_model))}"
     count = _parameter_count(model_dir)
     size = f", {count / 1e6:.1f} M parameters" if count else ""
     eval_split = settings.get("validation_split")
@@ -323,7 +325,7 @@ def folder_card(model_dir: str | os.PathLike, *, repo_id: str | None = None, lic
     results, settings = {}, {}
     for path, values in ((model_dir / "all_results.json", results), (model_dir / "training_settings.yaml", settings)):
         if path.is_file():
-            values.update(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+            values.update(_read(path, yaml.safe_load))
     return training_card(
         model_dir,
         results=results,
@@ -344,7 +346,7 @@ def render_card(card_data: ModelCardData, **values: Any) -> str:
         CardError: the metadata would not pass the Hub's validation, or do not survive being written.
     """
     card = ModelCard.from_template(
-        card_data, template_str=TEMPLATE.read_text(encoding="utf-8"), md=_markdown, **values
+        card_data, template_str=TEMPLATE.read_text(encoding="utf-8"), md=plain_markdown, **values
     )
     text = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip("\n") + "\n"
     check_metadata(_metadata_of(text))
@@ -380,7 +382,9 @@ def with_repo_id(text: str, names: Sequence[str], repo_id: str) -> str:
             text,
             flags=re.DOTALL,
         )
-        text = re.sub(rf"^# {re.escape(_markdown(name))}$", f"# {_markdown(title)}", text, count=1, flags=re.MULTILINE)
+        text = re.sub(
+            rf"^# {re.escape(plain_markdown(name))}$", f"# {plain_markdown(title)}", text, count=1, flags=re.MULTILINE
+        )
         text = re.sub(
             rf"^(model-index:\n- name: ){re.escape(name)}$", rf"\g<1>{title}", text, count=1, flags=re.MULTILINE
         )
@@ -579,7 +583,8 @@ def _adaptation(settings: Mapping[str, Any]) -> str:
     if settings.get("freeze_backbone"):
         return ", training nothing but the head (linear probe)"
     if settings.get("lora"):
-        return f", training the head and LoRA adapters of rank {_markdown(settings['lora'])}, merged into the weights"
+        rank = plain_markdown(settings["lora"])
+        return f", training the head and LoRA adapters of rank {rank}, merged into the weights"
     return ""
 
 
@@ -589,8 +594,8 @@ def _distillation(settings: Mapping[str, Any]) -> str:
     if not teacher:
         return ""
     teacher_id = _hub_id(teacher, with_namespace=True)
-    name = _link(teacher_id) if teacher_id else _markdown(_last_component(teacher))
-    return f", with {name} as the teacher ({_markdown(settings.get('distillation', 'soft'))} distillation)"
+    name = _link(teacher_id) if teacher_id else plain_markdown(_last_component(teacher))
+    return f", with {name} as the teacher ({plain_markdown(settings.get('distillation', 'soft'))} distillation)"
 
 
 def _in_force(key: str, settings: Mapping[str, Any]) -> bool:
@@ -605,7 +610,9 @@ def _emissions_text(results: Mapping[str, Any]) -> str:
     energy, grams = _number(results.get("energy_kwh")), _number(results.get("co2_eq_g"))
     if energy is None or grams is None:
         return ""
-    country = f" with the electricity of {_markdown(results['co2_country'])}" if results.get("co2_country") else ""
+    country = (
+        f" with the electricity of {plain_markdown(results['co2_country'])}" if results.get("co2_country") else ""
+    )
     return (
         f"The training took {energy:.3g} kWh, which is {grams:.3g} g of CO₂ equivalent{country}, as CodeCarbon "
         "estimates from the power of processors and memory during the run; cooling and the making of the machine are "
@@ -618,12 +625,13 @@ def _emissions_text(results: Mapping[str, Any]) -> str:
 
 def _one_line(text: str) -> str:
     """One line, without control characters and without the marks that reverse the direction of writing."""
+    text = undecodable_escaped(text)
     text = "".join(" " if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char for char in text)
     text = "".join(char for char in text if unicodedata.category(char) not in ("Cf", "Cs", "Co", "Cn"))
     return " ".join(text.split())
 
 
-def _markdown(value: Any) -> str:
+def plain_markdown(value: Any) -> str:
     """Any text as plain text in a Markdown table: no markup, no HTML, no new row or column; 200 characters at most."""
     text = _one_line(str(value))
     text = text if len(text) <= 200 else text[:199] + "…"
@@ -632,13 +640,13 @@ def _markdown(value: Any) -> str:
 
 
 def _link(repo_id: str, kind: str = "") -> str:
-    return f"[{_markdown(repo_id)}](https://huggingface.co/{kind}{repo_id})"
+    return f"[{plain_markdown(repo_id)}](https://huggingface.co/{kind}{repo_id})"
 
 
 def _data_text(dataset_name: str | None, dataset_id: str | None) -> str:
     if dataset_id:
         return _link(dataset_id, "datasets/")
-    return f"the local dataset {_markdown(_last_component(dataset_name))}" if dataset_name else "a local dataset"
+    return f"the local dataset {plain_markdown(_last_component(dataset_name))}" if dataset_name else "a local dataset"
 
 
 def _is_plain(value: Any) -> bool:
@@ -693,7 +701,21 @@ def _versions() -> list[tuple[str, str]]:
 
 def _read_config(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _read(path, json.loads) if path.is_file() else {}
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """
+    Raises:
+        CardError: it is in another encoding, damaged, or no mapping.
+    """
+    try:
+        values = parse(path.read_text(encoding="utf-8")) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise CardError(f"{path.name} cannot be read: {_one_line(str(error))}") from None
+    if not isinstance(values, dict):
+        raise CardError(f"{path.name} holds no mapping of names to values")
+    return values
 
 
 def _parameter_count(model_dir: Path) -> int:

@@ -303,7 +303,7 @@ def write_card(contents: Contents, folder: Path, repo_id: str, license: str | No
     """The folder's card with the repository's name in it, or a new one; its metadata checked."""
     try:
         if "README.md" in contents.files:
-            text = contents.text("README.md")
+            text = text_of_card(contents)
             card = (
                 cards.with_repo_id(text, cards.local_names(folder, text), repo_id)
                 if contents.repo_type == "model"
@@ -322,6 +322,28 @@ def write_card(contents: Contents, folder: Path, repo_id: str, license: str | No
         raise PublishError(f"README.md, the card: {error}") from None
     contents.files["README.md"] = card.encode()
     contents.notes.append("README.md is written for you, as the folder has none")
+
+
+def text_of_card(contents: Contents) -> str:
+    """README.md as text; a byte order mark, behind which nobody would find the metadata, is taken off.
+
+    Raises:
+        PublishError: it is in another encoding than UTF-8, the only one the Hub reads.
+    """
+    content = contents.files["README.md"]
+    content = content if isinstance(content, bytes) else content.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        guess = "UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "ISO-8859-1"
+        raise PublishError(
+            f"README.md is not UTF-8, which the Hub reads, but perhaps {guess} (byte {content[error.start]:#04x} at "
+            f"{error.start}): save it as UTF-8, by `iconv -f {guess} -t UTF-8` for instance"
+        ) from None
+    if content != text.encode():
+        contents.files["README.md"] = text.encode()
+        contents.notes.append("README.md goes up without its byte order mark")
+    return text
 
 
 # Secrets ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from .cards import LICENSES, CardError, _markdown, _one_line
+from .cards import LICENSES, CardError, _one_line, plain_markdown
 
 
 __all__ = ["dataset_card"]
@@ -83,7 +83,7 @@ def dataset_card(folder: str | Path, files: Mapping[str, Any], *, repo_id: str, 
     card = DatasetCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
-        md=_markdown,
+        md=plain_markdown,
         title=repo_id.rpartition("/")[2],
         summary=f"{what}{of}, in {'1 split' if len(splits) == 1 else f'{len(splits)} splits'}.",
         unit=unit,

@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from ..commands import CommandParser
 from ..training.strict_json import to_json
 from .contents import REPO_TYPES, Contents, PublishError, collect
 from .dataset_cards import size_text
@@ -447,7 +448,7 @@ def program() -> list[str]:
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line of scripts/publish.py and of `hf-poolformer publish`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         description=(
             "Publish the folder of a trained model, or of a dataset, on the Hugging Face Hub: one commit with "
@@ -455,7 +456,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
             "and compared. Interrupted, the same command goes on."
         ),
         epilog="The token is the one `hf auth login` or HF_TOKEN left; it is written nowhere.",
-        allow_abbrev=False,
+        formatter_class=argparse.HelpFormatter,
     )
     parser.add_argument("folder", metavar="MODEL_DIR", type=Path, help="the folder; it is only read")
     parser.add_argument("--repo_id", required=True, metavar="USER/NAME", help="where to; created if need be")

@@ -26,6 +26,7 @@ from ..training.files import (
     match_pattern,
     one_line,
 )
+from ..training.fingerprints import hub_commit, state_of_files, state_of_path
 
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,10 @@ class Shard(abc.ABC):
     key: str
     count: int | None
 
+    def state(self) -> str:
+        """Tells whether its images are still what they were; "" where that is not known."""
+        return ""
+
     @abc.abstractmethod
     def read(self, position: Position) -> Iterator[Item]:
         """The images from `position` on; moves `position` behind each before it is handed out."""
@@ -72,6 +77,9 @@ class FileShard(Shard):
     def __post_init__(self) -> None:
         self.key = "\0".join(map(str, self.files))
         self.count = len(self.files)
+
+    def state(self) -> str:
+        return state_of_files(self.files)
 
     def read(self, position: Position) -> Iterator[Item]:
         for file in self.files[position.row :]:
@@ -117,6 +125,7 @@ class StreamShard(Shard):
         groups: the units of the storage that belong to this shard, None for all.
         first: number of its first row in what `prefix` names.
         by_name: rows are called by their names (in a tar), not by their numbers.
+        commit: of a dataset of the Hub.
     """
 
     stream: Any
@@ -126,10 +135,14 @@ class StreamShard(Shard):
     by_name: bool
     groups: range | None = None
     first: int = 0
+    commit: str | None = None
     key: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         self.key = f"{self.prefix} {self.groups} {self.count}"
+
+    def state(self) -> str:
+        return self.commit or state_of_path(self.prefix) or ""
 
     def read(self, position: Position) -> Iterator[Item]:
         patience = Patience()
@@ -227,10 +240,13 @@ class HubDataset(Images):
     def __post_init__(self) -> None:
         self._dataset = open_dataset(self.name, **self.options)
         self.count = self._dataset.num_examples
+        self._commit = (
+            None if Path(self.name).exists() else hub_commit(self.name, "dataset", None, self.options["token"])
+        )
 
     def shards(self, size: int | None) -> list[Shard]:
         stream = self._dataset.stream.select_columns([self._dataset.image_column])
-        how = {"image_column": self._dataset.image_column, "by_name": False}
+        how = {"image_column": self._dataset.image_column, "by_name": False, "commit": self._commit}
         number = stream.num_shards
         if size is None or number == 1:
             return [StreamShard(stream, count=self.count, prefix=self.name, **how)]

@@ -1,18 +1,22 @@
 """A folder of Parquet parts that any number of processes fill, and fill up again after a kill.
 
-    manifest.json                      what is predicted by what; written first, compared at each start
     part-SSSSS-of-NNNNN-CCCCC.parquet  piece C of shard S of the inputs; sorted by name they are in input order
-    broken.csv                         path and reason of each broken image, if any; written when all parts are there
-    summary.json                       counts, and every part with its rows; written last
+    .manifest.json                     what is predicted by what; written first, compared at each start
+    .broken.csv                        path and reason of each broken image, if any; written when all parts are there
+    .summary.json                      counts, and every part with its rows; written last
 
-The parts themselves are the only record of progress: each carries, in its own metadata, where its shard goes on, and
-takes its name by one rename. So a part is there once or not at all, whatever was killed when, and processes need
-neither locks nor each other: shard S belongs to process S modulo their number. A batch never spans two parts, so that
-a restart computes the same batches and writes the same rows.
+What is no part is hidden, so that whatever reads a folder of Parquet files (pandas, pyarrow, datasets) reads this one.
+
+The parts themselves are the only record of progress: each carries, in its own metadata, where its shard goes on and
+what its images were like, and takes its name by one rename. So a part is there once or not at all, whatever was
+killed when, and processes need not know of each other: shard S belongs to process S modulo their number. A batch never
+spans two parts, so that a restart computes the same batches and writes the same rows. A shard whose images have
+changed since is predicted anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -21,7 +25,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +40,7 @@ from .tables import put_in_place, table, unwritable
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, SUMMARY, BROKEN = "manifest.json", "summary.json", "broken.csv"
+MANIFEST, SUMMARY, BROKEN = ".manifest.json", ".summary.json", ".broken.csv"
 
 _PART = re.compile(r"part-(\d{5,})-of-(\d{5,})-(\d{5,})\.parquet")
 _KEY = "hf_poolformer"
@@ -44,13 +48,19 @@ _KEY = "hf_poolformer"
 
 @dataclass
 class Part:
-    """What a part says of itself: its rows, how many of them broken, and where its shard goes on."""
+    """What a part says of itself: its rows, how many of them broken, where its shard goes on, and of what it is.
+
+    Attributes:
+        run: fingerprint of the job.
+        inputs: state of the shard's images when they were predicted; "" where it is not known, in older parts too.
+    """
 
     rows: int
     broken: int
     last: bool
     position: dict[str, int]
     run: str
+    inputs: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,16 +106,22 @@ def claim_folder(folder: Path, run: dict[str, Any], about: dict[str, Any]) -> st
     Raises:
         UserError: it holds something else.
     """
+    adopt_older_names(folder)
     manifest = folder / MANIFEST
+    text = to_json({"run": run, **about}, indent=2, default=str)
     if not manifest.exists():
-        _publish(manifest, to_json({"run": run, **about}, indent=2, default=str))
+        _publish(manifest, text)
     try:
         there = json.loads(manifest.read_text(encoding="utf-8"))["run"]
         differing = [name for name in run.keys() | there.keys() if run.get(name) != there.get(name)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{manifest} cannot be read: {one_line(error)}. Give another --output, or --overwrite"
-        ) from error
+        if not _all_parts_of(folder, fingerprint(run)):
+            raise UserError(
+                f"{manifest} cannot be read: {one_line(error)}. Give another --output, or --overwrite"
+            ) from error
+        logger.warning("%s was damaged and is written anew; the parts say what they are of.", manifest)
+        _publish(manifest, text, replace=True)
+        differing = []
     if differing:
         words = {"model": "another model", "inputs": "other images"}
         shown = [words.get(name, f"{name} {there.get(name)} instead of {run.get(name)}") for name in sorted(differing)]
@@ -118,12 +134,51 @@ def claim_folder(folder: Path, run: dict[str, Any], about: dict[str, Any]) -> st
     return fingerprint(run)
 
 
+def is_claimed(folder: Path) -> bool:
+    """Whether a job has begun to fill the folder."""
+    return (folder / MANIFEST).exists() or _is_older(folder)
+
+
+def adopt_older_names(folder: Path) -> None:
+    """Hides what earlier versions of this package did not."""
+    if _is_older(folder):
+        for name in (SUMMARY, BROKEN, MANIFEST):
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                os.replace(folder / name[1:], folder / name)
+
+
+def _is_older(folder: Path) -> bool:
+    try:
+        return "part_size" in json.loads((folder / MANIFEST[1:]).read_text(encoding="utf-8"))["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _all_parts_of(folder: Path, run: str) -> bool:
+    """Whether every part that can be read is this job's."""
+    parts = [_read_part(path) for path in folder.iterdir() if _PART.fullmatch(path.name)]
+    return all(part is None or part.run == run for part in parts)
+
+
+def _read_part(path: Path) -> Part | None:
+    import pyarrow.parquet as pq
+
+    try:
+        part = Part(**json.loads(pq.read_metadata(path).metadata[_KEY.encode()]))
+        Position(**part.position)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged and will be made again: %s", path, one_line(error))
+        return None
+    return part
+
+
 def fingerprint(run: dict[str, Any]) -> str:
     return hashlib.sha256(to_json(run, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def clear_folder(folder: Path) -> None:
     """Removes what an earlier job wrote there, and nothing else; the manifest last."""
+    adopt_older_names(folder)
     parts = [path for path in folder.iterdir() if _PART.fullmatch(path.name) or path.name.endswith(".partial")]
     for path in [folder / SUMMARY, folder / BROKEN, *parts, folder / MANIFEST]:  # parts are nobody's without it
         path.unlink(missing_ok=True)
@@ -136,6 +191,7 @@ class Parts:
         self.folder = folder
         self._run = run
         self._num_shards = num_shards
+        self._states: Mapping[int, str] = {}
 
     def path(self, shard: int, chunk: int) -> Path:
         return self.folder / f"part-{shard:05d}-of-{self._num_shards:05d}-{chunk:05d}.parquet"
@@ -151,24 +207,50 @@ class Parts:
 
     def read(self, shard: int, chunk: int) -> Part | None:
         """What the part says, None if it is damaged or another job's: it is to be made again."""
-        import pyarrow.parquet as pq
+        part = _read_part(self.path(shard, chunk))
+        return part if part is not None and part.run == self._run else None
 
-        path = self.path(shard, chunk)
-        try:
-            part = Part(**json.loads(pq.read_metadata(path).metadata[_KEY.encode()]))
-            Position(**part.position)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("%s is damaged and will be made again: %s", path, one_line(error))
-            return None
-        return part if part.run == self._run else None
+    def progress(self, states: Mapping[int, str]) -> dict[int, tuple[int, Part | None]]:
+        """Of each of these shards the number of its next piece, and the piece before that.
 
-    def progress(self, shards: Sequence[int]) -> dict[int, tuple[int, Part | None]]:
-        """Of each of these shards the number of its next piece, and the piece before that."""
+        The pieces of a shard whose images have changed are removed.
+
+        Args:
+            states: number of a shard -> the state of its images now.
+        """
+        self._states = states
         there = self.list()
-        return {shard: self._progress(shard, there.get(shard, [])) for shard in shards}
+        found = {shard: self._progress(there.get(shard, [])[::-1], shard) for shard in states}
+        unknown = [
+            shard for shard, (_, part) in found.items() if part is not None and states[shard] and not part.inputs
+        ]
+        if unknown:
+            logger.warning(
+                "%d of the shards in %s are of an older version, which noted nothing about the images' content; "
+                "--overwrite predicts them anew.",
+                len(unknown),
+                self.folder,
+            )
+        changed = [
+            shard for shard, (_, part) in found.items() if part is not None and part.inputs not in ("", states[shard])
+        ]
+        if changed:
+            logger.warning(
+                "Images of %d of %d shards have changed since they were predicted: these shards are predicted anew.",
+                len(changed),
+                self._num_shards,
+            )
+            (self.folder / SUMMARY).unlink(missing_ok=True)  # no longer true
+            (self.folder / BROKEN).unlink(missing_ok=True)
+        for shard in changed:
+            # The last first: what is left by a kill has no gap, and is known by its state again.
+            for chunk in reversed(there[shard]):
+                self.path(shard, chunk).unlink(missing_ok=True)
+            found[shard] = (0, None)
+        return found
 
-    def _progress(self, shard: int, chunks: list[int]) -> tuple[int, Part | None]:
-        for chunk in reversed(chunks):
+    def _progress(self, chunks: Sequence[int], shard: int) -> tuple[int, Part | None]:
+        for chunk in chunks:
             part = self.read(shard, chunk)
             if part is not None:
                 return chunk + 1, part
@@ -195,7 +277,7 @@ class Parts:
         columns = ("path", *predictor.columns, "error")
         batches = iter(loader)
         for decoded, tag in batches:  # the first of a part
-            part = Part(0, 0, False, {}, self._run)
+            part = Part(0, 0, False, {}, self._run, self._states[tag.shard])
 
             def metadata(part: Part = part) -> dict[str, str]:
                 return {_KEY: to_json(dataclasses.asdict(part))}

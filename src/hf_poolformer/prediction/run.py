@@ -16,9 +16,10 @@ import torch
 from tqdm import tqdm
 
 from ..training.errors import UserError
+from ..training.folders import hold
 from .inference import Predictor, make_loader
 from .inputs import HubDataset, Images, Position, find_images
-from .parts import BROKEN, MANIFEST, Parts, claim_folder, clear_folder, describe_run, remove_left_overs
+from .parts import BROKEN, Parts, claim_folder, clear_folder, describe_run, is_claimed, remove_left_overs
 from .tables import check_parquet, check_table, make_folder, table
 
 
@@ -149,7 +150,8 @@ def predict(
     if overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         _clear_together(output, index, processes)
     about = {"model_name": str(model), "given": [os.fspath(text) for text in inputs], "dataset_name": dataset_name}
-    return job.fill_folder(part_size, index, processes, about)
+    with hold(output, f".process-{index}.lock"):  # two that do the same would remove each other's unfinished parts
+        return job.fill_folder(part_size, index, processes, about)
 
 
 @dataclass
@@ -184,7 +186,7 @@ class Job:
         mine = range(index, len(shards), processes)
         remove_left_overs(self.output, mine)
         parts = Parts(self.output, run, len(shards))
-        progress = parts.progress(mine)
+        progress = parts.progress({number: shards[number].state() for number in mine})
         total: int | None = 0
         before = 0
         for number, (_, part) in progress.items():
@@ -252,9 +254,9 @@ def _check_folder(output: Path, overwrite: bool) -> None:
     """Raises a UserError, before the model is loaded, for a folder that is certainly not one of predictions."""
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} exists and is not a folder: give another --output")
-    if output.is_dir() and not overwrite and any(output.iterdir()) and not (output / MANIFEST).exists():
+    if output.is_dir() and not overwrite and not is_claimed(output):
         names = [path.name for path in output.iterdir() if not path.name.startswith(".")]
-        if names and not (output / MANIFEST).exists():
+        if names and not is_claimed(output):  # asked again: another process may just have begun
             raise UserError(f"{output} holds other files, {sorted(names)[0]} for one: give another --output")
 
 

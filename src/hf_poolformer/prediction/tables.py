@@ -11,6 +11,8 @@ from typing import Any
 
 from ..training.errors import UserError
 from ..training.files import one_line
+from ..training.folders import put_in_place
+from ..training.names import undecodable_escaped
 from ..training.strict_json import to_json
 
 
@@ -78,7 +80,7 @@ def table(
 
             def write_or_explain(rows: Iterable[dict[str, Any]]) -> None:
                 try:
-                    write([{**row, "path": _printable(row["path"])} for row in rows])
+                    write(map(_encodable, rows))
                 except OSError as error:
                     raise unwritable(output, error) from error
 
@@ -94,23 +96,6 @@ def table(
         raise unwritable(output, error) from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def put_in_place(partial: Path, target: Path) -> None:
-    """Renames a finished file when it has reached the disk, and makes the disk remember the name."""
-    sync(partial)
-    os.replace(partial, target)
-    if os.name != "nt":  # folders cannot be opened there, and renames need no help
-        sync(target.parent)
-
-
-def sync(path: Path) -> None:
-    """fsync of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def unwritable(output: Path, error: OSError) -> UserError:
@@ -189,11 +174,15 @@ WRITERS: dict[str, Callable[..., AbstractContextManager[Write]]] = {
 }
 
 
+def _encodable(row: dict[str, Any]) -> dict[str, Any]:
+    """Names of files, and of classes after folders, are bytes; those that are no UTF-8 are written as escapes."""
+    row = {**row, "path": undecodable_escaped(row["path"])}
+    if row.get("label") is not None:
+        row["label"] = undecodable_escaped(row["label"])
+        row["labels"] = [undecodable_escaped(label) for label in row["labels"]]
+    return row
+
+
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     embedding = row.get("embedding")
     return row if embedding is None else {**row, "embedding": embedding.tolist()}
-
-
-def _printable(path: str) -> str:
-    """File names are bytes; those that are not UTF-8 are written with escapes."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

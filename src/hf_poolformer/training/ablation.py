@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import csv
+import difflib
+import io
 import json
+import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from .. import __version__
+from ..hub.cards import plain_markdown
 from .arguments import TrainingSettings
+from .checkpoints import free_name
 from .errors import Diverged, UserError
+from .files import one_line
+from .fingerprints import state_of_dataset, state_of_path
 from .loop import train
-from .strict_json import to_json
+from .reports import new_figure, replace_text, save_figure, write_json
 
 
 @dataclass(frozen=True)
@@ -84,16 +95,81 @@ def settings_of(row: Row, base: TrainingSettings, output_dir: Path, seed: int) -
     return TrainingSettings(**values)
 
 
-def measure(name: str, base: TrainingSettings, output_dir: Path, seed: int) -> dict[str, Any]:
+# Settings that decide nothing about a result: where things lie, what is told and kept, how many help.
+INDIFFERENT = frozenset(
+    [
+        "output_dir",
+        "overwrite_output_dir",
+        "config_file",
+        "resume_from_checkpoint",
+        "cache_dir",
+        "num_workers",
+        "logging_steps",
+        "eval_epochs",
+        "per_device_eval_batch_size",
+        "checkpointing_steps",
+        "save_total_limit",
+        "keep_best",
+        "checkpoint_failure",
+        "async_checkpointing",
+        "with_tracking",
+        "report_to",
+        "emissions_country",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_token",
+        "trust_remote_code",
+        # Their content stands for them.
+        "dataset_name",
+        "dataset_revision",
+        "train_dir",
+        "validation_dir",
+        "teacher",
+    ]
+)
+RECORD = "ablation.json"
+
+
+def content_of(base: TrainingSettings) -> dict[str, str]:
+    """The state of the data and, if there is one, of the teacher; see `fingerprints`."""
+    content = {}
+    for name in ("dataset_name", "train_dir", "validation_dir"):
+        if getattr(base, name):
+            content[name] = state_of_dataset(getattr(base, name), base.dataset_revision, base.hub_token)
+    if base.teacher:
+        content["teacher"] = state_of_path(base.teacher) or base.teacher
+    return content
+
+
+def key_of(settings: TrainingSettings, content: Mapping[str, str]) -> dict[str, Any]:
+    """All that decides the result of a run, fit for JSON. A result belongs to the run that has the same key."""
+    chosen = {name: value for name, value in settings.to_dict().items() if name not in INDIFFERENT}
+    chosen["config_overrides"] = settings.overrides()
+    if settings.mixed_precision is None:
+        chosen["mixed_precision"] = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # of which each brings its own batch
+    key = {"settings": chosen, "content": dict(content), "processes": processes, "version": __version__}
+    return json.loads(json.dumps(key))
+
+
+def measure(
+    name: str, base: TrainingSettings, output_dir: Path, seed: int, content: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """
-    Trains one row with one seed, or reads its result if it is there already.
+    Trains one row with one seed, or reads its result if it is there already; every process must call it.
 
     A loss that is no longer finite is a result of an ablation, not an error: its accuracy is that of guessing.
+
+    Args:
+        content: as `content_of` gives it, which is asked if it is None.
     """
-    result_file = output_dir / "ablation.json"
-    if result_file.is_file():
-        return json.loads(result_file.read_text())
     settings = settings_of(ROWS[name], base, output_dir, seed)
+    key = key_of(settings, content_of(base) if content is None else content)
+    main = PartialState().is_main_process
+    [found] = broadcast_object_list([find_record(output_dir, key, tell=True) if main else None])
+    if found is not None:
+        return found
     settings.overwrite_output_dir = True  # what an interrupted attempt left there
     try:
         results, diverged = train(settings), False
@@ -107,9 +183,59 @@ def measure(name: str, base: TrainingSettings, output_dir: Path, seed: int) -> d
         "seconds": results.get("train_runtime"),
         "diverged": diverged,
     }
-    result_file.parent.mkdir(parents=True, exist_ok=True)
-    result_file.write_text(to_json(result, indent=2) + "\n")
+    if main:
+        record = output_dir / RECORD
+        if record.is_file():  # of other settings, with which somebody may come back
+            record.rename(free_name(record))
+        write_json(record, {**result, "key": key})
     return result
+
+
+def find_record(folder: Path, key: Mapping[str, Any], tell: bool = False) -> dict[str, Any] | None:
+    """The result with this key among the records of a row and seed.
+
+    Args:
+        tell: why there is none, if there are others.
+    """
+    reasons = []
+    for path in sorted(folder.glob(f"{RECORD}*")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            theirs, result = record.pop("key", None), record
+            if theirs == key:
+                return {
+                    name: result[name] for name in ("row", "seed", "accuracy", "train_loss", "seconds", "diverged")
+                }
+            reasons.append(differences(theirs, key))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reasons.append(f"{path.name} cannot be read ({one_line(error)})")
+    if reasons and tell:
+        print(f"{folder} holds another result: {reasons[0]}. This one is measured anew, that one is kept.", flush=True)
+    return None
+
+
+def differences(theirs: Any, mine: Mapping[str, Any]) -> str:
+    """In what a record's key differs, in words."""
+    if theirs is None:
+        return "an older version wrote it, which did not note its settings"
+    told, yours = theirs["settings"], mine["settings"]
+    changed = [name for name in {**told, **yours} if told.get(name) != yours.get(name)]
+    words = [f"{name} {told.get(name)} instead of {yours.get(name)}" for name in changed[:4]]
+    words += ["and more"] if len(changed) > 4 else []
+    words += [f"another {name}" for name in ("content", "processes", "version") if theirs.get(name) != mine[name]]
+    return ", ".join(words).replace("another content", "other data")
+
+
+def all_results(base: TrainingSettings, folder: Path, content: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Every finished result of these settings and data, whichever call of the command measured it."""
+    results = []
+    for name, row in ROWS.items():
+        for path in (folder / "rows" / name).glob("seed-*"):
+            seed = path.name.removeprefix("seed-")
+            if seed.isdecimal():
+                result = find_record(path, key_of(settings_of(row, base, path, int(seed)), content))
+                results += [result] if result is not None else []
+    return results
 
 
 def choose_rows(names: Sequence[str]) -> list[str]:
@@ -117,7 +243,9 @@ def choose_rows(names: Sequence[str]) -> list[str]:
     groups = {row.group for row in ROWS.values()}
     unknown = [name for name in names if name not in {"all", *ROWS, *groups}]
     if unknown:
-        raise UserError(f"unknown rows {', '.join(unknown)}; there are: all, {', '.join([*groups, *ROWS])}")
+        near = difflib.get_close_matches(unknown[0], ["all", *groups, *ROWS], n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: all, {', '.join([*groups, *ROWS])}"
+        raise UserError(f"unknown rows {', '.join(unknown)}; {hint}")
     return [name for name, row in ROWS.items() if {"all", name, row.group} & set(names)]
 
 
@@ -146,11 +274,12 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def write_table(lines: Sequence[dict[str, Any]], folder: Path, about: str) -> None:
     """`ablation.csv` and `ablation.md`."""
-    with open(folder / "ablation.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
-    text = [f"# Ablation of PoolFormer\n\n{about}\n"]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    replace_text(folder / "ablation.csv", table.getvalue())
+    text = [f"# Ablation of PoolFormer\n\n{plain_markdown(about)}\n"]
     text += ["| group | variant | ours, top-1 (%) | spread | seeds | paper, ImageNet-1K top-1 (%) |"]
     text += ["|---|---|---:|---:|---:|---:|"]
     for line in lines:
@@ -162,18 +291,13 @@ def write_table(lines: Sequence[dict[str, Any]], folder: Path, about: str) -> No
         text.append(
             f"| {line['group']} | {line['variant']} | {ours} | {spread} | {line['seeds']} | {line['paper_imagenet']} |"
         )
-    (folder / "ablation.md").write_text("\n".join(text) + "\n")
+    replace_text(folder / "ablation.md", "\n".join(text) + "\n")
 
 
 def draw_table(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Bars: ours and the paper's, row by row. The data sets differ, so the orders compare and the heights do not."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     inches = 0.42 * len(lines) + 1.6
-    figure, axis = plt.subplots(figsize=(9, inches))
+    figure, axis = new_figure((9, inches))
     places = range(len(lines))
     axis.barh([p - 0.2 for p in places], [line["accuracy"] or 0 for line in lines], 0.38, label="ours, this data set")
     axis.barh([p + 0.2 for p in places], [line["paper_imagenet"] for line in lines], 0.38, label="paper, ImageNet-1K")
@@ -185,7 +309,6 @@ def draw_table(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     axis.set_ylim(len(lines) - 0.4, -0.6)
     axis.set_xlim(0, 112)
     axis.set_xlabel("top-1 accuracy (%)")
-    axis.set_title(title)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6 / inches), ncols=2, frameon=False)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    axis.set_title(title, parse_math=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    save_figure(figure, path)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
+from ..configuration_poolformer import Fixed
 from .errors import UserError
+from .names import near_names
 
 
 def setting(default: Any, help: str, aliases: Sequence[str] = ()) -> Any:
@@ -314,11 +316,8 @@ class TrainingSettings(
         return cls(**{**defaults_of(recipe, settings), "recipe": recipe, **settings})
 
     def check(self) -> None:
-        for name, (low, high) in LIMITS.items():
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and low <= value <= high):
-                limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-                raise UserError(f"--{name} must be {limits}, not {value}.")
+        check_values(self, LIMITS)
+        check_keep_best(self.keep_best, METRICS)
         if self.output_dir is None:
             raise UserError("say where the run is to be written: --output_dir FOLDER.")
         if (self.dataset_name is None) == (self.train_dir is None):
@@ -461,8 +460,77 @@ LIMITS: dict[str, tuple[float, float]] = {
 }
 
 
-def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> TrainingSettings:
+# What `--keep_best` can go by.
+METRICS = ("eval_accuracy", "eval_loss", "eval_top5_accuracy")
+
+
+def check_values(settings: Any, limits: Mapping[str, tuple[float, float]]) -> None:
+    """
+    Raises:
+        UserError: a setting has no value and needs one, or lies outside of its limits.
+    """
+    for name, kinds in kinds_of(type(settings)).items():
+        if getattr(settings, name) is None and type(None) not in kinds:
+            raise UserError(f"--{name} has no value: give one, or leave it out for the default.")
+    for name, (low, high) in limits.items():
+        value = getattr(settings, name, None)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"--{name} takes a number, not {value!r}.")
+        if not (math.isfinite(value) and low <= value <= high):
+            most = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise UserError(f"--{name} must be {most}, not {value}.")
+
+
+def check_keep_best(metric: str | None, known: Sequence[str]) -> None:
+    """Refuses, before anything is trained, a metric that no evaluation gives."""
+    if metric is not None and metric not in known:
+        near = [name for name in known if name.removeprefix("eval_") == metric] or near_names(metric, known)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        raise UserError(f"--keep_best {metric}: an evaluation gives {', '.join(known)}{hint}")
+
+
+def kinds_of(settings: type) -> dict[str, tuple[Any, ...]]:
+    """The types that each setting can have."""
+    hints = get_type_hints(settings)
+    fields = [field.name for field in dataclasses.fields(settings) if field.name in hints]
+    unions = (Union, UnionType)
+    return {name: get_args(hints[name]) if get_origin(hints[name]) in unions else (hints[name],) for name in fields}
+
+
+def check_overrides(overrides: Mapping[str, Any], config: Any, name: str) -> None:
+    """
+    Args:
+        config: a configuration of the class that is changed, or the class itself where it is a dataclass.
+        name: of the model, for the message.
+
+    Raises:
+        UserError: such a configuration has no field of that name, or what it says comes from the data.
+    """
+    kind = config if isinstance(config, type) else type(config)
+    known = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    known |= set() if isinstance(config, type) else set(vars(config))
+    constants = {field: value for field, value in vars(kind).items() if isinstance(value, Fixed)}
+    known |= {*constants, *getattr(kind, "attribute_map", {}), "out_features", "out_indices", "torch_dtype"}
+    for field in ("id2label", "label2id", "num_labels", "problem_type"):
+        if field in overrides:
+            raise UserError(f"--config_overrides cannot set {field}: the classes are those of the data.")
+    check_names(overrides, sorted(field for field in known if field[0] != "_"), "key in --config_overrides")
+    for field, value in overrides.items():
+        fixed = constants.get(field)
+        if fixed is not None and value not in (fixed.value, json.loads(json.dumps(getattr(kind, field)))):
+            raise UserError(
+                f"--config_overrides cannot set {field}: it is a constant of {kind.model_type}, the architecture of "
+                f"{name}. With --config_name metaformer_id_s12 every part can be chosen."
+            )
+
+
+def parse(argv: Sequence[str] | None = None, prog: str | None = None, others: Sequence[str] = ()) -> TrainingSettings:
     """Settings from the command line: a flag wins over the YAML file, and that over the recipe.
+
+    Args:
+        others: flags that the caller has taken out of `argv`; they may be meant by a misspelt one.
 
     Raises:
         UserError: unknown flags, keys or recipes (with what was probably meant), and values that do not fit.
@@ -490,8 +558,8 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> Trainin
     defaults = defaults_of(recipe, flags)
     parser.set_defaults(**defaults, recipe=recipe)
     # An explicit null in the file unsets what the recipe set.
-    parser.set_defaults(**{name: None for name, value in from_file.items() if value is None})
-    parts = parser.parse(as_flags(from_file) + argv, names)
+    parser.set_defaults(**{name: None for name, value in from_file.items() if value is None and name != "recipe"})
+    parts = parser.parse(as_flags(from_file, TrainingSettings) + argv, [*names, *others])
     return TrainingSettings(**{key: value for part in parts for key, value in vars(part).items()})
 
 
@@ -522,10 +590,10 @@ def defaults_of(recipe: str, given: Any = ()) -> dict[str, Any]:
 
 
 def check_names(given: Any, known: Sequence[str], what: str) -> None:
-    """Raises a UserError for the first name that is not known, with those that resemble it."""
+    """Raises a UserError for the first name that is not known, with those that may have been meant."""
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=3)
+            near = near_names(str(name), known, 3)
             hint = f"; did you mean {' or '.join(near)}?" if near else "."
             if not near and len(known) < 10:
                 hint = f"; there are {', '.join(known)}."
@@ -548,15 +616,29 @@ def read_yaml(path: str) -> dict[str, Any]:
     return values
 
 
-def as_flags(values: dict[str, Any]) -> list[str]:
-    """YAML values as flags, so that one parser checks both."""
-    flags = []
+def as_flags(values: dict[str, Any], settings: type) -> list[str]:
+    """YAML values as flags of these settings, so that one parser checks both.
+
+    Raises:
+        UserError: several values where one is wanted.
+    """
+    flags, kinds = [], kinds_of(settings)
     for name, value in values.items():
         if value is None:
             continue
-        if isinstance(value, (dict, list)):
+        if isinstance(value, bool) and bool not in kinds[name]:
+            value = "yes" if value else "no"  # YAML takes these words for booleans
+        elif isinstance(value, bool):
+            value = str(value).lower()
+        elif isinstance(value, list) and name in ("label_names", "lr_steps", "report_to"):
+            if any("," in str(item) for item in value):
+                raise UserError(f"{name} takes names without commas in them, not {value}.")
+            value = ",".join(map(str, value))
+        elif isinstance(value, (dict, list)):
+            if name != "config_overrides" and str in kinds[name]:
+                raise UserError(f"{name} takes one value, not {value}.")
             value = json.dumps(value)
-        flags.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
+        flags.append(f"--{name}={value}")
     return flags
 
 
@@ -604,7 +686,8 @@ class SettingsParser(HfArgumentParser, QuietParser):
             argv, return_remaining_strings=True, look_for_args_file=False
         )
         flags = [text.split("=")[0] for text in unknown if text.startswith("--")]
-        check_names([flag[2:].replace("-", "_") for flag in flags], names, "flag")
+        known = {text[2:] for text in self._option_string_actions if text.startswith("--") and "-" not in text[2:]}
+        check_names([flag[2:].replace("-", "_") for flag in flags], sorted(known.union(names)), "flag")
         if unknown:
             raise UserError(f"what is {' '.join(unknown)!r} for? Values follow a flag: --name value.")
         return tuple(parts)

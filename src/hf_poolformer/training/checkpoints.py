@@ -43,6 +43,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import UserError
+from .folders import put_in_place, sync
 from .strict_json import to_json
 
 
@@ -527,8 +528,7 @@ def mark_best(root: Path, step: int, value: float) -> None:
     """Makes `step-N` the one that stays; the one before it loses this privilege."""
     temporary = root / f".{BEST}"
     temporary.write_text(to_json({"step": step, "value": value}), encoding="utf-8")
-    sync(temporary)
-    temporary.replace(root / BEST)
+    put_in_place(temporary, root / BEST)
 
 
 def set_aside(root: Path, after: int = -1) -> None:
@@ -555,17 +555,6 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create the folder {path}: {error.strerror}.") from error
-
-
-def sync(path: Path) -> None:
-    """fsync of a file or folder; folders cannot be opened on Windows, whose renames need none."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def digest(path: Path) -> str:

@@ -26,7 +26,7 @@ from .errors import UserError
 from .finite import finite_answers, refuse_not_finite
 from .initialisation import first_line, load_checkpoint
 from .metrics import Accuracy, ConfusionMatrix, PerClassAccuracy, TopKAccuracy
-from .reports import write_confusion_matrix, write_json
+from .reports import best_effort, write_confusion_matrix, write_json
 from .understood import describe_data
 
 
@@ -307,6 +307,7 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
         folder = Path(settings.output_dir)
         write_json(folder / "all_results.json", {"model": settings.model, **named})
         if results["confusion_matrix"] is not None:
-            write_confusion_matrix(folder / "confusion_matrix.png", results["confusion_matrix"], label_names)
+            with best_effort("drawing the confusion matrix"):
+                write_confusion_matrix(folder / "confusion_matrix.png", results["confusion_matrix"], label_names)
     accelerator.end_training()
     return named

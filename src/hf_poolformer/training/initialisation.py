@@ -12,10 +12,10 @@ from huggingface_hub import constants
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from ..configuration_poolformer import VARIANTS, MetaFormerConfig
+from ..configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
 from ..export.folder import is_exported, no_model
 from ..image_processing_poolformer import PoolFormerImageProcessor
-from .arguments import TrainingSettings
+from .arguments import TrainingSettings, check_overrides
 from .classes import class_key
 from .errors import UserError
 from .finite import check_weights
@@ -111,6 +111,8 @@ def from_scratch(settings: TrainingSettings, labels: dict[str, Any]) -> tuple[Pr
     rate = settings.drop_path_rate
     try:
         if variant is not None:
+            kind = PoolFormerConfig if variant.model_type == "poolformer" else MetaFormerConfig
+            check_overrides(overrides, kind, settings.config_name)
             if rate is None:
                 rate = variant.drop_path_rate or 0.0  # not published for every checkpoint
             config = MetaFormerConfig.from_variant(
@@ -128,6 +130,7 @@ def from_scratch(settings: TrainingSettings, labels: dict[str, Any]) -> tuple[Pr
                 )
             chosen = {} if rate is None else {"drop_path_rate": rate}
             where["trust_remote_code"] = settings.trust_remote_code
+            check_overrides(overrides, AutoConfig.from_pretrained(settings.config_name, **where), settings.config_name)
             config = AutoConfig.from_pretrained(settings.config_name, **where, **labels, **chosen, **overrides)
             processor = AutoImageProcessor.from_pretrained(settings.config_name, **where)
         return AutoModelForImageClassification.from_config(config), processor
@@ -139,8 +142,6 @@ def from_scratch(settings: TrainingSettings, labels: dict[str, Any]) -> tuple[Pr
 
 def from_checkpoint(settings: TrainingSettings, names: list[str], labels: dict[str, Any]) -> tuple[Any, Any]:
     overrides = settings.overrides()
-    if settings.drop_path_rate is not None:
-        overrides["drop_path_rate"] = settings.drop_path_rate
     source = {
         "revision": settings.model_revision,
         "token": settings.hub_token,
@@ -151,6 +152,9 @@ def from_checkpoint(settings: TrainingSettings, names: list[str], labels: dict[s
         before = AutoConfig.from_pretrained(settings.model_name_or_path, **source)
     except Exception as error:
         raise UserError(why_not_loaded(settings.model_name_or_path, error)) from error
+    check_overrides(overrides, before, settings.model_name_or_path)
+    if settings.drop_path_rate is not None:
+        overrides["drop_path_rate"] = settings.drop_path_rate
     learnt = [before.id2label[index] for index in range(len(before.id2label))]
     model, processor, fresh = load_checkpoint(settings.model_name_or_path, **source, **overrides, **labels)
     head = {name for name, _ in model.named_parameters() if belongs_to_head(name, model)}

@@ -34,9 +34,10 @@ from .evaluation import check_labels, evaluate, named_results, skip_limit
 from .initialisation import initial_model, label_order
 from .optimisation import WeightAverage, make_optimizer, make_schedule, scaled_learning_rate
 from .preparation import begin, due, make_accelerator, make_loaders, open_data, plan, prepare_output
-from .processes import Agreement, Stopped, StopSignal, telling_of_lost_processes
+from .processes import Agreement, Stopped, StopSignal, alone_in_its_folder, telling_of_lost_processes
 from .reports import (
     RunLog,
+    best_effort,
     describe,
     note_skipped,
     resume_command,
@@ -93,6 +94,7 @@ class Run:
         return self.state.progress
 
 
+@alone_in_its_folder
 def train(settings: TrainingSettings, make_loaders: Callable[..., tuple[Any, Any]] = make_loaders) -> dict[str, Any]:
     """Trains a classifier as the settings say and leaves everything about it in `settings.output_dir`.
 
@@ -197,7 +199,8 @@ def train(settings: TrainingSettings, make_loaders: Callable[..., tuple[Any, Any
         results, matrix = final_results(run)
         run.saver.finish()
     if meter is not None:
-        results.update(meter.stop())
+        with best_effort("measuring the emissions"):
+            results.update(meter.stop())
 
     if accelerator.is_main_process:
         save_results(run, output_dir, results, matrix)
@@ -398,7 +401,8 @@ def record(run: Run, row: dict[str, Any]) -> None:
     if run.log is not None:
         run.log.add(row)
     figures = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
-    run.accelerator.log(figures, step=row["step"])
+    with best_effort("telling the experiment trackers"):
+        run.accelerator.log(figures, step=row["step"])
 
 
 def evaluate_now(run: Run) -> dict[str, Any]:
@@ -431,8 +435,8 @@ def evaluate_now(run: Run) -> dict[str, Any]:
 def keep_if_best(run: Run, figures: dict[str, float]) -> None:
     """Saves a checkpoint that stays, if what `--keep_best` names was never better; every process must call it."""
     progress, metric, root = run.progress, run.settings.keep_best, run.saver.root
-    if metric not in figures:
-        raise UserError(f"--keep_best {metric}: an evaluation gives {', '.join(figures)}.")
+    if metric not in figures:  # no number this time: there was nothing to measure it on
+        return
     best, sign = checkpoints.best_of(root), -1 if metric.endswith("loss") else 1
     # A mark from a later step is from before this run was set back.
     better = best is None or best[0] > progress.step or sign * figures[metric] > sign * best[1]
@@ -518,15 +522,18 @@ def save_results(run: Run, output_dir: Path, results: dict[str, Any], matrix: An
     """What a finished run leaves beside its model."""
     settings, label_names = run.settings, run.progress.label_names
     write_json(output_dir / "all_results.json", results)
-    write_curves(output_dir / "curves.png", run.log.rows)
+    with best_effort("drawing the curves"):
+        write_curves(output_dir / "curves.png", run.log.rows)
     if matrix is not None:
-        write_confusion_matrix(output_dir / "confusion_matrix.png", matrix, label_names)
-    write_training_card(
-        output_dir,
-        results=results,
-        settings=settings.to_dict(),
-        dataset_name=settings.dataset_name,
-        base_model=settings.model_name_or_path,
-        label_names=label_names,
-        repo_id=settings.hub_model_id,
-    )
+        with best_effort("drawing the confusion matrix"):
+            write_confusion_matrix(output_dir / "confusion_matrix.png", matrix, label_names)
+    with best_effort("writing the model card"):
+        write_training_card(
+            output_dir,
+            results=results,
+            settings=settings.to_dict(),
+            dataset_name=settings.dataset_name,
+            base_model=settings.model_name_or_path,
+            label_names=label_names,
+            repo_id=settings.hub_model_id,
+        )

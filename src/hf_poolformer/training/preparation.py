@@ -16,7 +16,7 @@ from .augmentation import EvalTransform
 from .device_pipeline import make_pipeline
 from .errors import UserError
 from .evaluation import check_classification, data_workers, skip_limit
-from .reports import RunLog
+from .reports import RunLog, best_effort
 
 
 def make_accelerator(settings: TrainingSettings, fsdp: bool = False) -> Accelerator:
@@ -90,8 +90,10 @@ def prepare_output(settings: TrainingSettings, accelerator: Accelerator) -> tupl
     found = find_checkpoint(settings.resume_from_checkpoint, root, accelerator)
     same_run = found is not None and root.resolve() in found.resolve().parents
     if settings.resume_from_checkpoint == "latest" and found is None:
-        # Killed before its first checkpoint: its settings are there, a model is not.
-        same_run = (output_dir / "training_settings.yaml").is_file() and not (output_dir / "config.json").is_file()
+        # Killed before its first checkpoint or after its last step: its settings are there, its results are not.
+        same_run = (output_dir / "training_settings.yaml").is_file() and not (
+            output_dir / "all_results.json"
+        ).is_file()
         accelerator.print(f"No complete checkpoint in {root}: starting from the beginning.")
     held = [path for path in output_dir.iterdir() if path.name[0] != "."] if output_dir.is_dir() else []
     if held and not same_run and not settings.overwrite_output_dir:
@@ -243,7 +245,8 @@ def begin(
         log = RunLog(output_dir / "training_log.jsonl", progress.step if resume_from else None)
     if accelerator.log_with:
         config = {name: value if value is not None else "" for name, value in settings.to_dict().items()}
-        accelerator.init_trackers("hf-poolformer", config=config)
+        with best_effort("starting the experiment trackers"):
+            accelerator.init_trackers("hf-poolformer", config=config)
     return log
 
 

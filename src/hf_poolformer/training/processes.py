@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import str_to_bool
+from accelerate.utils import broadcast_object_list, str_to_bool
 
 from .errors import UserError
 from .files import one_line
+from .folders import hold
 
 
 # As gloo puts it, which has no exceptions of its own.
@@ -59,6 +63,33 @@ def start_cpu_processes() -> None:
     if started_as is not None:  # python -m hf_poolformer train
         program = ["-m", started_as.name.removesuffix(".__main__"), *sys.argv[1:]]
     os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *processes, *program])
+
+
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """`folders.hold` for all processes of a run, of which the main one holds; every process must call it."""
+    with contextlib.ExitStack() as held:
+        fault = None
+        if PartialState().is_main_process:
+            try:
+                held.enter_context(hold(folder))
+            except UserError as error:
+                fault = str(error)
+        [fault] = broadcast_object_list([fault])
+        if fault:
+            raise UserError(fault)
+        yield
+
+
+def alone_in_its_folder(train: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes `train(settings, ...)` keep `settings.output_dir` for itself until it returns or fails."""
+
+    @functools.wraps(train)
+    def run(settings: Any, *values: Any, **named: Any) -> Any:
+        with owned(Path(settings.output_dir)):
+            return train(settings, *values, **named)
+
+    return run
 
 
 class Agreement:

@@ -6,18 +6,25 @@ import contextlib
 import csv
 import io
 import json
+import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .errors import UserError
+from .files import one_line
+from .folders import put_in_place
+from .names import printable
 from .strict_json import to_json
 
+
+logger = logging.getLogger(__name__)
 
 SKIPPED = "skipped.csv"
 # Share of the time spent waiting for data above which a summary says what could be done about it.
@@ -86,7 +93,7 @@ def note_skipped(output_dir: Path, epoch: int, descriptions: Sequence[str]) -> N
     """Adds broken images to `skipped.csv`; all processes do. What a resumed run meets again is there again."""
     if descriptions:
         lines = io.StringIO()
-        csv.writer(lines, lineterminator="\n").writerows((epoch, description) for description in descriptions)
+        csv.writer(lines, lineterminator="\n").writerows((epoch, printable(text)) for text in descriptions)
         with contextlib.suppress(OSError), open(output_dir / SKIPPED, "a", encoding="utf-8") as file:
             file.write(lines.getvalue())
 
@@ -119,9 +126,22 @@ def replace_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}.") from error
+
+
+@contextlib.contextmanager
+def best_effort(what: str) -> Iterator[None]:
+    """A fault in what only adorns a run is told, and ends nothing.
+
+    Args:
+        what: is being written; for the message.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever fonts, names and libraries come up with
+        logger.warning("%s failed, and the run goes on without: %s", what, printable(one_line(error)))
 
 
 def write_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -164,9 +184,11 @@ def write_confusion_matrix(path: Path, matrix: np.ndarray, label_names: Sequence
     figure, axes = new_figure((side + 1, side))
     if count <= 60:
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        names = [name if len(name) <= 18 else name[:17] + "…" for name in label_names]
+        names = [printable(name, 18) for name in label_names]
         axes.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=8)
         axes.set_yticks(range(count), names, fontsize=8)
+        for text in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+            text.set_parse_math(False)  # a dollar in a name is a dollar
     else:
         floor = 1e-3
         image = axes.imshow(np.maximum(shares, floor), cmap="Blues", norm=LogNorm(floor, 1), interpolation="nearest")
@@ -189,8 +211,24 @@ def new_figure(size: tuple[float, float], columns: int = 1, rows: int = 1) -> tu
     return figure, figure.subplots(rows, columns)
 
 
+def add_legend(figure: Any, entries: Sequence[tuple[Any, str]], columns: int) -> None:
+    """Colours and the names of their classes below a figure, of at most 20."""
+    from matplotlib.patches import Patch
+
+    if not entries:
+        return
+    # Named afterwards: matplotlib leaves out names that begin with an underscore.
+    handles = [Patch(color=colour, label=str(index)) for index, (colour, _) in enumerate(entries[:20])]
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), columns), fontsize=9)
+    for text, (_, name) in zip(legend.get_texts(), entries, strict=False):
+        text.set_parse_math(False)  # a dollar in a name is a dollar
+        text.set_text(printable(name, 40))
+
+
 def save_figure(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the suffix says in which format
-    figure.savefig(temporary, dpi=150)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # no font has every letter
+        figure.savefig(temporary, dpi=150)
     os.replace(temporary, path)

@@ -19,7 +19,9 @@ from ..arguments import (
     SettingsParser,
     TrainingSettings,
     as_flags,
+    check_keep_best,
     check_names,
+    check_values,
     read_yaml,
     setting,
 )
@@ -215,6 +217,14 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+# What `--keep_best` can go by.
+_AVERAGES = [f"eval_{end}" for end in ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")]
+METRICS: dict[str, list[str]] = {
+    "semantic-segmentation": ["eval_miou", "eval_mean_accuracy", "eval_pixel_accuracy"],
+    "object-detection": _AVERAGES,
+    "instance-segmentation": [*_AVERAGES, *(name.replace("eval_", "eval_mask_") for name in _AVERAGES)],
+}
+
 DENSE_LIMITS: dict[str, tuple[float, float]] = {
     "image_size": (32, 10_000),
     "longest_edge": (32, 10_000),
@@ -262,11 +272,8 @@ class DenseSettings(
     def check(self) -> None:
         if self.task not in TASKS:
             raise UserError(f"say what to train: --task {', '.join(TASKS[:-1])} or {TASKS[-1]}.")
-        for name, (low, high) in {**LIMITS, **DENSE_LIMITS}.items():
-            value = getattr(self, name, None)
-            if value is not None and not low <= value <= high:
-                limits = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
-                raise UserError(f"--{name} must be {limits}, not {value}.")
+        check_values(self, {**LIMITS, **DENSE_LIMITS})
+        check_keep_best(self.keep_best, METRICS[self.task])
         if self.output_dir is None:
             raise UserError("say where the run is to be written: --output_dir FOLDER.")
         if self.dataset_name is None:
@@ -335,8 +342,9 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> DenseSe
         raise UserError(f"say what to train: --task {', '.join(TASKS[:-1])} or {TASKS[-1]}.")
     parser.set_defaults(**defaults_of(task or TASKS[1], recipe, flags), task=task, recipe=recipe)
     # An explicit null in the file unsets what the recipe set.
-    parser.set_defaults(**{name: None for name, value in from_file.items() if value is None})
-    parts = parser.parse(as_flags(from_file) + argv, names)
+    unset = [name for name, value in from_file.items() if value is None and name not in ("task", "recipe")]
+    parser.set_defaults(**dict.fromkeys(unset))
+    parts = parser.parse(as_flags(from_file, DenseSettings) + argv, names)
     return DenseSettings(**{key: value for part in parts for key, value in vars(part).items()})
 
 

@@ -15,8 +15,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ...configuration_poolformer import VARIANTS, MetaFormerConfig
+from ...configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
 from ...image_processing_poolformer import PoolFormerImageProcessor
+from ..arguments import check_overrides
 from ..errors import UserError
 from ..finite import check_weights
 from ..initialisation import first_line, looks_like_checkpoint, shown, why_not_loaded
@@ -69,9 +70,12 @@ def from_scratch(settings: DenseSettings, changes: dict[str, Any]) -> PreTrained
     name = settings.config_name
     try:
         if name in VARIANTS:
+            kind = PoolFormerConfig if VARIANTS[name].model_type == "poolformer" else MetaFormerConfig
+            check_overrides(settings.overrides(), kind, name)
             labels = {"num_labels": len(changes["id2label"])}
             config = MetaFormerConfig.from_variant(name, **{**labels, **changes})
         elif looks_like_checkpoint(name):
+            check_overrides(settings.overrides(), AutoConfig.from_pretrained(name, **where(settings)), name)
             config = AutoConfig.from_pretrained(name, **where(settings), **changes)
         else:
             raise UserError(f"--config_name {name}: neither a variant ({', '.join(VARIANTS)}) nor a folder or Hub id.")
@@ -87,9 +91,12 @@ def from_checkpoint(settings: DenseSettings, names: list[str], changes: dict[str
     source = {**where(settings), "revision": settings.model_revision}
     try:
         before = AutoConfig.from_pretrained(name, **source)
+        check_overrides(settings.overrides(), before, name)
         model, info = AUTO_MODELS[settings.task].from_pretrained(
             name, **source, **changes, ignore_mismatched_sizes=True, output_loading_info=True
         )
+    except UserError:
+        raise
     except Exception as error:  # whatever a foreign folder provokes
         raise UserError(why_not_loaded(name, error, "the start of a segmenter or detector")) from error
     check_weights(model, name)

@@ -22,8 +22,8 @@ from ..initialisation import label_order
 from ..loop import Run, finish, keep_if_best, record, running, save_and_leave, train_epochs, training_figures
 from ..optimisation import WeightAverage, make_optimizer, scaled_learning_rate
 from ..preparation import begin, make_accelerator, plan, prepare_output
-from ..processes import Agreement
-from ..reports import write_json
+from ..processes import Agreement, alone_in_its_folder
+from ..reports import best_effort, write_json
 from .arguments import DenseSettings
 from .augmentation import collate, collate_maps
 from .data import make_dense_loader, numbered, open_dense_datasets
@@ -37,6 +37,7 @@ from .pictures import METRICS, write_curves, write_predictions
 PICTURES = 8  # predictions in the picture
 
 
+@alone_in_its_folder
 def train(settings: DenseSettings) -> dict[str, Any]:
     """Trains a segmenter or detector as the settings say and leaves everything about it in `settings.output_dir`.
 
@@ -124,7 +125,8 @@ def train(settings: DenseSettings) -> dict[str, Any]:
 
     results = {**named_results(evaluation, label_names), **training_figures(run)}
     if meter is not None:
-        results.update(meter.stop())
+        with best_effort("measuring the emissions"):
+            results.update(meter.stop())
     if accelerator.is_main_process:
         save_model(run, output_dir, processor, results, examples)
     finish(run, lambda: summary(output_dir, results, settings.task))
@@ -207,16 +209,19 @@ def save_model(
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
     write_json(output_dir / "all_results.json", results)
-    write_curves(output_dir / "curves.png", run.log.rows, settings.task)
+    with best_effort("drawing the curves"):
+        write_curves(output_dir / "curves.png", run.log.rows, settings.task)
     if examples:
         colours = processor.image_mean, processor.image_std
-        write_predictions(output_dir / "predictions.png", examples, label_names, *colours)
-    write_training_card(
-        output_dir,
-        results=results,
-        settings=settings.to_dict(),
-        dataset_name=settings.dataset_name,
-        base_model=settings.model_name_or_path,
-        label_names=label_names,
-        repo_id=settings.hub_model_id,
-    )
+        with best_effort("drawing the predictions"):
+            write_predictions(output_dir / "predictions.png", examples, label_names, *colours)
+    with best_effort("writing the model card"):
+        write_training_card(
+            output_dir,
+            results=results,
+            settings=settings.to_dict(),
+            dataset_name=settings.dataset_name,
+            base_model=settings.model_name_or_path,
+            label_names=label_names,
+            repo_id=settings.hub_model_id,
+        )

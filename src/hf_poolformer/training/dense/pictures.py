@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ...image_processing_dense import IGNORE_INDEX
-from ..reports import new_figure, save_figure
+from ..reports import add_legend, new_figure, save_figure
 
 
 if TYPE_CHECKING:
@@ -93,11 +93,7 @@ def write_predictions(
             )
         left.set_title("truth", fontsize=9)
         right.set_title("predicted", fontsize=9)
-    from matplotlib.patches import Patch
-
-    handles = [Patch(color=palette[index], label=label_names[index]) for index in sorted(used)[:20]]
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=9)
+    add_legend(figure, [(palette[index], label_names[index]) for index in sorted(used)], columns=6)
     save_figure(figure, path)
 
 
