@@ -31,6 +31,7 @@ class ImageDataset:
         problem_type: as in a model's config; None if unlabelled.
         num_examples: exact if known, else None.
         name: what messages call it.
+        other_columns: read besides image and label.
         token: Hub token, for rows that name remote files.
     """
 
@@ -43,6 +44,7 @@ class ImageDataset:
     problem_type: str | None = None
     name: str = "dataset"
     token: str | bool | None = None
+    other_columns: tuple[str, ...] = ()
 
     @property
     def num_labels(self) -> int | None:
@@ -134,7 +136,7 @@ def columns_needed(dataset: ImageDataset) -> list[str]:
     label_column = dataset.label_column
     if label_column not in dataset.stream.features:
         label_column = label_column.partition(".")[0]
-    return [dataset.image_column, label_column]
+    return [dataset.image_column, label_column, *dataset.other_columns]
 
 
 def label_key(value: Any) -> Any:

@@ -95,7 +95,9 @@ def write_predictions(
         right.set_title("predicted", fontsize=9)
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=palette[index], label=label_names[index]) for index in sorted(used)[:20]]
+    handles = [
+        Patch(color=palette[index], label=label_names[index].replace("$", r"\$")) for index in sorted(used)[:20]
+    ]
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), fontsize=9)
     save_figure(figure, path)
