@@ -59,6 +59,7 @@ class DenseDataset:
         images: its stream; `label_column` holds the annotation maps or the objects, `label_names` the classes.
         fields: of the objects; None for annotation maps.
         classes: stored value -> class of the model; with `reduce_labels`, of values less one.
+        void: 255 is said to be no class.
         in_stored: annotations count the pixels of stored images, before EXIF turns these, unless their size tells
             otherwise.
     """
@@ -66,6 +67,7 @@ class DenseDataset:
     images: ImageDataset
     fields: ObjectFields | None
     classes: Classes
+    void: bool = False
     in_stored: bool = True
 
     @property
@@ -137,10 +139,10 @@ def understood(images: ImageDataset, settings: DenseSettings) -> DenseDataset:
         column = map_column(images, settings.annotation_column_name)
         stream = images.stream.cast_column(column, Image(decode=False))
         images = dataclasses.replace(images, stream=stream, label_column=column)
-        classes = known_classes(settings, None, images.name)
+        classes, void = known_classes(settings, None, images.name)
         if classes is None:
             raise unknown_classes(images.name, stored_classes(images))
-        return DenseDataset(images, None, classes).numbered(classes)
+        return DenseDataset(images, None, classes, void).numbered(classes)
     column = object_column(images, settings.annotation_column_name)
     inside = fields_of(features[column])
     box, label, mask = (
@@ -158,7 +160,7 @@ def understood(images: ImageDataset, settings: DenseSettings) -> DenseDataset:
         )
     sizes = tuple(name for names in SIZE_FIELDS for name in names if name in features)
     images = dataclasses.replace(images, label_column=column, other_columns=sizes)
-    classes = known_classes(settings, inside[label], images.name)
+    classes, _ = known_classes(settings, inside[label], images.name)
     if classes is None:
         raise unknown_classes(images.name, stored_classes(images, label))
     fields = ObjectFields(box=box, label=label, mask=mask, classes=classes, bbox_format=settings.bbox_format)

@@ -19,6 +19,7 @@ from torch import nn
 from ...hub.cards import write_training_card
 from ..checkpoints import Progress, TrainingState
 from ..emissions import EmissionsMeter
+from ..errors import UserError
 from ..files import one_line
 from ..initialisation import label_order
 from ..loop import Run, finish, keep_if_best, record, running, save_and_leave, train_epochs, training_figures
@@ -129,7 +130,12 @@ def train(settings: DenseSettings) -> dict[str, Any]:
         # Before anything else, which may fail.
         if accelerator.is_main_process:
             save_model(run, output_dir, processor)
-        evaluation, examples = evaluate_now(run, processor, keep=PICTURES) if run.eval_loader is not None else ({}, [])
+        evaluation, examples = {}, []
+        if run.eval_loader is not None:
+            try:
+                evaluation, examples = evaluate_now(run, processor, keep=PICTURES)
+            except UserError as error:
+                raise UserError(f"{error} The model is trained, and saved in {output_dir}.") from error
         run.saver.finish()
 
     results = {**named_results(evaluation, label_names), **training_figures(run)}

@@ -23,8 +23,9 @@ _IGNORED = "255"
 _MAX_VALUE = 1_000_000
 
 
-def known_classes(settings: DenseSettings, feature: Any, name: str) -> Classes | None:
+def known_classes(settings: DenseSettings, feature: Any, name: str) -> tuple[Classes | None, bool]:
     """The classes as told, from the dataset's ClassLabel, or from the id2label.json beside it; None if nobody knows.
+    And whether 255 is said to be no class.
 
     Of names with keys (id2label) the keys are what is stored; names without are counted from 0. With `reduce_labels`
     what is stored is larger by one, but keys that begin at 1 are stored as they are.
@@ -35,17 +36,20 @@ def known_classes(settings: DenseSettings, feature: Any, name: str) -> Classes |
     """
     told, where = _told(settings, None if isinstance(feature, ClassLabel) else name)
     if told is None:
-        return Classes.numbered(_checked(feature.names, name)) if isinstance(feature, ClassLabel) else None
+        return (Classes.numbered(_checked(feature.names, name)) if isinstance(feature, ClassLabel) else None), False
+    void = feature is None and isinstance(told, Mapping) and str(told.get(_IGNORED)).lower() in _NOTHING
     if isinstance(told, Mapping):
-        classes = _keyed(told, where, maps=feature is None, reduced=settings.reduce_labels)
+        text = "string" in str(getattr(feature, "dtype", ""))
+        kept = {key.strip(): value for key, value in told.items() if not (void and key == _IGNORED)}
+        classes = _keyed(kept, where, maps=feature is None, text=text, reduced=settings.reduce_labels)
     else:
         names = _checked(told, where)
         numbers = [is_number(class_key(name)) for name in names]
         # Names that are numbers are what is stored; of a mixture only the places are certain.
         classes = Classes.named(names) if all(numbers) or not any(numbers) else Classes.numbered(names)
     if isinstance(feature, ClassLabel) and sorted(feature.names) == sorted(classes.names):
-        return Classes.numbered(feature.names).renumbered(classes.names)  # the same classes in another order
-    return classes
+        classes = Classes.numbered(feature.names).renumbered(classes.names)  # the same classes in another order
+    return classes, void
 
 
 def unknown_classes(name: str, seen: Iterable[str]) -> UserError:
@@ -120,26 +124,22 @@ def _parsed(text: str, where: str) -> list[Any] | dict[str, Any]:
     return values
 
 
-def _keyed(told: Mapping[str, Any], where: str, *, maps: bool, reduced: bool) -> Classes:
-    names = {key.strip(): name for key, name in told.items()}
+def _keyed(names: Mapping[str, Any], where: str, *, maps: bool, text: bool, reduced: bool) -> Classes:
+    """Classes by the keys of their names; of `text` also by the names."""
     wrong = [key for key in names if not is_number(key)]
     if wrong:
         raise UserError(f"{where} holds neither a list of names nor id2label: its key {wrong[0]!r} is no number.")
     _checked(list(names.values()), where)
-    if maps:
-        if names.get(_IGNORED, "").lower() in _NOTHING:
-            del names[_IGNORED]
-        large = [key for key in names if int(key) > _MAX_VALUE]
-        if large:
-            raise UserError(f"{where} has the key {large[0]}, which no annotation map holds.")
+    large = [key for key in names if maps and int(key) > _MAX_VALUE]
+    if large:
+        raise UserError(f"{where} has the key {large[0]}, which no annotation map holds.")
     if reduced and "0" not in names:
         names = {str(int(key) - 1): name for key, name in names.items()}
-    if not names:
-        raise UserError(f"{where} names no class.")
     classes = Classes.keyed(names)
-    # Text may hold the name as well.
-    texts = {class_key(name): index for index, name in enumerate(classes.names)}
-    return Classes(classes.names, {key: i for key, i in texts.items() if not is_number(key)} | dict(classes.table))
+    if not text:
+        return classes
+    by_name = {class_key(name): index for index, name in enumerate(classes.names)}
+    return Classes(classes.names, {key: i for key, i in by_name.items() if not is_number(key)} | dict(classes.table))
 
 
 def _checked(names: Any, where: str) -> list[str]:

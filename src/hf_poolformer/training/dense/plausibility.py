@@ -84,11 +84,13 @@ def check_annotations(
     if accelerator.is_main_process:
         found: dict[str, tuple[Classes, bool]] = {}
         lines: list[str] = []
+        trained = None
         try:
             for split, dataset in datasets.items():
                 looked = look(dataset, settings, SECONDS[split])
-                understood, said = looked.judge(found.get("train"))
-                found[split] = understood.classes, understood.in_stored
+                said = looked.judge(trained)
+                trained = trained or looked
+                found[split] = looked.dataset.classes, looked.dataset.in_stored
                 lines += [f"{dataset.images.name}: {said[0]}", *(f"  {line}" for line in said[1:])]
             answer = [found, lines, None]
         except UserError as error:
@@ -175,10 +177,24 @@ class Seen:
     def look_at(self, value: Any, frame: Frame) -> None:
         raise NotImplementedError
 
-    def counts_stored_pixels(self, trained: tuple[Classes, bool] | None = None) -> bool:
+    def judge(self, trained: Seen | None) -> list[str]:
+        """Completes `dataset` by what its annotations show of their meaning.
+
+        Args:
+            trained: what was seen in the training split, if this is another.
+
+        Returns:
+            what to say about them.
+
+        Raises:
+            UserError: they cannot be meant as they are read.
+        """
+        raise NotImplementedError
+
+    def counts_stored_pixels(self, trained: Seen | None = None) -> bool:
         if self.in_stored:
             return self.in_stored[True] >= self.in_stored[False]
-        return True if trained is None else trained[1]
+        return True if trained is None else trained.dataset.in_stored
 
     def refuse(self, fault: str) -> None:
         """An error, or a line where the check is to judge nothing."""
@@ -197,10 +213,11 @@ class Seen:
                 f"--max_skipped {self.settings.max_skipped:g} allows: {reasons}."
             )
 
-    def turning(self, stored: bool) -> list[str]:
+    def turning(self) -> list[str]:
         """What is said about EXIF."""
         if not self.turned:
             return []
+        stored = self.dataset.in_stored
         if self.settings.annotation_pixels != "auto":
             stored, why = self.settings.annotation_pixels == "stored", "as --annotation_pixels says"
         elif self.in_stored[stored]:
@@ -218,9 +235,9 @@ class Seen:
             )
         return lines
 
-    def common(self, stored: bool) -> list[str]:
+    def common(self) -> list[str]:
         """What is said about annotations of both kinds."""
-        lines = [*self.warnings, *self.turning(stored)]
+        lines = [*self.warnings, *self.turning()]
         names = self.dataset.label_names
         if len(names) > 1 and len(self.images) == 1:
             lines.append(f"only one class of {len(names)} occurs: {names[next(iter(self.images))]}")
@@ -276,34 +293,11 @@ class MapsSeen(Seen):
             raise BrokenImage(f"its annotation map has the value {held[classes < 0][0]}, which no class has")
         fitted_map(values, upright, frame)
 
-    def judge(self, trained: tuple[Classes, bool] | None) -> tuple[DenseDataset, list[str]]:
-        """What the annotations mean, and what to say about them.
-
-        Args:
-            trained: what was found for the training split, if this is another.
-
-        Raises:
-            UserError: they cannot be meant as they are read.
-        """
-        stored = self.counts_stored_pixels(trained)
-        dataset = dataclasses.replace(self.dataset, in_stored=stored)
-        lines: list[str] = []
-        values = set(self.pixels)
-        # A split of which no map shows an object is read as the training split is.
-        binary = values <= {0, IGNORE_INDEX} and (
-            IGNORE_INDEX in values or (trained is not None and IGNORE_INDEX in keys(trained[0]))
-        )
-        if binary and self.is_plain() and len(dataset.label_names) == 2 and not self.settings.reduce_labels:
-            by_key = dict(dataset.classes.table)
-            first, second = by_key.pop("0"), by_key.pop("1")
-            dataset = dataset.numbered(
-                Classes(dataset.classes.names, {**by_key, "0": first, str(IGNORE_INDEX): second})
-            )
-            self.images = Counter({i: self.maps[v] for i, v in ((first, 0), (second, 255)) if self.maps[v]})
-            names = dataset.label_names
-            lines.append(f"the maps hold 0 and 255 only: 255 is taken for {names[second]}, 0 for {names[first]}")
-            self.table = value_table(dataset.classes)
-        self.refuse_values()
+    def judge(self, trained: Seen | None) -> list[str]:
+        self.dataset = dataclasses.replace(self.dataset, in_stored=self.counts_stored_pixels(trained))
+        lines = self.read_as_binary() if self.is_binary(trained) else []
+        dataset = self.dataset
+        self.refuse_values(trained)
         self.refuse_broken()
         ignored = sum(n for v, n in self.pixels.items() if classes_of(np.array([v]), self.table)[0] == IGNORE_INDEX)
         total = max(sum(self.pixels.values()), 1)
@@ -315,20 +309,34 @@ class MapsSeen(Seen):
             first += f"; {counted(self.nulls, 'row')} without a map"
         if self.settings.reduce_labels:
             stored_as = {index: int(key) + 1 for key, index in dataset.classes.table.items() if is_number(key)}
-            shown = [f"{stored_as[index]} is {name}" for index, name in enumerate(dataset.label_names[:3])]
-            lines.append(f"0 is ignored, {', '.join(shown)}{', ...' if len(dataset.label_names) > 3 else ''}")
+            stands = [f"{stored_as[index]} is {name}" for index, name in enumerate(dataset.label_names[:3])]
+            lines.append(f"0 is ignored, {', '.join(stands)}{', ...' if len(dataset.label_names) > 3 else ''}")
         if len(dataset.label_names) > IGNORE_INDEX:
             lines.append(
                 f"the class {dataset.label_names[IGNORE_INDEX]} has the index 255, which stands for no class: it is "
                 "never learnt"
             )
-        return dataset, [first, *lines, *self.common(stored)]
+        return [first, *lines, *self.common()]
 
-    def is_plain(self) -> bool:
-        """Whether what is stored is the index."""
-        return keys(self.dataset.classes) == set(range(len(self.dataset.label_names)))
+    def is_binary(self, trained: Seen | None) -> bool:
+        """Whether 255 has to be the second of two classes: no map holds 1, and nobody has said otherwise."""
+        classes, values = self.dataset.classes, set(self.pixels)
+        if keys(classes) != {0, 1} or len(classes.names) != 2 or self.dataset.void or self.settings.reduce_labels:
+            return False
+        # The splits of a dataset are stored alike, and in the smaller one a class may not occur.
+        if trained is not None:
+            return keys(trained.dataset.classes) == {0, IGNORE_INDEX} and values <= {0, IGNORE_INDEX}
+        return values == {0, IGNORE_INDEX}
 
-    def refuse_values(self) -> None:
+    def read_as_binary(self) -> list[str]:
+        names, table = self.dataset.label_names, dict(self.dataset.classes.table)
+        first, second = table.pop("0"), table.pop("1")
+        classes = Classes(self.dataset.classes.names, {**table, "0": first, str(IGNORE_INDEX): second})
+        self.dataset, self.table = self.dataset.numbered(classes), value_table(classes)
+        self.images = Counter({first: self.maps[0], second: self.maps[IGNORE_INDEX]})
+        return [f"the maps hold 0 and 255 only: 255 is taken for {names[second]}, 0 for {names[first]}"]
+
+    def refuse_values(self, trained: Seen | None) -> None:
         """
         Raises:
             UserError: values that no class has, in more maps than --max_skipped allows, or nothing but ignored ones.
@@ -364,7 +372,11 @@ class MapsSeen(Seen):
                 f"{self.name} has a single class, {names[0]}: there is nothing to tell it apart from. Name what "
                 "surrounds it, too."
             )
-        elif set(values) == {0, IGNORE_INDEX} and classes[IGNORE_INDEX] == IGNORE_INDEX:
+        elif (
+            set(values) == {0, IGNORE_INDEX}
+            and classes[IGNORE_INDEX] == IGNORE_INDEX
+            and not (isinstance(trained, MapsSeen) and IGNORE_INDEX in trained.pixels)
+        ):
             self.refuse(
                 f"annotation maps of {self.name} hold 0 and 255 only, and 255 stands for pixels without a class: "
                 f"{names[classes[0]]} would be all there is to learn. If 255 is a class, store its index instead, or "
@@ -450,19 +462,17 @@ class ObjectsSeen(Seen):
         elif all(len(polygon) < 6 for polygon in known):
             self.polygons["polygons of fewer than three corners"] += 1
 
-    def judge(self, trained: tuple[Classes, bool] | None) -> tuple[DenseDataset, list[str]]:
-        """As `MapsSeen.judge`."""
-        stored = self.counts_stored_pixels(trained)
-        dataset = dataclasses.replace(self.dataset, in_stored=stored)
+    def judge(self, trained: Seen | None) -> list[str]:
+        dataset = self.dataset = dataclasses.replace(self.dataset, in_stored=self.counts_stored_pixels(trained))
         lines: list[str] = []
         if self.boxes:
-            lines += self.judge_boxes(stored)
+            lines += self.judge_boxes()
         self.refuse_unknown()
         self.refuse_masks()
         if len(self.contradicted) > self.rows / 2 and self.settings.annotation_pixels == "auto":
             self.refuse(
-                f"{len(self.contradicted)} of {self.rows} rows of {self.name} give other widths and heights than "
-                f"the images have ({self.contradicted[0]}): scale boxes and masks to the images, or say with "
+                f"{len(self.contradicted)} of {self.rows} rows of {self.name} give other widths and heights than the "
+                f"images have ({self.contradicted[0]}): scale boxes and masks to the images, or say with "
                 "--annotation_pixels stored that they fit these."
             )
         elif self.contradicted:
@@ -481,16 +491,16 @@ class ObjectsSeen(Seen):
             *([f"{counted(self.nulls, 'null box', 'null boxes')}"] if self.nulls else []),
             *(f"{counted(count, 'object')} {reason}, left out" for reason, count in self.left_out.items()),
         ]
-        return dataset, ["; ".join([first, *remarks]), *lines, *self.common(stored)]
+        return ["; ".join([first, *remarks]), *lines, *self.common()]
 
-    def judge_boxes(self, stored: bool) -> list[str]:
+    def judge_boxes(self) -> list[str]:
         """
         Raises:
             UserError: boxes in other units or another format.
         """
         raw = np.stack([box for box, _, _ in self.boxes])
         frames = [
-            dataclasses.replace(frame, in_stored=stored if frame.told_by_size else frame.in_stored)
+            dataclasses.replace(frame, in_stored=self.dataset.in_stored if frame.told_by_size else frame.in_stored)
             for _, frame, _ in self.boxes
         ]
         sizes = np.array([frame.size if frame.turn(frame.said) == 1 else frame.stored_size for frame in frames])
