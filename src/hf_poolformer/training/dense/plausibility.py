@@ -333,7 +333,7 @@ class MapsSeen(Seen):
         first, second = table.pop("0"), table.pop("1")
         classes = Classes(self.dataset.classes.names, {**table, "0": first, str(IGNORE_INDEX): second})
         self.dataset, self.table = self.dataset.numbered(classes), value_table(classes)
-        self.images = Counter({first: self.maps[0], second: self.maps[IGNORE_INDEX]})
+        self.images = +Counter({first: self.maps[0], second: self.maps[IGNORE_INDEX]})
         return [f"the maps hold 0 and 255 only: 255 is taken for {names[second]}, 0 for {names[first]}"]
 
     def refuse_values(self, trained: Seen | None) -> None:
