@@ -48,7 +48,7 @@ from .data import DenseDataset
 
 
 ROWS = 300
-# For each split; a row that is being read is read to its end.
+# For each split; what is being read is read to its end.
 SECONDS = {"train": 1.2, "validation": 0.7}
 # Shards that are looked into; of a remote dataset one, since each costs a download.
 SHARDS = 8
@@ -106,10 +106,10 @@ def check_annotations(
 
 
 def look(dataset: DenseDataset, settings: DenseSettings, seconds: float) -> MapsSeen | ObjectsSeen:
-    """Reads annotations for a while."""
+    """Reads annotations for a while, from when the first of them is there."""
     seen = (MapsSeen if dataset.fields is None else ObjectsSeen)(dataset, settings)
-    deadline = time.monotonic() + seconds
-    rows, whole = sample(dataset, settings)
+    deadline = math.inf
+    rows = sample(dataset, settings)
     while seen.rows < ROWS and time.monotonic() < deadline:
         try:
             row = next(rows, None)
@@ -117,23 +117,23 @@ def look(dataset: DenseDataset, settings: DenseSettings, seconds: float) -> Maps
             seen.trouble = one_line(error)
             break
         if row is None:
-            seen.complete = whole
             break
+        if not seen.rows:
+            deadline = time.monotonic() + seconds
         seen.add(row)
     return seen
 
 
-def sample(dataset: DenseDataset, settings: DenseSettings) -> tuple[Iterator[dict[str, Any]], bool]:
-    """Rows from several shards, if these are at hand, and whether these are all shards."""
+def sample(dataset: DenseDataset, settings: DenseSettings) -> Iterator[dict[str, Any]]:
+    """Rows from several shards, if these are at hand: what belongs together often lies together."""
     stream = dataset.images.stream.select_columns(columns_needed(dataset.images))
-    if not Path(settings.dataset_name).expanduser().exists():
-        return iter(stream), True
-    count = min(stream.num_shards, SHARDS)
-    places = [place * stream.num_shards // count for place in range(count)]
-    parts = [iter(stream.shard(num_shards=stream.num_shards, index=place)) for place in places]
-    # By turns, so that those who run out of time have seen something of each.
-    rows = (row for turn in itertools.zip_longest(*parts) for row in turn if row is not None)
-    return rows, count == stream.num_shards
+    count = stream.num_shards
+    if not Path(settings.dataset_name).expanduser().exists() or count == 1:
+        yield from stream
+        return
+    spread = [place * count // SHARDS for place in range(SHARDS)]
+    for place in dict.fromkeys([*spread, *range(count)]):  # then the others, if these are short
+        yield from itertools.islice(stream.shard(num_shards=count, index=place), math.ceil(ROWS / min(count, SHARDS)))
 
 
 class Seen:
@@ -141,7 +141,6 @@ class Seen:
 
     Attributes:
         rows: annotations looked at.
-        complete: these were all there are.
         broken: what was wrong with those that cannot be used.
     """
 
@@ -149,7 +148,7 @@ class Seen:
         self.dataset, self.settings = dataset, settings
         self.name = dataset.images.name
         self.rows = 0
-        self.complete = False
+        self.shown_by = "since nothing tells; --annotation_pixels says otherwise"
         self.trouble: str | None = None
         self.broken: list[str] = []
         self.warnings: list[str] = []
@@ -194,7 +193,10 @@ class Seen:
     def counts_stored_pixels(self, trained: Seen | None = None) -> bool:
         if self.in_stored:
             return self.in_stored[True] >= self.in_stored[False]
-        return True if trained is None else trained.dataset.in_stored
+        if trained is not None and trained.in_stored:
+            self.shown_by = "as in the training split"
+            return trained.dataset.in_stored
+        return True
 
     def refuse(self, fault: str) -> None:
         """An error, or a line where the check is to judge nothing."""
@@ -223,7 +225,7 @@ class Seen:
         elif self.in_stored[stored]:
             why = f"as {self.in_stored[stored]} of them show by size or place"
         else:
-            why = "since nothing tells; --annotation_pixels says otherwise"
+            why = self.shown_by
         what = "stored pixels, and turned" if stored else "upright pixels"
         lines = [
             f"{self.turned} of {self.rows} images are turned by EXIF: their annotations are taken in {what}, {why}"
@@ -481,7 +483,7 @@ class ObjectsSeen(Seen):
                 f"{self.contradicted[0]}"
             )
         self.refuse_broken()
-        if self.complete and not self.found:
+        if not self.found and self.rows == dataset.images.num_examples:
             self.refuse(f"none of the {self.rows} rows of {self.name} has an object with a class and a box.")
         listing = ", ".join(f"{name} {self.found[index]}" for index, name in listed(dataset.label_names, self.found))
         first = f"{counted(self.rows, 'annotation')} looked at: {counted(self.objects, 'object')}"
