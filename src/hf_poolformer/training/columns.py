@@ -33,6 +33,8 @@ class ImageDataset:
         problem_type: as in a model's config; None if unlabelled.
         num_examples: exact if known, else None.
         name: what messages call it.
+        other_columns: read besides image and label.
+        class_names: stored class -> name, where the source has them beside its rows (COCO's categories).
         token: Hub token, for rows that name remote files.
         origin: what made these rows a split.
         left_out: files beside the images that nobody reads: kind -> how many.
@@ -49,6 +51,8 @@ class ImageDataset:
     problem_type: str | None = None
     name: str = "dataset"
     token: str | bool | None = None
+    other_columns: tuple[str, ...] = ()
+    class_names: Mapping[int, str] | None = None
     origin: str = ""
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
     local: bool = True
@@ -154,7 +158,7 @@ def columns_needed(dataset: ImageDataset) -> list[str]:
     label_column = dataset.label_column
     if label_column not in dataset.stream.features:
         label_column = label_column.partition(".")[0]
-    return [dataset.image_column, label_column]
+    return [dataset.image_column, label_column, *dataset.other_columns]
 
 
 def kind_of(feature: Any) -> str:

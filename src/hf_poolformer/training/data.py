@@ -284,8 +284,12 @@ def _open_split(
     if not stream.features:
         raise UserError(f"{name} is empty")
     image_column = find_image_column(stream.features, image_column_name, name)
+    # Annotation maps as well: a broken one would end its shard where a filter decodes it.
+    pictures = [column for column, feature in stream.features.items() if isinstance(feature, Image)]
+    for column in {image_column, *pictures}:
+        stream = stream.cast_column(column, Image(decode=False))
     dataset = ImageDataset(
-        stream=stream.cast_column(image_column, Image(decode=False)),
+        stream=stream,
         image_column=image_column,
         label_column=(
             find_label_column(stream.features, label_column_name or source.label_column, name) if labelled else None
@@ -295,6 +299,7 @@ def _open_split(
         token=token,
         origin=source.split_origin(split),
         left_out=source.left_out,
+        class_names=source.class_names,
         local=not isinstance(source, HubSource),
     )
     _first_row(dataset)

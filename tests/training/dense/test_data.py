@@ -63,9 +63,10 @@ def test_lists_of_columns_other_names_and_corners(make_settings, tmp_path):
 def test_classes_are_numbered_by_name(make_settings):
     dataset = open_dense_datasets(make_settings("object-detection"))["train"]
     turned = numbered(dataset, ["disc", "cross", "square"])
-    assert turned.fields.class_ids == {0: 2, 1: 0} and turned.label_names == ["disc", "cross", "square"]
+    assert turned.fields.classes.table == {"0": 2, "1": 0} and turned.label_names == ["disc", "cross", "square"]
     maps = open_dense_datasets(make_settings("semantic-segmentation"))["train"]
-    assert numbered(maps, ["disc", "ground", "square"]).class_ids == {0: 1, 1: 2, 2: 0}
+    renumbered = numbered(maps, ["disc", "ground", "square"]).classes
+    assert [renumbered.index(value) for value in (0, 1, 2)] == [1, 2, 0]
     with pytest.raises(UserError, match="the class 'square'"):
         numbered(dataset, ["disc", "cross"])
 

@@ -71,14 +71,29 @@ class DenseDataSettings:
     )
     label_names: str | None = setting(
         None,
-        "Names of the classes: separated by commas, or a JSON file with a list or with id2label. Unset: the dataset's "
-        "ClassLabel, else its id2label.json.",
+        "Names of the classes: separated by commas, or a JSON file with a list, with id2label, whose keys are the "
+        "stored values, or with COCO's categories. Unset: the dataset's ClassLabel, else its id2label.json.",
     )
-    bbox_format: Literal["xywh", "xyxy"] = setting(
-        "xywh", "Boxes in the dataset: left, top, width, height as in COCO, or left, top, right, bottom; in pixels."
+    bbox_format: Literal["xywh", "xyxy", "cxcywh"] = setting(
+        "xywh",
+        "Boxes in the dataset, in pixels: left, top, width, height as in COCO; left, top, right, bottom; or centre x "
+        "and y, width, height.",
+    )
+    annotation_pixels: Literal["auto", "stored", "upright"] = setting(
+        "auto",
+        "Of images that EXIF turns, the pixels that boxes, masks and maps count: those of the stored image, or of the "
+        "upright one. auto: told by their size, or by the row's width and height; where these say nothing, by where "
+        "boxes fit, else stored.",
     )
     reduce_labels: bool = setting(
-        False, "Annotation maps count classes from 1, and 0 is no class: ADE20K's 150 classes. 0 is then ignored."
+        False,
+        "Annotation maps count classes from 1, and 0 is no class: ADE20K's 150 classes. 0 is then ignored. Keys of "
+        "id2label that begin at 0 count from the first class, others are the stored values.",
+    )
+    check_annotations: bool = setting(
+        True,
+        "Refuse annotations that cannot be meant as they are read, by a look at the first few hundred: boxes in other "
+        "units, masks without a pixel, values that no class has. false says so and goes on.",
     )
     streaming: bool = setting(True, "Read the dataset as a stream rather than download it first.")
     shuffle_buffer_size: int = setting(1000, "Images (still encoded) among which the stream is shuffled.")

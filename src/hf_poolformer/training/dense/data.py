@@ -6,30 +6,45 @@ Here is what the columns mean and how a row becomes an example.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
-from datasets import ClassLabel, Image
-from huggingface_hub import hf_hub_download
+from datasets import Image
 from PIL import Image as PILImage
 
 from .. import data
+from ..classes import Classes, class_key
 from ..columns import ImageDataset, columns_of
-from ..decoding import decode_image, describe_source
+from ..decoding import BrokenImage, EncodedImage, describe_source
 from ..errors import UserError
 from ..evaluation import data_workers, skip_limit
-from ..files import one_line
 from ..loader import DecodedBatches, ImageLoader, make_loader
 from ..sources import content_key
-from .annotations import BOX_FIELDS, CLASS_FIELDS, MASK_FIELDS, ObjectFields, Objects, decode_map, decode_objects
+from .annotations import (
+    BOX_FIELDS,
+    CLASS_FIELDS,
+    MASK_FIELDS,
+    SIZE_FIELDS,
+    Frame,
+    ObjectFields,
+    Objects,
+    as_list,
+    decode_map,
+    decode_objects,
+    read_map,
+    said_size,
+    value_table,
+)
 from .arguments import DenseSettings
 from .augmentation import EvalTransform, TrainTransform
+from .naming import known_classes, unknown_classes
 
 
 MAP_NAMES = ("annotation", "label", "labels", "mask", "segmentation_map", "semantic_map", "seg", "map", "target")
@@ -43,16 +58,36 @@ class DenseDataset:
     Attributes:
         images: its stream; `label_column` holds the annotation maps or the objects, `label_names` the classes.
         fields: of the objects; None for annotation maps.
-        class_ids: class of the dataset -> class of the model, where these differ.
+        classes: stored value -> class of the model; with `reduce_labels`, of values less one.
+        void: 255 is said to be no class.
+        in_stored: annotations count the pixels of stored images, before EXIF turns these, unless their size tells
+            otherwise.
     """
 
     images: ImageDataset
     fields: ObjectFields | None
-    class_ids: dict[int, int] | None = None
+    classes: Classes
+    void: bool = False
+    in_stored: bool = True
 
     @property
     def label_names(self) -> list[str]:
         return self.images.label_names
+
+    def numbered(self, classes: Classes) -> DenseDataset:
+        """With other classes."""
+        images = dataclasses.replace(self.images, classes=classes)
+        fields = None if self.fields is None else dataclasses.replace(self.fields, classes=classes)
+        return dataclasses.replace(self, images=images, fields=fields, classes=classes)
+
+    def frame(self, image: EncodedImage, row: Mapping[str, Any], settings: DenseSettings) -> Frame:
+        """The pixels of a row's image, and how its annotations belong to them."""
+        size = image.height, image.width
+        if image.orientation == 1:
+            return Frame(size)
+        told_by_size = settings.annotation_pixels == "auto"
+        in_stored = self.in_stored if told_by_size else settings.annotation_pixels == "stored"
+        return Frame(size, image.orientation, said_size(row), in_stored, told_by_size)
 
 
 @dataclass(frozen=True)
@@ -103,8 +138,11 @@ def understood(images: ImageDataset, settings: DenseSettings) -> DenseDataset:
     if settings.task == "semantic-segmentation":
         column = map_column(images, settings.annotation_column_name)
         stream = images.stream.cast_column(column, Image(decode=False))
-        names = class_names(settings, None, images.name)
-        return DenseDataset(dataclasses.replace(images, stream=stream, label_column=column, label_names=names), None)
+        images = dataclasses.replace(images, stream=stream, label_column=column)
+        classes, void = known_classes(settings, None, images)
+        if classes is None:
+            raise unknown_classes(images.name, stored_classes(images))
+        return DenseDataset(images, None, classes, void).numbered(classes)
     column = object_column(images, settings.annotation_column_name)
     inside = fields_of(features[column])
     box, label, mask = (
@@ -120,18 +158,27 @@ def understood(images: ImageDataset, settings: DenseSettings) -> DenseDataset:
             f"the column {column!r} of {images.name} has no masks, only {', '.join(inside)}: instance segmentation "
             "needs a field 'segmentation' with polygons or run lengths."
         )
-    names = class_names(settings, inside[label], images.name)
-    stored_as_text = getattr(inside[label], "dtype", None) in ("string", "large_string")
-    fields = ObjectFields(
-        box=box,
-        label=label,
-        mask=mask,
-        num_labels=len(names),
-        bbox_format=settings.bbox_format,
-        class_ids={name: index for index, name in enumerate(names)} if stored_as_text else None,
-    )
-    stream = images.stream
-    return DenseDataset(dataclasses.replace(images, stream=stream, label_column=column, label_names=names), fields)
+    sizes = tuple(name for names in SIZE_FIELDS for name in names if name in features)
+    images = dataclasses.replace(images, label_column=column, other_columns=sizes)
+    classes, _ = known_classes(settings, inside[label], images)
+    if classes is None:
+        raise unknown_classes(images.name, stored_classes(images, label))
+    fields = ObjectFields(box=box, label=label, mask=mask, classes=classes, bbox_format=settings.bbox_format)
+    return DenseDataset(images, fields, classes).numbered(classes)
+
+
+def stored_classes(images: ImageDataset, label: str | None = None) -> set[str]:
+    """Keys of the classes in the first annotations, which nobody has named; `label`: the field of objects."""
+    seen: set[str | None] = set()
+    with contextlib.suppress(Exception):  # a message is short of an example, no more
+        for row in itertools.islice(images.stream.select_columns([images.label_column]), 20):
+            value = row[images.label_column]
+            if label is not None:
+                seen |= {class_key(entry.get(label)) for entry in as_list(value)}
+            else:
+                with contextlib.suppress(BrokenImage):
+                    seen |= {str(number) for number in np.unique(read_map(value)[0])}
+    return seen - {None}
 
 
 def map_column(images: ImageDataset, wanted: str | None) -> str:
@@ -187,71 +234,6 @@ def fields_of(feature: Any) -> dict[str, Any]:
     return {}
 
 
-def class_names(settings: DenseSettings, feature: Any, name: str) -> list[str]:
-    """Names of the classes: as told, from the dataset's ClassLabel, or from the id2label.json beside it."""
-    if settings.label_names:
-        if settings.label_names.endswith(".json"):
-            path = Path(settings.label_names)
-            try:
-                return names_in(path.read_text(encoding="utf-8"), str(path))
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"cannot read the names of the classes in {path}: {one_line(error)}.") from error
-        names = [part.strip() for part in settings.label_names.split(",") if part.strip()]
-    elif isinstance(feature, ClassLabel):
-        names = list(feature.names)
-    else:
-        text = id2label(settings)
-        if text is None:
-            raise UserError(
-                f"{name} does not name its classes: give them with --label_names background,road,... or as a JSON "
-                "file with id2label."
-            )
-        return names_in(text, "id2label.json")
-    return checked_names(names, "--label_names" if settings.label_names else name)
-
-
-def id2label(settings: DenseSettings) -> str | None:
-    """The dataset's id2label.json, where transformers' examples keep the names of segmentation classes."""
-    folder = Path(settings.dataset_name).expanduser()
-    if folder.exists():
-        path = (folder if folder.is_dir() else folder.parent) / "id2label.json"
-        return path.read_text(encoding="utf-8") if path.is_file() else None
-    try:
-        path = hf_hub_download(
-            settings.dataset_name,
-            "id2label.json",
-            repo_type="dataset",
-            revision=settings.dataset_revision,
-            token=settings.hub_token,
-            cache_dir=settings.cache_dir,
-        )
-    except Exception:  # not there, whatever the reason: the names are then asked for
-        return None
-    return Path(path).read_text(encoding="utf-8")
-
-
-def names_in(text: str, where: str) -> list[str]:
-    try:
-        values = json.loads(text)
-        if isinstance(values, dict):
-            values = values.get("id2label", values)
-            values = [values[key] for key in sorted(values, key=int)]
-        return checked_names(values, where)
-    except UserError:
-        raise
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{where} holds neither a list of names nor id2label: {one_line(error)}.") from error
-
-
-def checked_names(names: Any, where: str) -> list[str]:
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f"the names of the classes in {where} are not a list of texts.")
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise UserError(f"{where} names the class {twice[0]!r} twice.")
-    return names
-
-
 def numbered(dataset: DenseDataset, names: Sequence[str]) -> DenseDataset:
     """The dataset with its classes in the order of `names`.
 
@@ -261,19 +243,14 @@ def numbered(dataset: DenseDataset, names: Sequence[str]) -> DenseDataset:
     own = dataset.label_names
     if own == list(names):
         return dataset
-    missing = [name for name in own if name not in names]
+    keys = {class_key(name) for name in names}
+    missing = [name for name in own if class_key(name) not in keys]
     if missing:
         raise UserError(
             f"{dataset.images.name} has the class {missing[0]!r} ({len(missing)} such), which the model or the "
             f"training split does not know: {', '.join(list(names)[:5])}{', ...' if len(names) > 5 else ''}."
         )
-    order = {index: list(names).index(name) for index, name in enumerate(own)}
-    images = dataclasses.replace(dataset.images, label_names=list(names))
-    if dataset.fields is None:
-        return DenseDataset(images, None, order)
-    stored = dataset.fields.class_ids or {index: index for index in range(len(own))}
-    class_ids = {value: order[index] for value, index in stored.items()}
-    return DenseDataset(images, dataclasses.replace(dataset.fields, num_labels=len(names), class_ids=class_ids))
+    return dataset.numbered(dataset.classes.renumbered(names))
 
 
 class DenseBatches(DecodedBatches):
@@ -286,25 +263,21 @@ class DenseBatches(DecodedBatches):
     def __init__(self, *arguments: Any, dense: DenseDataset, settings: DenseSettings):
         super().__init__(*arguments)
         self._dense = dense
-        self._reduce_labels = settings.reduce_labels
+        self._settings = settings
         self._with_masks = settings.task == "instance-segmentation"
+        self._table = value_table(dense.classes, settings.reduce_labels) if dense.fields is None else None
 
     def _read(self, row: Mapping[str, Any]) -> tuple[PILImage.Image, Any]:
-        source = row[self._dataset.image_column]
-        image = decode_image(source, token=self._dataset.token)
-        size, value = (image.height, image.width), row[self._dataset.label_column]
+        source, token = row[self._dataset.image_column], self._dataset.token
+        with EncodedImage(source, token=token) as encoded:
+            frame = self._dense.frame(encoded, row, self._settings)
+            image = encoded.decode()[0]
+        size, value = frame.size, row[self._dataset.label_column]
         fields = self._dense.fields
         if fields is None:
-            target = decode_map(
-                value,
-                size,
-                len(self._dense.class_ids or self._dense.label_names),
-                reduce_labels=self._reduce_labels,
-                class_ids=self._dense.class_ids,
-                token=self._dataset.token,
-            )
+            target = decode_map(value, frame, self._table, token=token)
         else:
-            target = decode_objects(value, size, fields, with_masks=self._with_masks)
+            target = decode_objects(value, frame, fields, with_masks=self._with_masks)
         if self._training:
             return image, target
         encoded = source.get("bytes") if isinstance(source, Mapping) else None

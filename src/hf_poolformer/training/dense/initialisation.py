@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import (
@@ -18,6 +17,7 @@ from transformers import (
 from ...configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
 from ...image_processing_poolformer import PoolFormerImageProcessor
 from ..arguments import check_overrides
+from ..classes import CONFIG_FIELD, Classes
 from ..errors import UserError
 from ..finite import check_weights
 from ..initialisation import first_line, looks_like_checkpoint, shown, why_not_loaded
@@ -33,16 +33,16 @@ AUTO_MODELS = {
 }
 
 
-def initial_dense_model(settings: DenseSettings, label_names: Sequence[str]) -> tuple[PreTrainedModel, Any]:
+def initial_dense_model(settings: DenseSettings, classes: Classes) -> tuple[PreTrainedModel, Any]:
     """The model of a run, with a head for these classes, and its image processor.
 
     From a checkpoint of another task comes the backbone, from one of the same task the head as well; what does not fit
-    starts afresh, and that is said.
+    starts afresh, and that is said. The configuration holds which stored values mean which classes.
 
     Raises:
         UserError: there is no such checkpoint or variant, or the backbone of the checkpoint does not fit.
     """
-    names = list(label_names)
+    names = list(classes.names)
     changes = {
         **settings.overrides(),
         "id2label": dict(enumerate(names)),
@@ -53,6 +53,9 @@ def initial_dense_model(settings: DenseSettings, label_names: Sequence[str]) -> 
     model = (
         from_checkpoint(settings, names, changes) if settings.model_name_or_path else from_scratch(settings, changes)
     )
+    table = classes.for_config()
+    if table is not None or getattr(model.config, CONFIG_FIELD, None):
+        setattr(model.config, CONFIG_FIELD, table)  # not that of a checkpoint's dataset
     if settings.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()

@@ -5,6 +5,7 @@ Steps, checkpoints, signals and the log are those of `training.loop`; here is wh
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +19,14 @@ from torch import nn
 from ...hub.cards import write_training_card
 from ..checkpoints import Progress, TrainingState
 from ..emissions import EmissionsMeter
+from ..errors import UserError
 from ..initialisation import label_order
 from ..loop import Run, finish, keep_if_best, record, running, save_and_leave, train_epochs, training_figures
 from ..optimisation import WeightAverage, make_optimizer, scaled_learning_rate
 from ..preparation import begin, make_accelerator, plan, prepare_output
 from ..processes import Agreement, alone_in_its_folder
 from ..reports import best_effort, write_json
+from ..understood import describe_data
 from .arguments import DenseSettings
 from .augmentation import collate, collate_maps
 from .data import make_dense_loader, numbered, open_dense_datasets
@@ -32,7 +35,10 @@ from .initialisation import initial_dense_model
 from .metrics import pycocotools
 from .optimisation import make_dense_schedule
 from .pictures import METRICS, write_curves, write_predictions
+from .plausibility import check_annotations
 
+
+logger = logging.getLogger(__name__)
 
 PICTURES = 8  # predictions in the picture
 
@@ -64,10 +70,13 @@ def train(settings: DenseSettings) -> dict[str, Any]:
     datasets = open_dense_datasets(settings)
     label_names = label_order(settings, datasets["train"].label_names)
     datasets = {split: numbered(dataset, label_names) for split, dataset in datasets.items()}
+    datasets, report = check_annotations(datasets, settings, accelerator)
+    accelerator.print(describe_data({split: dataset.images for split, dataset in datasets.items()}))
+    accelerator.print("\n".join(report.lines))
 
     # Model: equal on all processes, then every process goes its own random way.
     set_seed(settings.seed)
-    model, processor = initial_dense_model(settings, label_names)
+    model, processor = initial_dense_model(settings, datasets["train"].classes)
     if accelerator.distributed_type == DistributedType.MULTI_GPU:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     set_seed(settings.seed + 1 + accelerator.process_index)
@@ -120,7 +129,15 @@ def train(settings: DenseSettings) -> dict[str, Any]:
             compute_losses=dense_losses,
         )
         train_epochs(run, epochs, lambda run: evaluate_now(run, processor))
-        evaluation, examples = evaluate_now(run, processor, keep=PICTURES) if run.eval_loader is not None else ({}, [])
+        # Before anything else, which may fail.
+        if accelerator.is_main_process:
+            save_model(run, output_dir, processor)
+        evaluation, examples = {}, []
+        if run.eval_loader is not None:
+            try:
+                evaluation, examples = evaluate_now(run, processor, keep=PICTURES)
+            except UserError as error:
+                raise UserError(f"{error} The model is trained, and saved in {output_dir}.") from error
         run.saver.finish()
 
     results = {**named_results(evaluation, label_names), **training_figures(run)}
@@ -128,7 +145,7 @@ def train(settings: DenseSettings) -> dict[str, Any]:
         with best_effort("measuring the emissions"):
             results.update(meter.stop())
     if accelerator.is_main_process:
-        save_model(run, output_dir, processor, results, examples)
+        save_results(run, output_dir, processor, results, examples)
     finish(run, lambda: summary(output_dir, results, settings.task))
     return results
 
@@ -200,14 +217,17 @@ def summary(output_dir: Path, results: dict[str, Any], task: str) -> str:
     )
 
 
-def save_model(
-    run: Run, output_dir: Path, processor: Any, results: dict[str, Any], examples: Sequence[Example]
-) -> None:
-    """Everything a finished run leaves; the model first, so that a failure further down cannot cost it."""
-    settings, label_names = run.settings, run.progress.label_names
+def save_model(run: Run, output_dir: Path, processor: Any) -> None:
     model = run.state.model if run.state.ema is None else run.state.ema.module
     model.save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
+
+
+def save_results(
+    run: Run, output_dir: Path, processor: Any, results: dict[str, Any], examples: Sequence[Example]
+) -> None:
+    """What a finished run leaves beside its model. A picture that cannot be drawn is missing, no more."""
+    settings, label_names = run.settings, run.progress.label_names
     write_json(output_dir / "all_results.json", results)
     with best_effort("drawing the curves"):
         write_curves(output_dir / "curves.png", run.log.rows, settings.task)

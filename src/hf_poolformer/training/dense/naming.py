@@ -1,0 +1,156 @@
+"""Classes of annotation maps and objects: their names, and which stored values mean which."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel
+from huggingface_hub import hf_hub_download
+
+from ..classes import Classes, class_key, in_order, is_number
+from ..columns import ImageDataset
+from ..errors import UserError
+from ..files import one_line
+from .arguments import DenseSettings
+
+
+# What annotation maps call pixels that belong to no class, where their id2label has a name for 255.
+_NOTHING = ("void", "ignore", "ignored", "unlabeled", "unlabelled")
+_IGNORED = "255"
+# Of an annotation map; 16 bits have fewer.
+_MAX_VALUE = 1_000_000
+
+
+def known_classes(settings: DenseSettings, feature: Any, images: ImageDataset) -> tuple[Classes | None, bool]:
+    """The classes as told, from the dataset's ClassLabel, or from the id2label.json beside it; None if nobody knows.
+    And whether 255 is said to be no class.
+
+    Of names with keys (id2label) the keys are what is stored; names without are counted from 0. With `reduce_labels`
+    what is stored is larger by one, but keys that begin at 1 are stored as they are.
+
+    Args:
+        feature: of the objects' class; None for annotation maps.
+        images: the dataset, which may bring names of its own.
+    """
+    name = images.name
+    told, where = _told(settings, None if isinstance(feature, ClassLabel) else name)
+    if told is None and images.class_names is not None:
+        told, where = {str(stored): text for stored, text in images.class_names.items()}, name
+    if told is None:
+        return (Classes.numbered(_checked(feature.names, name)) if isinstance(feature, ClassLabel) else None), False
+    void = feature is None and isinstance(told, Mapping) and str(told.get(_IGNORED)).lower() in _NOTHING
+    if isinstance(told, Mapping):
+        text = "string" in str(getattr(feature, "dtype", ""))
+        kept = {key.strip(): value for key, value in told.items() if not (void and key == _IGNORED)}
+        classes = _keyed(kept, where, maps=feature is None, text=text, reduced=settings.reduce_labels)
+    else:
+        names = _checked(told, where)
+        numbers = [is_number(class_key(name)) for name in names]
+        # Names that are numbers are what is stored; of a mixture only the places are certain.
+        classes = Classes.named(names) if all(numbers) or not any(numbers) else Classes.numbered(names)
+    if isinstance(feature, ClassLabel) and sorted(feature.names) == sorted(classes.names):
+        classes = Classes.numbered(feature.names).renumbered(classes.names)  # the same classes in another order
+    return classes, void
+
+
+def unknown_classes(name: str, seen: Iterable[str]) -> UserError:
+    """What to say where nobody knows the classes; `seen` are keys of stored values."""
+    values = in_order(seen)
+    found = f" The first rows hold {', '.join(values[:10])}{', ...' if len(values) > 10 else ''}." if values else ""
+    return UserError(
+        f"{name} does not name its classes: give them with --label_names background,road,... or as a JSON file with "
+        f"id2label, whose keys are the stored values.{found}"
+    )
+
+
+def _told(settings: DenseSettings, dataset: str | None) -> tuple[Any, str]:
+    """Names as they were given, and where; those beside the data only if `dataset`, its name, is given."""
+    if not settings.label_names:
+        text = id2label(settings) if dataset else None
+        return (None, "") if text is None else (_parsed(text, "id2label.json"), "id2label.json")
+    if not settings.label_names.endswith(".json"):
+        return [part.strip() for part in settings.label_names.split(",") if part.strip()], "--label_names"
+    path = Path(settings.label_names)
+    try:
+        return _parsed(path.read_text(encoding="utf-8-sig"), str(path)), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the names of the classes in {path}: {one_line(error)}.") from error
+
+
+def id2label(settings: DenseSettings) -> str | None:
+    """The dataset's id2label.json, where transformers' examples keep the names of segmentation classes."""
+    folder = Path(settings.dataset_name).expanduser()
+    if folder.exists():
+        path = (folder if folder.is_dir() else folder.parent) / "id2label.json"
+        try:
+            return path.read_text(encoding="utf-8-sig") if path.is_file() else None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the names of the classes in {path}: {one_line(error)}.") from error
+    try:
+        path = hf_hub_download(
+            settings.dataset_name,
+            "id2label.json",
+            repo_type="dataset",
+            revision=settings.dataset_revision,
+            token=settings.hub_token,
+            cache_dir=settings.cache_dir,
+        )
+    except Exception:  # not there, whatever the reason: the names are then asked for
+        return None
+    return Path(path).read_text(encoding="utf-8-sig")
+
+
+def _parsed(text: str, where: str) -> list[Any] | dict[str, Any]:
+    """A list of names, or stored value -> name: of id2label, of label2id, of COCO's categories."""
+
+    def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise UserError(f"{where} has a key twice.")
+        return dict(pairs)
+
+    try:
+        values = json.loads(text, object_pairs_hook=no_key_twice)
+        if isinstance(values, dict):
+            values = values.get("id2label", values.get("categories", values))
+        if isinstance(values, list) and values and all(isinstance(entry, dict) for entry in values):
+            values = no_key_twice([(str(entry["id"]), entry["name"]) for entry in values])
+        elif isinstance(values, dict) and values and all(type(index) is int for index in values.values()):
+            values = no_key_twice([(str(index), name) for name, index in values.items()])
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{where} holds neither a list of names nor id2label: {one_line(error)}.") from error
+    if not isinstance(values, (list, dict)):
+        raise UserError(f"{where} holds neither a list of names nor id2label.")
+    return values
+
+
+def _keyed(names: Mapping[str, Any], where: str, *, maps: bool, text: bool, reduced: bool) -> Classes:
+    """Classes by the keys of their names; of `text` also by the names."""
+    wrong = [key for key in names if not is_number(key)]
+    if wrong:
+        raise UserError(f"{where} holds neither a list of names nor id2label: its key {wrong[0]!r} is no number.")
+    _checked(list(names.values()), where)
+    large = [key for key in names if maps and int(key) > _MAX_VALUE]
+    if large:
+        raise UserError(f"{where} has the key {large[0]}, which no annotation map holds.")
+    if reduced and "0" not in names:
+        names = {str(int(key) - 1): name for key, name in names.items()}
+    classes = Classes.keyed(names)
+    if not text:
+        return classes
+    by_name = {class_key(name): index for index, name in enumerate(classes.names)}
+    return Classes(classes.names, {key: i for key, i in by_name.items() if not is_number(key)} | dict(classes.table))
+
+
+def _checked(names: Any, where: str) -> list[str]:
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise UserError(f"the names of the classes in {where} are not a list of texts.")
+    keys = [class_key(name) for name in names]
+    twice = [name for name, key in zip(names, keys, strict=True) if keys.count(key) > 1]
+    if twice:
+        raise UserError(f"{where} names the class {twice[0]!r} twice.")
+    return names
