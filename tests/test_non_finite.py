@@ -263,6 +263,35 @@ def test_an_evaluation_counts_them(model, photos):
     assert classifier.training
 
 
+@pytest.mark.parametrize("task", ["semantic-segmentation", "object-detection"])
+def test_dense_evaluations_refuse_such_models(task):
+    from accelerate import Accelerator
+
+    from hf_poolformer.training.dense.data import Truth
+    from hf_poolformer.training.dense.evaluation import evaluate
+
+    options = {"fpn_feature_size": 16, "decoder_hidden_size": 8, "max_detections": 3}
+    segments = task == "semantic-segmentation"
+    kind = PoolFormerForSemanticSegmentation if segments else hf_poolformer.PoolFormerForObjectDetection
+    model = kind(PoolFormerConfig(**SMALL, **CLASSES, **options))
+    processor = getattr(PoolFormerImageProcessor, "for_segmentation" if segments else "for_detection")()
+    settings = {"task": task, "processor": processor, "accelerator": Accelerator(), "num_labels": 2}
+    if segments:  # finite weights, and scores that are not
+
+        def spoil(module, inputs, outputs):
+            outputs.logits[:] = NAN
+
+        model.register_forward_hook(spoil)
+        truth = Truth(key=0, size=(64, 64), map=np.zeros((64, 64), dtype=np.int64), objects=None)
+        batch = {"pixel_values": [torch.zeros(3, 64, 64)], "labels": [truth], "skipped": []}
+        with pytest.raises(UserError, match=r"no finite scores .* for 1 of 1 images"):
+            evaluate(model, [batch], **settings)
+    with torch.no_grad():
+        next(model.parameters())[0] = NAN
+    with pytest.raises(UserError, match="NaN or infinity in its weights"):
+        evaluate(model, [], **settings)
+
+
 # The functions -------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..finite import check_finite
+from ..finite import check_finite, check_weights
 from .augmentation import collate
 from .data import Truth
 from .metrics import DetectionMetric, SegmentationMetric
@@ -72,6 +72,7 @@ def evaluate(
     """
     # The bare model: DistributedDataParallel would wait for the others in every forward pass.
     bare = accelerator.unwrap_model(model)
+    check_weights(bare, "the model")  # a detector finds nothing where its scores are NaN, and says no more
     was_training = bare.training
     bare.eval()
     if task == "semantic-segmentation":
