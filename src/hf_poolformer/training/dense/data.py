@@ -139,7 +139,7 @@ def understood(images: ImageDataset, settings: DenseSettings) -> DenseDataset:
         column = map_column(images, settings.annotation_column_name)
         stream = images.stream.cast_column(column, Image(decode=False))
         images = dataclasses.replace(images, stream=stream, label_column=column)
-        classes, void = known_classes(settings, None, images)
+        classes, void = known_classes(settings, None, images.name, images.class_names)
         if classes is None:
             raise unknown_classes(images.name, stored_classes(images))
         return DenseDataset(images, None, classes, void).numbered(classes)
@@ -160,7 +160,7 @@ def understood(images: ImageDataset, settings: DenseSettings) -> DenseDataset:
         )
     sizes = tuple(name for names in SIZE_FIELDS for name in names if name in features)
     images = dataclasses.replace(images, label_column=column, other_columns=sizes)
-    classes, _ = known_classes(settings, inside[label], images)
+    classes, _ = known_classes(settings, inside[label], images.name, images.class_names)
     if classes is None:
         raise unknown_classes(images.name, stored_classes(images, label))
     fields = ObjectFields(box=box, label=label, mask=mask, classes=classes, bbox_format=settings.bbox_format)

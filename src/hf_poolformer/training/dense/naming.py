@@ -11,7 +11,6 @@ from datasets import ClassLabel
 from huggingface_hub import hf_hub_download
 
 from ..classes import Classes, class_key, in_order, is_number
-from ..columns import ImageDataset
 from ..errors import UserError
 from ..files import one_line
 from .arguments import DenseSettings
@@ -24,7 +23,9 @@ _IGNORED = "255"
 _MAX_VALUE = 1_000_000
 
 
-def known_classes(settings: DenseSettings, feature: Any, images: ImageDataset) -> tuple[Classes | None, bool]:
+def known_classes(
+    settings: DenseSettings, feature: Any, name: str, own: Mapping[int, str] | None = None
+) -> tuple[Classes | None, bool]:
     """The classes as told, from the dataset's ClassLabel, or from the id2label.json beside it; None if nobody knows.
     And whether 255 is said to be no class.
 
@@ -33,12 +34,12 @@ def known_classes(settings: DenseSettings, feature: Any, images: ImageDataset) -
 
     Args:
         feature: of the objects' class; None for annotation maps.
-        images: the dataset, which may bring names of its own.
+        name: what messages call the dataset.
+        own: stored class -> name, where the dataset brings that beside its rows.
     """
-    name = images.name
     told, where = _told(settings, None if isinstance(feature, ClassLabel) else name)
-    if told is None and images.class_names is not None:
-        told, where = {str(stored): text for stored, text in images.class_names.items()}, name
+    if told is None and own is not None:
+        told, where = {str(stored): text for stored, text in own.items()}, name
     if told is None:
         return (Classes.numbered(_checked(feature.names, name)) if isinstance(feature, ClassLabel) else None), False
     void = feature is None and isinstance(told, Mapping) and str(told.get(_IGNORED)).lower() in _NOTHING
