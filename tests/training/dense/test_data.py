@@ -157,3 +157,22 @@ def test_layouts_that_do_not_fit_the_task(make_settings, shapes, tmp_path):
         write_shards(tmp_path / "unnamed", split, [row], Features({"image": Image(), "objects": List(unnamed)}), 1)
     with pytest.raises(UserError, match="does not name its classes"):
         open_dense_datasets(make_settings("object-detection", dataset_name=str(tmp_path / "unnamed")))
+
+
+def test_a_broken_map_is_one_image_where_a_part_is_held_out(make_settings, tmp_path):
+    """The filter that divides the data must not decode it."""
+    rows = [map_row(*one) for one in broken_rows()]
+    rows[4]["annotation"] = {"bytes": b"not a picture", "path": None}
+    write_shards(tmp_path / "data", "train", rows, MAP_FEATURES, 2)
+    settings = make_settings(
+        "semantic-segmentation",
+        dataset_name=str(tmp_path / "data"),
+        label_names="ground,square,disc",
+        train_val_split=0.4,
+        max_skipped=1,
+        per_device_train_batch_size=1,
+    )
+    skipped = []
+    for split in ("train", "validation"):
+        skipped += [text for batch in load(settings, split) for text in batch["skipped"]]
+    assert len(skipped) == 1 and "annotation map cannot be read" in skipped[0]
