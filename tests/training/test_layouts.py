@@ -320,7 +320,7 @@ def test_rows_without_files_and_files_without_rows_are_counted(tmp_path, caplog)
     source = open_source(tmp_path)
     assert source.left_out == {"rows whose file is not there": 3, "images without a row": 2}
     assert source.open("train").num_examples == 4
-    assert "3 rows whose file is not there" in caplog.text and "6.jpg for one" in caplog.text
+    assert "3 rows whose file is not there" in caplog.text and "6.jpg, for one, is not there" in caplog.text
     write_metadata(tmp_path / "metadata.csv", ["elsewhere/1.jpg", "../2.jpg"], "ab")
     with pytest.raises(UserError, match=r"none of the 2 files that metadata\.csv names is there"):
         open_source(tmp_path)

@@ -191,7 +191,7 @@ def _holds_results(names: Sequence[str]) -> bool:
     return bool(
         _RUN_FILES.intersection(names)
         or {"config.json", "model.safetensors"}.issubset(names)
-        or any(_PREDICTION_PART.fullmatch(name) for name in names)
+        or any(name.startswith("part-") and _PREDICTION_PART.fullmatch(name) for name in names)
     )
 
 

@@ -290,7 +290,7 @@ def _open_described(
     if len(set(images)) < len(images):
         logger.warning("%s: %d files have several rows in %s", place.name, len(images) - len(set(images)), names)
     if more:
-        example = f" ({described.example} for one)" if described.missing else ""
+        example = f"; {described.example}, for one, is not there" if described.missing else ""
         logger.warning("%s: %s: left out %s%s", place.name, names, counted(more), example)
     everything = Listed(described.files, table if table.num_columns else None)
     rows = {split: everything.taken(np.array(chosen)) for split, chosen in members.items()}
