@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(folders.fcntl is None, reason="there are no such
 HOLD = """
 import sys, time
 from pathlib import Path
+import hf_poolformer_cli
+hf_poolformer_cli.without_importing_the_package()  # seconds
 from hf_poolformer.training.folders import hold
 with hold(Path(sys.argv[1])):
     if sys.argv[2] == "fork":
@@ -53,8 +55,7 @@ def holder(tmp_path):
         process.wait()
 
 
-@pytest.mark.parametrize("resume", [None, "latest"])
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(("resume", "overwrite"), [(None, True), ("latest", False)])
 def test_a_second_run_is_refused_and_changes_nothing(holder, make_settings, tmp_path, resume, overwrite):
     process = holder()
     settings = make_settings(resume_from_checkpoint=resume, overwrite_output_dir=overwrite)

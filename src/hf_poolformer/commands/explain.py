@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     predictor = Predictor(arguments.model, **{name: getattr(arguments, name) for name in names})
     stages = len(getattr(predictor.model.config, "depths", ()))
     if stages and arguments.stage is not None and arguments.stage > stages:
-        raise UserError(f"--stage {arguments.stage}: the model has {stages} stages, 1 to {stages}")
+        raise UserError(f"there is no stage {arguments.stage}: the model has {stages}, numbered from 1")
     explanation = explain(
         predictor,
         image,
