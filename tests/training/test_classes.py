@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import sys
 import unicodedata
 
 import numpy as np
@@ -136,6 +138,24 @@ def test_one_spelling_in_training_and_another_in_evaluation(make_settings, tmp_p
     write(tmp_path / "data" / "train.parquet", [(composed, decomposed)[index % 2][index % 3] for index in range(60)])
     opened = open_datasets(dataset_name=tmp_path / "data", train_val_split=0)["train"]
     assert sorted(opened.label_names) == sorted(composed) and opened.counts == (20, 20, 20)
+
+
+def test_folders_in_two_spellings_are_one_class(tmp_path):
+    names = {"composed": unicodedata.normalize("NFC", "é"), "decomposed": unicodedata.normalize("NFD", "é"), "b": "b"}
+    for index, name in enumerate(names.values()):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), COLOURS[index]).save(tmp_path / name / f"{index}.png")
+    opened = open_datasets(dataset_name=tmp_path, train_val_split=0)["train"]
+    assert opened.label_names == ["b", "é"] and opened.counts == (1, 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+def test_folders_whose_names_are_no_text_are_classes(tmp_path):
+    for name in (b"caf\xe9", b"tea"):
+        os.mkdir(os.fsencode(tmp_path) + b"/" + name)
+        Image.new("RGB", (8, 8)).save(os.fsdecode(os.fsencode(tmp_path) + b"/" + name + b"/1.png"))
+    opened = open_datasets(dataset_name=tmp_path, train_val_split=0)["train"]
+    assert opened.label_names == [r"caf\xe9", "tea"]
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,10 @@ import pyarrow
 import pyarrow.parquet
 from datasets import ClassLabel, Features, Image, IterableDataset, Value, load_dataset
 
+from .classes import class_key
 from .errors import UserError
 from .files import image_suffixes, one_line
+from .names import undecodable_escaped
 from .splits import canonical
 
 
@@ -412,8 +414,12 @@ class FolderSource(Source):
 
 
 def rows_of_classes(files: Sequence[tuple[Path, str | None]]) -> Listed:
-    """Images with the names of their classes, numbered by name; without labels where there are no classes."""
-    paths, labels = [path for path, _ in files], [label for _, label in files]
+    """Images with the names of their classes, numbered by name; without labels where there are no classes.
+
+    Names are text, and in one spelling of Unicode, however the file system has them.
+    """
+    spelled = {label: class_key(undecodable_escaped(label)) for label in {label for _, label in files} if label}
+    paths, labels = [path for path, _ in files], [spelled.get(label) for _, label in files]
     classes = sorted({label for label in labels if label is not None})
     if not classes:
         return Listed({"image": paths})

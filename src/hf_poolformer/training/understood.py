@@ -17,6 +17,7 @@ from .columns import ImageDataset, feature_of, kind_of
 from .decoding import BrokenImage, decode_image, describe_source
 from .errors import UserError
 from .loader import MIN_SEEN, too_many_broken
+from .names import printable
 
 
 # Looking into the data may take so long, per split.
@@ -121,7 +122,7 @@ def describe_data(datasets: Mapping[str, ImageDataset]) -> str:
     if left_out:
         kinds = sorted(left_out, key=lambda kind: -left_out[kind])
         lines.append(("left out", _short([f"{left_out[kind]} {kind}" for kind in kinds])))
-    return "\n".join(f"  {title:<11} {_printable(text)[:_WIDTH]}" for title, text in lines)
+    return "\n".join(f"  {title:<11} {printable(text, _WIDTH)}" for title, text in lines)
 
 
 def _class_lines(datasets: Mapping[str, ImageDataset]) -> list[tuple[str, str]]:
@@ -152,10 +153,6 @@ def _class_lines(datasets: Mapping[str, ImageDataset]) -> list[tuple[str, str]]:
 def _short(items: Any) -> str:
     shown = ", ".join(map(str, items[:_SHOWN]))
     return shown if len(items) <= _SHOWN else f"{shown}, ... ({len(items)} in all)"
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _fraction(part: int, whole: int) -> str:
