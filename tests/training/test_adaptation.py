@@ -133,8 +133,8 @@ def test_a_run_with_adapters_leaves_an_ordinary_model(make_settings_from, make_c
     settings = make_settings_from(
         base, lora=3, lora_dropout=0.1, num_train_epochs=2, learning_rate=1e-2, layer_decay=1.0, eval_epochs=1
     )
-    kept, save = {}, loop.save_model
-    monkeypatch.setattr(loop, "save_model", lambda run, *rest: kept.update(model=run.state.model) or save(run, *rest))
+    kept, save = {}, loop.leave_model
+    monkeypatch.setattr(loop, "leave_model", lambda run: kept.update(model=run.state.model) or save(run))
     results = train(settings)
     run = tmp_path / "run"
     start, end = weights(tmp_path / "checkpoint"), weights(run)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from .. import __version__
@@ -24,7 +23,9 @@ from .errors import Diverged, UserError
 from .files import one_line
 from .fingerprints import state_of_dataset, state_of_path
 from .loop import train
+from .processes import processes
 from .reports import new_figure, replace_text, save_figure, write_json
+from .strict_json import to_json
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def key_of(settings: TrainingSettings, content: Mapping[str, str]) -> dict[str, 
         chosen["mixed_precision"] = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     processes = int(os.environ.get("WORLD_SIZE", 1))  # of which each brings its own batch
     key = {"settings": chosen, "content": dict(content), "processes": processes, "version": __version__}
-    return json.loads(json.dumps(key))
+    return json.loads(to_json(key))
 
 
 def measure(
@@ -166,7 +167,7 @@ def measure(
     """
     settings = settings_of(ROWS[name], base, output_dir, seed)
     key = key_of(settings, content_of(base) if content is None else content)
-    main = PartialState().is_main_process
+    main = processes().is_main_process
     [found] = broadcast_object_list([find_record(output_dir, key, tell=True) if main else None])
     if found is not None:
         return found

@@ -15,7 +15,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from ..configuration_poolformer import Fixed
 from .errors import UserError
 from .names import near_names
 
@@ -508,6 +507,8 @@ def check_overrides(overrides: Mapping[str, Any], config: Any, name: str) -> Non
     Raises:
         UserError: such a configuration has no field of that name, or what it says comes from the data.
     """
+    from ..configuration_poolformer import Fixed  # brings torch, which --help does not wait for
+
     kind = config if isinstance(config, type) else type(config)
     known = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
     known |= set() if isinstance(config, type) else set(vars(config))

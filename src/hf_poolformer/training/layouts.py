@@ -35,6 +35,7 @@ from .files import (
 )
 from .sources import FileSource, FolderSource, HubSource, Listed, SavedSource, Source, TarSource, rows_of_classes
 from .splits import SPLIT_ALIASES, canonical, parts_below, read_folders, split_finder
+from .strict_json import to_json
 from .tables import (
     MANY_TABLES,
     METADATA_FILES,
@@ -420,7 +421,7 @@ def _coco_rows(
                 {
                     "bbox": [float(value) for value in entry["bbox"]],
                     "category": entry["category_id"],
-                    "segmentation": json.dumps(mask) if mask else None,
+                    "segmentation": to_json(mask) if mask else None,
                     "iscrowd": int(entry.get("iscrowd") or 0),
                     "area": None if entry.get("area") is None else float(entry["area"]),
                 }

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import broadcast_object_list, str_to_bool
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, str_to_bool
 
 from .errors import UserError
 from .files import one_line
@@ -65,12 +65,18 @@ def start_cpu_processes() -> None:
     os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *processes, *program])
 
 
+def processes() -> PartialState:
+    """The processes of this run, as an `Accelerator` would find them; it takes over what is found here."""
+    # Asked without it, a run of several processes on the CPU is as many runs of one.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
     """`folders.hold` for all processes of a run, of which the main one holds; every process must call it."""
     with contextlib.ExitStack() as held:
         fault = None
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             try:
                 held.enter_context(hold(folder))
             except UserError as error:

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from hf_poolformer import PoolFormerImageProcessor
+from hf_poolformer.modeling_detection import MetaFormerObjectDetectionOutput
 from hf_poolformer.training.dense.annotations import Objects
 from hf_poolformer.training.dense.data import Truth
 from hf_poolformer.training.dense.evaluation import Example, predict
@@ -63,7 +64,8 @@ def test_labels_of_detections_are_whole_numbers():
 
     processor = PoolFormerImageProcessor.for_detection()
     logits = torch.tensor([[[-9.0, 3.0]]])
-    outputs = {"logits": logits, "pred_boxes": torch.tensor([[[0.5, 0.5, 0.2, 0.2]]])}
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2]]])
+    outputs = MetaFormerObjectDetectionOutput(logits=logits, pred_boxes=boxes)
     truth, task = example([], []).truth, "object-detection"
     images = [torch.zeros(3, 64, 64)]
     (found,) = predict(lambda **_: outputs, images, [truth], task, processor, Accelerator)
