@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import unicodedata
+from decimal import Decimal
 
 import numpy as np
 import pyarrow
@@ -48,6 +49,8 @@ def write(path, labels, kinds=None):
         (np.int8(-1), "-1"),
         (True, "1"),
         (np.bool_(False), "0"),
+        (Decimal("2.00"), "2"),
+        (Decimal("0.25"), "0.25"),
         (0.5, "0.5"),
         ("03", "03"),
         (" cat\n", "cat"),

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def class_key(value: Any) -> str | None:
         return unicodedata.normalize("NFC", value.strip()) or None
     if isinstance(value, (bool, np.bool_, int, np.integer)):
         return str(int(value))
-    if isinstance(value, (float, np.floating)):
+    if isinstance(value, (float, np.floating, Decimal)):
         if math.isnan(value):
             return None
         return str(int(value)) if math.isfinite(value) and value == int(value) else str(float(value))

@@ -171,7 +171,9 @@ def open_images(
     return _open_split(source, name, image_column_name=image_column_name, token=token, labelled=False)
 
 
-def align_labels(dataset: ImageDataset, label2id: Mapping[str, int], *, subset: bool = False) -> ImageDataset:
+def align_labels(
+    dataset: ImageDataset, label2id: Mapping[str, int], *, subset: bool = False, whose: str = "the checkpoint"
+) -> ImageDataset:
     """Renumbers a dataset's labels to the indices of a checkpoint that knows the same names in another order.
 
     A checkpoint whose names are the placeholders `LABEL_0`, `LABEL_1`, ... is taken by position.
@@ -179,6 +181,7 @@ def align_labels(dataset: ImageDataset, label2id: Mapping[str, int], *, subset: 
     Args:
         label2id: a model config's.
         subset: the dataset may lack some of the checkpoint's classes.
+        whose: what messages call the owner of `label2id`.
 
     Raises:
         UserError: the label sets differ.
@@ -199,9 +202,8 @@ def align_labels(dataset: ImageDataset, label2id: Mapping[str, int], *, subset: 
         foreign = [name for name in foreign if dataset.counts[classes.names.index(name)]]
     if foreign or (absent and not subset):
         raise UserError(
-            f"{dataset.name} has other labels than the checkpoint: {some(dataset.label_names)} "
-            f"against {some(names)}; only in the dataset: {some(sorted(foreign))}, only in the "
-            f"checkpoint: {some(sorted(absent))}"
+            f"{dataset.name} has other labels than {whose}: {some(dataset.label_names)} against {some(names)}; only "
+            f"in {dataset.name}: {some(sorted(foreign))}, only in {whose}: {some(sorted(absent))}"
         )
     return _renumbered(dataset, names)
 
@@ -349,7 +351,7 @@ def _with_labels_of(dataset: ImageDataset, source: Source, split: str, train: Im
         own = Classes.numbered(feature.names)
         _refuse_unlabelled(dataset, own, counted)
         label2id = {name: index for index, name in enumerate(train.label_names)}
-        return align_labels(_counting(dataset, own, counted), label2id, subset=True)
+        return align_labels(_counting(dataset, own, counted), label2id, subset=True, whose=train.name)
     typed = isinstance(feature_of(train.stream.features, train.label_column), ClassLabel)
     classes = Classes.named(train.label_names) if typed else train.classes
     _refuse_unlabelled(dataset, classes, counted)
@@ -485,7 +487,7 @@ def _divide(dataset: ImageDataset, source: Source, split: str, fraction: float) 
         dataclasses.replace(dataset, stream=stream, num_examples=count, name=name)
         for stream, count, name in zip(streams, counts, names, strict=True)
     )
-    return train, held_out
+    return train, dataclasses.replace(held_out, unlabelled=0)  # those of the whole are said once
 
 
 class _InPart:

@@ -110,14 +110,14 @@ def describe_data(datasets: Mapping[str, ImageDataset]) -> str:
         columns += f", label {first.label_column!r} ({kind_of(feature_of(features, first.label_column))})"
     lines.append(("columns", columns))
     used = {first.image_column, first.label_column and first.label_column.partition(".")[0], first.label_column}
-    others = [name for name in features if name not in used]
+    others = [name for name in features if name not in used and not name.startswith("__")]
     if others:
         lines.append(("not read", _short(others)))
     if first.classes is not None:
         lines += _class_lines(datasets)
-    for split, dataset in datasets.items():
+    for dataset in datasets.values():
         if dataset.unlabelled:
-            lines.append(("no label", f"{dataset.unlabelled} rows of {split}, left out"))
+            lines.append(("no label", f"{dataset.unlabelled} rows of {dataset.name}, left out"))
     left_out = {kind: count for dataset in datasets.values() for kind, count in dataset.left_out.items()}
     if left_out:
         kinds = sorted(left_out, key=lambda kind: -left_out[kind])
