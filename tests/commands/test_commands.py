@@ -30,7 +30,7 @@ def test_a_status_comes_through():
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
-        (UserError("no\nsuch  thing\x1b[31m"), 2, "error: no such thing [31m\n"),
+        (UserError("no\nsuch  thing\x1b[31m"), 2, "error: no such thing\\x1b[31m\n"),
         (ConversionError("unknown key"), 2, "error: unknown key\n"),
         (CardError("no licence"), 2, "error: no licence\n"),
         (PublishError("offline.\nTo go on: again"), 3, "error: offline.\nTo go on: again\n"),

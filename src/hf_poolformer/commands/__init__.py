@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from ..training.errors import UserError
-from ..training.names import near_names
+from ..training.names import near_names, printable
 
 
 __all__ = ["CommandParser", "add_model_arguments", "command", "complain", "quieten", "reason"]
@@ -198,7 +198,7 @@ def reason(error: BaseException) -> str | None:
     """What an expected error means, in one line; None for an unexpected one."""
     if is_a(error, "PublishError"):
         return str(error)  # has the command that goes on in a line of its own
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
+    text = printable(" ".join(str(error).split()))
     if isinstance(error, UserError) or is_a(error, "ConversionError", "CardError"):
         return text
     if isinstance(error, ModuleNotFoundError) and error.name:
