@@ -159,9 +159,13 @@ def is_litter(name: str, folder: bool = False) -> bool:
     return name.startswith(".") or lowered in (_LITTER_FOLDERS if folder else _LITTER_FILES)
 
 
+# What tells about the data and is no part of it; some of it is read elsewhere.
+_ABOUT = frozenset(["README.md", "dataset_info.json", "dataset_infos.json", "id2label.json", "state.json"])
+
+
 def count_by_suffix(files: Sequence[Path]) -> dict[str, int]:
     """How many files have which suffix, the most frequent first: `{".heic": 20, "without suffix": 1}`."""
-    return dict(Counter(_kind(file) for file in files).most_common())
+    return dict(Counter(_kind(file) for file in files if file.name not in _ABOUT).most_common())
 
 
 def counted(left_out: dict[str, int]) -> str:

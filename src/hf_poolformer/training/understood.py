@@ -109,7 +109,7 @@ def describe_data(datasets: Mapping[str, ImageDataset]) -> str:
     if first.label_column is not None:
         columns += f", label {first.label_column!r} ({kind_of(feature_of(features, first.label_column))})"
     lines.append(("columns", columns))
-    used = {first.image_column, first.label_column and first.label_column.partition(".")[0], first.label_column}
+    used = {first.image_column, first.label_column, (first.label_column or "").partition(".")[0], *first.other_columns}
     others = [name for name in features if name not in used and not name.startswith("__")]
     if others:
         lines.append(("not read", _short(others)))
