@@ -1,6 +1,9 @@
 """The place of a loader: what comes after it is what would have come, in other processes and with other workers."""
 
 import io
+import subprocess
+import sys
+import textwrap
 from collections import Counter
 
 import numpy as np
@@ -113,3 +116,15 @@ def test_uneven_shards_end_early_and_repeat_nothing(tmp_path, dataset):
     assert max(numbers(shares[0] + shares[1]).values()) == 1
     evaluation = [taken(loader_of(uneven, rank, 2, training=False)) for rank in range(2)]
     assert numbers(evaluation[0] + evaluation[1]) == Counter(set(range(COUNT)) - {33})
+
+
+def test_workers_do_not_complain_of_a_main_process_that_has_gone():
+    code = """
+        import sys
+        from hf_poolformer.training.workers import prepare_worker
+        prepare_worker(0)
+        for error in (ConnectionResetError("gone"), EOFError("gone"), BrokenPipeError("gone"), ValueError("a fault")):
+            sys.excepthook(type(error), error, None)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    assert done.stderr.strip() == "ValueError: a fault"

@@ -203,7 +203,7 @@ def align_labels(
     if foreign or (absent and not subset):
         raise UserError(
             f"{dataset.name} has other labels than {whose}: {some(dataset.label_names)} against {some(names)}; only "
-            f"in {dataset.name}: {some(sorted(foreign))}, only in {whose}: {some(sorted(absent))}"
+            f"in the dataset: {some(sorted(foreign))}, only in {whose}: {some(sorted(absent))}"
         )
     return _renumbered(dataset, names)
 

@@ -3,7 +3,9 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+from types import TracebackType
 
 
 def prepare_worker(worker_id: int) -> None:
@@ -11,6 +13,7 @@ def prepare_worker(worker_id: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach every process of a job. The main process alone decides what to do then,
     # and needs its workers while it saves: they end when it tells them to, or dies.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _unless_left
     if hasattr(signal, "sigwaitinfo"):
         # Before any thread is started: they take over the mask, and one without it would die with the whole worker.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -20,6 +23,13 @@ def prepare_worker(worker_id: int) -> None:
         # PyTorch asks for the parent's process id instead, which under `forkserver` is the fork server's: workers of a
         # main process that was killed would stay for ever.
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _unless_left(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    # The thread that hands tensors over reports with a traceback that somebody has hung up on it. That is the main
+    # process on its way out, which has said why.
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
