@@ -6,10 +6,10 @@ import contextlib
 import io
 import itertools
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,12 @@ from PIL import Image, ImageOps
 from ..training.decoding import BrokenImage, decode_image
 from ..training.errors import UserError
 from ..training.files import one_line
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from ..training.columns import ImageDataset
 
 
 @dataclass
@@ -59,7 +65,7 @@ def read_samples(
             "it without --calibration_dataset"
         )
     dataset = open_images(location, **how)
-    known = label_indices(dataset, config)
+    label_of = label_reader(dataset, config)
     pixels, labels, problem = [], [], "it is empty"
     for row in draw(dataset.stream, sum(counts)):
         try:
@@ -68,7 +74,7 @@ def read_samples(
         except (BrokenImage, ValueError) as error:
             problem = one_line(error)
             continue
-        labels.append(known.get(row.get(dataset.label_column)) if known and dataset.label_column in row else None)
+        labels.append(label_of(row))
     if not pixels:
         raise UserError(f"{dataset.name} has no image to calibrate on: {problem}")
     if len({tuple(image.shape) for image in pixels}) > 1:
@@ -101,21 +107,29 @@ def draw(rows: Iterable[Mapping[str, Any]], count: int) -> list[Mapping[str, Any
     return kept
 
 
-def label_indices(dataset: Any, config: Any) -> dict[Any, int]:
-    """Stored label -> class index of the model; empty where they cannot be told."""
+def label_reader(dataset: ImageDataset, config: PretrainedConfig) -> Callable[[Mapping[str, Any]], int | None]:
+    """A function that gives the class of a row as the model numbers it; None where that cannot be told."""
     from datasets import ClassLabel
 
-    from ..training.columns import feature_of
+    from ..training.classes import Classes, UnknownClass
+    from ..training.columns import feature_of, field_of, find_label_column
 
-    if dataset.label_column is None:
-        return {}
-    feature = feature_of(dataset.stream.features, dataset.label_column)
-    indices = {name: int(index) for name, index in config.label2id.items()}
-    if isinstance(feature, ClassLabel):
-        if not all(name in indices for name in feature.names):
-            return {}
-        return {stored: indices[name] for stored, name in enumerate(feature.names)}
-    return {**{index: index for index in indices.values()}, **indices}
+    features = dataset.stream.features
+    try:
+        column = find_label_column(features, None, dataset.name)
+        classes = Classes.of_config(config)
+        if column is not None and isinstance(feature := feature_of(features, column), ClassLabel):
+            classes = Classes.numbered(feature.names).renumbered(classes.names)
+    except (UserError, KeyError):  # several columns, other names: there is nothing to compare with
+        column = None
+
+    def read(row: Mapping[str, Any]) -> int | None:
+        try:
+            return None if column is None else classes.index(field_of(row, column))
+        except UnknownClass:
+            return None
+
+    return read
 
 
 def photographs(processor: Any, count: int, num_channels: int = 3) -> Sample:
