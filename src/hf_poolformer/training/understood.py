@@ -21,7 +21,7 @@ from .names import printable
 
 
 # Looking into the data may take so long, per split.
-SECONDS = 2.0
+SECONDS = 0.8
 # Names of classes on a line.
 _SHOWN = 8
 _WIDTH = 116
