@@ -408,7 +408,7 @@ def record(run: Run, row: dict[str, Any]) -> None:
 def evaluate_now(run: Run) -> dict[str, Any]:
     """Evaluates what would be saved now: the moving average if there is one."""
     plain = run.state.ema is None and run.replica is None and not run.settings.lora
-    try:
+    with leaving_the_model(run):
         results = evaluate(
             run.model if plain else trained_model(run),
             run.eval_loader,
@@ -418,9 +418,6 @@ def evaluate_now(run: Run) -> dict[str, Any]:
             progress=run.accelerator.is_main_process and sys.stderr.isatty(),
             should_stop=run.stop.check,
         )
-    except UserError as error:  # the same on all processes
-        leave_model(run)
-        raise UserError(f"{error}. The model as it was trained so far is in {run.settings.output_dir}") from error
     if not results:
         save_and_leave(run, -run.agreement.minimum(-run.stop.check())[0])
     figures = {name: value for name, value in results.items() if isinstance(value, (int, float))}
@@ -502,7 +499,7 @@ def trained_model(run: Run) -> nn.Module:
     """
     if run.replica is None:
         model = run.state.model if run.state.ema is None else run.state.ema.module
-        return merged(model) if run.settings.lora else model
+        return merged(model) if getattr(run.settings, "lora", 0) else model  # dense tasks have no adapters
     run.replica.load_state_dict({name: whole(value) for name, value in run.state.model.state_dict().items()})
     return run.replica
 
@@ -518,15 +515,32 @@ def leave_model(run: Run) -> None:
         run.processor.save_pretrained(run.settings.output_dir)
 
 
+@contextlib.contextmanager
+def leaving_the_model(run: Run) -> Iterator[None]:
+    """Around an evaluation: if that fails, on all processes, what was trained so far is saved nevertheless."""
+    try:
+        yield
+    except UserError as error:
+        leave_model(run)
+        raise UserError(
+            f"{str(error).rstrip('.')}. The model as it was trained so far is in {run.settings.output_dir}"
+        ) from error
+
+
 def save_results(run: Run, output_dir: Path, results: dict[str, Any], matrix: Any) -> None:
     """What a finished run leaves beside its model."""
-    settings, label_names = run.settings, run.progress.label_names
     write_json(output_dir / "all_results.json", results)
     with best_effort("drawing the curves"):
         write_curves(output_dir / "curves.png", run.log.rows)
     if matrix is not None:
         with best_effort("drawing the confusion matrix"):
-            write_confusion_matrix(output_dir / "confusion_matrix.png", matrix, label_names)
+            write_confusion_matrix(output_dir / "confusion_matrix.png", matrix, run.progress.label_names)
+    write_card(run, output_dir, results)
+
+
+def write_card(run: Run, output_dir: Path, results: dict[str, Any]) -> None:
+    """The model card, as far as it can be written."""
+    settings = run.settings
     with best_effort("writing the model card"):
         write_training_card(
             output_dir,
@@ -534,6 +548,6 @@ def save_results(run: Run, output_dir: Path, results: dict[str, Any], matrix: An
             settings=settings.to_dict(),
             dataset_name=settings.dataset_name,
             base_model=settings.model_name_or_path,
-            label_names=label_names,
+            label_names=run.progress.label_names,
             repo_id=settings.hub_model_id,
         )

@@ -2,8 +2,10 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from datasets.utils.logging import disable_progress_bar
@@ -109,6 +111,20 @@ def shapes(tmp_path_factory):
         write_shards(root / "segmentation", split, [map_row(*one) for one in scenes], MAP_FEATURES, shards)
     (root / "segmentation/id2label.json").write_text(json.dumps({"0": "ground", "1": "square", "2": "disc"}))
     return root
+
+
+@pytest.fixture
+def late_damage(shapes, tmp_path):
+    """The maps, with two unreadable images in one shard of the validation data."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(shapes / "segmentation", folder)
+    path = sorted(folder.glob("validation-*"))[-1]
+    rows = pq.read_table(path).to_pylist()
+    for row in rows[-2:]:
+        row["image"]["bytes"] = b"not a picture"
+    path.unlink()
+    Dataset.from_list(rows, features=MAP_FEATURES).to_parquet(path)
+    return folder
 
 
 @pytest.fixture

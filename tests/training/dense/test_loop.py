@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeli
 from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, PoolFormerImageProcessor
 from hf_poolformer.training import loop as steps
 from hf_poolformer.training.checkpoints import best_of
-from hf_poolformer.training.dense import loop
+from hf_poolformer.training.dense import evaluation, loop
 from hf_poolformer.training.dense.arguments import DenseSettings, parse
 from hf_poolformer.training.dense.optimisation import make_dense_schedule
 from hf_poolformer.training.errors import UserError
@@ -95,6 +96,29 @@ def test_a_signal_saves_and_leaves(make_settings, monkeypatch, capsys):
     with pytest.raises(Stopped):
         loop.train(make_settings("object-detection"))
     assert "To go on:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("eval_epochs", [0, 1])
+@pytest.mark.parametrize("task", TASKS[:2])
+def test_a_failing_evaluation_leaves_the_model(make_settings, tmp_path, monkeypatch, task, eval_epochs):
+    def fails(*_args, **_keywords):
+        raise UserError("the metric has no answer.")
+
+    monkeypatch.setattr(evaluation, "predict", fails)
+    settings = make_settings(task, num_train_epochs=2, eval_epochs=eval_epochs, checkpointing_steps="no")
+    with pytest.raises(UserError, match=r"has no answer\. The model as it was trained so far is in .*run$"):
+        loop.train(settings)
+    run = tmp_path / "run"
+    assert weights(run) and (run / "preprocessor_config.json").is_file() and (run / "config.json").is_file()
+    assert not (run / "all_results.json").exists()
+
+
+def test_images_that_break_after_the_first_look_are_judged(make_settings, late_damage, tmp_path, monkeypatch):
+    """However small the split is."""
+    monkeypatch.setattr(loop, "check_annotations", lambda datasets, *_: (datasets, SimpleNamespace(lines=[])))
+    with pytest.raises(UserError, match=r"2 of the 11 images .* are broken, more than --max_skipped .* so far is in"):
+        loop.train(make_settings("semantic-segmentation", dataset_name=str(late_damage), max_skipped=0.1))
+    assert weights(tmp_path / "run")
 
 
 def test_a_classifier_gives_its_backbone_and_its_colours(make_settings, tmp_path, caplog):

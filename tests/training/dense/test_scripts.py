@@ -64,6 +64,31 @@ def test_two_processes_train_and_evaluate_exactly(make_settings, tmp_path, task)
         assert named["eval_miou"] > 0
 
 
+UNSEEN = """
+import sys
+from types import SimpleNamespace
+
+from hf_poolformer.commands.train_dense import main
+from hf_poolformer.training.dense import loop
+
+loop.check_annotations = lambda datasets, *_: (datasets, SimpleNamespace(lines=[]))
+sys.exit(main())
+"""
+
+
+def test_a_fault_that_one_process_meets_ends_all_and_leaves_the_model(make_settings, late_damage, tmp_path):
+    """Two broken images of one shard, which one process reads, in its evaluation."""
+    (tmp_path / "unseen.py").write_text(UNSEEN)
+    make_settings("semantic-segmentation", dataset_name=str(late_damage), max_skipped=1).save(tmp_path / "run.yaml")
+    command = [*LAUNCH, "--num_processes", "2", "--main_process_port", "0", str(tmp_path / "unseen.py")]
+    command += ["--config_file", str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, cwd=ROOT)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors and all("--max_skipped" in line and "so far is in" in line for line in errors), done.stderr
+    assert load_file(tmp_path / "run/model.safetensors")
+
+
 def test_other_precision_workers_and_device_layout(make_settings, tmp_path):
     settings = make_settings("object-detection", max_train_steps=2, num_workers=2, mixed_precision="bf16")
     settings.save(tmp_path / "settings.yaml")

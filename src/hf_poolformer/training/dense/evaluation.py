@@ -80,30 +80,40 @@ def evaluate(
     else:
         metric = DetectionMetric(num_labels, with_masks=task == "instance-segmentation")
     examples: list[Example] = []
-    skipped, count, stopped = 0, 0, False
+    skipped, count, stopped, fault = 0, 0, False, None
     start = time.perf_counter()
-    for batch in tqdm(loader, desc="evaluating", unit="batch", disable=not progress, leave=False):
-        skipped += len(batch["skipped"])
-        for pixel_values, truths in alike(batch["pixel_values"], batch["labels"]):
-            found = predict(bare, pixel_values, truths, task, processor, accelerator)
-            for image, truth, prediction in zip(pixel_values, truths, found, strict=True):
-                count += 1
-                if isinstance(metric, SegmentationMetric):
-                    metric.update(prediction, truth.map)
-                else:
-                    values = (prediction[name] for name in ("boxes", "scores", "labels", "masks"))
-                    metric.update(truth.key, truth.size, *values, truth.objects)
-                if len(examples) < keep:
-                    examples.append(Example(image, truth, prediction))
-        if stopped := bool(should_stop()):
-            break
-    parts = gather_object([{"stopped": stopped, "skipped": skipped, "count": count, "state": metric.state()}])
+    try:
+        for batch in tqdm(loader, desc="evaluating", unit="batch", disable=not progress, leave=False):
+            skipped += len(batch["skipped"])
+            for pixel_values, truths in alike(batch["pixel_values"], batch["labels"]):
+                found = predict(bare, pixel_values, truths, task, processor, accelerator)
+                for image, truth, prediction in zip(pixel_values, truths, found, strict=True):
+                    count += 1
+                    if isinstance(metric, SegmentationMetric):
+                        metric.update(prediction, truth.map)
+                    else:
+                        values = (prediction[name] for name in ("boxes", "scores", "labels", "masks"))
+                        metric.update(truth.key, truth.size, *values, truth.objects)
+                    if len(examples) < keep:
+                        examples.append(Example(image, truth, prediction))
+            if stopped := bool(should_stop()):
+                break
+    except UserError as error:  # the others would wait for this process
+        fault = str(error)
+    mine = {"fault": fault, "stopped": stopped, "skipped": skipped, "count": count, "state": metric.state()}
+    parts = gather_object([mine])
     bare.train(was_training)
+    for part in parts:
+        if part["fault"]:
+            raise UserError(part["fault"])
     if any(part["stopped"] for part in parts):
         return {}, []
     samples = sum(part["count"] for part in parts)
     if not samples:
         raise UserError("there is no image to evaluate on: the split is empty, or every image in it is broken.")
+    missed = sum(part["skipped"] for part in parts)
+    if hasattr(loader, "judge"):  # a list of batches has none
+        loader.judge(samples + missed, missed)
     # Once, not in every process: COCO's evaluation of a large split takes its time and memory.
     results = [type(metric).compute([part["state"] for part in parts]) if accelerator.is_main_process else None]
     broadcast_object_list(results)
@@ -111,7 +121,7 @@ def evaluate(
     return {
         **results[0],
         "eval_samples": samples,
-        "eval_skipped_images": sum(part["skipped"] for part in parts),
+        "eval_skipped_images": missed,
         "eval_runtime": seconds,
         "eval_samples_per_second": samples / seconds,
     }, examples

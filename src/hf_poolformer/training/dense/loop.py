@@ -16,12 +16,22 @@ from accelerate import DistributedType
 from accelerate.utils import set_seed
 from torch import nn
 
-from ...hub.cards import write_training_card
 from ..checkpoints import Progress, TrainingState
 from ..emissions import EmissionsMeter
-from ..errors import UserError
 from ..initialisation import label_order
-from ..loop import Run, finish, keep_if_best, record, running, save_and_leave, train_epochs, training_figures
+from ..loop import (
+    Run,
+    finish,
+    keep_if_best,
+    leave_model,
+    leaving_the_model,
+    record,
+    running,
+    save_and_leave,
+    train_epochs,
+    training_figures,
+    write_card,
+)
 from ..optimisation import WeightAverage, make_optimizer, scaled_learning_rate
 from ..preparation import begin, make_accelerator, plan, prepare_output
 from ..processes import Agreement, alone_in_its_folder
@@ -127,17 +137,11 @@ def train(settings: DenseSettings) -> dict[str, Any]:
             accumulation=accumulation,
             global_batch=global_batch,
             compute_losses=dense_losses,
+            processor=processor,
         )
-        train_epochs(run, epochs, lambda run: evaluate_now(run, processor))
-        # Before anything else, which may fail.
-        if accelerator.is_main_process:
-            save_model(run, output_dir, processor)
-        evaluation, examples = {}, []
-        if run.eval_loader is not None:
-            try:
-                evaluation, examples = evaluate_now(run, processor, keep=PICTURES)
-            except UserError as error:
-                raise UserError(f"{error} The model is trained, and saved in {output_dir}.") from error
+        train_epochs(run, epochs, evaluate_now)
+        leave_model(run)
+        evaluation, examples = evaluate_now(run, keep=PICTURES) if run.eval_loader is not None else ({}, [])
         run.saver.finish()
 
     results = {**named_results(evaluation, label_names), **training_figures(run)}
@@ -145,7 +149,7 @@ def train(settings: DenseSettings) -> dict[str, Any]:
         with best_effort("measuring the emissions"):
             results.update(meter.stop())
     if accelerator.is_main_process:
-        save_results(run, output_dir, processor, results, examples)
+        save_results(run, output_dir, results, examples)
     finish(run, lambda: summary(output_dir, results, settings.task))
     return results
 
@@ -169,19 +173,20 @@ def model_inputs(batch: dict[str, Any], device: torch.device, memory_format: tor
     return {**inputs, "labels": collate_maps(labels, pixel_values.shape[-2:]).to(device, non_blocking=True)}
 
 
-def evaluate_now(run: Run, processor: Any, keep: int = 0) -> tuple[dict[str, Any], list[Example]]:
+def evaluate_now(run: Run, keep: int = 0) -> tuple[dict[str, Any], list[Example]]:
     """Evaluates what would be saved now: the moving average if there is one."""
-    results, examples = evaluate(
-        run.model if run.state.ema is None else run.state.ema.module,
-        run.eval_loader,
-        task=run.settings.task,
-        processor=processor,
-        accelerator=run.accelerator,
-        num_labels=len(run.progress.label_names),
-        keep=keep if run.accelerator.is_main_process else 0,
-        progress=run.accelerator.is_main_process and sys.stderr.isatty(),
-        should_stop=run.stop.check,
-    )
+    with leaving_the_model(run):
+        results, examples = evaluate(
+            run.model if run.state.ema is None else run.state.ema.module,
+            run.eval_loader,
+            task=run.settings.task,
+            processor=run.processor,
+            accelerator=run.accelerator,
+            num_labels=len(run.progress.label_names),
+            keep=keep if run.accelerator.is_main_process else 0,
+            progress=run.accelerator.is_main_process and sys.stderr.isatty(),
+            should_stop=run.stop.check,
+        )
     if not results:
         save_and_leave(run, -run.agreement.minimum(-run.stop.check())[0])
     named = named_results(results, run.progress.label_names)
@@ -217,31 +222,13 @@ def summary(output_dir: Path, results: dict[str, Any], task: str) -> str:
     )
 
 
-def save_model(run: Run, output_dir: Path, processor: Any) -> None:
-    model = run.state.model if run.state.ema is None else run.state.ema.module
-    model.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
-
-
-def save_results(
-    run: Run, output_dir: Path, processor: Any, results: dict[str, Any], examples: Sequence[Example]
-) -> None:
+def save_results(run: Run, output_dir: Path, results: dict[str, Any], examples: Sequence[Example]) -> None:
     """What a finished run leaves beside its model. A picture that cannot be drawn is missing, no more."""
-    settings, label_names = run.settings, run.progress.label_names
     write_json(output_dir / "all_results.json", results)
     with best_effort("drawing the curves"):
-        write_curves(output_dir / "curves.png", run.log.rows, settings.task)
+        write_curves(output_dir / "curves.png", run.log.rows, run.settings.task)
     if examples:
-        colours = processor.image_mean, processor.image_std
+        colours = run.processor.image_mean, run.processor.image_std
         with best_effort("drawing the predictions"):
-            write_predictions(output_dir / "predictions.png", examples, label_names, *colours)
-    with best_effort("writing the model card"):
-        write_training_card(
-            output_dir,
-            results=results,
-            settings=settings.to_dict(),
-            dataset_name=settings.dataset_name,
-            base_model=settings.model_name_or_path,
-            label_names=label_names,
-            repo_id=settings.hub_model_id,
-        )
+            write_predictions(output_dir / "predictions.png", examples, run.progress.label_names, *colours)
+    write_card(run, output_dir, results)
