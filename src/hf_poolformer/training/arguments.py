@@ -590,15 +590,19 @@ def defaults_of(recipe: str, given: Any = ()) -> dict[str, Any]:
     return defaults
 
 
-def check_names(given: Any, known: Sequence[str], what: str) -> None:
-    """Raises a UserError for the first name that is not known, with those that may have been meant."""
+def check_names(given: Any, known: Sequence[str], what: str, dashes: str = "") -> None:
+    """Raises a UserError for the first name that is not known, with those that may have been meant.
+
+    Args:
+        dashes: what stands before each name where users write it.
+    """
     for name in given:
         if name not in known:
             near = near_names(str(name), known, 3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else "."
+            hint = f"; did you mean {' or '.join(dashes + other for other in near)}?" if near else "."
             if not near and len(known) < 10:
                 hint = f"; there are {', '.join(known)}."
-            raise UserError(f"unknown {what}: {name}{hint}")
+            raise UserError(f"unknown {what}: {dashes}{name}{hint}")
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -688,7 +692,7 @@ class SettingsParser(HfArgumentParser, QuietParser):
         )
         flags = [text.split("=")[0] for text in unknown if text.startswith("--")]
         known = {text[2:] for text in self._option_string_actions if text.startswith("--") and "-" not in text[2:]}
-        check_names([flag[2:].replace("-", "_") for flag in flags], sorted(known.union(names)), "flag")
+        check_names([flag[2:].replace("-", "_") for flag in flags], sorted(known.union(names)), "flag", "--")
         if unknown:
             raise UserError(f"what is {' '.join(unknown)!r} for? Values follow a flag: --name value.")
         return tuple(parts)
