@@ -32,8 +32,8 @@ import numpy as np
 from PIL import Image
 
 from hf_poolformer.commands import CommandParser, command, complain
-from hf_poolformer.training.errors import UserError
-from hf_poolformer.training.strict_json import to_json
+from hf_poolformer.foundation.errors import UserError
+from hf_poolformer.foundation.strict_json import to_json
 
 
 try:

@@ -14,9 +14,9 @@ import sys
 
 import ray
 
+from hf_poolformer.data.files import IMAGE_SUFFIXES
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.prediction.ray_data import predict_dataset
-from hf_poolformer.training.errors import UserError
-from hf_poolformer.training.files import IMAGE_SUFFIXES
 
 
 def parse() -> argparse.Namespace:

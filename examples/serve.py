@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from hf_poolformer.commands import CommandParser, add_model_arguments, command, complain, quieten
-from hf_poolformer.training.errors import UserError
+from hf_poolformer.foundation.errors import UserError
 
 
 try:
@@ -164,9 +164,9 @@ class Service:
         Raises:
             HTTPException: not an image, a broken one, or one of too many pixels; told by its header.
         """
+        from hf_poolformer.data.decoding import BrokenImage, decode_image
+        from hf_poolformer.data.files import one_line
         from hf_poolformer.image_pixels import open_encoded
-        from hf_poolformer.training.decoding import BrokenImage, decode_image
-        from hf_poolformer.training.files import one_line
 
         try:
             image = open_encoded(io.BytesIO(data), formats=FORMATS)  # reads the header only

@@ -11,14 +11,14 @@ import pytest
 from hf_poolformer import MetaFormerConfig, PoolFormerConfig
 from hf_poolformer.commands import CommandParser
 from hf_poolformer.explanation.explainer import find_class
+from hf_poolformer.foundation.errors import UserError
+from hf_poolformer.foundation.names import near_names, printable
 from hf_poolformer.hub import contents
 from hf_poolformer.hub.cards import plain_markdown
 from hf_poolformer.prediction.tables import table
 from hf_poolformer.training import reports
 from hf_poolformer.training.arguments import TrainingSettings, check_overrides, parse
 from hf_poolformer.training.dense.arguments import DenseSettings
-from hf_poolformer.training.errors import UserError
-from hf_poolformer.training.names import near_names, printable
 
 
 # What a folder may be called, and what of that is shown.

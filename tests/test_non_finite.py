@@ -21,12 +21,12 @@ from hf_poolformer import (
     PoolFormerForSemanticSegmentation,
     PoolFormerImageProcessor,
 )
+from hf_poolformer.foundation.errors import UserError
+from hf_poolformer.foundation.finite import all_finite, check_finite, check_weights
+from hf_poolformer.foundation.strict_json import to_json
 from hf_poolformer.prediction.inference import Predictor, decode
 from hf_poolformer.prediction.run import predict
-from hf_poolformer.training.errors import UserError
-from hf_poolformer.training.finite import all_finite, check_finite, check_weights
 from hf_poolformer.training.reports import RunLog, write_json
-from hf_poolformer.training.strict_json import to_json
 
 
 SMALL = {"depths": (1, 1, 1, 1), "hidden_sizes": (8, 8, 16, 16), "layer_scale_init_value": 0.1}
@@ -247,7 +247,7 @@ def test_embeddings_that_are_not_finite(model, photos):
 def test_an_evaluation_counts_them(model, photos):
     from accelerate import Accelerator
 
-    from hf_poolformer.training.evaluation import evaluate
+    from hf_poolformer.evaluation.classification import evaluate
 
     classifier = PoolFormerForImageClassification.from_pretrained(model)
     images = torch.cat([torch.full((7, 3, 32, 32), -1.0), torch.full((2, 3, 32, 32), 1.0)])
@@ -267,8 +267,8 @@ def test_an_evaluation_counts_them(model, photos):
 def test_dense_evaluations_refuse_such_models(task):
     from accelerate import Accelerator
 
+    from hf_poolformer.evaluation.dense import evaluate
     from hf_poolformer.training.dense.data import Truth
-    from hf_poolformer.training.dense.evaluation import evaluate
 
     options = {"fpn_feature_size": 16, "decoder_hidden_size": 8, "max_detections": 3}
     segments = task == "semantic-segmentation"

@@ -22,9 +22,9 @@ from hf_poolformer import (
     PoolFormerImageProcessor,
     PoolFormerImageProcessorPil,
 )
+from hf_poolformer.data.decoding import BrokenImage, EncodedImage, decode_image
 from hf_poolformer.image_pixels import pil_to_rgb
 from hf_poolformer.prediction.inference import decode
-from hf_poolformer.training.decoding import BrokenImage, EncodedImage, decode_image
 
 
 PROCESSORS = [PoolFormerImageProcessor, PoolFormerImageProcessorPil]

@@ -21,8 +21,8 @@ from PIL import Image
 from transformers import pipeline
 
 from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, PoolFormerImageProcessor, PoolFormerModel
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.prediction import predict
-from hf_poolformer.training.errors import UserError
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "predict.py"
@@ -422,8 +422,8 @@ def test_another_jobs_folder_is_refused(model, shards, tmp_path):
 def test_storage_out_of_reach_is_waited_for_and_never_taken_for_the_end(model, tmp_path, monkeypatch):
     from datasets import IterableDataset
 
+    from hf_poolformer.foundation import faults
     from hf_poolformer.prediction import inputs, run
-    from hf_poolformer.training import faults
 
     failures = []
 
@@ -462,7 +462,7 @@ def test_a_full_disk_costs_a_part(model, shards, tmp_path, run_python):
     code = """
 import resource, sys
 from hf_poolformer.prediction import predict
-from hf_poolformer.training.errors import UserError
+from hf_poolformer.foundation.errors import UserError
 import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 model, shards, out = sys.argv[1:]
@@ -527,7 +527,7 @@ def test_files_need_no_datasets(model, folder, tmp_path, run_python):
 import sys
 sys.modules["datasets"] = None
 from hf_poolformer.prediction import predict
-from hf_poolformer.training.errors import UserError
+from hf_poolformer.foundation.errors import UserError
 model, folder, table = sys.argv[1:]
 assert predict(model, [folder], table, progress=False).predicted == 7
 open(folder + "/a.parquet", "wb").write(b"PAR1")

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.prediction.inputs import Files, find_images
-from hf_poolformer.training.errors import UserError
 
 
 @pytest.fixture

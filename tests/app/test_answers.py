@@ -14,7 +14,7 @@ from transformers import (
 
 from hf_poolformer.app.answers import answer, open_image
 from hf_poolformer.app.models import Models
-from hf_poolformer.training.errors import UserError
+from hf_poolformer.foundation.errors import UserError
 
 
 @pytest.fixture

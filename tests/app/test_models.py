@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from hf_poolformer.app.models import KEPT_MODELS, DenseModel, Models
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.prediction.inference import Predictor
-from hf_poolformer.training.errors import UserError
 
 
 def test_tasks_are_told_and_the_latest_models_kept(saved_models):

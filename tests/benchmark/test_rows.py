@@ -19,8 +19,8 @@ from hf_poolformer.benchmark.rows import (
     make_weights,
 )
 from hf_poolformer.benchmark.timing import Deadline
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.ops import VARIABLE
-from hf_poolformer.training.errors import UserError
 
 
 def tiny(mode: str = "infer", **fields) -> Case:

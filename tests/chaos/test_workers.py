@@ -12,7 +12,7 @@ import pytest
 MAIN = """
 import sys, time
 from torch.utils.data import DataLoader
-from hf_poolformer.training.workers import prepare_worker
+from hf_poolformer.foundation.workers import prepare_worker
 
 if __name__ == "__main__":
     how = {"num_workers": 2, "worker_init_fn": prepare_worker, "multiprocessing_context": sys.argv[1]}

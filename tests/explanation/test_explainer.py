@@ -7,8 +7,8 @@ from PIL import Image
 from transformers import pipeline
 
 from hf_poolformer.explanation.explainer import DRAWN_SIDE, explain, find_class
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.prediction.inference import Predictor
-from hf_poolformer.training.errors import UserError
 
 
 @pytest.fixture

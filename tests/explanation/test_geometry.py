@@ -6,7 +6,7 @@ from PIL import Image
 
 from hf_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil
 from hf_poolformer.explanation.geometry import lay_on_image, visible_region
-from hf_poolformer.training.errors import UserError
+from hf_poolformer.foundation.errors import UserError
 
 
 def smooth(width, height):

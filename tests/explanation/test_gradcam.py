@@ -14,7 +14,7 @@ from hf_poolformer import (
     PoolFormerForSemanticSegmentation,
     gradcam,
 )
-from hf_poolformer.training.errors import UserError
+from hf_poolformer.foundation.errors import UserError
 
 
 FAMILIES = [

@@ -13,8 +13,8 @@ from hf_poolformer.commands.evaluate import main as evaluate
 from hf_poolformer.commands.explain import main as explain
 from hf_poolformer.commands.predict import main as predict
 from hf_poolformer.export import export_model, load
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.prediction.inference import Predictor
-from hf_poolformer.training.errors import UserError
 
 
 SMALL = {"depths": (1, 1, 1, 1), "hidden_sizes": (8, 16, 32, 64)}

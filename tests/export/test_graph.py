@@ -15,7 +15,7 @@ from hf_poolformer import (
     PoolFormerForObjectDetection,
 )
 from hf_poolformer.export.graph import PoolingBranch, fold, variance
-from hf_poolformer.training.errors import UserError
+from hf_poolformer.foundation.errors import UserError
 
 
 TINY = {"depths": (1, 1, 2, 1), "hidden_sizes": (8, 16, 32, 64), "num_labels": 10, "image_size": 64}

@@ -25,8 +25,8 @@ from hf_poolformer import (
 from hf_poolformer.commands.export import main
 from hf_poolformer.export import export_model, load, verification
 from hf_poolformer.export.folder import REPORT, Manifest, new_folder
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.hub.cards import check_card
-from hf_poolformer.training.errors import UserError
 
 
 FAMILIES = sorted({variant.family for variant in VARIANTS.values()})

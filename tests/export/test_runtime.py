@@ -17,7 +17,7 @@ from hf_poolformer import PoolFormerConfig, PoolFormerForSemanticSegmentation
 from hf_poolformer.commands.evaluate import main as evaluate
 from hf_poolformer.commands.predict import main as predict
 from hf_poolformer.export import export_model, load
-from hf_poolformer.training.errors import UserError
+from hf_poolformer.foundation.errors import UserError
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_predict.py"

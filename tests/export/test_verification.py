@@ -16,7 +16,7 @@ from hf_poolformer import (
 )
 from hf_poolformer.export import export_model, formats, load
 from hf_poolformer.export.verification import LEAST_AGREEMENT, Comparison, kind_of, sizes
-from hf_poolformer.training.errors import UserError
+from hf_poolformer.foundation.errors import UserError
 
 
 SMALL = {"depths": (1, 1, 1, 1), "hidden_sizes": (8, 16, 32, 64)}

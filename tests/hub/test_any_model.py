@@ -11,7 +11,7 @@ from hf_poolformer.hub import publish
 ASK = """
 import json, sys
 from hf_poolformer.app.models import Models
-from hf_poolformer.training.errors import UserError
+from hf_poolformer.foundation.errors import UserError
 models = Models([sys.argv[1]], allow_any_model=True, device="cpu", trust_remote_code=True)
 said = {}
 for name in sys.argv[2:]:

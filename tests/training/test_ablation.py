@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification
+from hf_poolformer.foundation.errors import Diverged, UserError
 from hf_poolformer.training import ablation
 from hf_poolformer.training.arguments import TrainingSettings
-from hf_poolformer.training.errors import Diverged, UserError
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "ablate.py"

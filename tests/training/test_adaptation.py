@@ -10,9 +10,9 @@ from PIL import ImageOps
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.training import loop, preparation
 from hf_poolformer.training.adaptation import LinearProbe, adapt, adapted_layers, merged
-from hf_poolformer.training.errors import UserError
 from hf_poolformer.training.loop import train
 
 

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 import hf_poolformer.training
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.training.arguments import (
     GROUPS,
     RECIPES,
@@ -13,7 +14,6 @@ from hf_poolformer.training.arguments import (
     parse,
     parse_evaluation,
 )
-from hf_poolformer.training.errors import UserError
 
 
 REQUIRED = ["--train_dir", "images", "--output_dir", "run"]

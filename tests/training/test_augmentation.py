@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from hf_poolformer import PoolFormerImageProcessor
+from hf_poolformer.data.decoding import EncodedImage, decode_image
 from hf_poolformer.training.arguments import TrainingSettings
 from hf_poolformer.training.augmentation import (
     BatchMixer,
@@ -16,7 +17,6 @@ from hf_poolformer.training.augmentation import (
     draw_erased,
     input_size,
 )
-from hf_poolformer.training.decoding import EncodedImage, decode_image
 
 
 @pytest.fixture

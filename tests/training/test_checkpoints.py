@@ -7,9 +7,9 @@ import torch
 from accelerate import Accelerator
 
 from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.training import checkpoints
 from hf_poolformer.training.checkpoints import MARKER, Progress, TrainingState
-from hf_poolformer.training.errors import UserError
 from hf_poolformer.training.optimisation import WeightAverage
 
 

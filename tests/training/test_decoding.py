@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_poolformer.training.decoding import BrokenImage, EncodedImage, decode_image, describe_source
+from hf_poolformer.data.decoding import BrokenImage, EncodedImage, decode_image, describe_source
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -9,10 +9,11 @@ import torch
 from PIL import Image, ImageOps
 
 from hf_poolformer import PoolFormerImageProcessor
+from hf_poolformer.data.decoding import BrokenImage, EncodedImage, decode_image
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.training import device_pipeline
 from hf_poolformer.training.arguments import TrainingSettings
 from hf_poolformer.training.augmentation import Box, Draws, TrainTransform
-from hf_poolformer.training.decoding import BrokenImage, EncodedImage, decode_image
 from hf_poolformer.training.device_pipeline import (
     CropBatches,
     DevicePipeline,
@@ -23,7 +24,6 @@ from hf_poolformer.training.device_pipeline import (
     portions,
     upright,
 )
-from hf_poolformer.training.errors import UserError
 from hf_poolformer.training.loop import train
 
 

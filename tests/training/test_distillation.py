@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from hf_poolformer import PoolFormerImageProcessor
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.training import loop
 from hf_poolformer.training.augmentation import TrainTransform
 from hf_poolformer.training.distillation import Teacher, colours, distillation_loss, label_order
-from hf_poolformer.training.errors import UserError
 from hf_poolformer.training.loop import train
 from hf_poolformer.training.preparation import make_accelerator
 

@@ -3,8 +3,8 @@ import sys
 import pytest
 import torch
 
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.training.emissions import EmissionsMeter, device_name
-from hf_poolformer.training.errors import UserError
 
 
 def test_measures_without_the_network():

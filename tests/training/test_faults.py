@@ -5,8 +5,8 @@ import aiohttp
 import pytest
 import requests
 
-from hf_poolformer.training import faults
-from hf_poolformer.training.faults import Patience, is_transient
+from hf_poolformer.foundation import faults
+from hf_poolformer.foundation.faults import Patience, is_transient
 
 
 def response(status):

@@ -15,10 +15,10 @@ import pytest
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 
-from hf_poolformer.training import files
-from hf_poolformer.training.data import make_loader, open_datasets
-from hf_poolformer.training.errors import UserError
-from hf_poolformer.training.layouts import open_source
+from hf_poolformer.data import files
+from hf_poolformer.data.datasets import make_loader, open_datasets
+from hf_poolformer.data.layouts import open_source
+from hf_poolformer.foundation.errors import UserError
 
 
 def encoded(seed: int, kind: str = "JPEG") -> bytes:

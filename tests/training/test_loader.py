@@ -12,7 +12,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from hf_poolformer.training.data import make_loader, open_datasets
+from hf_poolformer.data.datasets import make_loader, open_datasets
 
 
 COUNT = 70
@@ -121,7 +121,7 @@ def test_uneven_shards_end_early_and_repeat_nothing(tmp_path, dataset):
 def test_workers_do_not_complain_of_a_main_process_that_has_gone():
     code = """
         import sys
-        from hf_poolformer.training.workers import prepare_worker
+        from hf_poolformer.foundation.workers import prepare_worker
         prepare_worker(0)
         for error in (ConnectionResetError("gone"), EOFError("gone"), BrokenPipeError("gone"), ValueError("a fault")):
             sys.excepthook(type(error), error, None)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from hf_poolformer.foundation import folders
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.prediction import predict
-from hf_poolformer.training import folders
-from hf_poolformer.training.errors import UserError
 from hf_poolformer.training.loop import train
 
 
@@ -22,7 +22,7 @@ import sys, time
 from pathlib import Path
 import hf_poolformer_cli
 hf_poolformer_cli.without_importing_the_package()  # seconds
-from hf_poolformer.training.folders import hold
+from hf_poolformer.foundation.folders import hold
 with hold(Path(sys.argv[1])):
     if sys.argv[2] == "fork":
         import os

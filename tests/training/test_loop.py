@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageClassification, pipeline
 
 from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, PoolFormerImageProcessor
+from hf_poolformer.foundation.errors import UserError
+from hf_poolformer.foundation.processes import Stopped
 from hf_poolformer.training import loop
-from hf_poolformer.training.errors import UserError
 from hf_poolformer.training.loop import train
-from hf_poolformer.training.processes import Stopped
 
 
 def weights(folder):

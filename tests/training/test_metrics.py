@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as reference
 
-from hf_poolformer.training import metrics
+from hf_poolformer.evaluation import metrics
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.training import checkpoints, loop
 from hf_poolformer.training.arguments import TrainingSettings
-from hf_poolformer.training.errors import UserError
 from hf_poolformer.training.loop import train
 
 

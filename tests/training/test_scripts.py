@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_poolformer.evaluation.classification import evaluate_checkpoint
 from hf_poolformer.training.arguments import EvaluationSettings
-from hf_poolformer.training.evaluation import evaluate_checkpoint
 
 
 ROOT = Path(__file__).parents[2]

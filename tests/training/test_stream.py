@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, IterableDataset, Value
 
-from hf_poolformer.training import faults, stream
-from hf_poolformer.training.stream import Lane, Order, Piece, Shards, deal, remaining
+from hf_poolformer.data import stream
+from hf_poolformer.data.stream import Lane, Order, Piece, Shards, deal, remaining
+from hf_poolformer.foundation import faults
 
 
 def rows_of(shards):

@@ -10,11 +10,12 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 
-from hf_poolformer.training import evaluation, loop
-from hf_poolformer.training.data import open_datasets
-from hf_poolformer.training.errors import UserError
+from hf_poolformer.data.datasets import open_datasets
+from hf_poolformer.data.description import describe_data
+from hf_poolformer.evaluation import classification as evaluation
+from hf_poolformer.foundation.errors import UserError
+from hf_poolformer.training import loop
 from hf_poolformer.training.loop import train
-from hf_poolformer.training.understood import describe_data
 
 
 def picture(path, kind):

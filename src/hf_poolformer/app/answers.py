@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.decoding import BrokenImage, decode_image
+from ..evaluation.dense_pictures import SHOWN_SCORE, colours, draw_map, draw_objects
 from ..explanation.explainer import explain, for_drawing
 from ..explanation.pictures import overlay
+from ..foundation.errors import UserError
+from ..foundation.finite import check_finite
 from ..prediction.inference import Predictor
-from ..training.decoding import BrokenImage, decode_image
-from ..training.dense.pictures import SHOWN_SCORE, colours, draw_map, draw_objects
-from ..training.errors import UserError
-from ..training.finite import check_finite
 from ..training.reports import add_legend, new_figure
 from .models import DenseModel
 

@@ -17,9 +17,9 @@ os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 
 import gradio as gr
 
-from ..training.errors import UserError
-from ..training.files import is_image, list_files
-from ..training.names import printable
+from ..data.files import is_image, list_files
+from ..foundation.errors import UserError
+from ..foundation.names import printable
 from .answers import TOP_K, Answer, answer, open_image
 from .models import CLASSIFICATION, Models
 

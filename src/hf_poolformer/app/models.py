@@ -25,11 +25,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..data.files import one_line
 from ..export.folder import is_exported, no_model
+from ..foundation.errors import UserError
+from ..foundation.finite import check_weights
 from ..prediction.inference import Predictor, find_device
-from ..training.errors import UserError
-from ..training.files import one_line
-from ..training.finite import check_weights
 from ..training.initialisation import why_not_loaded
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
-from hf_poolformer.training.errors import UserError
+from hf_poolformer.foundation.errors import UserError
 
 
 # For dry runs and tests: everything works, in seconds, and no figure means anything.

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from hf_poolformer.training.errors import UserError
+from hf_poolformer.foundation.errors import UserError
 
 from ..commands import CommandParser
-from ..training.strict_json import to_json
+from ..foundation.strict_json import to_json
 from . import report as reports
 from .case import DTYPES, Case, variants
 from .comparison import Runner

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..training.strict_json import to_json
+from ..foundation.strict_json import to_json
 from .comparison import Comparison, Result
 from .floor import Ceilings
 from .growth import Growth

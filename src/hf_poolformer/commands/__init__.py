@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from ..training.errors import UserError
-from ..training.names import near_names, printable
+from ..foundation.errors import UserError
+from ..foundation.names import near_names, printable
 
 
 __all__ = ["CommandParser", "add_model_arguments", "command", "complain", "quieten", "reason"]

@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         raise UserError(f"--seeds must be at least 1, not {arguments.seeds}")
     from accelerate import PartialState
 
+    from ..foundation.processes import owned, start_cpu_processes
     from ..training import ablation
     from ..training.arguments import parse
-    from ..training.processes import owned, start_cpu_processes
 
     logging.basicConfig(format="%(message)s")
     names = ablation.choose_rows(arguments.rows)
@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def write_report(base: TrainingSettings, folder: Path, content: dict[str, str]) -> None:
     """The table of all that is measured, whichever rows this call was about."""
+    from ..foundation.names import printable
     from ..training import ablation
-    from ..training.names import printable
     from ..training.reports import best_effort
 
     lines = ablation.summarise(ablation.all_results(base, folder, content))

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..training.errors import UserError
+from ..foundation.errors import UserError
 from . import CommandParser, add_model_arguments, command, quieten
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from ..training.strict_json import to_json
+from ..foundation.strict_json import to_json
 from . import CommandParser, command
 
 

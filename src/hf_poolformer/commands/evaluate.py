@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from ..training.strict_json import to_json
+from ..foundation.strict_json import to_json
 from . import command, quieten
 
 
@@ -16,13 +16,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
     logging.basicConfig(format="%(message)s")
     settings = parse_evaluation(argv, prog)
-    from ..training.processes import start_cpu_processes
+    from ..foundation.processes import start_cpu_processes
 
     start_cpu_processes()
     quieten()
     from accelerate import PartialState
 
-    from ..training.evaluation import evaluate_checkpoint
+    from ..evaluation.classification import evaluate_checkpoint
     from ..training.reports import describe
 
     results = evaluate_checkpoint(settings)

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..training.errors import UserError
-from ..training.strict_json import to_json
+from ..foundation.errors import UserError
+from ..foundation.strict_json import to_json
 from . import CommandParser, add_model_arguments, command, quieten
 
 
@@ -57,11 +57,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parser(prog).parse_args(argv)
     output = arguments.output or Path(f"{arguments.image.stem}-explained.png")
     check(arguments.image, output, arguments.top_k, arguments.stage)
+    from ..data.decoding import BrokenImage, decode_image
     from ..explanation.explainer import explain
     from ..explanation.pictures import write_explanation
     from ..export.folder import is_exported, no_model
     from ..prediction.inference import Predictor
-    from ..training.decoding import BrokenImage, decode_image
 
     quieten()
     if is_exported(arguments.model):

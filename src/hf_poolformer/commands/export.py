@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..training.strict_json import to_json
+from ..foundation.strict_json import to_json
 from . import CommandParser, add_model_arguments, command, quieten
 
 

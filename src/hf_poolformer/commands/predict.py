@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..training.strict_json import to_json
+from ..foundation.strict_json import to_json
 from . import CommandParser, add_model_arguments, command, quieten
 
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
         quieten()
         if "MASTER_ADDR" in os.environ:  # accelerate launch was asked for several processes
-            from ..training.processes import start_cpu_processes
+            from ..foundation.processes import start_cpu_processes
 
             start_cpu_processes()
         summary = predict(**options, should_stop=lambda: terminated)

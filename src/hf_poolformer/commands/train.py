@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
     logging.basicConfig(format="%(message)s")
     settings = parse(argv, prog)
-    from ..training.processes import start_cpu_processes
+    from ..foundation.processes import start_cpu_processes
 
     start_cpu_processes()
     from ..training.loop import train

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from transformers import PretrainedConfig
 
+from ..foundation.errors import UserError
+from ..foundation.finite import check_finite
 from ..prediction.inference import Predictor, class_scores
-from ..training.errors import UserError
-from ..training.finite import check_finite
 from .geometry import lay_on_image, visible_region
 from .gradcam import gradcam
 
@@ -86,7 +86,7 @@ def explain(
     """Classifies an image and finds which of its places speak for some of the classes.
 
     Args:
-        image: RGB and upright, as `training.decoding.decode_image` gives it.
+        image: RGB and upright, as `data.decoding.decode_image` gives it.
         classes: names or numbers of classes, see `find_class`; the best `top_k` if None.
         method, stage: of `gradcam`.
 

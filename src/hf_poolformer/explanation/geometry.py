@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..foundation.errors import UserError
 from ..image_processing_poolformer import centre_window, resized_size
-from ..training.errors import UserError
 
 
 class Region(NamedTuple):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..training.errors import UserError
+from ..foundation.errors import UserError
 
 
 METHODS = ("gradcam", "cam")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..training.names import printable
+from ..foundation.names import printable
 from ..training.reports import new_figure, save_figure
 from .explainer import Explanation
 

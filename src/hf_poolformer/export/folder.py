@@ -14,10 +14,10 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..training.errors import UserError
-from ..training.files import one_line
-from ..training.folders import Taken, give_back, take
-from ..training.strict_json import to_json
+from ..data.files import one_line
+from ..foundation.errors import UserError
+from ..foundation.folders import Taken, give_back, take
+from ..foundation.strict_json import to_json
 
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..data.files import one_line
+from ..foundation.errors import UserError
 from ..modeling_poolformer import MLPHead
 from ..token_mixers import FixedTokens
-from ..training.errors import UserError
-from ..training.files import one_line
 from .folder import FILES
 from .graph import constant
 

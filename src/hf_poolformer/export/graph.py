@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..backends import is_plain, is_pointwise
+from ..foundation.errors import UserError
 from ..modeling_poolformer import (
     DropPath,
     MetaFormerBatchNorm,
@@ -47,7 +48,6 @@ from ..token_mixers import (
     SquaredReLU,
     StarReLU,
 )
-from ..training.errors import UserError
 
 
 __all__ = ["fold"]

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..training.decoding import BrokenImage, decode_image
-from ..training.errors import UserError
-from ..training.files import one_line
+from ..data.decoding import BrokenImage, decode_image
+from ..data.files import one_line
+from ..foundation.errors import UserError
 
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from ..training.columns import ImageDataset
+    from ..data.columns import ImageDataset
 
 
 @dataclass
@@ -56,7 +56,7 @@ def read_samples(
     Raises:
         UserError: nothing there, no image, or not one that can be read.
     """
-    from ..training.data import open_images
+    from ..data.datasets import open_images
 
     channels = config.num_channels
     if channels not in (1, 3):
@@ -111,8 +111,8 @@ def label_reader(dataset: ImageDataset, config: PretrainedConfig) -> Callable[[M
     """A function that gives the class of a row as the model numbers it; None where that cannot be told."""
     from datasets import ClassLabel
 
-    from ..training.classes import Classes, UnknownClass
-    from ..training.columns import feature_of, field_of, find_label_column
+    from ..data.classes import Classes, UnknownClass
+    from ..data.columns import feature_of, field_of, find_label_column
 
     features = dataset.stream.features
     try:

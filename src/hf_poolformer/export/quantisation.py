@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ..training.errors import UserError
-from ..training.files import one_line
+from ..data.files import one_line
+from ..foundation.errors import UserError
 from .formats import halve
 
 

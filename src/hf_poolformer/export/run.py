@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from .. import __version__
+from ..foundation.errors import UserError
+from ..foundation.finite import check_weights
 from ..token_mixers import Attention
-from ..training.errors import UserError
-from ..training.finite import check_weights
 from ..training.initialisation import why_not_loaded
 from . import formats
 from .card import render_card

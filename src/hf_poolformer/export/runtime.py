@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoImageProcessor
 from transformers.modeling_outputs import ImageClassifierOutput, SemanticSegmenterOutput
 from transformers.models.auto import modeling_auto
 
-from ..training.errors import UserError
-from ..training.files import one_line
+from ..data.files import one_line
+from ..foundation.errors import UserError
 from .folder import Manifest, is_exported
 
 

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..training.errors import UserError
-from ..training.files import one_line
-from ..training.finite import check_finite
+from ..data.files import one_line
+from ..foundation.errors import UserError
+from ..foundation.finite import check_finite
 from .formats import activation_of, pixel_affine, scores
 from .images import Sample
 from .runtime import ExportedModel

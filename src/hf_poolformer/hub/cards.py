@@ -22,7 +22,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..training.names import undecodable_escaped
+from ..foundation.names import undecodable_escaped
 from .card_tasks import DenseTask, task_of
 
 

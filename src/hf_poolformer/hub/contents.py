@@ -19,7 +19,7 @@ import yaml
 from huggingface_hub.serialization import save_torch_state_dict
 
 from ..export.folder import is_exported, no_model
-from ..training.strict_json import to_json
+from ..foundation.strict_json import to_json
 from . import cards, dataset_cards
 
 
@@ -225,8 +225,8 @@ def check_numbers(folder: Path, weights: Sequence[str]) -> None:
     """PublishError for weights that are NaN or infinite: the answers of such a model are none."""
     from safetensors import safe_open
 
-    from ..training.errors import UserError
-    from ..training.finite import all_finite, refuse_weights
+    from ..foundation.errors import UserError
+    from ..foundation.finite import all_finite, refuse_weights
 
     broken = []
     for name in weights:

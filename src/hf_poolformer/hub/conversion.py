@@ -50,7 +50,7 @@ from hf_poolformer.hub.weights import ConversionError, Source, listed, one_line,
 from hf_poolformer.image_processing_poolformer import PoolFormerImageProcessor
 from hf_poolformer.modeling_poolformer import AUTO_CLASSES
 
-from ..training.strict_json import to_json
+from ..foundation.strict_json import to_json
 
 
 try:

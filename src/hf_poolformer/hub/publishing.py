@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..commands import CommandParser
-from ..training.strict_json import to_json
+from ..foundation.strict_json import to_json
 from .contents import REPO_TYPES, Contents, PublishError, collect
 from .dataset_cards import size_text
 from .spaces import space_contents

@@ -13,13 +13,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..data.decoding import BrokenImage, decode_image
+from ..data.files import one_line
 from ..export.folder import is_exported
-from ..training.decoding import BrokenImage, decode_image
-from ..training.errors import UserError
-from ..training.files import one_line
-from ..training.finite import finite_answers, refuse_not_finite
+from ..foundation.errors import UserError
+from ..foundation.finite import finite_answers, refuse_not_finite
+from ..foundation.workers import prepare_worker
 from ..training.initialisation import belongs_to_head, load_checkpoint
-from ..training.workers import prepare_worker
 
 
 LABEL_COLUMNS = ("label", "score", "labels", "scores")

@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..training.decoding import BrokenImage, describe_source
-from ..training.errors import UserError
-from ..training.faults import Patience, is_transient
-from ..training.files import (
+from ..data.decoding import BrokenImage, describe_source
+from ..data.files import (
     PARQUET_SUFFIXES,
     TAR_SUFFIXES,
     count_by_suffix,
@@ -26,7 +24,9 @@ from ..training.files import (
     match_pattern,
     one_line,
 )
-from ..training.fingerprints import hub_commit, state_of_files, state_of_path
+from ..foundation.errors import UserError
+from ..foundation.faults import Patience, is_transient
+from ..foundation.fingerprints import hub_commit, state_of_files, state_of_path
 
 
 logger = logging.getLogger(__name__)
@@ -297,9 +297,9 @@ def find_images(
 
 
 def open_dataset(location: str, **how: Any) -> Any:
-    """As `training.data.open_images`, with a UserError where the packages for it are missing."""
+    """As `data.datasets.open_images`, with a UserError where the packages for it are missing."""
     try:
-        from ..training.data import open_images
+        from ..data.datasets import open_images
     except ImportError as error:
         raise UserError(
             f"reading datasets needs more packages ({error.name}): pip install 'hf-poolformer[train]'"

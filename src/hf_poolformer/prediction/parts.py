@@ -30,9 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.errors import UserError
-from ..training.files import one_line
-from ..training.strict_json import to_json
+from ..data.files import one_line
+from ..foundation.errors import UserError
+from ..foundation.strict_json import to_json
 from .inference import Predictor
 from .inputs import Position, Shard
 from .tables import put_in_place, table, unwritable

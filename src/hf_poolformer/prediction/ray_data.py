@@ -6,7 +6,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..training.errors import UserError
+from ..foundation.errors import UserError
 from .inference import Predictor, decode
 from .tables import parquet_schema
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..training.errors import UserError
-from ..training.folders import hold
+from ..foundation.errors import UserError
+from ..foundation.folders import hold
 from .inference import Predictor, make_loader
 from .inputs import HubDataset, Images, Position, find_images
 from .parts import BROKEN, Parts, claim_folder, clear_folder, describe_run, is_claimed, remove_left_overs

@@ -9,11 +9,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..training.errors import UserError
-from ..training.files import one_line
-from ..training.folders import put_in_place
-from ..training.names import undecodable_escaped
-from ..training.strict_json import to_json
+from ..data.files import one_line
+from ..foundation.errors import UserError
+from ..foundation.folders import put_in_place
+from ..foundation.names import undecodable_escaped
+from ..foundation.strict_json import to_json
 
 
 Write = Callable[[Iterable[dict[str, Any]]], None]

@@ -1,1 +1,1 @@
-"""Training on streamed datasets: data, augmentation, optimisation, checkpoints, metrics and the loop."""
+"""Training on streamed datasets: settings, augmentation, optimisation, checkpoints and the loop."""

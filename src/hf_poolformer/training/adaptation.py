@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..foundation.errors import UserError
 from .arguments import TrainingSettings
-from .errors import UserError
 from .initialisation import belongs_to_head
 
 

@@ -15,8 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from .errors import UserError
-from .names import near_names
+from ..foundation.errors import UserError
+from ..foundation.names import near_names
 
 
 def setting(default: Any, help: str, aliases: Sequence[str] = ()) -> Any:
@@ -367,7 +367,7 @@ class TrainingSettings(
 
 @dataclass
 class EvaluationSettings:
-    """Everything that `training.evaluation.evaluate_checkpoint` needs to know."""
+    """Everything that `evaluation.classification.evaluate_checkpoint` needs to know."""
 
     model: str | None = dataclasses.field(default=None, init=False)  # the positional argument
     dataset_name: str | None = setting(None, "Hub id, or a folder or file: image folder, Parquet, WebDataset tars.")

@@ -19,8 +19,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
+from ..data.decoding import EncodedImage
 from .arguments import TrainingSettings
-from .decoding import EncodedImage
 from .operations import Affine, DrawnOperation, RandAugment, chance, change, move, uniform
 
 

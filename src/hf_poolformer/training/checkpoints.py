@@ -42,9 +42,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .errors import UserError
-from .folders import put_in_place, sync
-from .strict_json import to_json
+from ..foundation.errors import UserError
+from ..foundation.folders import put_in_place, sync
+from ..foundation.strict_json import to_json
 
 
 logger = logging.getLogger(__name__)

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.decoding import BrokenImage, EncodedImage, decode_image
+from ..data.files import one_line
+from ..data.loader import DecodedBatches
+from ..foundation.errors import UserError
 from .arguments import TrainingSettings
 from .augmentation import Draws, Example, TrainTransform
-from .decoding import BrokenImage, EncodedImage, decode_image
-from .errors import UserError
-from .files import one_line
-from .loader import DecodedBatches
 
 
 # As many pixels as are decoded at once: 200 MB of RGB.

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from ..data.classes import class_key
+from ..foundation.errors import UserError
 from .arguments import TrainingSettings
 from .augmentation import input_size
-from .classes import class_key
-from .errors import UserError
 from .initialisation import first_line, load_checkpoint, shown
 
 

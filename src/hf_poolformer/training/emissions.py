@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .errors import UserError
+from ..foundation.errors import UserError
 
 
 class EmissionsMeter:

@@ -13,12 +13,12 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from ..configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
+from ..data.classes import class_key
 from ..export.folder import is_exported, no_model
+from ..foundation.errors import UserError
+from ..foundation.finite import check_weights
 from ..image_processing_poolformer import PoolFormerImageProcessor
 from .arguments import TrainingSettings, check_overrides
-from .classes import class_key
-from .errors import UserError
-from .finite import check_weights
 
 
 logger = logging.getLogger(__name__)

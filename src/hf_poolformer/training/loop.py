@@ -20,6 +20,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from ..data.description import describe_data, judge
+from ..evaluation.classification import check_labels, evaluate, named_results, skip_limit
+from ..foundation.errors import Diverged, UserError
+from ..foundation.processes import Agreement, Stopped, StopSignal, alone_in_its_folder, telling_of_lost_processes
 from ..hub.cards import write_training_card
 from ..hub.publishing import publish
 from . import checkpoints
@@ -29,12 +33,9 @@ from .augmentation import BatchMixer, input_size
 from .checkpoints import Progress, Saver, TrainingState, whole
 from .distillation import Teacher, distillation_loss, load_teacher
 from .emissions import EmissionsMeter, device_name
-from .errors import Diverged, UserError
-from .evaluation import check_labels, evaluate, named_results, skip_limit
 from .initialisation import initial_model, label_order
 from .optimisation import WeightAverage, make_optimizer, make_schedule, scaled_learning_rate
 from .preparation import begin, due, make_accelerator, make_loaders, open_data, plan, prepare_output
-from .processes import Agreement, Stopped, StopSignal, alone_in_its_folder, telling_of_lost_processes
 from .reports import (
     RunLog,
     best_effort,
@@ -46,7 +47,6 @@ from .reports import (
     write_curves,
     write_json,
 )
-from .understood import describe_data, judge
 
 
 @dataclass

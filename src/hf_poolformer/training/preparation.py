@@ -10,12 +10,13 @@ from accelerate import Accelerator, DistributedType
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
-from . import checkpoints, data
+from ..data import datasets as data
+from ..evaluation.classification import check_classification, data_workers, skip_limit
+from ..foundation.errors import UserError
+from . import checkpoints
 from .arguments import TrainingSettings
 from .augmentation import EvalTransform
 from .device_pipeline import make_pipeline
-from .errors import UserError
-from .evaluation import check_classification, data_workers, skip_limit
 from .reports import RunLog, best_effort
 
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from .errors import UserError
-from .files import one_line
-from .folders import put_in_place
-from .names import printable
-from .strict_json import to_json
+from ..data.files import one_line
+from ..foundation.errors import UserError
+from ..foundation.folders import put_in_place
+from ..foundation.names import printable
+from ..foundation.strict_json import to_json
 
 
 logger = logging.getLogger(__name__)

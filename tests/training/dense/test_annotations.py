@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as run_lengths
 
-from hf_poolformer.training.classes import Classes
-from hf_poolformer.training.decoding import BrokenImage
+from hf_poolformer.data.classes import Classes
+from hf_poolformer.data.decoding import BrokenImage
 from hf_poolformer.training.dense.annotations import (
     Frame,
     ObjectFields,

@@ -8,14 +8,14 @@ import pytest
 from datasets import ClassLabel, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from hf_poolformer.training.classes import CONFIG_FIELD, Classes
-from hf_poolformer.training.decoding import BrokenImage
+from hf_poolformer.data.classes import CONFIG_FIELD, Classes
+from hf_poolformer.data.decoding import BrokenImage
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.training.dense import loop
 from hf_poolformer.training.dense.annotations import Frame, decode_map, decode_objects, value_table
 from hf_poolformer.training.dense.arguments import DenseSettings
 from hf_poolformer.training.dense.data import numbered, open_dense_datasets
 from hf_poolformer.training.dense.naming import known_classes
-from hf_poolformer.training.errors import UserError
 
 from .conftest import MAP_FEATURES, TINY_MODEL, encoded, write_shards
 

@@ -11,8 +11,8 @@ from PIL import ImageOps
 from pycocotools import mask as run_lengths
 
 from hf_poolformer import PoolFormerImageProcessor
-from hf_poolformer.training.classes import Classes
-from hf_poolformer.training.decoding import BrokenImage
+from hf_poolformer.data.classes import Classes
+from hf_poolformer.data.decoding import BrokenImage
 from hf_poolformer.training.dense.annotations import Frame, ObjectFields, decode_map, decode_objects, value_table
 from hf_poolformer.training.dense.data import make_dense_loader, open_dense_datasets
 from hf_poolformer.training.dense.plausibility import check_annotations

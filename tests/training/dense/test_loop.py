@@ -12,13 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
 
 from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, PoolFormerImageProcessor
+from hf_poolformer.evaluation import dense as evaluation
+from hf_poolformer.foundation.errors import UserError
+from hf_poolformer.foundation.processes import Stopped
 from hf_poolformer.training import loop as steps
 from hf_poolformer.training.checkpoints import best_of
-from hf_poolformer.training.dense import evaluation, loop
+from hf_poolformer.training.dense import loop
 from hf_poolformer.training.dense.arguments import DenseSettings, parse
 from hf_poolformer.training.dense.optimisation import make_dense_schedule
-from hf_poolformer.training.errors import UserError
-from hf_poolformer.training.processes import Stopped
 
 from .conftest import COUNTS, NAMES, TINY_MODEL
 

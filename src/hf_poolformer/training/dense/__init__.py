@@ -1,1 +1,1 @@
-"""Semantic segmentation, object detection and instance segmentation: data, metrics, training; used by scripts only."""
+"""What training segmenters and detectors adds: annotations, augmentation, settings, initialisation."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ...foundation.errors import UserError
 from ..arguments import (
     LIMITS,
     HubSettings,
@@ -25,7 +26,6 @@ from ..arguments import (
     read_yaml,
     setting,
 )
-from ..errors import UserError
 
 
 TASKS = ("semantic-segmentation", "object-detection", "instance-segmentation")

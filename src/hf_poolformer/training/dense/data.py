@@ -1,4 +1,4 @@
-"""Streams of images with annotation maps or objects, on `training.data` and `training.loader`.
+"""Streams of images with annotation maps or objects, on `data.datasets` and `data.loader`.
 
 What those do stays theirs: opening, splitting, sharding, decoding in the workers, counting what is broken, resuming.
 Here is what the columns mean and how a row becomes an example.
@@ -19,14 +19,14 @@ from accelerate import Accelerator
 from datasets import Image
 from PIL import Image as PILImage
 
-from .. import data
-from ..classes import Classes, class_key
-from ..columns import ImageDataset, columns_of
-from ..decoding import BrokenImage, EncodedImage, describe_source
-from ..errors import UserError
-from ..evaluation import data_workers, skip_limit
-from ..loader import DecodedBatches, ImageLoader, make_loader
-from ..sources import content_key
+from ...data import datasets as data
+from ...data.classes import Classes, class_key
+from ...data.columns import ImageDataset, columns_of
+from ...data.decoding import BrokenImage, EncodedImage, describe_source
+from ...data.loader import DecodedBatches, ImageLoader, make_loader
+from ...data.sources import content_key
+from ...evaluation.classification import data_workers, skip_limit
+from ...foundation.errors import UserError
 from .annotations import (
     BOX_FIELDS,
     CLASS_FIELDS,

@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from ...configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
+from ...data.classes import CONFIG_FIELD, Classes
+from ...foundation.errors import UserError
+from ...foundation.finite import check_weights
 from ...image_processing_poolformer import PoolFormerImageProcessor
 from ..arguments import check_overrides
-from ..classes import CONFIG_FIELD, Classes
-from ..errors import UserError
-from ..finite import check_weights
 from ..initialisation import first_line, looks_like_checkpoint, shown, why_not_loaded
 from .arguments import DenseSettings
 

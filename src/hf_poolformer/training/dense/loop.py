@@ -16,6 +16,11 @@ from accelerate import DistributedType
 from accelerate.utils import set_seed
 from torch import nn
 
+from ...data.description import describe_data
+from ...evaluation.dense import DIVISOR, Example, evaluate, named_results
+from ...evaluation.dense_metrics import pycocotools
+from ...evaluation.dense_pictures import METRICS, write_curves, write_predictions
+from ...foundation.processes import Agreement, alone_in_its_folder
 from ..checkpoints import Progress, TrainingState
 from ..emissions import EmissionsMeter
 from ..initialisation import label_order
@@ -34,17 +39,12 @@ from ..loop import (
 )
 from ..optimisation import WeightAverage, make_optimizer, scaled_learning_rate
 from ..preparation import begin, make_accelerator, plan, prepare_output
-from ..processes import Agreement, alone_in_its_folder
 from ..reports import best_effort, write_json
-from ..understood import describe_data
 from .arguments import DenseSettings
 from .augmentation import collate, collate_maps
 from .data import make_dense_loader, numbered, open_dense_datasets
-from .evaluation import DIVISOR, Example, evaluate, named_results
 from .initialisation import initial_dense_model
-from .metrics import pycocotools
 from .optimisation import make_dense_schedule
-from .pictures import METRICS, write_curves, write_predictions
 from .plausibility import check_annotations
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from datasets import ClassLabel
 from huggingface_hub import hf_hub_download
 
-from ..classes import Classes, class_key, in_order, is_number
-from ..errors import UserError
-from ..files import one_line
+from ...data.classes import Classes, class_key, in_order, is_number
+from ...data.files import one_line
+from ...foundation.errors import UserError
 from .arguments import DenseSettings
 
 

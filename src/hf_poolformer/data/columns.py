@@ -8,8 +8,8 @@ from typing import Any
 import datasets
 from datasets import ClassLabel, Image, IterableDataset, Value
 
+from ..foundation.errors import UserError
 from .classes import Classes
-from .errors import UserError
 
 
 logger = logging.getLogger(__name__)

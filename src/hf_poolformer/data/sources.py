@@ -24,10 +24,10 @@ import pyarrow
 import pyarrow.parquet
 from datasets import ClassLabel, Features, Image, IterableDataset, Value, load_dataset
 
+from ..foundation.errors import UserError
+from ..foundation.names import undecodable_escaped
 from .classes import class_key
-from .errors import UserError
 from .files import image_suffixes, one_line
-from .names import undecodable_escaped
 from .splits import canonical
 
 

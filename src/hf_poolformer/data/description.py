@@ -13,11 +13,11 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from ..foundation.errors import UserError
+from ..foundation.names import printable
 from .columns import ImageDataset, feature_of, kind_of
 from .decoding import BrokenImage, decode_image, describe_source
-from .errors import UserError
 from .loader import MIN_SEEN, too_many_broken
-from .names import printable
 
 
 # Looking into the data may take so long, per split.

@@ -14,11 +14,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from tqdm import tqdm
 
-from ..errors import UserError
-from ..finite import check_finite, check_weights
-from .augmentation import collate
-from .data import Truth
-from .metrics import DetectionMetric, SegmentationMetric
+from ..foundation.errors import UserError
+from ..foundation.finite import check_finite, check_weights
+from ..training.dense.augmentation import collate
+from ..training.dense.data import Truth
+from .dense_metrics import DetectionMetric, SegmentationMetric
 
 
 DIVISOR = 32  # of the sides of a batch; the stride of the last stage

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ...image_processing_dense import IGNORE_INDEX
-from ..reports import add_legend, new_figure, save_figure
+from ..image_processing_dense import IGNORE_INDEX
+from ..training.reports import add_legend, new_figure, save_figure
 
 
 if TYPE_CHECKING:
-    from .evaluation import Example
+    from .dense import Example
 
 
 # Below this a detection is not drawn; the metric counts all of them.

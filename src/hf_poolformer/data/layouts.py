@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 from datasets import Features
 
+from ..foundation.errors import UserError
+from ..foundation.strict_json import to_json
 from .columns import find_label_column, some
-from .errors import UserError
 from .files import (
     IMAGE_SUFFIXES,
     PARQUET_SUFFIXES,
@@ -35,7 +36,6 @@ from .files import (
 )
 from .sources import FileSource, FolderSource, HubSource, Listed, SavedSource, Source, TarSource, rows_of_classes
 from .splits import SPLIT_ALIASES, canonical, parts_below, read_folders, split_finder
-from .strict_json import to_json
 from .tables import (
     MANY_TABLES,
     METADATA_FILES,

@@ -14,12 +14,12 @@ import torch
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
+from ..foundation.errors import UserError
+from ..foundation.workers import prepare_worker
 from .columns import ImageDataset, columns_needed, field_of
 from .decoding import BrokenImage, decode_image, describe_source
-from .errors import UserError
 from .files import one_line
 from .stream import Lane, Order, Piece, Row, Start, deal, fresh_pieces, lane_seed, remaining
-from .workers import prepare_worker
 
 
 logger = logging.getLogger(__name__)

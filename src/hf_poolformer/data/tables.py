@@ -14,8 +14,8 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
+from ..foundation.errors import UserError
 from .columns import some
-from .errors import UserError
 from .files import one_line
 from .splits import parts_below
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..foundation.errors import UserError
 from .columns import some
-from .errors import UserError
 from .files import HEIF_SUFFIXES, count_by_suffix, counted, is_litter
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig
 
-from .errors import UserError
+from ..foundation.errors import UserError
 
 
 # The field of a model's configuration that holds a table: `{"1": 0, "3": 1}`.

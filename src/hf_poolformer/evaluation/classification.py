@@ -17,17 +17,17 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
+from ..data import datasets as data
+from ..data.classes import Classes
+from ..data.description import describe_data
 from ..export.folder import is_exported
-from . import data
-from .arguments import EvaluationSettings, read_yaml
-from .augmentation import EvalTransform
-from .classes import Classes
-from .errors import UserError
-from .finite import finite_answers, refuse_not_finite
-from .initialisation import first_line, load_checkpoint
+from ..foundation.errors import UserError
+from ..foundation.finite import finite_answers, refuse_not_finite
+from ..training.arguments import EvaluationSettings, read_yaml
+from ..training.augmentation import EvalTransform
+from ..training.initialisation import first_line, load_checkpoint
+from ..training.reports import best_effort, write_confusion_matrix, write_json
 from .metrics import Accuracy, ConfusionMatrix, PerClassAccuracy, TopKAccuracy
-from .reports import best_effort, write_confusion_matrix, write_json
-from .understood import describe_data
 
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import IterableDataset
 
-from .faults import Patience, is_transient
+from ..foundation.faults import Patience, is_transient
 from .files import one_line
 
 

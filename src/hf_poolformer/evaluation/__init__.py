@@ -1,0 +1,1 @@
+"""Metrics, evaluations of saved and of half-trained models, and their pictures."""

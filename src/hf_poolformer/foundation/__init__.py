@@ -1,0 +1,1 @@
+"""What every room stands on: errors, files, names, processes. Nothing here knows of models, data or training."""
