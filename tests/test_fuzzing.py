@@ -31,8 +31,8 @@ from hf_poolformer import (
     PoolFormerImageProcessor,
     PoolFormerImageProcessorPil,
 )
+from hf_poolformer.conversion.convert import ConversionError, read_checkpoint
 from hf_poolformer.data.decoding import BrokenImage, decode_image
-from hf_poolformer.hub.conversion import ConversionError, read_checkpoint
 
 
 # Minutes for ten thousand inputs, more on a machine that does something else.

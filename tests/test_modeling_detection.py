@@ -28,7 +28,7 @@ from hf_poolformer import (
     PoolFormerImageProcessor,
 )
 from hf_poolformer import modeling_detection as detection
-from hf_poolformer.hub.conversion import convert
+from hf_poolformer.conversion.convert import convert
 
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"

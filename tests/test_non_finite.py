@@ -267,8 +267,8 @@ def test_an_evaluation_counts_them(model, photos):
 def test_dense_evaluations_refuse_such_models(task):
     from accelerate import Accelerator
 
+    from hf_poolformer.data.dense.datasets import Truth
     from hf_poolformer.evaluation.dense import evaluate
-    from hf_poolformer.training.dense.data import Truth
 
     options = {"fpn_feature_size": 16, "decoder_hidden_size": 8, "max_detections": 3}
     segments = task == "semantic-segmentation"

@@ -4,7 +4,7 @@ import pytest
 
 import hf_poolformer_cli
 from hf_poolformer.commands import UserError, convert
-from hf_poolformer.hub import conversion
+from hf_poolformer.conversion import convert as conversion
 
 
 def test_targets_are_those_of_the_function():

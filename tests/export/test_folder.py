@@ -12,10 +12,10 @@ import pytest
 
 from hf_poolformer.commands.explain import main as explain
 from hf_poolformer.commands.publish import main as publish
+from hf_poolformer.conversion.convert import ConversionError, convert
 from hf_poolformer.export import export_model, load
 from hf_poolformer.export.folder import Manifest, clear, new_folder, no_model
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.hub.conversion import ConversionError, convert
 from hf_poolformer.training.initialisation import load_checkpoint
 
 

@@ -30,7 +30,7 @@ from hf_poolformer import (
     PoolFormerConfig,
     PoolFormerForImageClassification,
 )
-from hf_poolformer.hub.conversion import ConversionError, build_model, convert, read_checkpoint, write_checkpoint
+from hf_poolformer.conversion.convert import ConversionError, build_model, convert, read_checkpoint, write_checkpoint
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -584,7 +584,9 @@ def test_folders_are_not_overwritten_unasked(official, tmp_path):
 def test_nothing_half_written_is_left(official, tmp_path, monkeypatch):
     out = tmp_path / "out"
     convert(official(), out)
-    monkeypatch.setattr("hf_poolformer.hub.conversion.card", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        "hf_poolformer.conversion.convert.card", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(ConversionError, match=r"cannot write to .*disk full"):
         convert(official("caformer"), out, overwrite=True)
     assert read_checkpoint(out).family == "poolformer"
@@ -599,7 +601,7 @@ def test_the_hub_is_asked_for_ids(hub, run_with_hub, tmp_path, timm_model):
     published = {"architecture": "caformer_s18", "pretrained_cfg": {"crop_pct": 0.8}}
     (tmp_path / "config.json").write_text(json.dumps(published))
     code = (
-        "import sys\nfrom huggingface_hub import HfApi\nfrom hf_poolformer.hub.conversion import *\n"
+        "import sys\nfrom huggingface_hub import HfApi\nfrom hf_poolformer.conversion.convert import *\n"
         "HfApi().create_repo('me/caformer')\n"
         "HfApi().upload_folder(repo_id='me/caformer', folder_path=sys.argv[1])\n"
         "checkpoint = read_checkpoint('me/caformer')\n"

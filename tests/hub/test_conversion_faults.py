@@ -16,8 +16,8 @@ from golden_models import golden
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
-from hf_poolformer.hub import conversion
-from hf_poolformer.hub.conversion import ConversionError, convert, read_checkpoint, write_checkpoint
+from hf_poolformer.conversion import convert as conversion
+from hf_poolformer.conversion.convert import ConversionError, convert, read_checkpoint, write_checkpoint
 
 
 TARGETS = ["hf", "official", "timm"]

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from hf_poolformer import PoolFormerBackbone, PoolFormerConfig, PoolFormerImageProcessor
-from hf_poolformer.hub.conversion import ConversionError, build_model, convert, read_checkpoint
-from hf_poolformer.hub.key_maps import OFFICIAL_FIRST
+from hf_poolformer.conversion.convert import ConversionError, build_model, convert, read_checkpoint
+from hf_poolformer.conversion.key_maps import OFFICIAL_FIRST
 
 
 GOLDEN = Path(__file__).resolve().parents[1] / "fixtures" / "golden" / "poolformer_v1_feat.safetensors"

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import hf_poolformer_cli
 from hf_poolformer import PoolFormerBackbone, PoolFormerConfig, PoolFormerForImageClassification, PoolFormerModel
-from hf_poolformer.hub.conversion import ConversionError, build_model, read_checkpoint, write_checkpoint
+from hf_poolformer.conversion.convert import ConversionError, build_model, read_checkpoint, write_checkpoint
 
 
 FAMILIES = ["poolformer_v1", "metaformer_ppaa", "randformer", "caformer"]

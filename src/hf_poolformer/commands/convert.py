@@ -19,7 +19,7 @@ from typing import Any
 from . import CommandParser, UserError, command, quieten
 
 
-TARGETS = ("hf", "official", "timm")  # those of hub.conversion, whose import takes seconds
+TARGETS = ("hf", "official", "timm")  # those of conversion.convert, whose import takes seconds
 
 
 def parser(prog: str | None = None) -> CommandParser:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parser(prog).parse_args(argv)
     labels = read_labels(arguments.labels) if arguments.labels else None
     overrides = read_fields(arguments.set)
-    from ..hub.conversion import convert
+    from ..conversion.convert import convert
 
     quieten()
     checkpoint = convert(

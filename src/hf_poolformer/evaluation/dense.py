@@ -14,10 +14,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from tqdm import tqdm
 
+from ..data.dense.datasets import Truth
 from ..foundation.errors import UserError
 from ..foundation.finite import check_finite, check_weights
 from ..training.dense.augmentation import collate
-from ..training.dense.data import Truth
 from .dense_metrics import DetectionMetric, SegmentationMetric
 
 

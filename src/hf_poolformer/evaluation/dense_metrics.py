@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from ..data.dense.annotations import Objects
 from ..foundation.errors import UserError
 from ..image_processing_dense import IGNORE_INDEX
-from ..training.dense.annotations import Objects
 
 
 class SegmentationMetric:

@@ -7,7 +7,7 @@ from pycocotools import mask as run_lengths
 
 from hf_poolformer.data.classes import Classes
 from hf_poolformer.data.decoding import BrokenImage
-from hf_poolformer.training.dense.annotations import (
+from hf_poolformer.data.dense.annotations import (
     Frame,
     ObjectFields,
     decode_map,

@@ -5,7 +5,7 @@ from PIL import Image
 from torchvision.ops import box_convert, masks_to_boxes
 
 from hf_poolformer import PoolFormerImageProcessor
-from hf_poolformer.training.dense.annotations import Objects
+from hf_poolformer.data.dense.annotations import Objects
 from hf_poolformer.training.dense.augmentation import TrainTransform, collate, collate_maps
 
 

@@ -6,8 +6,8 @@ from accelerate import Accelerator
 from datasets import ClassLabel, Features, Image, List, Value
 
 from hf_poolformer import PoolFormerImageProcessor
+from hf_poolformer.data.dense.datasets import make_dense_loader, numbered, open_dense_datasets
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.training.dense.data import make_dense_loader, numbered, open_dense_datasets
 
 from .conftest import COUNTS, MAP_FEATURES, NAMES, OBJECT_FEATURES, map_row, object_row, scene, write_shards
 

@@ -10,12 +10,12 @@ from PIL import Image as PILImage
 
 from hf_poolformer.data.classes import CONFIG_FIELD, Classes
 from hf_poolformer.data.decoding import BrokenImage
+from hf_poolformer.data.dense.annotations import Frame, decode_map, decode_objects, value_table
+from hf_poolformer.data.dense.datasets import numbered, open_dense_datasets
+from hf_poolformer.data.dense.naming import known_classes
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.training.dense import loop
-from hf_poolformer.training.dense.annotations import Frame, decode_map, decode_objects, value_table
 from hf_poolformer.training.dense.arguments import DenseSettings
-from hf_poolformer.training.dense.data import numbered, open_dense_datasets
-from hf_poolformer.training.dense.naming import known_classes
 
 from .conftest import MAP_FEATURES, TINY_MODEL, encoded, write_shards
 

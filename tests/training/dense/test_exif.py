@@ -13,9 +13,9 @@ from pycocotools import mask as run_lengths
 from hf_poolformer import PoolFormerImageProcessor
 from hf_poolformer.data.classes import Classes
 from hf_poolformer.data.decoding import BrokenImage
-from hf_poolformer.training.dense.annotations import Frame, ObjectFields, decode_map, decode_objects, value_table
-from hf_poolformer.training.dense.data import make_dense_loader, open_dense_datasets
-from hf_poolformer.training.dense.plausibility import check_annotations
+from hf_poolformer.data.dense.annotations import Frame, ObjectFields, decode_map, decode_objects, value_table
+from hf_poolformer.data.dense.datasets import make_dense_loader, open_dense_datasets
+from hf_poolformer.data.dense.plausibility import check_annotations
 
 from .conftest import MAP_FEATURES, NAMES, encoded, write_shards
 

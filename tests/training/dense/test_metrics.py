@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from hf_poolformer.data.dense.annotations import Objects
 from hf_poolformer.evaluation.dense_metrics import DetectionMetric, SegmentationMetric
-from hf_poolformer.training.dense.annotations import Objects
 
 
 def objects(boxes, labels, masks=None, crowd=None, areas=None):

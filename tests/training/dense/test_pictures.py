@@ -4,11 +4,11 @@ import torch
 from PIL import Image
 
 from hf_poolformer import PoolFormerImageProcessor
+from hf_poolformer.data.dense.annotations import Objects
+from hf_poolformer.data.dense.datasets import Truth
 from hf_poolformer.evaluation.dense import Example, predict
 from hf_poolformer.evaluation.dense_pictures import write_curves, write_predictions
 from hf_poolformer.modeling_detection import MetaFormerObjectDetectionOutput
-from hf_poolformer.training.dense.annotations import Objects
-from hf_poolformer.training.dense.data import Truth
 
 
 MEAN, STD = [0.5] * 3, [0.5] * 3

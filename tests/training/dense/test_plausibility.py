@@ -10,11 +10,12 @@ from datasets import ClassLabel, Features, Image, List, Value
 
 from hf_poolformer.data.classes import CONFIG_FIELD
 from hf_poolformer.data.decoding import BrokenImage
+from hf_poolformer.data.dense import plausibility
+from hf_poolformer.data.dense.annotations import is_crowd
+from hf_poolformer.data.dense.datasets import open_dense_datasets
+from hf_poolformer.data.dense.plausibility import check_annotations
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.training.dense import loop, plausibility
-from hf_poolformer.training.dense.annotations import is_crowd
-from hf_poolformer.training.dense.data import open_dense_datasets
-from hf_poolformer.training.dense.plausibility import check_annotations
+from hf_poolformer.training.dense import loop
 
 from .conftest import MAP_FEATURES, NAMES, encoded, write_shards
 

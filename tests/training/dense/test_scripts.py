@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation, AutoModelForSemanticSegmentation
 
+from hf_poolformer.data.dense.datasets import make_dense_loader, open_dense_datasets
 from hf_poolformer.evaluation.dense import evaluate, named_results
-from hf_poolformer.training.dense.data import make_dense_loader, open_dense_datasets
 
 from .conftest import COUNTS, NAMES, TINY_MODEL
 

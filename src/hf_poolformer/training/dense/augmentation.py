@@ -18,8 +18,8 @@ from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from ...data.dense.annotations import Objects
 from ...image_processing_dense import IGNORE_INDEX, rescaled_size
-from .annotations import Objects
 from .arguments import DenseSettings
 
 

@@ -16,6 +16,8 @@ from accelerate import DistributedType
 from accelerate.utils import set_seed
 from torch import nn
 
+from ...data.dense.datasets import make_dense_loader, numbered, open_dense_datasets
+from ...data.dense.plausibility import check_annotations
 from ...data.description import describe_data
 from ...evaluation.dense import DIVISOR, Example, evaluate, named_results
 from ...evaluation.dense_metrics import pycocotools
@@ -42,10 +44,8 @@ from ..preparation import begin, make_accelerator, plan, prepare_output
 from ..reports import best_effort, write_json
 from .arguments import DenseSettings
 from .augmentation import collate, collate_maps
-from .data import make_dense_loader, numbered, open_dense_datasets
 from .initialisation import initial_dense_model
 from .optimisation import make_dense_schedule
-from .plausibility import check_annotations
 
 
 logger = logging.getLogger(__name__)

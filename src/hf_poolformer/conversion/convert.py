@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from transformers.image_utils import PILImageResampling
 
 from hf_poolformer.configuration_poolformer import FAMILIES, VARIANTS, MetaFormerConfig, Variant
-from hf_poolformer.hub.architecture import (
+from hf_poolformer.conversion.architecture import (
     as_tuple,
     choose_family,
     choose_row,
@@ -43,10 +43,10 @@ from hf_poolformer.hub.architecture import (
     split_dense,
     task_of,
 )
+from hf_poolformer.conversion.dense_key_maps import BACKBONE, RETINANET, DenseHead, head_of
+from hf_poolformer.conversion.key_maps import FORMATS, OFFICIAL_FIRST, OFFICIAL_SECOND, POINTWISE, TIMM, Format
+from hf_poolformer.conversion.weights import ConversionError, Source, listed, one_line, open_source
 from hf_poolformer.hub.cards import check_metadata
-from hf_poolformer.hub.dense_key_maps import BACKBONE, RETINANET, DenseHead, head_of
-from hf_poolformer.hub.key_maps import FORMATS, OFFICIAL_FIRST, OFFICIAL_SECOND, POINTWISE, TIMM, Format
-from hf_poolformer.hub.weights import ConversionError, Source, listed, one_line, open_source
 from hf_poolformer.image_processing_poolformer import PoolFormerImageProcessor
 from hf_poolformer.modeling_poolformer import AUTO_CLASSES
 

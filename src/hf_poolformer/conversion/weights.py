@@ -20,9 +20,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from hf_poolformer.conversion.dense_key_maps import BACKBONE
+from hf_poolformer.conversion.key_maps import FORMATS
 from hf_poolformer.export.folder import is_exported, no_model
-from hf_poolformer.hub.dense_key_maps import BACKBONE
-from hf_poolformer.hub.key_maps import FORMATS
 
 
 __all__ = ["ConversionError", "Source", "open_source"]

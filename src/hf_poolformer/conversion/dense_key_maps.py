@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from hf_poolformer.hub.key_maps import STAGES, Rule, pattern, rename
+from hf_poolformer.conversion.key_maps import STAGES, Rule, pattern, rename
 
 
 BACKBONE = "backbone."

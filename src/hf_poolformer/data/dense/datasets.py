@@ -19,14 +19,16 @@ from accelerate import Accelerator
 from datasets import Image
 from PIL import Image as PILImage
 
-from ...data import datasets as data
-from ...data.classes import Classes, class_key
-from ...data.columns import ImageDataset, columns_of
-from ...data.decoding import BrokenImage, EncodedImage, describe_source
-from ...data.loader import DecodedBatches, ImageLoader, make_loader
-from ...data.sources import content_key
 from ...evaluation.classification import data_workers, skip_limit
 from ...foundation.errors import UserError
+from ...training.dense.arguments import DenseSettings
+from ...training.dense.augmentation import EvalTransform, TrainTransform
+from .. import datasets as data
+from ..classes import Classes, class_key
+from ..columns import ImageDataset, columns_of
+from ..decoding import BrokenImage, EncodedImage, describe_source
+from ..loader import DecodedBatches, ImageLoader, make_loader
+from ..sources import content_key
 from .annotations import (
     BOX_FIELDS,
     CLASS_FIELDS,
@@ -42,8 +44,6 @@ from .annotations import (
     said_size,
     value_table,
 )
-from .arguments import DenseSettings
-from .augmentation import EvalTransform, TrainTransform
 from .naming import known_classes, unknown_classes
 
 

@@ -20,13 +20,14 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ...data.classes import Classes, UnknownClass, class_key, is_number
-from ...data.columns import columns_needed
-from ...data.decoding import BrokenImage, EncodedImage
-from ...data.files import one_line
 from ...evaluation.classification import skip_limit
 from ...foundation.errors import UserError
 from ...image_processing_dense import IGNORE_INDEX
+from ...training.dense.arguments import DenseSettings
+from ..classes import Classes, UnknownClass, class_key, is_number
+from ..columns import columns_needed
+from ..decoding import BrokenImage, EncodedImage
+from ..files import one_line
 from .annotations import (
     EMPTY_MASK,
     NO_CLASS,
@@ -43,8 +44,7 @@ from .annotations import (
     said_size,
     value_table,
 )
-from .arguments import DenseSettings
-from .data import DenseDataset
+from .datasets import DenseDataset
 
 
 ROWS = 300

@@ -1,0 +1,1 @@
+"""Images with annotation maps or objects: reading, checking and naming what is annotated."""
