@@ -165,7 +165,7 @@ class Service:
             HTTPException: not an image, a broken one, or one of too many pixels; told by its header.
         """
         from hf_poolformer.data.decoding import BrokenImage, decode_image
-        from hf_poolformer.data.files import one_line
+        from hf_poolformer.foundation.errors import one_line
         from hf_poolformer.image_pixels import open_encoded
 
         try:

@@ -10,15 +10,19 @@ import pytest
 
 from hf_poolformer import MetaFormerConfig, PoolFormerConfig
 from hf_poolformer.commands import CommandParser
+from hf_poolformer.evaluation.pictures import write_confusion_matrix
 from hf_poolformer.explanation.explainer import find_class
+from hf_poolformer.foundation import figures
 from hf_poolformer.foundation.errors import UserError
+from hf_poolformer.foundation.files import best_effort
 from hf_poolformer.foundation.names import near_names, printable
 from hf_poolformer.hub import contents
 from hf_poolformer.hub.cards import plain_markdown
 from hf_poolformer.prediction.tables import table
 from hf_poolformer.training import reports
-from hf_poolformer.training.arguments import TrainingSettings, check_overrides, parse
+from hf_poolformer.training.arguments import TrainingSettings, parse
 from hf_poolformer.training.dense.arguments import DenseSettings
+from hf_poolformer.training.initialisation import check_overrides
 
 
 # What a folder may be called, and what of that is shown.
@@ -46,12 +50,12 @@ def test_names_become_printable(name, shown):
 
 def test_figures_take_every_name(tmp_path):
     names = list(STRANGE)
-    reports.write_confusion_matrix(tmp_path / "matrix.png", np.eye(len(names), dtype=int), names)
-    figure, _ = reports.new_figure((4, 4))
-    reports.add_legend(figure, [("red", name) for name in names], columns=3)
+    write_confusion_matrix(tmp_path / "matrix.png", np.eye(len(names), dtype=int), names)
+    figure, _ = figures.new_figure((4, 4))
+    figures.add_legend(figure, [("red", name) for name in names], columns=3)
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(shown) == len(names) and "_under" in shown and r"x$\foo$" in shown
-    reports.save_figure(figure, tmp_path / "legend.png")
+    figures.save_figure(figure, tmp_path / "legend.png")
     assert (tmp_path / "matrix.png").stat().st_size and (tmp_path / "legend.png").stat().st_size
 
 
@@ -75,13 +79,13 @@ def test_tables_take_every_name(tmp_path, suffix):
     "error", [RuntimeError("two\nlines"), UnicodeEncodeError("utf-8", "\udce9", 0, 1, "no"), OSError()]
 )
 def test_a_failing_decoration_is_a_line(caplog, error):
-    with caplog.at_level(logging.WARNING), reports.best_effort("drawing the curves"):
+    with caplog.at_level(logging.WARNING), best_effort("drawing the curves"):
         raise error
     assert caplog.messages[0].startswith("drawing the curves failed") and "\n" not in caplog.messages[0]
 
 
 def test_whoever_interrupts_a_decoration_is_heard():
-    with pytest.raises(KeyboardInterrupt), reports.best_effort("drawing"):
+    with pytest.raises(KeyboardInterrupt), best_effort("drawing"):
         raise KeyboardInterrupt
 
 

@@ -14,9 +14,10 @@ from hf_poolformer.commands.explain import main as explain
 from hf_poolformer.commands.publish import main as publish
 from hf_poolformer.conversion.convert import ConversionError, convert
 from hf_poolformer.export import export_model, load
-from hf_poolformer.export.folder import Manifest, clear, new_folder, no_model
+from hf_poolformer.export.folder import Manifest, clear, new_folder
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.training.initialisation import load_checkpoint
+from hf_poolformer.foundation.exported import no_model
+from hf_poolformer.foundation.loading import load_checkpoint
 
 
 def put(output: Path, text: str, overwrite: bool = False) -> None:

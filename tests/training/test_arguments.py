@@ -4,16 +4,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-import hf_poolformer.training
+import hf_poolformer
+from hf_poolformer.evaluation.settings import EvaluationSettings, parse_evaluation
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.training.arguments import (
-    GROUPS,
-    RECIPES,
-    EvaluationSettings,
-    TrainingSettings,
-    parse,
-    parse_evaluation,
-)
+from hf_poolformer.training.arguments import GROUPS, RECIPES, TrainingSettings, parse
 
 
 REQUIRED = ["--train_dir", "images", "--output_dir", "run"]
@@ -60,7 +54,7 @@ def test_a_checkpoint_takes_the_place_of_the_recipes_architecture():
     [
         (["--recipe", "dmeo"], "unknown recipe: dmeo; did you mean demo?"),
         (["--recipe", "x"], "there are finetune, paper, demo"),
-        (["--learnin_rate", "1"], "did you mean learning_rate"),
+        (["--learnin_rate", "1"], "did you mean --learning_rate"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
         (["--lr_scheduler_type", "square"], "invalid choice"),
         (["images"], "what is 'images' for?"),
@@ -126,9 +120,9 @@ def test_help_is_grouped_and_shows_the_recipes_defaults(capsys):
 
 
 def test_every_setting_is_used():
-    folder = Path(hf_poolformer.training.__file__).parent
-    code = "\n".join(path.read_text() for path in folder.glob("*.py") if path.name != "arguments.py")
-    code += (folder / "arguments.py").read_text().split("class TrainingSettings", 1)[1]
+    package = Path(hf_poolformer.__file__).parent
+    rooms = [package / name for name in ("data", "evaluation", "training")]
+    code = "\n".join(path.read_text() for room in rooms for path in room.glob("*.py"))
     for kind in (TrainingSettings, EvaluationSettings):
         for field in dataclasses.fields(kind):
             used = f"settings.{field.name}" in code or f"self.{field.name}" in code

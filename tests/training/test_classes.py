@@ -17,8 +17,8 @@ from transformers import PretrainedConfig
 from hf_poolformer.data.classes import CONFIG_FIELD, Classes, UnknownClass, class_key
 from hf_poolformer.data.datasets import open_datasets
 from hf_poolformer.evaluation.classification import evaluate_checkpoint
+from hf_poolformer.evaluation.settings import EvaluationSettings
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.training.arguments import EvaluationSettings
 from hf_poolformer.training.loop import train
 
 

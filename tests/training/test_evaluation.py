@@ -9,9 +9,9 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from hf_poolformer import PoolFormerForImageClassification, PoolFormerImageProcessor
 from hf_poolformer.evaluation import classification as evaluation
 from hf_poolformer.evaluation.classification import evaluate, evaluate_checkpoint, named_results
+from hf_poolformer.evaluation.pictures import write_confusion_matrix
+from hf_poolformer.evaluation.settings import EvaluationSettings
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.training.arguments import EvaluationSettings
-from hf_poolformer.training.reports import write_confusion_matrix
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hf_poolformer.evaluation.classification import evaluate_checkpoint
-from hf_poolformer.training.arguments import EvaluationSettings
+from hf_poolformer.evaluation.settings import EvaluationSettings
 
 
 ROOT = Path(__file__).parents[2]

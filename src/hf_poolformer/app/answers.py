@@ -15,9 +15,9 @@ from ..evaluation.dense_pictures import SHOWN_SCORE, colours, draw_map, draw_obj
 from ..explanation.explainer import explain, for_drawing
 from ..explanation.pictures import overlay
 from ..foundation.errors import UserError
+from ..foundation.figures import add_legend, new_figure
 from ..foundation.finite import check_finite
 from ..prediction.inference import Predictor
-from ..training.reports import add_legend, new_figure
 from .models import DenseModel
 
 

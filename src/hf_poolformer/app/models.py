@@ -25,12 +25,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..data.files import one_line
-from ..export.folder import is_exported, no_model
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
+from ..foundation.exported import is_exported, no_model
 from ..foundation.finite import check_weights
+from ..foundation.loading import why_not_loaded
 from ..prediction.inference import Predictor, find_device
-from ..training.initialisation import why_not_loaded
 
 
 logger = logging.getLogger(__name__)

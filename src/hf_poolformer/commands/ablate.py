@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def write_report(base: TrainingSettings, folder: Path, content: dict[str, str]) -> None:
     """The table of all that is measured, whichever rows this call was about."""
+    from ..foundation.files import best_effort
     from ..foundation.names import printable
     from ..training import ablation
-    from ..training.reports import best_effort
 
     lines = ablation.summarise(ablation.all_results(base, folder, content))
     epochs = f"{base.max_train_steps} steps" if base.max_train_steps else f"{base.num_train_epochs} epochs"

@@ -12,7 +12,7 @@ from . import command, quieten
 @command
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Evaluates; see `training.arguments.EvaluationSettings` for the flags."""
-    from ..training.arguments import parse_evaluation
+    from ..evaluation.settings import parse_evaluation
 
     logging.basicConfig(format="%(message)s")
     settings = parse_evaluation(argv, prog)

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     from ..data.decoding import BrokenImage, decode_image
     from ..explanation.explainer import explain
     from ..explanation.pictures import write_explanation
-    from ..export.folder import is_exported, no_model
+    from ..foundation.exported import is_exported, no_model
     from ..prediction.inference import Predictor
 
     quieten()

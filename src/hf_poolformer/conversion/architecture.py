@@ -20,7 +20,9 @@ from hf_poolformer.configuration_poolformer import (
 )
 from hf_poolformer.conversion.dense_key_maps import BACKBONE, head_of
 from hf_poolformer.conversion.key_maps import OFFICIAL_FIRST, STAGES, TIMM, Format
-from hf_poolformer.conversion.weights import ConversionError, Source, listed, one_line
+from hf_poolformer.conversion.weights import ConversionError, Source, listed
+
+from ..foundation.errors import one_line
 
 
 # Fields that do not change what a trained model computes.

@@ -45,11 +45,12 @@ from hf_poolformer.conversion.architecture import (
 )
 from hf_poolformer.conversion.dense_key_maps import BACKBONE, RETINANET, DenseHead, head_of
 from hf_poolformer.conversion.key_maps import FORMATS, OFFICIAL_FIRST, OFFICIAL_SECOND, POINTWISE, TIMM, Format
-from hf_poolformer.conversion.weights import ConversionError, Source, listed, one_line, open_source
+from hf_poolformer.conversion.weights import ConversionError, Source, listed, open_source
 from hf_poolformer.hub.cards import check_metadata
 from hf_poolformer.image_processing_poolformer import PoolFormerImageProcessor
 from hf_poolformer.modeling_poolformer import AUTO_CLASSES
 
+from ..foundation.errors import one_line
 from ..foundation.strict_json import to_json
 
 

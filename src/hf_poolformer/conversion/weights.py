@@ -1,7 +1,6 @@
 """Weights as their publishers store them, read from a file, a folder or the Hub, without running code in them."""
 
 import argparse
-import hashlib
 import json
 import os
 import pickle
@@ -22,7 +21,10 @@ from safetensors.torch import load_file
 
 from hf_poolformer.conversion.dense_key_maps import BACKBONE
 from hf_poolformer.conversion.key_maps import FORMATS
-from hf_poolformer.export.folder import is_exported, no_model
+from hf_poolformer.foundation.exported import is_exported, no_model
+
+from ..foundation.errors import one_line
+from ..foundation.files import digest
 
 
 __all__ = ["ConversionError", "Source", "open_source"]
@@ -239,7 +241,7 @@ class WeightSet:
 def load_weights(path: Path, wanted: str | None = None) -> Source:
     """The model in a file, without wrappers and prefixes, and what else the file says."""
     content = load_safetensors(path) if path.suffix == ".safetensors" else load_pickle(path)
-    found = Source(path.name, {}, sha256=sha256_of(path), labels=class_names(content), statements=flat(content))
+    found = Source(path.name, {}, sha256=digest(path), labels=class_names(content), statements=flat(content))
     sets = sets_of(content, path.name) if isinstance(content, Mapping) else []
     if not sets:
         if wanted is not None:
@@ -405,25 +407,11 @@ def load_pickle(path: Path) -> Any:
             f"{path} is no PyTorch checkpoint, or none that can be loaded without running code in it"
         ) from error
     except Exception as error:  # an unpickler of damaged bytes raises anything at all: IndexError, RecursionError ...
-        raise ConversionError(
-            f"{path} is truncated or no PyTorch file ({one_line(error) or 'end of file'}); download it again"
-        ) from error
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        why = one_line(error) if str(error) else "end of file"
+        raise ConversionError(f"{path} is truncated or no PyTorch file ({why}); download it again") from error
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:
     names = list(names)
     shown = names if len(names) <= most + 1 else [*names[:most], f"{len(names) - most} more"]
     return ", ".join(shown)
-
-
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) < 300 else text[:297] + "..."

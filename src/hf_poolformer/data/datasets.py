@@ -14,11 +14,10 @@ from typing import Any
 
 from datasets import ClassLabel, Image, Value
 
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
 from .classes import Classes, class_key, is_number, marks_nothing
 from .columns import ImageDataset, feature_of, field_of, find_image_column, find_label_column, kind_of, missing, some
 from .decoding import describe_source, read_bytes
-from .files import one_line
 from .layouts import open_source
 from .loader import DecodedBatches, ImageLoader, make_loader
 from .sources import FolderSource, HubSource, Source, content_key, is_held_out

@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
+from ..foundation.errors import one_line
 from ..image_pixels import changes_colours, open_encoded, pil_to_rgb
-from .files import one_line
 
 
 # Pillow's own limit for refusing an image outright: 179 megapixels, half a gigabyte once decoded.

@@ -185,12 +185,6 @@ def is_saved_dataset(root: Path) -> bool:
     )
 
 
-def one_line(error: BaseException) -> str:
-    """An exception's message on one line of at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
 def _holds_results(names: Sequence[str]) -> bool:
     return bool(
         _RUN_FILES.intersection(names)

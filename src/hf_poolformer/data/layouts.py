@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Features
 
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
 from ..foundation.strict_json import to_json
 from .columns import find_label_column, some
 from .files import (
@@ -32,7 +32,6 @@ from .files import (
     is_saved_dataset,
     list_files,
     match_pattern,
-    one_line,
 )
 from .sources import FileSource, FolderSource, HubSource, Listed, SavedSource, Source, TarSource, rows_of_classes
 from .splits import SPLIT_ALIASES, canonical, parts_below, read_folders, split_finder

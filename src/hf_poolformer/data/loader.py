@@ -5,20 +5,21 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
 from ..foundation.workers import prepare_worker
 from .columns import ImageDataset, columns_needed, field_of
 from .decoding import BrokenImage, decode_image, describe_source
-from .files import one_line
 from .stream import Lane, Order, Piece, Row, Start, deal, fresh_pieces, lane_seed, remaining
 
 
@@ -546,3 +547,17 @@ def _as_is(message: Any) -> Any:
 def _joined(parts: list[Any]) -> Any:
     """Tensors or lists, one behind the other."""
     return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else [item for part in parts for item in part]
+
+
+def data_workers(wanted: int | None, accelerator: Accelerator) -> int:
+    """Data workers of one process: as wanted, else its part of the machine's cores, which the CPU shares with us."""
+    if wanted is not None:
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 1 if accelerator.device.type == "cpu" else min(max(cores // local - 1, 1), 16)
+
+
+def skip_limit(value: float) -> float | int:
+    """`--max_skipped` as the loader takes it: a fraction stays one, anything else is a number of images."""
+    return value if 0 < value < 1 else int(value)

@@ -24,10 +24,10 @@ import pyarrow
 import pyarrow.parquet
 from datasets import ClassLabel, Features, Image, IterableDataset, Value, load_dataset
 
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
 from ..foundation.names import undecodable_escaped
 from .classes import class_key
-from .files import image_suffixes, one_line
+from .files import image_suffixes
 from .splits import canonical
 
 

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import IterableDataset
 
+from ..foundation.errors import one_line
 from ..foundation.faults import Patience, is_transient
-from .files import one_line
 
 
 _END = 1 << 62  # a row that no shard reaches

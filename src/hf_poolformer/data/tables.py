@@ -14,9 +14,8 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
 from .columns import some
-from .files import one_line
 from .splits import parts_below
 
 

@@ -20,14 +20,17 @@ from tqdm import tqdm
 from ..data import datasets as data
 from ..data.classes import Classes
 from ..data.description import describe_data
-from ..export.folder import is_exported
-from ..foundation.errors import UserError
+from ..data.loader import data_workers, skip_limit
+from ..data.transforms import EvalTransform
+from ..foundation.errors import UserError, one_line
+from ..foundation.exported import is_exported
+from ..foundation.files import best_effort, write_json
 from ..foundation.finite import finite_answers, refuse_not_finite
-from ..training.arguments import EvaluationSettings, read_yaml
-from ..training.augmentation import EvalTransform
-from ..training.initialisation import first_line, load_checkpoint
-from ..training.reports import best_effort, write_confusion_matrix, write_json
+from ..foundation.loading import load_checkpoint
+from ..foundation.settings import read_yaml
 from .metrics import Accuracy, ConfusionMatrix, PerClassAccuracy, TopKAccuracy
+from .pictures import write_confusion_matrix
+from .settings import EvaluationSettings
 
 
 logger = logging.getLogger(__name__)
@@ -166,20 +169,6 @@ def check_classification(dataset: data.ImageDataset) -> None:
         )
 
 
-def data_workers(wanted: int | None, accelerator: Accelerator) -> int:
-    """Data workers of one process: as wanted, else its part of the machine's cores, which the CPU shares with us."""
-    if wanted is not None:
-        return wanted
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 1 if accelerator.device.type == "cpu" else min(max(cores // local - 1, 1), 16)
-
-
-def skip_limit(value: float) -> float | int:
-    """`--max_skipped` as the loader takes it: a fraction stays one, anything else is a number of images."""
-    return value if 0 < value < 1 else int(value)
-
-
 def named_results(results: dict[str, Any], label_names: Sequence[str]) -> dict[str, Any]:
     """Results fit for JSON: the accuracy of each class under its name, without the confusion matrix."""
     plain = {name: value for name, value in results.items() if name != "confusion_matrix"}
@@ -202,7 +191,7 @@ def make_accelerator(settings: EvaluationSettings) -> Accelerator:
         try:
             device = torch.empty(0, device=settings.device).device
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {settings.device} cannot be used: {first_line(error)}") from error
+            raise UserError(f"--device {settings.device} cannot be used: {one_line(error)}") from error
         if device.type != "cpu":
             torch.accelerator.set_device_index(device.index or 0)
     return Accelerator(mixed_precision=settings.mixed_precision, cpu=settings.device == "cpu")

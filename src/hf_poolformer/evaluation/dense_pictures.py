@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ..foundation.figures import add_legend, new_figure, save_figure
 from ..image_processing_dense import IGNORE_INDEX
-from ..training.reports import add_legend, new_figure, save_figure
 
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..foundation.figures import new_figure, save_figure
 from ..foundation.names import printable
-from ..training.reports import new_figure, save_figure
 from .explainer import Explanation
 
 

@@ -7,7 +7,8 @@ pipeline("image-classification", model=model, image_processor=model.image_proces
 
 from typing import Any
 
-from .folder import FORMATS, PRECISIONS, is_exported
+from ..foundation.exported import is_exported
+from .folder import FORMATS, PRECISIONS
 
 
 __all__ = ["FORMATS", "PRECISIONS", "ExportedModel", "Summary", "export_model", "is_exported", "load"]

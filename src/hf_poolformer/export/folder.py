@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -14,15 +13,14 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..data.files import one_line
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
+from ..foundation.exported import MANIFEST, is_exported
+from ..foundation.files import digest, write_json
 from ..foundation.folders import Taken, give_back, take
-from ..foundation.strict_json import to_json
 
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "export.json"
 REPORT = "verification.json"
 FORMATS = ("onnx", "openvino", "torch")
 PRECISIONS = ("float32", "float16", "bfloat16", "int8")
@@ -164,21 +162,6 @@ def _writer(facts: dict[str, Any]) -> str:
     return f" and {version} wrote" if version else ""
 
 
-def is_exported(name: str | os.PathLike) -> bool:
-    """Whether this is a folder that `export_model` wrote."""
-    return (Path(name) / MANIFEST).is_file()
-
-
-def no_model(name: str | os.PathLike) -> str:
-    """One line for whoever gave the export `name` where a model with weights is needed."""
-    try:
-        made_of = json.loads((Path(name) / MANIFEST).read_text(encoding="utf-8"))["source"]["model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        made_of = ""
-    named = f", {made_of}" if made_of else ""
-    return f"{name} is an export, a graph without the model's weights: give the model it was made of{named}"
-
-
 @contextlib.contextmanager
 def new_folder(output: str | os.PathLike, overwrite: bool) -> Iterator[Path]:
     """
@@ -291,23 +274,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10
-    sha = hashlib.sha256()
-    while block := file.read(1 << 20):
-        sha.update(block)
-    return sha.hexdigest()
 
 
 def folder_size(folder: Path) -> int:

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.files import one_line
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
 from ..modeling_poolformer import MLPHead
 from ..token_mixers import FixedTokens
 from .folder import FILES

@@ -16,8 +16,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..data.decoding import BrokenImage, decode_image
-from ..data.files import one_line
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
 
 
 if TYPE_CHECKING:

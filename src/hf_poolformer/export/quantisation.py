@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.files import one_line
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
 from .formats import halve
 
 

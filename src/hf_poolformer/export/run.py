@@ -22,23 +22,14 @@ from transformers import (
 
 from .. import __version__
 from ..foundation.errors import UserError
+from ..foundation.exported import is_exported, no_model
+from ..foundation.files import digest, write_json
 from ..foundation.finite import check_weights
+from ..foundation.loading import why_not_loaded
 from ..token_mixers import Attention
-from ..training.initialisation import why_not_loaded
 from . import formats
 from .card import render_card
-from .folder import (
-    REPORT,
-    SETTINGS,
-    Manifest,
-    check_output,
-    digest,
-    folder_size,
-    is_exported,
-    new_folder,
-    no_model,
-    write_json,
-)
+from .folder import REPORT, SETTINGS, Manifest, check_output, folder_size, new_folder
 from .graph import fold
 from .images import Sample, check_channels, photographs, read_samples
 from .quantisation import Quality, quantise
@@ -301,7 +292,7 @@ def quantise_graph(
 
 def image_size_of(model: nn.Module, processor: Any) -> tuple[int, int]:
     """Height and width in pixels of what the image processor makes, and the model takes."""
-    from ..training.augmentation import input_size
+    from ..data.transforms import input_size
 
     try:
         size = input_size(processor)

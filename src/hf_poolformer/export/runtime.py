@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoImageProcessor
 from transformers.modeling_outputs import ImageClassifierOutput, SemanticSegmenterOutput
 from transformers.models.auto import modeling_auto
 
-from ..data.files import one_line
-from ..foundation.errors import UserError
-from .folder import Manifest, is_exported
+from ..foundation.errors import UserError, one_line
+from ..foundation.exported import is_exported
+from .folder import Manifest
 
 
 # Images that one stream of OpenVINO takes at a time, and how many shapes stay compiled.
@@ -80,7 +80,7 @@ def load_classifier(folder: str | os.PathLike, trust_remote_code: bool = False) 
     Raises:
         UserError: as `load`, and for a segmenter.
     """
-    from ..training.initialisation import check_colours
+    from ..foundation.loading import check_colours
 
     model = load(folder, trust_remote_code=trust_remote_code)
     if model.manifest.task != "image-classification":

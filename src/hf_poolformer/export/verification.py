@@ -21,8 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..data.files import one_line
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
 from ..foundation.finite import check_finite
 from .formats import activation_of, pixel_affine, scores
 from .images import Sample

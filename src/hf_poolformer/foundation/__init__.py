@@ -1,1 +1,1 @@
-"""What every room stands on: errors, files, names, processes. Nothing here knows of models, data or training."""
+"""What every room stands on: errors, files, names, processes, settings, and how a saved model is opened."""

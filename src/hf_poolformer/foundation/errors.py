@@ -10,3 +10,9 @@ class UserError(ValueError):
 
 class Diverged(UserError):
     """The loss is no longer finite."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message on one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -124,21 +124,3 @@ def _let_go() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
-
-
-def put_in_place(partial: Path, target: Path) -> None:
-    """Renames a finished file when it has reached the disk, and makes the disk remember the name."""
-    sync(partial)
-    os.replace(partial, target)
-    sync(target.parent)
-
-
-def sync(path: Path) -> None:
-    """fsync of a file or folder; folders cannot be opened on Windows, whose renames need none."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,8 +20,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, str_to_bool
 
-from ..data.files import one_line
-from .errors import UserError
+from .errors import UserError, one_line
 from .folders import hold
 
 

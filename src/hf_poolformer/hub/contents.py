@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 from huggingface_hub.serialization import save_torch_state_dict
 
-from ..export.folder import is_exported, no_model
+from ..foundation.exported import is_exported, no_model
+from ..foundation.files import digest
 from ..foundation.strict_json import to_json
 from . import cards, dataset_cards
 
@@ -112,7 +113,7 @@ class Contents:
 
     def sha256(self, name: str) -> str:
         content = self.files[name]
-        return sha256(content).hexdigest() if isinstance(content, bytes) else file_sha256(content)
+        return sha256(content).hexdigest() if isinstance(content, bytes) else digest(content)
 
     def text(self, name: str) -> str:
         content = self.files[name]
@@ -176,14 +177,6 @@ def collect(
 
 def files_in(folder: Path) -> Iterator[str]:
     yield from sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def file_sha256(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # A model ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from .contents import Contents, PublishError, file_sha256
+from ..foundation.files import digest
+from .contents import Contents, PublishError
 
 
 __all__ = ["compare_answers", "compare_files"]
@@ -50,7 +51,7 @@ def compare_files(
     wrong = [
         name
         for name in contents.files
-        if not (folder / name).is_file() or file_sha256(folder / name) != contents.sha256(name)
+        if not (folder / name).is_file() or digest(folder / name) != contents.sha256(name)
     ]
     if wrong:
         raise PublishError(f"the Hub gives back other files than were sent: {', '.join(wrong[:5])}")

@@ -14,12 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..data.decoding import BrokenImage, decode_image
-from ..data.files import one_line
-from ..export.folder import is_exported
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
+from ..foundation.exported import is_exported
 from ..foundation.finite import finite_answers, refuse_not_finite
+from ..foundation.loading import belongs_to_head, load_checkpoint
 from ..foundation.workers import prepare_worker
-from ..training.initialisation import belongs_to_head, load_checkpoint
 
 
 LABEL_COLUMNS = ("label", "score", "labels", "scores")

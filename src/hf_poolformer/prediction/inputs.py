@@ -22,11 +22,10 @@ from ..data.files import (
     is_saved_dataset,
     list_files,
     match_pattern,
-    one_line,
 )
-from ..foundation.errors import UserError
+from ..data.fingerprints import hub_commit, state_of_files, state_of_path
+from ..foundation.errors import UserError, one_line
 from ..foundation.faults import Patience, is_transient
-from ..foundation.fingerprints import hub_commit, state_of_files, state_of_path
 
 
 logger = logging.getLogger(__name__)

@@ -30,8 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.files import one_line
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
 from ..foundation.strict_json import to_json
 from .inference import Predictor
 from .inputs import Position, Shard

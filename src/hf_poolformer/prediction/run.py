@@ -16,11 +16,12 @@ import torch
 from tqdm import tqdm
 
 from ..foundation.errors import UserError
+from ..foundation.files import make_folder
 from ..foundation.folders import hold
 from .inference import Predictor, make_loader
 from .inputs import HubDataset, Images, Position, find_images
 from .parts import BROKEN, Parts, claim_folder, clear_folder, describe_run, is_claimed, remove_left_overs
-from .tables import check_parquet, check_table, make_folder, table
+from .tables import check_parquet, check_table, table
 
 
 PART_SIZE = 10_000

@@ -9,9 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..data.files import one_line
-from ..foundation.errors import UserError
-from ..foundation.folders import put_in_place
+from ..foundation.errors import UserError, one_line
+from ..foundation.files import make_folder, put_in_place
 from ..foundation.names import undecodable_escaped
 from ..foundation.strict_json import to_json
 
@@ -45,15 +44,6 @@ def check_parquet() -> None:
         raise UserError(
             "writing Parquet needs pyarrow: pip install 'hf-poolformer[train]', or write .csv or .jsonl"
         ) from error
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} cannot be written to")
 
 
 @contextmanager

@@ -16,16 +16,16 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from .. import __version__
-from ..data.files import one_line
-from ..foundation.errors import Diverged, UserError
-from ..foundation.fingerprints import state_of_dataset, state_of_path
+from ..data.fingerprints import state_of_dataset, state_of_path
+from ..foundation.errors import Diverged, UserError, one_line
+from ..foundation.figures import new_figure, save_figure
+from ..foundation.files import replace_text, write_json
 from ..foundation.processes import processes
 from ..foundation.strict_json import to_json
 from ..hub.cards import plain_markdown
 from .arguments import TrainingSettings
 from .checkpoints import free_name
 from .loop import train
-from .reports import new_figure, replace_text, save_figure, write_json
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..foundation.errors import UserError
+from ..foundation.loading import belongs_to_head
 from .arguments import TrainingSettings
-from .initialisation import belongs_to_head
 
 
 def adapt(model: PreTrainedModel, settings: TrainingSettings) -> None:

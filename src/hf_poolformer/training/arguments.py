@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
-from transformers import HfArgumentParser
 
 from ..foundation.errors import UserError
 from ..foundation.names import near_names
-
-
-def setting(default: Any, help: str, aliases: Sequence[str] = ()) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "aliases": list(aliases)})
+from ..foundation.settings import QuietParser, SettingsParser, as_flags, check_names, check_values, read_yaml, setting
 
 
 @dataclass
@@ -365,49 +359,6 @@ class TrainingSettings(
         path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
-@dataclass
-class EvaluationSettings:
-    """Everything that `evaluation.classification.evaluate_checkpoint` needs to know."""
-
-    model: str | None = dataclasses.field(default=None, init=False)  # the positional argument
-    dataset_name: str | None = setting(None, "Hub id, or a folder or file: image folder, Parquet, WebDataset tars.")
-    dataset_config_name: str | None = setting(None, "Configuration of the dataset.")
-    dataset_revision: str | None = setting(None, "Branch, tag or commit of the dataset.")
-    validation_dir: str | None = setting(None, "Folder with the images, one folder per class.")
-    split: str | None = setting(None, "Name of the split. Unset: validation, valid, dev or test.")
-    train_val_split: float | None = setting(
-        None,
-        "Measure on the part that training held out with this setting. Unset: the run's own, where the images are "
-        "those it was trained on; else, and with 0, all of them.",
-    )
-    image_column_name: str | None = setting(None, "Image column. Unset: found by its type.")
-    label_column_name: str | None = setting(None, "Label column. Unset: found by its type.")
-    streaming: bool = setting(True, "Read the dataset as a stream rather than download it first.")
-    per_device_eval_batch_size: int = setting(64, "Images per device.", ["--batch_size"])
-    num_workers: int | None = setting(None, "Processes that decode images, per device. Unset: by the number of cores.")
-    max_skipped: float = setting(
-        0.01, "Broken images tolerated before the run stops: a fraction if below 1, else a number."
-    )
-    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: an accelerator if there is one.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(None, "Unset: accelerate's own setting.")
-    trust_remote_code: bool = setting(False, "Run code that comes with a checkpoint from the Hub.")
-    model_revision: str = setting("main", "Branch, tag or commit of the checkpoint.", ["--revision"])
-    cache_dir: str | None = setting(None, "Where downloads are kept. Unset: the Hub's usual cache.")
-    hub_token: str | None = setting(None, "Access token. Unset: the one you logged in with.", ["--token"])
-    output_dir: str | None = setting(
-        None, "Folder for all_results.json and the pictures. Unset: they are only shown.", ["--output"]
-    )
-    json: bool = setting(False, "Print the results as JSON, for programs.")
-
-    def __post_init__(self) -> None:
-        if self.train_val_split is not None and not 0 <= self.train_val_split < 1:
-            raise UserError(f"--train_val_split must be at least 0 and below 1, not {self.train_val_split}.")
-        if (self.dataset_name is None) == (self.validation_dir is None):
-            raise UserError("give the images by either --dataset_name or --validation_dir.")
-        if self.per_device_eval_batch_size < 1:
-            raise UserError(f"--per_device_eval_batch_size must be at least 1, not {self.per_device_eval_batch_size}.")
-
-
 LIMITS: dict[str, tuple[float, float]] = {
     "image_size": (1, math.inf),
     "drop_path_rate": (0, 0.99),
@@ -463,68 +414,12 @@ LIMITS: dict[str, tuple[float, float]] = {
 METRICS = ("eval_accuracy", "eval_loss", "eval_top5_accuracy")
 
 
-def check_values(settings: Any, limits: Mapping[str, tuple[float, float]]) -> None:
-    """
-    Raises:
-        UserError: a setting has no value and needs one, or lies outside of its limits.
-    """
-    for name, kinds in kinds_of(type(settings)).items():
-        if getattr(settings, name) is None and type(None) not in kinds:
-            raise UserError(f"--{name} has no value: give one, or leave it out for the default.")
-    for name, (low, high) in limits.items():
-        value = getattr(settings, name, None)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"--{name} takes a number, not {value!r}.")
-        if not (math.isfinite(value) and low <= value <= high):
-            most = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise UserError(f"--{name} must be {most}, not {value}.")
-
-
 def check_keep_best(metric: str | None, known: Sequence[str]) -> None:
     """Refuses, before anything is trained, a metric that no evaluation gives."""
     if metric is not None and metric not in known:
         near = [name for name in known if name.removeprefix("eval_") == metric] or near_names(metric, known)
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise UserError(f"--keep_best {metric}: an evaluation gives {', '.join(known)}{hint}")
-
-
-def kinds_of(settings: type) -> dict[str, tuple[Any, ...]]:
-    """The types that each setting can have."""
-    hints = get_type_hints(settings)
-    fields = [field.name for field in dataclasses.fields(settings) if field.name in hints]
-    unions = (Union, UnionType)
-    return {name: get_args(hints[name]) if get_origin(hints[name]) in unions else (hints[name],) for name in fields}
-
-
-def check_overrides(overrides: Mapping[str, Any], config: Any, name: str) -> None:
-    """
-    Args:
-        config: a configuration of the class that is changed, or the class itself where it is a dataclass.
-        name: of the model, for the message.
-
-    Raises:
-        UserError: such a configuration has no field of that name, or what it says comes from the data.
-    """
-    from ..configuration_poolformer import Fixed  # brings torch, which --help does not wait for
-
-    kind = config if isinstance(config, type) else type(config)
-    known = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
-    known |= set() if isinstance(config, type) else set(vars(config))
-    constants = {field: value for field, value in vars(kind).items() if isinstance(value, Fixed)}
-    known |= {*constants, *getattr(kind, "attribute_map", {}), "out_features", "out_indices", "torch_dtype"}
-    for field in ("id2label", "label2id", "num_labels", "problem_type"):
-        if field in overrides:
-            raise UserError(f"--config_overrides cannot set {field}: the classes are those of the data.")
-    check_names(overrides, sorted(field for field in known if field[0] != "_"), "key in --config_overrides")
-    for field, value in overrides.items():
-        fixed = constants.get(field)
-        if fixed is not None and value not in (fixed.value, json.loads(json.dumps(getattr(kind, field)))):
-            raise UserError(
-                f"--config_overrides cannot set {field}: it is a constant of {kind.model_type}, the architecture of "
-                f"{name}. With --config_name metaformer_id_s12 every part can be chosen."
-            )
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None, others: Sequence[str] = ()) -> TrainingSettings:
@@ -564,18 +459,6 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None, others: Se
     return TrainingSettings(**{key: value for part in parts for key, value in vars(part).items()})
 
 
-def parse_evaluation(argv: Sequence[str] | None = None, prog: str | None = None) -> EvaluationSettings:
-    """Settings of `hf-poolformer evaluate` from the command line."""
-    parser = SettingsParser(
-        (EvaluationSettings,), prog=prog, description="Evaluates an image classifier on a labelled dataset."
-    )
-    parser.add_argument("model", metavar="MODEL", help="Checkpoint: a Hub id or a folder.")
-    names = [field.name for field in dataclasses.fields(EvaluationSettings)]
-    settings, rest = parser.parse(argv, names)
-    settings.model = rest.model
-    return settings
-
-
 def defaults_of(recipe: str, given: Any = ()) -> dict[str, Any]:
     """What a recipe sets, less what makes no sense beside the settings that were given."""
     check_names([recipe], list(RECIPES), "recipe")
@@ -588,111 +471,3 @@ def defaults_of(recipe: str, given: Any = ()) -> dict[str, Any]:
         for name in ("model_name_or_path", "config_overrides"):
             defaults.pop(name, None)
     return defaults
-
-
-def check_names(given: Any, known: Sequence[str], what: str, dashes: str = "") -> None:
-    """Raises a UserError for the first name that is not known, with those that may have been meant.
-
-    Args:
-        dashes: what stands before each name where users write it.
-    """
-    for name in given:
-        if name not in known:
-            near = near_names(str(name), known, 3)
-            hint = f"; did you mean {' or '.join(dashes + other for other in near)}?" if near else "."
-            if not near and len(known) < 10:
-                hint = f"; there are {', '.join(known)}."
-            raise UserError(f"unknown {what}: {dashes}{name}{hint}")
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the settings in {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a mapping of settings to values.")
-    if "hub_token" in values:
-        raise UserError(f"{path} holds hub_token; an access token does not belong in a file: use HF_TOKEN.")
-    return values
-
-
-def as_flags(values: dict[str, Any], settings: type) -> list[str]:
-    """YAML values as flags of these settings, so that one parser checks both.
-
-    Raises:
-        UserError: several values where one is wanted.
-    """
-    flags, kinds = [], kinds_of(settings)
-    for name, value in values.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) and bool not in kinds[name]:
-            value = "yes" if value else "no"  # YAML takes these words for booleans
-        elif isinstance(value, bool):
-            value = str(value).lower()
-        elif isinstance(value, list) and name in ("label_names", "lr_steps", "report_to"):
-            if any("," in str(item) for item in value):
-                raise UserError(f"{name} takes names without commas in them, not {value}.")
-            value = ",".join(map(str, value))
-        elif isinstance(value, (dict, list)):
-            if name != "config_overrides" and str in kinds[name]:
-                raise UserError(f"{name} takes one value, not {value}.")
-            value = json.dumps(value)
-        flags.append(f"--{name}={value}")
-    return flags
-
-
-class QuietParser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(message + ("" if message.endswith(".") else "."))
-
-
-class SettingsFormatter(argparse.HelpFormatter):
-    """Shows each flag once, with its default where it has one."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=110)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings or action.nargs == 0:
-            return super()._format_action_invocation(action)
-        # Of a setting's own name only the spelling with underscores; what else it may be called, too.
-        names = ", ".join(text for text in action.option_strings if "-" not in text[2:])
-        if action.choices:
-            return f"{names} {{{','.join(map(str, action.choices))}}}"
-        kind = getattr(action.type, "__name__", "value")
-        value = {"str": "TEXT", "int": "N", "float": "X", "string_to_bool": "true|false"}.get(kind, kind)
-        return f"{names} {value}"
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        shown = action.default not in (None, argparse.SUPPRESS) and action.option_strings and action.nargs != 0
-        return text + (f" (default: {str(action.default).replace('%', '%%')})" if shown else "")
-
-
-class SettingsParser(HfArgumentParser, QuietParser):
-    """HfArgumentParser that shows its help in groups and reports mistakes as UserError."""
-
-    def __init__(self, groups: Sequence[type], **kwargs: Any) -> None:
-        super().__init__(
-            list(groups), formatter_class=SettingsFormatter, allow_abbrev=False, usage="%(prog)s [FLAGS]", **kwargs
-        )
-
-    def names_in(self, argv: Sequence[str]) -> set[str]:
-        return {text[2:].split("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
-
-    def parse(self, argv: Sequence[str] | None, names: Sequence[str]) -> tuple[Any, ...]:
-        *parts, unknown = self.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
-        flags = [text.split("=")[0] for text in unknown if text.startswith("--")]
-        known = {text[2:] for text in self._option_string_actions if text.startswith("--") and "-" not in text[2:]}
-        check_names([flag[2:].replace("-", "_") for flag in flags], sorted(known.union(names)), "flag", "--")
-        if unknown:
-            raise UserError(f"what is {' '.join(unknown)!r} for? Values follow a flag: --name value.")
-        return tuple(parts)

@@ -21,9 +21,8 @@ import torch
 from PIL import Image
 
 from ..data.decoding import BrokenImage, EncodedImage, decode_image
-from ..data.files import one_line
 from ..data.loader import DecodedBatches
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
 from .arguments import TrainingSettings
 from .augmentation import Draws, Example, TrainTransform
 

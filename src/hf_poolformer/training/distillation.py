@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..data.classes import class_key
-from ..foundation.errors import UserError
+from ..data.transforms import input_size
+from ..foundation.errors import UserError, one_line
+from ..foundation.loading import load_checkpoint
 from .arguments import TrainingSettings
-from .augmentation import input_size
-from .initialisation import first_line, load_checkpoint, shown
+from .initialisation import shown
 
 
 def distillation_loss(
@@ -135,7 +136,7 @@ def colours(processor: Any, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarr
     try:
         made = [result(rgb) for rgb in ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255), (51, 102, 204))]
     except Exception as error:  # whatever a foreign processor may raise
-        raise UserError(f"the teacher's image processor cannot prepare an RGB image: {first_line(error)}") from error
+        raise UserError(f"the teacher's image processor cannot prepare an RGB image: {one_line(error)}") from error
     shape = made[0].shape
     middle = [image[:, shape[-2] // 2, shape[-1] // 2].numpy() if image.ndim == 3 else image for image in made]
     if len(shape) != 3 or shape[0] != 3:

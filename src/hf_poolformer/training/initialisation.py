@@ -2,78 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
-import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import constants
-from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from ..configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
 from ..data.classes import class_key
-from ..export.folder import is_exported, no_model
-from ..foundation.errors import UserError
-from ..foundation.finite import check_weights
+from ..foundation.errors import UserError, one_line
+from ..foundation.loading import belongs_to_head, load_checkpoint, looks_like_checkpoint, why_not_loaded
+from ..foundation.settings import check_names
 from ..image_processing_poolformer import PoolFormerImageProcessor
-from .arguments import TrainingSettings, check_overrides
+from .arguments import TrainingSettings
 
 
 logger = logging.getLogger(__name__)
-
-
-def load_checkpoint(
-    name: str,
-    *,
-    revision: str = "main",
-    token: str | None = None,
-    cache_dir: str | None = None,
-    trust_remote_code: bool = False,
-    **config: Any,
-) -> tuple[PreTrainedModel, Any, list[str]]:
-    """Loads a classifier and its image processor.
-
-    Args:
-        name: Hub id or folder.
-        config: fields of the configuration to change; weights that then do not fit are initialised.
-
-    Returns:
-        model, processor, and the names of the weights that did not come from the checkpoint.
-
-    Raises:
-        UserError: there is no such checkpoint, it is not an image classifier, or its weights are not finite.
-    """
-    where = {"revision": revision, "token": token, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            name, **where, **config, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-        processor = AutoImageProcessor.from_pretrained(name, **where)
-    except Exception as error:
-        # Whatever a foreign folder provokes: missing files, wrong types, a truncated safetensors file, no network.
-        raise UserError(why_not_loaded(name, error)) from error
-    check_weights(model, name)
-    check_colours(name, model.config, processor)
-    mismatched = [item[0] for item in info["mismatched_keys"]]
-    return model, processor, sorted({*info["missing_keys"], *mismatched})
-
-
-def check_colours(name: str, config: Any, processor: Any) -> None:
-    """
-    Raises:
-        UserError: the model takes other channels than the image processor makes of the RGB images that we read.
-    """
-    channels = getattr(config, "num_channels", 3)
-    if channels == 3:
-        return
-    try:
-        made = processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[1]
-    except ValueError:  # such as a mean for each of four channels
-        made = 3
-    if made != channels:
-        raise UserError(f"{name} takes images of {channels} channels, and images are read here in colour, as 3 (RGB).")
 
 
 def initial_model(settings: TrainingSettings, label_names: Sequence[str]) -> tuple[PreTrainedModel, Any]:
@@ -137,7 +83,7 @@ def from_scratch(settings: TrainingSettings, labels: dict[str, Any]) -> tuple[Pr
     except UserError:
         raise
     except Exception as error:  # configurations validate themselves, with many kinds of exception
-        raise UserError(f"cannot build {settings.config_name} with these overrides: {first_line(error)}") from error
+        raise UserError(f"cannot build {settings.config_name} with these overrides: {one_line(error)}") from error
 
 
 def from_checkpoint(settings: TrainingSettings, names: list[str], labels: dict[str, Any]) -> tuple[Any, Any]:
@@ -198,11 +144,6 @@ def label_order(settings: TrainingSettings, dataset_names: Sequence[str]) -> lis
     return names
 
 
-def belongs_to_head(name: str, model: PreTrainedModel) -> bool:
-    """Whether a weight depends on the labels: the classifier, not the final norm before it."""
-    return name.startswith(("classifier.", "head.", "fc.")) and not name.startswith(f"{model.base_model_prefix}.")
-
-
 def renew_head(model: PreTrainedModel) -> None:
     fresh = dict(type(model)(model.config).named_parameters())
     for name, parameter in model.named_parameters():
@@ -227,32 +168,34 @@ def set_image_size(processor: Any, side: int) -> None:
         processor.crop_size = square
 
 
-def looks_like_checkpoint(name: str) -> bool:
-    return "/" in name or Path(name).exists()
-
-
-def why_not_loaded(name: str, error: BaseException, what: str = "an image classifier") -> str:
-    """One line on why transformers could not load `what` from a folder or Hub id."""
-    folder, text = Path(name), first_line(error)
-    if is_exported(name):
-        return no_model(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        return f"{name} is not a model: it has no config.json."
-    other = re.match(r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)Config'>", text)
-    if other:
-        return f"{name} is a {other[1]}, which cannot be {what}."
-    if "couldn't connect to" in text and not folder.is_dir():
-        network = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
-        return f"there is no folder {name}, no earlier download of it is here, and {network}."
-    if text.startswith("Repo id must") and not folder.exists():
-        return f"there is no folder {name}, and a Hub id looks like user/name."
-    return f"cannot load {what} from {name}: {text}"
-
-
-def first_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 300 else text[:297] + "..."
-
-
 def shown(names: Sequence[str]) -> str:
     return ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def check_overrides(overrides: Mapping[str, Any], config: Any, name: str) -> None:
+    """
+    Args:
+        config: a configuration of the class that is changed, or the class itself where it is a dataclass.
+        name: of the model, for the message.
+
+    Raises:
+        UserError: such a configuration has no field of that name, or what it says comes from the data.
+    """
+    from ..configuration_poolformer import Fixed  # brings torch, which --help does not wait for
+
+    kind = config if isinstance(config, type) else type(config)
+    known = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    known |= set() if isinstance(config, type) else set(vars(config))
+    constants = {field: value for field, value in vars(kind).items() if isinstance(value, Fixed)}
+    known |= {*constants, *getattr(kind, "attribute_map", {}), "out_features", "out_indices", "torch_dtype"}
+    for field in ("id2label", "label2id", "num_labels", "problem_type"):
+        if field in overrides:
+            raise UserError(f"--config_overrides cannot set {field}: the classes are those of the data.")
+    check_names(overrides, sorted(field for field in known if field[0] != "_"), "key in --config_overrides")
+    for field, value in overrides.items():
+        fixed = constants.get(field)
+        if fixed is not None and value not in (fixed.value, json.loads(json.dumps(getattr(kind, field)))):
+            raise UserError(
+                f"--config_overrides cannot set {field}: it is a constant of {kind.model_type}, the architecture of "
+                f"{name}. With --config_name metaformer_id_s12 every part can be chosen."
+            )

@@ -21,32 +21,26 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ..data.description import describe_data, judge
-from ..evaluation.classification import check_labels, evaluate, named_results, skip_limit
+from ..data.loader import skip_limit
+from ..data.transforms import input_size
+from ..evaluation.classification import check_labels, evaluate, named_results
+from ..evaluation.pictures import write_confusion_matrix
 from ..foundation.errors import Diverged, UserError
+from ..foundation.files import best_effort, write_json
 from ..foundation.processes import Agreement, Stopped, StopSignal, alone_in_its_folder, telling_of_lost_processes
 from ..hub.cards import write_training_card
 from ..hub.publishing import publish
 from . import checkpoints
 from .adaptation import LinearProbe, adapt, describe_parameters, merged, method
 from .arguments import TrainingSettings
-from .augmentation import BatchMixer, input_size
+from .augmentation import BatchMixer
 from .checkpoints import Progress, Saver, TrainingState, whole
 from .distillation import Teacher, distillation_loss, load_teacher
 from .emissions import EmissionsMeter, device_name
 from .initialisation import initial_model, label_order
 from .optimisation import WeightAverage, make_optimizer, make_schedule, scaled_learning_rate
 from .preparation import begin, due, make_accelerator, make_loaders, open_data, plan, prepare_output
-from .reports import (
-    RunLog,
-    best_effort,
-    describe,
-    note_skipped,
-    resume_command,
-    summary,
-    write_confusion_matrix,
-    write_curves,
-    write_json,
-)
+from .reports import RunLog, describe, note_skipped, resume_command, summary, write_curves
 
 
 @dataclass

@@ -11,13 +11,15 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
 from ..data import datasets as data
-from ..evaluation.classification import check_classification, data_workers, skip_limit
+from ..data.loader import data_workers, skip_limit
+from ..data.transforms import EvalTransform
+from ..evaluation.classification import check_classification
 from ..foundation.errors import UserError
+from ..foundation.files import best_effort, make_folder
 from . import checkpoints
 from .arguments import TrainingSettings
-from .augmentation import EvalTransform
 from .device_pipeline import make_pipeline
-from .reports import RunLog, best_effort
+from .reports import RunLog
 
 
 def make_accelerator(settings: TrainingSettings, fsdp: bool = False) -> Accelerator:
@@ -105,7 +107,7 @@ def prepare_output(settings: TrainingSettings, accelerator: Accelerator) -> tupl
     # Everybody has looked before anybody writes.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        checkpoints.make_folder(output_dir)
+        make_folder(output_dir)
         if not same_run or found is None:
             checkpoints.set_aside(root)
         elif settings.resume_from_checkpoint != "latest":

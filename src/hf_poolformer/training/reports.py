@@ -7,19 +7,14 @@ import csv
 import io
 import json
 import logging
-import os
 import shlex
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..data.files import one_line
-from ..foundation.errors import UserError
-from ..foundation.folders import put_in_place
+from ..foundation.figures import new_figure, save_figure
+from ..foundation.files import replace_text
 from ..foundation.names import printable
 from ..foundation.strict_json import to_json
 
@@ -116,34 +111,6 @@ def resume_command(output_dir: Path, num_processes: int, cpu: bool) -> str:
     return shlex.join(command)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    replace_text(path, to_json(values, indent=2) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file as a whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        put_in_place(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}.") from error
-
-
-@contextlib.contextmanager
-def best_effort(what: str) -> Iterator[None]:
-    """A fault in what only adorns a run is told, and ends nothing.
-
-    Args:
-        what: is being written; for the message.
-    """
-    try:
-        yield
-    except Exception as error:  # whatever fonts, names and libraries come up with
-        logger.warning("%s failed, and the run goes on without: %s", what, printable(one_line(error)))
-
-
 def write_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """PNG of loss (left) and accuracy (right) over optimiser steps."""
     training = [row for row in rows if "loss" in row]
@@ -165,70 +132,3 @@ def write_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     save_figure(figure, path)
-
-
-def write_confusion_matrix(path: Path, matrix: np.ndarray, label_names: Sequence[str]) -> None:
-    """PNG of the share of each true class (row) that went to each prediction (column).
-
-    Up to 20 classes the cells hold their counts; up to 60 the classes are named; beyond that the picture shows
-    structure only, on a logarithmic scale so that single mistakes among 1000 classes stay visible.
-
-    Args:
-        matrix: counts (classes, classes).
-    """
-    from matplotlib.colors import LogNorm
-
-    count = len(label_names)
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = 5 + min(count, 60) * 0.15 if count > 20 else 3.5 + count * 0.35
-    figure, axes = new_figure((side + 1, side))
-    if count <= 60:
-        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        names = [printable(name, 18) for name in label_names]
-        axes.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=8)
-        axes.set_yticks(range(count), names, fontsize=8)
-        for text in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-            text.set_parse_math(False)  # a dollar in a name is a dollar
-    else:
-        floor = 1e-3
-        image = axes.imshow(np.maximum(shares, floor), cmap="Blues", norm=LogNorm(floor, 1), interpolation="nearest")
-    if count <= 20:
-        for row, column in zip(*np.nonzero(matrix), strict=True):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=8, color=colour)
-    axes.set(xlabel="predicted", ylabel="true", title=f"Confusion matrix, {int(matrix.sum())} images")
-    figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046, pad=0.04)
-    save_figure(figure, path)
-
-
-def new_figure(size: tuple[float, float], columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
-    # A figure of its own rather than pyplot's: no display, no global state, nothing to close.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns)
-
-
-def add_legend(figure: Any, entries: Sequence[tuple[Any, str]], columns: int) -> None:
-    """Colours and the names of their classes below a figure, of at most 20."""
-    from matplotlib.patches import Patch
-
-    if not entries:
-        return
-    # Named afterwards: matplotlib leaves out names that begin with an underscore.
-    handles = [Patch(color=colour, label=str(index)) for index, (colour, _) in enumerate(entries[:20])]
-    legend = figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), columns), fontsize=9)
-    for text, (_, name) in zip(legend.get_texts(), entries, strict=False):
-        text.set_parse_math(False)  # a dollar in a name is a dollar
-        text.set_text(printable(name, 40))
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the suffix says in which format
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # no font has every letter
-        figure.savefig(temporary, dpi=150)
-    os.replace(temporary, path)

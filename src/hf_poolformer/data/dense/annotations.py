@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...foundation.errors import one_line
 from ...image_processing_dense import IGNORE_INDEX, decode_segmentation
 from ..classes import Classes, UnknownClass, is_number
 from ..decoding import MAX_PIXELS, BrokenImage, read_bytes
-from ..files import one_line
 
 
 BOX_FIELDS = ("bbox", "box", "bboxes", "boxes")

@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from datasets import Image
 from PIL import Image as PILImage
 
-from ...evaluation.classification import data_workers, skip_limit
 from ...foundation.errors import UserError
 from ...training.dense.arguments import DenseSettings
 from ...training.dense.augmentation import EvalTransform, TrainTransform
@@ -27,7 +26,7 @@ from .. import datasets as data
 from ..classes import Classes, class_key
 from ..columns import ImageDataset, columns_of
 from ..decoding import BrokenImage, EncodedImage, describe_source
-from ..loader import DecodedBatches, ImageLoader, make_loader
+from ..loader import DecodedBatches, ImageLoader, data_workers, make_loader, skip_limit
 from ..sources import content_key
 from .annotations import (
     BOX_FIELDS,

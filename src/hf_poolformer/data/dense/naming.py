@@ -10,10 +10,9 @@ from typing import Any
 from datasets import ClassLabel
 from huggingface_hub import hf_hub_download
 
-from ...foundation.errors import UserError
+from ...foundation.errors import UserError, one_line
 from ...training.dense.arguments import DenseSettings
 from ..classes import Classes, class_key, in_order, is_number
-from ..files import one_line
 
 
 # What annotation maps call pixels that belong to no class, where their id2label has a name for 255.

@@ -20,14 +20,13 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ...evaluation.classification import skip_limit
-from ...foundation.errors import UserError
+from ...foundation.errors import UserError, one_line
 from ...image_processing_dense import IGNORE_INDEX
 from ...training.dense.arguments import DenseSettings
 from ..classes import Classes, UnknownClass, class_key, is_number
 from ..columns import columns_needed
 from ..decoding import BrokenImage, EncodedImage
-from ..files import one_line
+from ..loader import skip_limit
 from .annotations import (
     EMPTY_MASK,
     NO_CLASS,

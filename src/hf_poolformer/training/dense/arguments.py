@@ -10,21 +10,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...foundation.errors import UserError
+from ...foundation.settings import QuietParser, SettingsParser, as_flags, check_names, check_values, read_yaml, setting
 from ..arguments import (
     LIMITS,
     HubSettings,
     ModelSettings,
     OptimisationSettings,
-    QuietParser,
     RunSettings,
-    SettingsParser,
     TrainingSettings,
-    as_flags,
     check_keep_best,
-    check_names,
-    check_values,
-    read_yaml,
-    setting,
 )
 
 

@@ -16,11 +16,11 @@ from transformers import (
 
 from ...configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
 from ...data.classes import CONFIG_FIELD, Classes
-from ...foundation.errors import UserError
+from ...foundation.errors import UserError, one_line
 from ...foundation.finite import check_weights
+from ...foundation.loading import looks_like_checkpoint, why_not_loaded
 from ...image_processing_poolformer import PoolFormerImageProcessor
-from ..arguments import check_overrides
-from ..initialisation import first_line, looks_like_checkpoint, shown, why_not_loaded
+from ..initialisation import check_overrides, shown
 from .arguments import DenseSettings
 
 
@@ -86,7 +86,7 @@ def from_scratch(settings: DenseSettings, changes: dict[str, Any]) -> PreTrained
     except UserError:
         raise
     except Exception as error:  # configurations validate themselves, with many kinds of exception
-        raise UserError(f"cannot build {name} with these overrides: {first_line(error)}") from error
+        raise UserError(f"cannot build {name} with these overrides: {one_line(error)}") from error
 
 
 def from_checkpoint(settings: DenseSettings, names: list[str], changes: dict[str, Any]) -> PreTrainedModel:
@@ -128,7 +128,7 @@ def checkpoint_colours(settings: DenseSettings) -> dict[str, Any]:
             settings.model_name_or_path, **where(settings), revision=settings.model_revision
         )
     except Exception as error:
-        raise UserError(f"{settings.model_name_or_path} has no image processor: {first_line(error)}") from error
+        raise UserError(f"{settings.model_name_or_path} has no image processor: {one_line(error)}") from error
     return {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
 
 

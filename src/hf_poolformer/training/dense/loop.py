@@ -22,6 +22,7 @@ from ...data.description import describe_data
 from ...evaluation.dense import DIVISOR, Example, evaluate, named_results
 from ...evaluation.dense_metrics import pycocotools
 from ...evaluation.dense_pictures import METRICS, write_curves, write_predictions
+from ...foundation.files import best_effort, write_json
 from ...foundation.processes import Agreement, alone_in_its_folder
 from ..checkpoints import Progress, TrainingState
 from ..emissions import EmissionsMeter
@@ -41,7 +42,6 @@ from ..loop import (
 )
 from ..optimisation import WeightAverage, make_optimizer, scaled_learning_rate
 from ..preparation import begin, make_accelerator, plan, prepare_output
-from ..reports import best_effort, write_json
 from .arguments import DenseSettings
 from .augmentation import collate, collate_maps
 from .initialisation import initial_dense_model

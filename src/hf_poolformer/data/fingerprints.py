@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..data.files import list_files
+from .files import list_files
 
 
 def state_of_files(files: Iterable[str | os.PathLike]) -> str:

@@ -1,0 +1,94 @@
+"""Classifiers and image processors out of a folder or a repository, and one line on why that failed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+from .errors import UserError, one_line
+from .exported import is_exported, no_model
+from .finite import check_weights
+
+
+def load_checkpoint(
+    name: str,
+    *,
+    revision: str = "main",
+    token: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+    **config: Any,
+) -> tuple[PreTrainedModel, Any, list[str]]:
+    """Loads a classifier and its image processor.
+
+    Args:
+        name: Hub id or folder.
+        config: fields of the configuration to change; weights that then do not fit are initialised.
+
+    Returns:
+        model, processor, and the names of the weights that did not come from the checkpoint.
+
+    Raises:
+        UserError: there is no such checkpoint, it is not an image classifier, or its weights are not finite.
+    """
+    where = {"revision": revision, "token": token, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(
+            name, **where, **config, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        processor = AutoImageProcessor.from_pretrained(name, **where)
+    except Exception as error:
+        # Whatever a foreign folder provokes: missing files, wrong types, a truncated safetensors file, no network.
+        raise UserError(why_not_loaded(name, error)) from error
+    check_weights(model, name)
+    check_colours(name, model.config, processor)
+    mismatched = [item[0] for item in info["mismatched_keys"]]
+    return model, processor, sorted({*info["missing_keys"], *mismatched})
+
+
+def check_colours(name: str, config: Any, processor: Any) -> None:
+    """
+    Raises:
+        UserError: the model takes other channels than the image processor makes of the RGB images that we read.
+    """
+    channels = getattr(config, "num_channels", 3)
+    if channels == 3:
+        return
+    try:
+        made = processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[1]
+    except ValueError:  # such as a mean for each of four channels
+        made = 3
+    if made != channels:
+        raise UserError(f"{name} takes images of {channels} channels, and images are read here in colour, as 3 (RGB).")
+
+
+def belongs_to_head(name: str, model: PreTrainedModel) -> bool:
+    """Whether a weight depends on the labels: the classifier, not the final norm before it."""
+    return name.startswith(("classifier.", "head.", "fc.")) and not name.startswith(f"{model.base_model_prefix}.")
+
+
+def looks_like_checkpoint(name: str) -> bool:
+    return "/" in name or Path(name).exists()
+
+
+def why_not_loaded(name: str, error: BaseException, what: str = "an image classifier") -> str:
+    """One line on why transformers could not load `what` from a folder or Hub id."""
+    folder, text = Path(name), one_line(error)
+    if is_exported(name):
+        return no_model(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return f"{name} is not a model: it has no config.json."
+    other = re.match(r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)Config'>", text)
+    if other:
+        return f"{name} is a {other[1]}, which cannot be {what}."
+    if "couldn't connect to" in text and not folder.is_dir():
+        network = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
+        return f"there is no folder {name}, no earlier download of it is here, and {network}."
+    if text.startswith("Repo id must") and not folder.exists():
+        return f"there is no folder {name}, and a Hub id looks like user/name."
+    return f"cannot load {what} from {name}: {text}"
