@@ -183,7 +183,7 @@ def test_what_cannot_be_done_is_said_first(model, folder, tmp_path):
     for inputs, output, message in [
         ([folder], tmp_path / "t.xlsx", r"must end in .parquet, .csv, .jsonl"),
         ([folder], folder, r"holds other files, .* for one"),
-        ([folder], folder / "0.png" / "t", r"cannot be made"),
+        ([folder], folder / "0.png" / "t", r"cannot create the folder"),
         ([], table, r"nothing to predict"),
         ([tmp_path / "absent"], table, r"absent: no such file"),
         ([tmp_path / "*.bmp"], table, r"no such file"),

@@ -233,13 +233,7 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
 
         model, processor, fresh = *load_classifier(settings.model, settings.trust_remote_code), []
     else:
-        model, processor, fresh = load_checkpoint(
-            settings.model,
-            revision=settings.model_revision,
-            token=settings.hub_token,
-            cache_dir=settings.cache_dir,
-            trust_remote_code=settings.trust_remote_code,
-        )
+        model, processor, fresh = load_checkpoint(settings.model, settings.origin())
     if fresh:
         raise UserError(f"{settings.model} is not a trained classifier of its own shape: it lacks {fresh[0]}.")
     if not model.config.num_labels:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..foundation.errors import UserError
+from ..foundation.origin import Origin
 from ..foundation.settings import SettingsParser, setting
 
 
@@ -44,6 +45,10 @@ class EvaluationSettings:
         None, "Folder for all_results.json and the pictures. Unset: they are only shown.", ["--output"]
     )
     json: bool = setting(False, "Print the results as JSON, for programs.")
+
+    def origin(self) -> Origin:
+        """Of the checkpoint."""
+        return Origin(self.model_revision, self.hub_token, self.cache_dir, self.trust_remote_code)
 
     def __post_init__(self) -> None:
         if self.train_val_split is not None and not 0 <= self.train_val_split < 1:

@@ -13,17 +13,13 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 from .errors import UserError, one_line
 from .exported import is_exported, no_model
 from .finite import check_weights
+from .origin import Origin
 
 
-def load_checkpoint(
-    name: str,
-    *,
-    revision: str = "main",
-    token: str | None = None,
-    cache_dir: str | None = None,
-    trust_remote_code: bool = False,
-    **config: Any,
-) -> tuple[PreTrainedModel, Any, list[str]]:
+HERE = Origin()
+
+
+def load_checkpoint(name: str, origin: Origin = HERE, **config: Any) -> tuple[PreTrainedModel, Any, list[str]]:
     """Loads a classifier and its image processor.
 
     Args:
@@ -36,7 +32,7 @@ def load_checkpoint(
     Raises:
         UserError: there is no such checkpoint, it is not an image classifier, or its weights are not finite.
     """
-    where = {"revision": revision, "token": token, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+    where = origin.arguments()
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
             name, **where, **config, ignore_mismatched_sizes=True, output_loading_info=True

@@ -18,6 +18,7 @@ from ..foundation.errors import UserError, one_line
 from ..foundation.exported import is_exported
 from ..foundation.finite import finite_answers, refuse_not_finite
 from ..foundation.loading import belongs_to_head, load_checkpoint
+from ..foundation.origin import Origin
 from ..foundation.workers import prepare_worker
 
 
@@ -81,7 +82,6 @@ class Predictor:
         Raises:
             UserError: no such model, no trained head, no such device.
         """
-        where = {"revision": revision, "token": token, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
         if is_exported(name):
             from ..export.runtime import load_classifier
 
@@ -89,7 +89,9 @@ class Predictor:
             if dtype != "float32" or (embeddings and self.model.config.num_labels):
                 raise UserError(f"{name} is an export, which gives no features and has the precision it was given")
         else:
-            self.model, self.processor, fresh = load_checkpoint(name, **where)
+            self.model, self.processor, fresh = load_checkpoint(
+                name, Origin(revision, token, cache_dir, trust_remote_code)
+            )
         head_only = all(belongs_to_head(weight, self.model) or weight.startswith("norm.") for weight in fresh)
         headless = bool(embeddings and fresh and head_only)
         if fresh and not headless:

@@ -17,6 +17,7 @@ from ..data.classes import class_key
 from ..data.transforms import input_size
 from ..foundation.errors import UserError, one_line
 from ..foundation.loading import load_checkpoint
+from ..foundation.origin import Origin
 from .arguments import TrainingSettings
 from .initialisation import shown
 
@@ -183,9 +184,8 @@ def load_teacher(
         UserError: there is no such classifier, or it does not know these labels.
     """
     name = settings.teacher
-    model, processor, fresh = load_checkpoint(
-        name, token=settings.hub_token, cache_dir=settings.cache_dir, trust_remote_code=settings.trust_remote_code
-    )
+    origin = Origin("main", settings.hub_token, settings.cache_dir, settings.trust_remote_code)
+    model, processor, fresh = load_checkpoint(name, origin)
     if fresh:
         raise UserError(f"the teacher {name} is not a trained classifier of its own shape: it lacks {fresh[0]}.")
     if not model.config.num_labels:

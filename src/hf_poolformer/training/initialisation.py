@@ -14,6 +14,7 @@ from ..configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerCon
 from ..data.classes import class_key
 from ..foundation.errors import UserError, one_line
 from ..foundation.loading import belongs_to_head, load_checkpoint, looks_like_checkpoint, why_not_loaded
+from ..foundation.origin import Origin
 from ..foundation.settings import check_names
 from ..image_processing_poolformer import PoolFormerImageProcessor
 from .arguments import TrainingSettings
@@ -102,7 +103,7 @@ def from_checkpoint(settings: TrainingSettings, names: list[str], labels: dict[s
     if settings.drop_path_rate is not None:
         overrides["drop_path_rate"] = settings.drop_path_rate
     learnt = [before.id2label[index] for index in range(len(before.id2label))]
-    model, processor, fresh = load_checkpoint(settings.model_name_or_path, **source, **overrides, **labels)
+    model, processor, fresh = load_checkpoint(settings.model_name_or_path, Origin(**source), **overrides, **labels)
     head = {name for name, _ in model.named_parameters() if belongs_to_head(name, model)}
     body = [name for name in fresh if name not in head]
     if body and not settings.ignore_mismatched_sizes:
