@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 from datasets import ClassLabel, Image, IterableDataset, Value
@@ -83,7 +83,7 @@ def find_image_column(features: datasets.Features, wanted: str | None, name: str
             if (isinstance(feature, dict) and "bytes" in feature)
             or (isinstance(feature, Value) and feature.dtype in ("binary", "large_binary"))
         ]
-    return _choose(by_type, _IMAGE_NAMES[:1], "image", features, name) or missing("image", features, name)
+    return _choose(by_type, _IMAGE_NAMES[:1], "image", features, name) or refuse_columns("image", features, name)
 
 
 def find_label_column(features: datasets.Features, wanted: str | None, name: str) -> str | None:
@@ -124,15 +124,19 @@ def _choose(
         return candidates[0] if candidates else None
     for column in preferred:
         if column in candidates:
-            logger.info("%s has several %s columns, %s: using %r", name, kind, some(candidates), column)
+            logger.info("%s has several %s columns, %s: using %r", name, kind, few(candidates), column)
             return column
     raise UserError(
-        f"{name} has several {kind} columns, {some(candidates)}: choose one with --{kind}_column_name "
+        f"{name} has several {kind} columns, {few(candidates)}: choose one with --{kind}_column_name "
         f"(columns: {columns_of(features)})"
     )
 
 
-def missing(kind: str, features: datasets.Features, name: str) -> Any:
+def refuse_columns(kind: str, features: datasets.Features, name: str) -> NoReturn:
+    """
+    Raises:
+        UserError: no column can be told to be the `kind` that is needed.
+    """
     raise UserError(
         f"{name} has no {kind} column that could be told by its type; its columns are {columns_of(features)}: "
         f"name one with --{kind}_column_name"
@@ -166,9 +170,10 @@ def kind_of(feature: Any) -> str:
 
 
 def columns_of(features: Mapping[str, Any]) -> str:
-    return some([f"{column} ({kind_of(feature)})" for column, feature in features.items()], limit=20)
+    return few([f"{column} ({kind_of(feature)})" for column, feature in features.items()], limit=20)
 
 
-def some(items: list[str], limit: int = 5) -> str:
+def few(items: list[str], limit: int = 5) -> str:
+    """The first few of a list, and how many there are in all."""
     shown = ", ".join(map(str, items[:limit])) or "none"
     return shown if len(items) <= limit else f"{shown}, ... ({len(items)} in all)"

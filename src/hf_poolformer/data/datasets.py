@@ -4,7 +4,6 @@
 batches. Nothing is decoded before a worker does it, so that one broken image costs one image.
 """
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -16,11 +15,19 @@ from datasets import ClassLabel, Image, Value
 
 from ..foundation.errors import UserError, one_line
 from .classes import Classes, class_key, is_number, marks_nothing
-from .columns import ImageDataset, feature_of, field_of, find_image_column, find_label_column, kind_of, missing, some
-from .decoding import describe_source, read_bytes
+from .columns import (
+    ImageDataset,
+    few,
+    feature_of,
+    field_of,
+    find_image_column,
+    find_label_column,
+    kind_of,
+    refuse_columns,
+)
 from .layouts import open_source
 from .loader import DecodedBatches, ImageLoader, make_loader
-from .sources import FolderSource, HubSource, Source, content_key, is_held_out
+from .sources import Source
 
 
 __all__ = [
@@ -39,8 +46,6 @@ logger = logging.getLogger(__name__)
 HELD_OUT = "(held-out part)"
 # In so many rows a column whose values hardly ever occur twice is none of classes; with fewer they may.
 _MANY, _SOME = 100, 10
-# Counting after a split by content means reading everything once; worth it up to this size.
-_CHEAP_TO_READ = 1 << 30
 
 
 def open_datasets(
@@ -192,8 +197,8 @@ def align_labels(
         foreign = [name for name in foreign if dataset.counts[classes.names.index(name)]]
     if foreign or (absent and not subset):
         raise UserError(
-            f"{dataset.name} has other labels than {whose}: {some(dataset.label_names)} against {some(names)}; only "
-            f"in the dataset: {some(sorted(foreign))}, only in {whose}: {some(sorted(absent))}"
+            f"{dataset.name} has other labels than {whose}: {few(dataset.label_names)} against {few(names)}; only "
+            f"in the dataset: {few(sorted(foreign))}, only in {whose}: {few(sorted(absent))}"
         )
     return _renumbered(dataset, names)
 
@@ -216,14 +221,14 @@ def _named_split(source: Source, wanted: str, flag: str) -> str:
     found = source.split_named(wanted)
     if found is None:
         raise UserError(
-            f"{source.name} has no split {wanted!r}, only {some(source.splits)}: choose one of these with {flag}"
+            f"{source.name} has no split {wanted!r}, only {few(source.splits)}: choose one of these with {flag}"
         )
     return found
 
 
 def _only_split(source: Source, flag: str) -> str:
     if len(source.splits) != 1:
-        raise UserError(f"{source.name} has several splits, {some(source.splits)}: choose one with {flag}")
+        raise UserError(f"{source.name} has several splits, {few(source.splits)}: choose one with {flag}")
     return source.splits[0]
 
 
@@ -292,7 +297,7 @@ def _open_split(
         origin=source.split_origin(split),
         left_out=source.left_out,
         class_names=source.class_names,
-        local=not isinstance(source, HubSource),
+        local=source.local,
     )
     _first_row(dataset)
     return dataset
@@ -325,7 +330,7 @@ def _with_labels(dataset: ImageDataset, source: Source, split: str, given: Class
     _refuse_unlabelled(dataset, classes, counted)
     if len(classes.names) < 2 and given is None:
         raise UserError(
-            f"{dataset.name} has a single class, {some(classes.names)}: there is nothing to tell apart. If the "
+            f"{dataset.name} has a single class, {few(classes.names)}: there is nothing to tell apart. If the "
             "classes are the folders below it, give that folder instead"
         )
     return _counting(dataset, classes, counted)
@@ -353,7 +358,7 @@ def _label_feature(dataset: ImageDataset, source: Source) -> Any:
     if column is None:
         if source.unlabelled:
             raise UserError(source.unlabelled)
-        missing("label", dataset.stream.features, dataset.name)
+        refuse_columns("label", dataset.stream.features, dataset.name)
     feature = feature_of(dataset.stream.features, column)
     if not isinstance(feature, Value | ClassLabel):
         raise UserError(
@@ -423,14 +428,14 @@ def _refuse_unlabelled(dataset: ImageDataset, classes: Classes, counted: Counter
         raise UserError(f"{dataset.name}: {_unlabelled(markers)}")
     strange = {key: count for key, count in unknown.items() if key not in markers}
     if strange:
-        shown = some([f"{key!r} ({count} rows)" for key, count in sorted(strange.items())])
+        shown = few([f"{key!r} ({count} rows)" for key, count in sorted(strange.items())])
         raise UserError(f"{dataset.name} has labels that are none of the classes {classes.shown()}: {shown}")
 
 
 def _unlabelled(markers: Collection[str]) -> str:
     if not markers:
         return "no row has a label: choose another split, or the column with --label_column_name"
-    return f"label {some(sorted(markers))}, which stands for `no label` in test splits: choose another split"
+    return f"label {few(sorted(markers))}, which stands for `no label` in test splits: choose another split"
 
 
 def _counting(dataset: ImageDataset, classes: Classes, counted: Counter[str | None] | None) -> ImageDataset:
@@ -452,59 +457,15 @@ def _divide(dataset: ImageDataset, source: Source, split: str, fraction: float) 
     """Training and held-out part of a split, by content hash."""
     logger.info("%s has no validation split: holding out %.0f %% of it", dataset.name, 100 * fraction)
     names = (f"{dataset.name} (training part)", f"{dataset.name} {HELD_OUT}")
-    if isinstance(source, FolderSource):
-        streams, counts = zip(
-            *((part.stream, part.num_examples) for part in source.divide(split, fraction)), strict=True
-        )
-    else:
-        stream = dataset.stream
-        image = _first_row(dataset)[dataset.image_column]
-        if image is not None and image["bytes"] is None:
-            stream = stream.map(_Fetch(dataset.image_column, dataset.token), features=stream.features)
-        choose = [_InPart(fraction, held_out) for held_out in (False, True)]
-        streams = [stream.filter(part, input_columns=[dataset.image_column]) for part in choose]
-        counts = (None, None)
-        if source.local_bytes is not None and source.local_bytes <= _CHEAP_TO_READ:
-            images = stream.select_columns([dataset.image_column])
-            verdicts = [choose[1](row[dataset.image_column]) for row in images]
-            counts = (len(verdicts) - sum(verdicts), sum(verdicts))
+    parts = source.divide(split, dataset, fraction)
+    counts = [part.num_examples for part in parts]
     if 0 in counts:
         raise UserError(
             f"{dataset.name} has {sum(counts)} images, too few to hold out {fraction:.0%} of them: give validation "
             "data (--validation_dir, --validation_split), another --train_val_split, or 0 for no validation"
         )
     train, held_out = (
-        dataclasses.replace(dataset, stream=stream, num_examples=count, name=name)
-        for stream, count, name in zip(streams, counts, names, strict=True)
+        dataclasses.replace(dataset, stream=part.stream, num_examples=part.num_examples, name=name)
+        for part, name in zip(parts, names, strict=True)
     )
     return train, dataclasses.replace(held_out, unlabelled=0)  # those of the whole are said once
-
-
-class _InPart:
-    """Filter: the rows that belong to the held-out part, or to the rest."""
-
-    def __init__(self, fraction: float, held_out: bool):
-        self._fraction = fraction
-        self._held_out = held_out
-
-    def __call__(self, image: Mapping[str, Any] | None) -> bool:
-        data = (image or {}).get("bytes")
-        if data is None:
-            data = (describe_source(image) or "").encode(errors="surrogateescape")
-        return is_held_out(content_key(data), self._fraction) is self._held_out
-
-
-class _Fetch:
-    """Map: puts the bytes of a file into the row that names it, so that hashing and decoding read it once."""
-
-    def __init__(self, image_column: str, token: str | bool | None):
-        self._image_column = image_column
-        self._token = token
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        image = row[self._image_column]
-        if image is None or image["bytes"] is not None or image["path"] is None:
-            return row
-        with contextlib.suppress(Exception):  # left as it is, the decoder will meet the same error and report it
-            row[self._image_column] = {**image, "bytes": read_bytes(image["path"], self._token)}
-        return row

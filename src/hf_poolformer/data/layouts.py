@@ -4,12 +4,14 @@ Looked for in this order: what `save_to_disk` wrote, Parquet with images, WebDat
 images beside annotation maps, a table that names the images, and at last folders, of splits and of classes.
 """
 
+import functools
 import glob
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from datasets import Features
 
 from ..foundation.errors import UserError, one_line
 from ..foundation.strict_json import to_json
-from .columns import find_label_column, some
+from .columns import few, find_label_column
 from .files import (
     IMAGE_SUFFIXES,
     PARQUET_SUFFIXES,
@@ -83,45 +85,71 @@ def open_source(
     if "://" in text:
         raise UserError(_no_address(text))
     path = Path(text).expanduser()
+    options = {"extra_splits": extra_splits, "whole": whole, "cache_dir": cache_dir}
     if path.is_dir():
-        if is_saved_dataset(path):
-            return SavedSource(path)
-        return _open(_Place(text, path, list(list_files(path)), extra_splits, whole, cache_dir))
-    matches = [path] if path.exists() else match_pattern(str(path))
-    if matches:
+        location = Location(text, path, list(list_files(path)), named=False, **options)
+    elif matches := [path] if path.exists() else match_pattern(str(path)):
         files = [match for match in matches if match.is_file()]
         root = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
-        return _open(_Place(text, root, files, extra_splits, whole, cache_dir), named=True)
-    if _looks_local(text):
+        location = Location(text, root, files, named=True, **options)
+    elif _looks_local(text):
         raise UserError(f"{text}: no such file or directory")
-    return HubSource(text, config_name, revision=revision, token=token, cache_dir=cache_dir, streaming=streaming)
+    else:
+        return HubSource(text, config_name, revision=revision, token=token, cache_dir=cache_dir, streaming=streaming)
+    found = (opened for layout in LAYOUTS if (opened := layout(location)) is not None)
+    source = next(found, None)
+    if source is None:
+        raise UserError(_no_images(location))
+    return source
 
 
-class _Place:
-    """Files, by what they may be good for."""
+@dataclass(frozen=True)
+class Location:
+    """Files on this machine, by what they may be good for.
 
-    def __init__(
-        self,
-        name: str,
-        root: Path,
-        files: list[Path],
-        extra_splits: tuple[str, ...],
-        whole: bool,
-        cache_dir: str | None,
-    ):
-        self.name, self.root, self.files = name, root, files
-        self.extra_splits, self.whole, self.cache_dir = extra_splits, whole, cache_dir
-        self.images: list[Path] = []
-        self.others: list[Path] = []
-        for file in files:
-            (self.images if is_image(file) else self.others).append(file)
-        parquet = [file for file in self.others if file.suffix.lower() in PARQUET_SUFFIXES]
-        self.parquet = [
-            file for file in parquet if file.name not in METADATA_FILES and (not self.images or has_image_column(file))
+    Attributes:
+        name: as it was given, for messages.
+        root: the folder below which all of them lie.
+        named: they were named themselves, or by a pattern, so that folders mean nothing.
+        extra_splits, whole, cache_dir: as `open_source` takes them.
+    """
+
+    name: str
+    root: Path
+    files: list[Path]
+    named: bool
+    extra_splits: tuple[str, ...]
+    whole: bool
+    cache_dir: str | None
+
+    @functools.cached_property
+    def images(self) -> list[Path]:
+        return [file for file in self.files if is_image(file)]
+
+    @functools.cached_property
+    def others(self) -> list[Path]:
+        return self.all_but(self.images)
+
+    @property
+    def parquet(self) -> list[Path]:
+        """Files that hold images; beside images, a table without any is about them."""
+        return [
+            file
+            for file in self.with_suffix(PARQUET_SUFFIXES)
+            if file.name not in METADATA_FILES and (not self.images or has_image_column(file))
         ]
-        self.tars = [file for file in self.others if file.suffix.lower() in TAR_SUFFIXES]
-        self.metadata = [file for file in self.others if file.name in METADATA_FILES]
-        self.split_of = split_finder(extra_splits)
+
+    @property
+    def metadata(self) -> list[Path]:
+        return [file for file in self.others if file.name in METADATA_FILES]
+
+    @functools.cached_property
+    def split_of(self) -> Callable[[str], str | None]:
+        """The split that a word means."""
+        return split_finder(self.extra_splits)
+
+    def with_suffix(self, suffixes: Collection[str]) -> list[Path]:
+        return [file for file in self.others if file.suffix.lower() in suffixes]
 
     def split_of_folder(self, file: Path) -> str | None:
         """The split that a directory of a file is named after."""
@@ -135,19 +163,34 @@ class _Place:
         return [file for file in self.files if file not in known]
 
 
-def _open(place: _Place, named: bool = False) -> Source:
-    """The source for these files. `named`: they were named themselves, or by a pattern, so folders mean nothing."""
-    for members, kind in ((place.parquet, FileSource), (place.tars, TarSource)):
-        if members:
-            files, origins = _file_splits(place, members)
-            unread = place.all_but(file for paths in files.values() for file in paths)
-            how = {"origins": origins, "left_out": count_by_suffix(unread), "cache_dir": place.cache_dir}
-            return kind(place.name, files, **how)
+def _open_saved(place: Location) -> SavedSource | None:
+    return SavedSource(place.root) if not place.named and is_saved_dataset(place.root) else None
+
+
+def _open_parquet(place: Location) -> FileSource | None:
+    return _open_files(place, place.parquet, FileSource)
+
+
+def _open_tars(place: Location) -> FileSource | None:
+    return _open_files(place, place.with_suffix(TAR_SUFFIXES), TarSource)
+
+
+def _open_files(place: Location, members: list[Path], kind: type[FileSource]) -> FileSource | None:
+    """Files that hold many images each."""
+    if not members:
+        return None
+    files, origins = _file_splits(place, members)
+    unread = place.all_but(file for paths in files.values() for file in paths)
+    return kind(place.name, files, origins=origins, left_out=count_by_suffix(unread), cache_dir=place.cache_dir)
+
+
+def _open_images(place: Location) -> FolderSource | None:
+    """Images, and what tells of each of them."""
     if not place.images:
-        raise UserError(_no_images(place, named))
+        return None
     if place.metadata and names_files(place.metadata):
         return _open_metadata(place)
-    if named:
+    if place.named:
         return _listed(place, {"train": rows_of_classes([(image, None) for image in place.images])}, {}, place.others)
     source = _open_coco(place) or _open_maps(place) or _open_table(place)
     if source is None and place.metadata:
@@ -155,8 +198,12 @@ def _open(place: _Place, named: bool = False) -> Source:
     return source or _open_folders(place)
 
 
+# Asked in this order; each gives the source if the files are its own. A new kind of file is one class and one line.
+LAYOUTS: list[Callable[[Location], Source | None]] = [_open_saved, _open_parquet, _open_tars, _open_images]
+
+
 def _listed(
-    place: _Place, rows: dict[str, Listed], origins: dict[str, str], unread: Sequence[Path], **others: Any
+    place: Location, rows: dict[str, Listed], origins: dict[str, str], unread: Sequence[Path], **others: Any
 ) -> FolderSource:
     left_out = {**count_by_suffix(unread), **others.pop("more_left_out", {})}
     if hint := heif_hint(left_out):
@@ -164,7 +211,7 @@ def _listed(
     return FolderSource(place.name, rows, origins=origins, left_out=left_out, **others)
 
 
-def _open_folders(place: _Place) -> FolderSource:
+def _open_folders(place: Location) -> FolderSource:
     folders = read_folders(place.root, place.images, place.others, place.extra_splits, place.whole)
     for split, files in folders.files.items():
         if len(names := {label for _, label in files}) == 1 and str(names.pop()).lower() in _IMAGE_FOLDERS:
@@ -174,7 +221,7 @@ def _open_folders(place: _Place) -> FolderSource:
     return _listed(place, rows, folders.origins, unread, unlabelled=_no_labels(place))
 
 
-def _file_splits(place: _Place, files: list[Path]) -> tuple[dict[str, list[Path]], dict[str, str]]:
+def _file_splits(place: Location, files: list[Path]) -> tuple[dict[str, list[Path]], dict[str, str]]:
     """Files by the split that a directory or a word of the file's name tells (`data/train-00000-of-00002.parquet`)."""
     splits: dict[str, list[Path]] = {}
     origins: dict[str, str] = {}
@@ -203,12 +250,12 @@ def _file_splits(place: _Place, files: list[Path]) -> tuple[dict[str, list[Path]
     return splits, origins
 
 
-def _open_metadata(place: _Place) -> FolderSource:
+def _open_metadata(place: Location) -> FolderSource:
     described = read_metadata(place.metadata, Places(place.root, place.images))
     return _open_described(place, described, place.metadata, lambda row: None)
 
 
-def _open_table(place: _Place) -> FolderSource | None:
+def _open_table(place: Location) -> FolderSource | None:
     """A table as competitions have it (labels.csv: id,breed), unless the classes are told by folders."""
     found, places = find_tables(place.others, place.root, place.images)
     if not found:
@@ -216,7 +263,7 @@ def _open_table(place: _Place) -> FolderSource | None:
     tables = {path: place.split_of(path.stem) for path in found}
     if len(found) > 1 and (None in tables.values() or len(set(tables.values())) < len(tables)):
         raise UserError(
-            f"{place.name} has several tables that name its images, {some([path.name for path in found])}: which is "
+            f"{place.name} has several tables that name its images, {few([path.name for path in found])}: which is "
             "meant cannot be told. Move away the others, or name them after the splits (train.csv, val.csv)"
         )
 
@@ -232,7 +279,7 @@ def _open_table(place: _Place) -> FolderSource | None:
     return _open_described(place, described, list(found), split_of_row)
 
 
-def _goes_before_folders(place: _Place, described: Described, folders: set[str], path: Path) -> bool:
+def _goes_before_folders(place: Location, described: Described, folders: set[str], path: Path) -> bool:
     """Whether a table tells the classes of images that lie in several folders; a table of anything else does not."""
     table = described.table
     try:
@@ -247,19 +294,19 @@ def _goes_before_folders(place: _Place, described: Described, folders: set[str],
         if column:
             return True
         raise UserError(
-            f"{path} may tell the classes of the images ({alone}: {some(sorted(values))}), and so may their folders "
-            f"({some(sorted(folders))}): to use the table, {how}; to use the folders, move the table away"
+            f"{path} may tell the classes of the images ({alone}: {few(sorted(values))}), and so may their folders "
+            f"({few(sorted(folders))}): to use the table, {how}; to use the folders, move the table away"
         )
     logger.warning("%s is not used, although it names images: the folders tell the classes. To use it, %s", path, how)
     return False
 
 
 def _open_described(
-    place: _Place, described: Described, tables: Sequence[Path], split_of_row: Callable[[int], str | None]
+    place: Location, described: Described, tables: Sequence[Path], split_of_row: Callable[[int], str | None]
 ) -> FolderSource:
     """Rows of tables, by the split of their table, the folder of their image, or a column `split`."""
     images, table = described.files["image"], described.table
-    names = some([path.name for path in tables] if len(tables) < 3 else [f"{len(tables)} tables"])
+    names = few([path.name for path in tables] if len(tables) < 3 else [f"{len(tables)} tables"])
     if not images:
         raise UserError(
             f"{place.name}: none of the {described.missing} files that {names} names is there, {described.example} "
@@ -301,7 +348,7 @@ def _open_described(
     return _listed(place, rows, origins, unread, label_column=label_column, more_left_out=more)
 
 
-def _open_maps(place: _Place) -> FolderSource | None:
+def _open_maps(place: Location) -> FolderSource | None:
     """images/1.jpg beside masks/1.png, with folders of splits above or below these; None where it is not so."""
     images: dict[tuple[str, ...], Path] = {}
     maps: dict[tuple[str, ...], Path] = {}
@@ -345,7 +392,7 @@ def _open_maps(place: _Place) -> FolderSource | None:
     return _listed(place, rows, origins, unread, unlabelled=unlabelled)
 
 
-def _open_coco(place: _Place) -> FolderSource | None:
+def _open_coco(place: Location) -> FolderSource | None:
     """COCO's JSON beside images, as rows of objects; None where there is none."""
     candidates = [file for file in place.others if file.suffix.lower() == ".json"]
     candidates = [
@@ -373,18 +420,18 @@ def _open_coco(place: _Place) -> FolderSource | None:
             )
         own = {category["id"]: str(category["name"]) for category in document["categories"]}
         if any(names.get(key, name) != name for key, name in own.items()):
-            raise UserError(f"{path} gives the ids of categories other names than {some(list(origins.values()))}")
+            raise UserError(f"{path} gives the ids of categories other names than {few(list(origins.values()))}")
         names |= own
         rows[split], lost = _coco_rows(path, document, places, lambda file, split=split: _in_split(place, file, split))
         origins[split] = path.name
         missing += lost
     more = {"images in the JSON that are not there": missing} if missing else {}
     if not all(map(len, rows.values())):
-        raise UserError(f"{place.name}: none of the images that {some(list(origins.values()))} names is there")
+        raise UserError(f"{place.name}: none of the images that {few(list(origins.values()))} names is there")
     if more:
         logger.warning("%s: left out %s", place.name, counted(more))
     unlabelled = (
-        f"{place.name} has COCO's annotations of objects ({some(list(origins.values()))}), which are no labels: "
+        f"{place.name} has COCO's annotations of objects ({few(list(origins.values()))}), which are no labels: "
         "hf-poolformer train-dense --task object-detection or instance-segmentation learns from them. To learn from "
         "folders of classes, move the JSON away"
     )
@@ -392,7 +439,7 @@ def _open_coco(place: _Place) -> FolderSource | None:
     return _listed(place, rows, origins, unread, class_names=names, unlabelled=unlabelled, more_left_out=more)
 
 
-def _in_split(place: _Place, file: Path, split: str) -> bool:
+def _in_split(place: Location, file: Path, split: str) -> bool:
     return place.split_of_folder(file) == split
 
 
@@ -451,22 +498,23 @@ _COCO_OBJECT = pa.struct(
 )
 
 
-def _no_images(place: _Place, named: bool) -> str:
+def _no_images(place: Location) -> str:
     archives = [file for file in place.files if file.name.lower().endswith(_ARCHIVES)]
     if archives:
+        verb = "is" if place.named else "holds"
         return (
-            f"{place.name} {'is' if named else 'holds'} an archive ({archives[0].name}), which is not read as it is: "
-            "unpack it, and name the folder"
+            f"{place.name} {verb} an archive ({archives[0].name}), which is not read as it is: unpack it, and name "
+            "the folder"
         )
     left_out = count_by_suffix(place.files)
-    if named:
+    if place.named:
         return f"{place.name} is neither an image nor a Parquet file nor a WebDataset tar{heif_hint(left_out)}"
     holds = f"{len(place.files)} files but " if place.files else ""
     kinds = f" ({counted(left_out)}){heif_hint(left_out)}" if place.files else ""
     return f"{place.name} holds {holds}no images, Parquet files or WebDataset tars{kinds}"
 
 
-def _no_labels(place: _Place) -> str:
+def _no_labels(place: Location) -> str:
     names = [os.path.relpath(image, place.root) for image in place.images[:2]]
     lines = ", ".join(f'"{line}"' for line in ["file_name,label", *(f"{name},cat" for name in names)])
     texts = sum(file.suffix.lower() == ".txt" for file in place.others)

@@ -5,6 +5,7 @@ and which source a folder is in `layouts.py`.
 """
 
 import abc
+import contextlib
 import glob
 import hashlib
 import json
@@ -27,6 +28,8 @@ from datasets import ClassLabel, Features, Image, IterableDataset, Value, load_d
 from ..foundation.errors import UserError, one_line
 from ..foundation.names import undecodable_escaped
 from .classes import class_key
+from .columns import ImageDataset
+from .decoding import describe_source, read_bytes
 from .files import image_suffixes
 from .splits import canonical
 
@@ -41,6 +44,8 @@ _HASHED_BYTES = 16384
 _TAR_TEXTS = frozenset(["txt", "text", "transcript"])
 _TAR_NUMBERS = frozenset(["cls", "cls2", "index", "inx", "id"])
 _STRUCTURES_READ = 100
+# Counting after a split by content means reading everything once; worth it up to this size.
+_CHEAP_TO_READ = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Source(abc.ABC):
         local_bytes: size of its files here, None for a remote one.
         reads_columns: a column can be had without reading the images, and is at hand.
         left_out: files and rows that are there and are not read: kind (".heic", "without suffix") -> how many.
+        local: its bytes are on this machine.
         label_column: the column that must hold the labels, where its name does not tell; else None.
         class_names: names of the class ids that are stored, where the source has them (COCO's categories); else None.
         unlabelled: what to say to somebody who needs a label for each image, where it is known that there is none.
@@ -65,6 +71,7 @@ class Source(abc.ABC):
 
     name: str
     splits: list[str]
+    local: bool = True
     local_bytes: int | None = None
     reads_columns: bool = True
     left_out: Mapping[str, int] = MappingProxyType({})
@@ -81,6 +88,25 @@ class Source(abc.ABC):
         for row in self.open(split).stream.select_columns([column]):
             yield row[column]
 
+    def divide(self, split: str, images: ImageDataset, fraction: float) -> tuple[Split, Split]:
+        """A training part and a held-out part of a split, told apart by the content of each image.
+
+        Args:
+            images: the split, as it was opened and understood.
+            fraction: of the images, held out.
+        """
+        stream, column = images.stream, images.image_column
+        first = next(iter(stream))[column]
+        if first is not None and first["bytes"] is None:
+            stream = stream.map(_Fetch(column, images.token), features=stream.features)
+        choose = [_InPart(fraction, held_out) for held_out in (False, True)]
+        counts = (None, None)
+        if self.local_bytes is not None and self.local_bytes <= _CHEAP_TO_READ:
+            verdicts = [choose[1](row[column]) for row in stream.select_columns([column])]
+            counts = (len(verdicts) - sum(verdicts), sum(verdicts))
+        parts = (stream.filter(part, input_columns=[column]) for part in choose)
+        return tuple(Split(part, count) for part, count in zip(parts, counts, strict=True))
+
     def split_origin(self, split: str) -> str:
         """Where a split comes from, in words."""
         return f"its own split {split}" if len(self.splits) > 1 else "everything there is"
@@ -95,6 +121,8 @@ class Source(abc.ABC):
 
 class HubSource(Source):
     """A dataset repository on the Hub, streamed unless told otherwise."""
+
+    local = False
 
     def __init__(
         self,
@@ -366,6 +394,7 @@ class FolderSource(Source):
     Args:
         origins: split -> where it comes from.
         left_out: files that are not read: kind -> how many.
+        local: its bytes are on this machine.
         label_column: the column that must hold the labels, where its name does not tell.
         class_names: names of stored class ids, where the folder has them.
         unlabelled: what to say to somebody who needs labels, where there are none.
@@ -404,13 +433,43 @@ class FolderSource(Source):
     def split_origin(self, split: str) -> str:
         return self._origins.get(split, super().split_origin(split))
 
-    def divide(self, split: str, fraction: float) -> tuple[Split, Split]:
-        """Train and held-out parts by content hash. The files are read once, here, not at every pass."""
+    def divide(self, split: str, images: ImageDataset, fraction: float) -> tuple[Split, Split]:
+        """As of any source; but the files are read once, here, not at every pass."""
         rows = self._rows[split]
         with ThreadPoolExecutor(16) as pool:
             keys = pool.map(file_content_key, rows.images)
             held_out = np.array([is_held_out(key, fraction) for key in keys], dtype=bool)
         return _stream(rows.taken(np.flatnonzero(~held_out))), _stream(rows.taken(np.flatnonzero(held_out)))
+
+
+class _InPart:
+    """Filter: the rows that belong to the held-out part, or to the rest."""
+
+    def __init__(self, fraction: float, held_out: bool):
+        self._fraction = fraction
+        self._held_out = held_out
+
+    def __call__(self, image: Mapping[str, Any] | None) -> bool:
+        data = (image or {}).get("bytes")
+        if data is None:
+            data = (describe_source(image) or "").encode(errors="surrogateescape")
+        return is_held_out(content_key(data), self._fraction) is self._held_out
+
+
+class _Fetch:
+    """Map: puts the bytes of a file into the row that names it, so that hashing and decoding read it once."""
+
+    def __init__(self, image_column: str, token: str | bool | None):
+        self._image_column = image_column
+        self._token = token
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        image = row[self._image_column]
+        if image is None or image["bytes"] is not None or image["path"] is None:
+            return row
+        with contextlib.suppress(Exception):  # left as it is, the decoder will meet the same error and report it
+            row[self._image_column] = {**image, "bytes": read_bytes(image["path"], self._token)}
+        return row
 
 
 def rows_of_classes(files: Sequence[tuple[Path, str | None]]) -> Listed:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..foundation.errors import UserError
-from .columns import some
+from .columns import few
 from .files import HEIF_SUFFIXES, count_by_suffix, counted, is_litter
 
 
@@ -141,9 +141,9 @@ def _find_splits(
         base = base / next(iter(by_top))
     rest = {top: members for top, members in by_top.items() if top not in chosen.values()}
     if rest:
-        shown = some([f"{'files directly in it' if top is None else top} ({len(rest[top])})" for top in rest])
+        shown = few([f"{'files directly in it' if top is None else top} ({len(rest[top])})" for top in rest])
         logger.warning(
-            "%s: the splits are %s; images elsewhere are left out: %s", base, some(list(chosen.values())), shown
+            "%s: the splits are %s; images elsewhere are left out: %s", base, few(list(chosen.values())), shown
         )
     splits = {split: (top, by_top[top]) for split, top in chosen.items()}
     return base, splits, [image for members in rest.values() for image in members]
@@ -189,7 +189,7 @@ def _splits_among(base: Path, by_top: dict[str | None, list[Path]], extra: froze
             logger.warning("%s: the folder %s counts as a class, like those beside it", base, chosen["train"])
             return {}
         raise UserError(
-            f"{base} has folders named like splits ({some(list(chosen.values()))}) beside others ({some(folders)}), "
+            f"{base} has folders named like splits ({few(list(chosen.values()))}) beside others ({few(folders)}), "
             "and no folders for classes in them: is each of them a class, or a split? Move away what is no class, or "
             "rename it if it is one; or put the classes of each split into it (train/cat, train/dog)"
         )
@@ -202,8 +202,8 @@ def _splits_among(base: Path, by_top: dict[str | None, list[Path]], extra: froze
         flags[split]: f"{flags[split]} {base / chosen[split]}" for split in SPLIT_ALIASES if split in chosen
     }
     raise UserError(
-        f"{base} has folders that look like splits ({some(list(chosen.values()))}) beside folders that look like "
-        f"classes ({some(folders)}), so which are meant cannot be told: name the splits "
+        f"{base} has folders that look like splits ({few(list(chosen.values()))}) beside folders that look like "
+        f"classes ({few(folders)}), so which are meant cannot be told: name the splits "
         f"({' '.join(named_by_flags.values())}), or move the others away"
     )
 
@@ -248,9 +248,9 @@ def _with_classes(root: Path, images: Sequence[Path], others: Sequence[Path]) ->
         logger.warning(
             "%s: the classes are %s; sub-folders count as part of them, in %s: %s",
             root,
-            some(sorted({parts[depth] for parts in relative})),
+            few(sorted({parts[depth] for parts in relative})),
             name,
-            some(sorted(below)),
+            few(sorted(below)),
         )
     level = root.joinpath(*relative[0][:depth])
     _look_for_empty_classes(level, {parts[depth] for parts in relative}, others)

@@ -15,7 +15,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from ..foundation.errors import UserError, one_line
-from .columns import some
+from .columns import few
 from .splits import parts_below
 
 
@@ -99,7 +99,7 @@ def read_metadata(paths: Sequence[Path], places: Places) -> Described:
     columns = tables[paths[0]].column_names
     if "file_name" not in columns:
         raise UserError(
-            f"{paths[0]} has no column file_name, only {some(columns)}: its first line must be file_name,label, and "
+            f"{paths[0]} has no column file_name, only {few(columns)}: its first line must be file_name,label, and "
             "each other line a file and its label (001.jpg,cat)"
         )
     pictures = [name for name in columns if name.endswith("_file_name")]
@@ -151,7 +151,7 @@ def read_tables(found: Mapping[Path, str], places: Places, belongs: Callable[[Pa
     tables = _read_alike(list(found))
     names = set(found.values())
     if len(names) > 1:
-        raise UserError(f"{some(list(map(str, found)))} name the images in different columns, {some(sorted(names))}")
+        raise UserError(f"{few(list(map(str, found)))} name the images in different columns, {few(sorted(names))}")
 
     def finder(path: Path) -> Callable[[str | None], Path | None]:
         return lambda name: places.meant(name, path.parent, lambda file: belongs(path, file))
@@ -194,18 +194,18 @@ def _read_alike(paths: Sequence[Path]) -> dict[Path, pa.Table]:
     if len({path.suffix.lower() for path in paths}) > 1 or len({path.parent for path in paths}) < len(
         [path for path in paths if path.name in METADATA_FILES]
     ):
-        raise UserError(f"there are several metadata files, {some(list(map(str, paths)))}: keep those of one kind")
+        raise UserError(f"there are several metadata files, {few(list(map(str, paths)))}: keep those of one kind")
     tables = {path: _read(path) for path in paths}
     for path, table in tables.items():
         if set(table.column_names) != set(tables[paths[0]].column_names):
             raise UserError(
-                f"{paths[0]} and {path} have different columns: {some(tables[paths[0]].column_names)} against "
-                f"{some(table.column_names)}"
+                f"{paths[0]} and {path} have different columns: {few(tables[paths[0]].column_names)} against "
+                f"{few(table.column_names)}"
             )
     try:
         pa.concat_tables(list(tables.values()), promote_options="permissive")
     except pa.ArrowException as error:
-        raise UserError(f"{some(list(map(str, paths)))} do not fit together: {one_line(error)}") from error
+        raise UserError(f"{few(list(map(str, paths)))} do not fit together: {one_line(error)}") from error
     return tables
 
 

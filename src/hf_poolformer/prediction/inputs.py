@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,6 @@ from ..data.files import (
 )
 from ..data.fingerprints import hub_commit, state_of_files, state_of_path
 from ..foundation.errors import UserError, one_line
-from ..foundation.faults import Patience, is_transient
 
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Files(Images):
 
 
 @dataclass
-class DamagedShard(Shard):
+class ClosedShard(Shard):
     """A dataset that cannot be opened: one row that says so."""
 
     name: str
@@ -144,44 +144,33 @@ class StreamShard(Shard):
         return self.commit or state_of_path(self.prefix) or ""
 
     def read(self, position: Position) -> Iterator[Item]:
-        patience = Patience()
-        while True:
-            try:
-                for item in self._read(position):
-                    patience.renew()
-                    yield item
-                return
-            except Exception as error:  # whatever the storage raises
-                where = f"{self.prefix} after {self.first + position.row} images"
-                reason = one_line(error)
-                if not is_transient(error):
-                    # Damaged: what was read until then counts, and so does what lies in other shards.
-                    message = f"reading failed after {self.first + position.row} images: {reason}"
-                    position.row += 1
-                    yield self.prefix, BrokenImage(message)
-                    return
-            if not patience.wait(f"{where}: {reason}"):
-                # Not taken for the end of the shard: images that are merely out of reach would be lost for good.
-                raise UserError(
-                    f"reading failed at {where}: {reason}. What is finished in a folder is kept: run the same command "
-                    "again to go on."
-                )
+        from ..data.stream import DamagedShard, Shards
 
-    def _read(self, position: Position) -> Iterator[Item]:
-        units = self.stream
-        if hasattr(units, "reshard"):
-            units = units.reshard()  # Parquet: by row group, so that those that are done are not read again
+        units = Shards(
+            self.stream, divided=True
+        )  # Parquet: by row group, so that those that are done are not read again
         groups = self.groups if self.groups is not None else range(units.num_shards)
-        for number in range(position.group, len(groups)):
-            if number > position.group:
-                position.group, position.offset = number, 0
-            group = units.shard(num_shards=units.num_shards, index=groups[number])
-            for row in group.skip(position.offset) if position.offset else group:
-                source = row[self.image_column]
-                name = describe_source(source) if self.by_name else None
-                index = self.first + position.row
-                position.offset, position.row = position.offset + 1, position.row + 1
-                yield f"{self.prefix}{':' if '#' in self.prefix else '#'}{name or index}", source
+        try:
+            for number in range(position.group, len(groups)):
+                if number > position.group:
+                    position.group, position.offset = number, 0
+                for _, row in itertools.islice(units.rows(groups[number]), position.offset, None):
+                    source = row[self.image_column]
+                    name = describe_source(source) if self.by_name else None
+                    index = self.first + position.row
+                    position.offset, position.row = position.offset + 1, position.row + 1
+                    yield f"{self.prefix}{':' if '#' in self.prefix else '#'}{name or index}", source
+        except DamagedShard as error:
+            # What was read until then counts, and so does what lies in other shards.
+            message = f"reading failed after {self.first + position.row} images: {error}"
+            position.row += 1
+            yield self.prefix, BrokenImage(message)
+        except Exception as error:  # whatever the storage raises
+            # Not taken for the end of the shard: images that are merely out of reach would be lost for good.
+            raise UserError(
+                f"reading failed at {self.prefix} after {self.first + position.row} images: {one_line(error)}. What "
+                "is finished in a folder is kept: run the same command again to go on."
+            ) from error
 
 
 @dataclass
@@ -208,7 +197,7 @@ class LocalDataset(Images):
         try:
             dataset = open_dataset(str(self.path), image_column_name=self.image_column_name)
         except UserError as error:
-            return [DamagedShard(str(self.path), str(error))]
+            return [ClosedShard(str(self.path), str(error))]
         stream = dataset.stream.select_columns([dataset.image_column])
         how = {"image_column": dataset.image_column, "prefix": str(self.path)}
         how["by_name"] = self.path.suffix.lower() in TAR_SUFFIXES

@@ -245,7 +245,7 @@ class Seen:
         elif self.images:
             absent = [name for index, name in enumerate(names) if index not in self.images]
             if absent:
-                lines.append(f"{counted(len(absent), 'class', 'classes')} not seen among them: {some(absent)}")
+                lines.append(f"{counted(len(absent), 'class', 'classes')} not seen among them: {few(absent)}")
         if self.broken:
             lines.append(f"{counted(len(self.broken), 'row')} that cannot be used: {self.broken[0]}")
         if self.trouble:
@@ -615,7 +615,7 @@ def shown_key(value: Any) -> str:
         return type(value).__name__
 
 
-def some(names: list[str]) -> str:
+def few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
