@@ -1,7 +1,9 @@
 """Which models a visitor may use. Needs no Gradio."""
 
+import gc
 import logging
 import shutil
+import weakref
 
 import pytest
 
@@ -15,13 +17,17 @@ def test_tasks_are_told_and_the_latest_models_kept(saved_models):
     models = Models([str(saved_models / name) for name in names], device="cpu")
     assert models.names == names, "of a folder, visitors see the name only"
     assert isinstance(models.get(None), Predictor)
+    loaded = []
     for name, task in list(models.tasks.items())[1:]:
         found = models.get(name)
         assert isinstance(found, DenseModel)
         assert found.task == task
         assert not found.model.training
         assert models.get(name) is found, "loaded once"
-        assert len(models._loaded) <= KEPT_MODELS
+        loaded.append(weakref.ref(found.model))
+        del found
+        gc.collect()
+        assert sum(model() is not None for model in loaded) <= KEPT_MODELS
     assert list(models.tasks.values()) == [
         "image-classification",
         "semantic-segmentation",

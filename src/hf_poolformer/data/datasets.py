@@ -17,8 +17,8 @@ from ..foundation.errors import UserError, one_line
 from .classes import Classes, class_key, is_number, marks_nothing
 from .columns import (
     ImageDataset,
-    few,
     feature_of,
+    few,
     field_of,
     find_image_column,
     find_label_column,

@@ -8,7 +8,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -29,6 +29,38 @@ logger = logging.getLogger(__name__)
 MIN_SEEN = 64
 
 
+class Batch(TypedDict):
+    """What a loader hands out.
+
+    Attributes:
+        pixel_values: float32 (B, C, H, W); of dense tasks a list of (C, H, W).
+        labels: int64 class indices (B,), or float32 for regression; of dense tasks a list.
+        skipped: describes the broken images that were met since the batch before.
+    """
+
+    pixel_values: Any
+    labels: Any
+    skipped: list[str]
+
+
+class Message(Batch, total=False):
+    """What a worker sends: a batch, if it has one, and what became of the rows since the message before.
+
+    Attributes:
+        damaged: shards that end early.
+        seen: rows, broken ones included.
+        lane, state: whose rows these are, and the place behind them (`LaneState`), as JSON, which neither a queue nor
+            a thread that pins memory looks into.
+        error: in the place of all this: why nothing more can be read.
+    """
+
+    damaged: list[str]
+    seen: int
+    lane: int
+    state: str
+    error: str
+
+
 def make_loader(
     dataset: ImageDataset,
     transform: Callable[[PILImage.Image], torch.Tensor],
@@ -47,13 +79,12 @@ def make_loader(
     pin_memory: bool = False,
     prefetch_factor: int = 2,
     batches: "Callable[..., DecodedBatches] | None" = None,
-    finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    finish: Callable[[Message], Message] | None = None,
 ) -> "ImageLoader":
     """Batches of one process's share of a labelled dataset.
 
-    Yields `{"pixel_values": (B, C, H, W), "labels": (B,), "skipped": [str, ...]}`: labels are int64 class indices, or
-    float32 for regression; `skipped` describes the broken images met since the batch before. When training, the
-    stream is shuffled, anew at each `set_epoch`, and an incomplete last batch is dropped unless it is the only one.
+    Yields `Batch`es. When training, the stream is shuffled, anew at each `set_epoch`, and an incomplete last batch is
+    dropped unless it is the only one.
 
     The shares of the processes are disjoint and complete but not always equally long: whoever reduces gradients over
     processes must stop all of them when the first runs out. They are made here, once: do not pass the loader through
@@ -153,7 +184,7 @@ class ImageLoader(DataLoader):
         max_skipped: float | int,
         max_skipped_shards: int,
         drop_last: bool,
-        finish: Callable[[dict[str, Any]], dict[str, Any]],
+        finish: Callable[[Message], Message],
         **arguments: Any,
     ):
         # Workers put batches together themselves: batch_size None, and nothing left to collate here.
@@ -245,15 +276,15 @@ class ImageLoader(DataLoader):
             + (f"; up to {unfinished} images of its end are left out" if unfinished else "")
         )
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Batch]:
         order, epoch = self._images.order, self._images.epoch
         resumes = order.start is not None and order.start.epoch == epoch
         place = self._place = self._resumed.copy() if resumes else _Place()
         self.seen, self.skipped, self._examples = place.seen, place.skipped, list(place.examples)
         states = [json.loads(lane) for lane in place.lanes.values()]
         self.damaged = [text for state in states for text in state.get("damaged", {}).values()]
-        held: dict[str, Any] | None = None  # one batch behind, so that late broken images still find one to go with
-        incomplete: list[dict[str, Any]] = []  # each worker ends with one; together they may fill batches
+        held: Message | None = None  # one batch behind, so that late broken images still find one to go with
+        incomplete: list[Message] = []  # each worker ends with one; together they may fill batches
         for message in super().__iter__():
             # As the worker made it: what is found to be broken later makes a batch smaller, and nothing else.
             whole = len(message.get("labels", ())) == self._images.batch_size
@@ -283,7 +314,7 @@ class ImageLoader(DataLoader):
             place.tail = 0 if last else number + 1
             yield self._hand_out({**tail[number], "skipped": [] if number else late}, *(incomplete if last else ()))
 
-    def _hand_out(self, batch: dict[str, Any], *messages: dict[str, Any]) -> dict[str, Any]:
+    def _hand_out(self, batch: Message, *messages: Message) -> Batch:
         """A batch for the caller; with it, what these messages say about the place becomes true."""
         place = self._place
         place.batches += 1
@@ -295,7 +326,7 @@ class ImageLoader(DataLoader):
             place.examples += message["skipped"][: 5 - len(place.examples)]
         return {name: value for name, value in batch.items() if name not in ("seen", "lane", "state", "damaged")}
 
-    def _complete(self, incomplete: list[dict[str, Any]], only: bool) -> Iterator[dict[str, Any]]:
+    def _complete(self, incomplete: list[Message], only: bool) -> Iterator[Batch]:
         incomplete = [message for message in incomplete if "labels" in message]
         if not incomplete:
             return
@@ -307,7 +338,7 @@ class ImageLoader(DataLoader):
                 return
             yield {"pixel_values": pixel_values[start : start + size], "labels": labels[start : start + size]}
 
-    def _account(self, message: dict[str, Any]) -> None:
+    def _account(self, message: Message) -> None:
         if "error" in message:
             raise UserError(message["error"])
         self.seen += message["seen"]
@@ -348,11 +379,7 @@ class ImageLoader(DataLoader):
 
 
 class DecodedBatches(torch.utils.data.IterableDataset):
-    """Runs in the workers: takes rows from the worker's lane and yields messages.
-
-    A message holds `skipped`, `damaged` shards and `seen` since the one before, a batch if there is one, and the
-    `lane` with its `state` behind these rows; or an `error`.
-    """
+    """Runs in the workers: takes rows from the worker's lane and yields `Message`s."""
 
     def __init__(
         self,
@@ -378,7 +405,7 @@ class DecodedBatches(torch.utils.data.IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Message]:
         worker, epoch = get_worker_info(), self.epoch
         number, lane = self.order.lane(epoch, worker.id if worker is not None else 0)
         self._reported = set(lane.damaged)
@@ -423,11 +450,10 @@ class DecodedBatches(torch.utils.data.IterableDataset):
 
     def _message(
         self, examples: list[tuple[Any, Any]], skipped: list[str], seen: int, number: int, lane: Lane
-    ) -> dict[str, Any]:
+    ) -> Message:
         batch = self._batch(*map(list, zip(*examples, strict=True))) if examples else {}
         damaged = [text for shard, text in lane.damaged.items() if shard not in self._reported]
         self._reported.update(lane.damaged)
-        # As text, which neither a queue nor a thread that pins memory looks into.
         about = {"skipped": skipped, "damaged": damaged, "seen": seen, "lane": number}
         return {**batch, **about, "state": json.dumps(lane.state())}
 

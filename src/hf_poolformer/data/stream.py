@@ -17,13 +17,17 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 from datasets import IterableDataset
 
 from ..foundation.errors import one_line
 from ..foundation.faults import Patience, is_transient
+
+
+if TYPE_CHECKING:  # of typing itself from Python 3.11 on
+    from typing_extensions import NotRequired
 
 
 _END = 1 << 62  # a row that no shard reaches
@@ -70,6 +74,24 @@ class Row(NamedTuple):
     shard: int
     index: int  # in the shard
     values: dict[str, Any]
+
+
+class LaneState(TypedDict):
+    """A place in a lane, in plain values.
+
+    Attributes:
+        marks: of the groups that may hold rows still to leave: rows read before it, piece, group, its first row.
+        read: rows read, in all.
+        next: the row of the shard that is read next.
+        last: the key that left last.
+        damaged: as of `Lane`; not there if nothing is.
+    """
+
+    marks: list[list[int]]
+    read: int
+    next: int
+    last: float
+    damaged: NotRequired[dict[str, str]]
 
 
 class DamagedShard(Exception):
@@ -154,7 +176,7 @@ class Lane:
         pieces: Sequence[Piece],
         window: int,
         seed: Sequence[int],
-        state: Mapping[str, Any] | None = None,
+        state: LaneState | None = None,
     ):
         self._shards = shards
         self._pieces = pieces
@@ -178,13 +200,15 @@ class Lane:
         while held:
             yield self._leave(held)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> LaneState:
         """The place behind the row that came last, in numbers; a few dozen bytes per group within the window."""
         while len(self._marks) > 1 and self._marks[1][0] <= self._last - self._window:
             self._marks.popleft()
         marks = [list(mark) for mark in self._marks]
-        state = {"marks": marks, "read": self.read, "next": self._next, "last": self._last}
-        return {**state, "damaged": dict(self.damaged)} if self.damaged else state
+        state = LaneState(marks=marks, read=self.read, next=self._next, last=self._last)
+        if self.damaged:
+            state["damaged"] = dict(self.damaged)
+        return state
 
     def _leave(self, held: list[tuple[float, int, Row]]) -> Row:
         self._last, _, row = heapq.heappop(held)
@@ -248,7 +272,7 @@ def deal(pieces: Sequence[Piece], hands: int) -> list[list[Piece]]:
 
 
 def remaining(
-    pieces: Sequence[Piece], state: Mapping[str, Any] | None, window: int, seed: Sequence[int]
+    pieces: Sequence[Piece], state: LaneState | None, window: int, seed: Sequence[int]
 ) -> tuple[list[Piece], list[Piece]]:
     """What a lane left in `state` has not handed out: pieces that it has begun, and pieces it has not touched.
 
@@ -363,7 +387,7 @@ class Start(NamedTuple):
     epoch: int
     divided: bool
     turn: int = 0
-    states: list[dict[str, Any] | None] | None = None
+    states: list[LaneState | None] | None = None
     pieces: list[list[Piece]] | None = None
 
 
