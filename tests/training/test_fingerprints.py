@@ -199,22 +199,6 @@ def test_a_damaged_manifest_is_written_anew_where_the_parts_are_this_jobs(make_c
         predict(model, [images], out, **{**OPTIONS, "top_k": 2})
 
 
-def test_a_folder_of_an_older_version_goes_on_and_its_unknown_content_is_told(
-    make_checkpoint, images, tmp_path, caplog, monkeypatch
-):
-    model, out = make_checkpoint(), tmp_path / "out"
-    with monkeypatch.context() as patched:
-        patched.setattr("hf_poolformer.prediction.inputs.state_of_files", lambda files: "")
-        predict(model, [images], out, **OPTIONS)
-    for name in (parts.MANIFEST, parts.SUMMARY):
-        (out / name).rename(out / name[1:])
-    assert predict(model, [images], out, **OPTIONS).before == 5
-    assert "older version" in caplog.text
-    assert sorted(path.name for path in out.iterdir() if path.name[0] != ".") == [
-        f"part-0000{n}-of-00003-00000.parquet" for n in range(3)
-    ]
-
-
 def test_whatever_reads_folders_of_parquet_reads_this_one(make_checkpoint, images, tmp_path):
     import datasets
     import pandas

@@ -16,7 +16,6 @@ changed since is predicted anew.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -105,7 +104,6 @@ def claim_folder(folder: Path, run: dict[str, Any], about: dict[str, Any]) -> st
     Raises:
         UserError: it holds something else.
     """
-    adopt_older_names(folder)
     manifest = folder / MANIFEST
     text = to_json({"run": run, **about}, indent=2, default=str)
     if not manifest.exists():
@@ -135,22 +133,7 @@ def claim_folder(folder: Path, run: dict[str, Any], about: dict[str, Any]) -> st
 
 def is_claimed(folder: Path) -> bool:
     """Whether a job has begun to fill the folder."""
-    return (folder / MANIFEST).exists() or _is_older(folder)
-
-
-def adopt_older_names(folder: Path) -> None:
-    """Hides what earlier versions of this package did not."""
-    if _is_older(folder):
-        for name in (SUMMARY, BROKEN, MANIFEST):
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
-                os.replace(folder / name[1:], folder / name)
-
-
-def _is_older(folder: Path) -> bool:
-    try:
-        return "part_size" in json.loads((folder / MANIFEST[1:]).read_text(encoding="utf-8"))["run"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return (folder / MANIFEST).exists()
 
 
 def _all_parts_of(folder: Path, run: str) -> bool:
@@ -177,7 +160,6 @@ def fingerprint(run: dict[str, Any]) -> str:
 
 def clear_folder(folder: Path) -> None:
     """Removes what an earlier job wrote there, and nothing else; the manifest last."""
-    adopt_older_names(folder)
     parts = [path for path in folder.iterdir() if _PART.fullmatch(path.name) or path.name.endswith(".partial")]
     for path in [folder / SUMMARY, folder / BROKEN, *parts, folder / MANIFEST]:  # parts are nobody's without it
         path.unlink(missing_ok=True)
@@ -220,19 +202,7 @@ class Parts:
         self._states = states
         there = self.list()
         found = {shard: self._progress(there.get(shard, [])[::-1], shard) for shard in states}
-        unknown = [
-            shard for shard, (_, part) in found.items() if part is not None and states[shard] and not part.inputs
-        ]
-        if unknown:
-            logger.warning(
-                "%d of the shards in %s are of an older version, which noted nothing about the images' content; "
-                "--overwrite predicts them anew.",
-                len(unknown),
-                self.folder,
-            )
-        changed = [
-            shard for shard, (_, part) in found.items() if part is not None and part.inputs not in ("", states[shard])
-        ]
+        changed = [shard for shard, (_, part) in found.items() if part is not None and part.inputs != states[shard]]
         if changed:
             logger.warning(
                 "Images of %d of %d shards have changed since they were predicted: these shards are predicted anew.",
