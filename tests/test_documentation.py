@@ -8,6 +8,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -71,7 +72,7 @@ def complaint(words: list[str], capsys: pytest.CaptureFixture) -> str | None:
             else:
                 patch.setattr(sys, "argv", words)
                 patch.setattr(sys, "path", [*sys.path])
-                if importlib.util.find_spec("ray") is None:  # no test needs it, and its flags can be read without
+                if find_spec("ray") is None:  # no test needs it, and its flags can be read without
                     patch.setitem(sys.modules, "ray", mock.MagicMock())
                 status = runpy.run_path(str(ROOT / words[0]), run_name="__main__") and 0
         except Accepted:
