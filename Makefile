@@ -1,4 +1,4 @@
-# make demo | test | versions | chaos | check | style | benchmark | gpu         see README.md, "The two commands"
+# make demo | test | versions | chaos | check | style | benchmark | gpu         see docs/install.md
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
