@@ -3,6 +3,8 @@
 A mixer is any module built as `Mixer(config, stage)` that maps (batch, channels, height, width) to the same shape;
 `stage` counts from 0. `TOKEN_MIXERS` is open: `TOKEN_MIXERS["mine"] = Mine` makes `token_mixers=["mine", ...]` work.
 
+A mixer that computes what pooling does says so by `fused_pool_size`, and kernels compute it, too (`backends.py`).
+
 A module that defines `initialize(std)` initialises itself there, through `transformers.initialization` (which leaves
 loaded weights alone); convolutions and linear layers within are initialised by the model.
 """
@@ -85,7 +87,7 @@ class Pooling(nn.Module):
 
     @property
     def fused_pool_size(self) -> int | None:
-        """The window of `ops.pool_mixer` where that is what this module computes, else None: any mixer may say so."""
+        """The window of `ops.pool_mixer` where that is what this module computes, else None."""
         return self.pool.kernel_size if is_plain(self, Pooling) and is_valid_average(self.pool) else None
 
 
