@@ -73,6 +73,17 @@ def scramble():
 
 
 @pytest.fixture
+def relative_error():
+    def run(result: torch.Tensor, expected: torch.Tensor) -> float:
+        result, expected = result.detach().double().cpu(), expected.detach().double().cpu()
+        assert result.shape == expected.shape
+        error = (result - expected).norm() / expected.norm().clamp_min(1e-30)
+        return float("inf") if error.isnan() else error.item()
+
+    return run
+
+
+@pytest.fixture
 def run_python():
     """Runs Python code in a process of its own; `without_package` makes `import hf_poolformer` fail there."""
 

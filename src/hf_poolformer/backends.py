@@ -1,22 +1,309 @@
-"""What a model's modules must be for a fused operation to compute them: exactly what the operation was written for.
+"""Who computes the blocks of a model, and what its modules must be for that.
+
+Kernels compute the two branches of a block (`ops.py` has the formulas) with fewer passes over memory. Whether they do,
+an encoder decides once per forward (`decides`), and its stages and blocks follow (`unless_fused`). The environment
+variable HF_POOLFORMER_KERNELS says who is to compute, else the configuration's `kernels`, else it is auto:
+
+    auto       kernels where they can run and have been measured to be faster: today "cpu", without gradients
+    cpu        oneDNN on the CPU, or RuntimeError with the reason why not
+    triton     Triton on a GPU, or RuntimeError with the reason why not; with TRITON_INTERPRET=1 on the CPU, slowly
+    reference  plain PyTorch: the modules as they are
+
+`why_not_cpu` and `why_not_triton` tell the reason for one input. Kernels have no double backward, forward-mode
+derivative or vmap rule, and an export would need this package to run: under torch.func, forward-mode differentiation
+and export, auto takes the reference. So does everybody, whatever is asked for, where a mode looks at every operation
+(FlopCounterMode, FakeTensorMode). A compiled function keeps the decision that held when it was compiled. No weight is
+kept in another form from one call to the next: it may change in between in ways that nothing tells (fused optimisers,
+`.data`, merged adapters).
 
 A fused operation passes modules by. So it is taken only where that cannot be noticed: each module it stands for is of
 a class in `FUSIBLE` (no subclass, which is also how parametrizations, adapters and quantisation show), its forward is
 the one that class was defined with, no hook waits for it, and its attributes are those of the formula. Whoever is
 anything else runs as it is, in plain PyTorch.
+
+Autocast: kernels compute products in autocast's dtype; statistics, sums and all that scales a channel are float32, and
+so is the result, as it is when PyTorch's own operations compute the branch under autocast.
 """
 
+import functools
+import os
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules import module as hooks
 from transformers import activations
 
+from .ops import ACTIVATIONS
+
+
+BACKENDS = ("auto", "cpu", "triton", "reference")
+VARIABLE = "HF_POOLFORMER_KERNELS"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of the registered operations; kernels of another number have other arguments.
+INTERFACE = 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The decision
+
+
+class Decision(NamedTuple):
+    """Who computes the blocks of a model in one forward."""
+
+    backend: str  # "cpu", "triton" or "reference"
+    forced: bool = False  # somebody asked for it: what it cannot compute is an error, and not left to the modules
+    channels_last: bool = False  # the memory format for all operations to come
+    circumstances: tuple[bool, ...] = ()  # in which it was made, and holds
+
+
+# Of the model whose forward is running.
+DECISION: ContextVar[Decision | None] = ContextVar("decision", default=None)
+
+
+def decide(x: torch.Tensor, preferred: str | None = None) -> Decision:
+    """
+    Who computes blocks for x (B, C, H, W), the input of a model or of one of its blocks.
+
+    Args:
+        preferred: one of `BACKENDS`, which counts where HF_POOLFORMER_KERNELS says nothing.
+
+    Raises:
+        RuntimeError: kernels are asked for that cannot compute this.
+        ValueError: there is no such backend.
+    """
+    wanted = _default_backend() or preferred or "auto"
+    if wanted not in BACKENDS:
+        raise ValueError(f"{VARIABLE} (or kernels) must be one of {', '.join(BACKENDS)} but is {wanted!r}")
+    if wanted == "reference" or _is_watched():
+        return Decision("reference")
+    if wanted == "auto":
+        usable = x.device.type == "cpu" and not _is_transformed() and why_not_cpu(x) is None
+        # In training the CPU's kernels save a quarter of the memory, but are 5 % slower than plain PyTorch.
+        backend = "cpu" if usable and not torch.is_grad_enabled() else "reference"
+        return Decision(backend, channels_last=usable, circumstances=_circumstances())
+    decision = Decision(wanted, forced=True, channels_last=True, circumstances=_circumstances())
+    takes(decision, x)
+    return decision
+
+
+def takes(decision: Decision, x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
+    """Whether kernels compute an operation on x (B, C, H, W) with these parameters; RuntimeError if they must but
+    cannot."""
+    if decision.backend == "reference":
+        return False
+    reason = why_not_cpu(x, *parameters) if decision.backend == "cpu" else why_not_triton(x, *parameters)
+    if reason is not None and decision.forced:
+        raise RuntimeError(f"The kernels cannot run: {reason}. {VARIABLE}=auto uses them only where they can.")
+    return reason is None
+
+
+def decided(x: torch.Tensor, preferred: str | None) -> Decision:
+    """What the model around a block has decided; a block that is called on its own decides for itself."""
+    if torch.compiler.is_compiling():  # graphs have no context variables: a block decides while it is traced
+        return decide(x, preferred)
+    decision = DECISION.get()
+    if decision is None or not _holds(decision):
+        return decide(x, preferred)
+    return decision
+
+
+def _holds(decision: Decision) -> bool:
+    """Whether nothing has happened since that kernels must know of; plain PyTorch is right at all times."""
+    return decision.backend == "reference" or decision.circumstances == _circumstances()
+
+
+def _circumstances() -> tuple[bool, ...]:
+    # Reentrant checkpointing turns gradients off around a block, selective checkpointing watches it.
+    return torch.is_grad_enabled(), _is_watched(), _is_transformed()
+
+
+def decides(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of the forward of an encoder: decides for all within, and lays out `pixel_values` accordingly."""
+
+    @functools.wraps(forward)
+    def run(self, pixel_values: torch.Tensor, **kwargs):
+        decision = decide(pixel_values, self.config.kernels)
+        pixel_values = _lay_out(pixel_values, decision)
+        if torch.compiler.is_compiling():
+            return forward(self, pixel_values, **kwargs)
+        token = DECISION.set(decision)
+        try:
+            return forward(self, pixel_values, **kwargs)
+        finally:
+            DECISION.reset(token)
+
+    return run
+
+
+def _lay_out(x: torch.Tensor, decision: Decision) -> torch.Tensor:
+    """
+    x in the memory format that is the fastest for all operations to come.
+
+    That is channels_last for kernels, and for plain PyTorch on the CPU, training included, unless the reference was
+    asked for: then x is left as it is, and the model built into transformers is met to the bit.
+    """
+    if not decision.channels_last:
+        return x
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        cpu = _cpu_kernels()
+        if cpu is not None:
+            cpu.settle_allocator()
+    # Here it costs least: three channels, and convolutions keep to it.
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """
+    conv(x), in the memory format in which it is faster, and then as x is, (B, C, H, W) both.
+
+    PyTorch reorders a contiguous weight in every call for a channels_last input, which for one image takes longer than
+    the convolution where the weight is the larger of the two.
+    """
+    if (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not _is_transformed()
+        and not _is_watched()
+        and isinstance(conv, nn.Conv2d)
+        and is_plain(conv)
+        and not x.is_contiguous()
+        and conv.weight.is_contiguous()
+        and conv.weight.numel() > x.numel()
+    ):
+        return conv(x.contiguous()).contiguous(memory_format=torch.channels_last)
+    return conv(x)
+
+
+@torch.compiler.assume_constant_result
+def _default_backend() -> str | None:
+    return os.environ.get(VARIABLE) or None
+
+
+def _is_transformed() -> bool:
+    """Whether something is going on that kernels have no rule for: an export, torch.func, forward-mode derivatives."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    if torch.jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _is_watched() -> bool:
+    """Whether a mode looks at every operation: a counter, a tracer, fake tensors. It is to see PyTorch's own."""
+    if torch.compiler.is_compiling():
+        return False
+    # `torch.set_default_device` and `with torch.device(...)` are modes, too, which look at factory functions only.
+    modes = (torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack()))
+    watching = any(type(mode) is not torch.utils._device.DeviceContext for mode in modes)
+    return watching or torch._C._len_torch_dispatch_stack() > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which kernels there are, and what they can take
+
+
+def why_not_cpu(x: torch.Tensor, *parameters: torch.Tensor | None) -> str | None:
+    """Why the CPU's kernels cannot compute an operation on x (B, C, H, W), or None if they can."""
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, not on the CPU"
+    for dtype in {x.dtype, _product_dtype(x)}:
+        if not _has_onednn(dtype):
+            return f"oneDNN has no fast products of {dtype} on this CPU, or is missing"
+    return _unfit(x, parameters)
+
+
+def why_not_triton(x: torch.Tensor, *parameters: torch.Tensor | None) -> str | None:
+    """Why the kernels cannot compute an operation on x (B, C, H, W) with these parameters, or None if they can."""
+    reason = _why_no_kernels(x.device.type, x.device.index)
+    if reason is not None:
+        return reason
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}, not one of float32, bfloat16, float16"
+    if x.dtype == torch.bfloat16 and x.is_cuda and not _has_bfloat16(x.device.index):
+        return "this GPU has no bfloat16"
+    return _unfit(x, parameters)
+
+
+def _unfit(x: torch.Tensor, parameters: tuple[torch.Tensor | None, ...]) -> str | None:
+    """What no kernel can take."""
+    if type(x) not in (torch.Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+        return f"x is a {type(x).__name__}, which may compute in another way"
+    if x.ndim != 4:
+        return f"x has shape {tuple(x.shape)}, not (batch, channels, height, width)"
+    if x.numel() == 0:
+        return f"x is empty, {tuple(x.shape)}"
+    for parameter in parameters:
+        if parameter is None:
+            continue
+        if type(parameter) not in (torch.Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+            return f"a parameter is a {type(parameter).__name__}, which may compute in another way"
+        if parameter.device != x.device:
+            return f"x is on {x.device} but a parameter on {parameter.device}"
+        if parameter.dtype not in DTYPES:
+            return f"a parameter is {parameter.dtype}, not one of float32, bfloat16, float16"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _has_onednn(dtype: torch.dtype) -> bool:
+    cpu = _cpu_kernels()
+    return cpu is not None and cpu.has_onednn(dtype)
+
+
+def _cpu_kernels() -> ModuleType | None:
+    """The CPU's kernels, if this file finds those that it was written for."""
+    try:
+        import hf_poolformer.kernels.cpu
+    except ImportError:  # this file is a copy that travelled with a checkpoint, to a machine without the package
+        return None
+    return hf_poolformer.kernels.cpu if hf_poolformer.kernels.INTERFACE == INTERFACE else None
+
+
+@torch.compiler.assume_constant_result
+def _why_no_kernels(device: str, index: int | None) -> str | None:
+    """Why there are no Triton kernels for a device, or None."""
+    if device not in ("cuda", "cpu"):
+        return f"x is on {device}, and there are kernels for CUDA GPUs only"
+    kernels = _triton_kernels()
+    if isinstance(kernels, str):
+        return kernels
+    if kernels.INTERFACE != INTERFACE:
+        return f"the installed hf_poolformer has kernels of interface {kernels.INTERFACE}, this code needs {INTERFACE}"
+    if device == "cpu" and not kernels.launch.INTERPRETED:
+        return "x is on the CPU, where kernels run only if TRITON_INTERPRET=1 was set before Triton was imported"
+    if device == "cuda" and torch.cuda.get_device_capability(index) < (7, 0) and torch.version.hip is None:
+        return "this GPU is older than what Triton supports (compute capability 7.0)"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _has_bfloat16(index: int | None) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def _triton_kernels() -> ModuleType | str:
+    """The package of Triton kernels, whose import registers them, or why it cannot be imported."""
+    # Here rather than at the top: half of its time is Triton's, which the CPU does not need. Absolute, because this
+    # file may travel to the Hub, where every relative import is taken for a file to copy.
+    try:
+        import hf_poolformer.kernels.channel_mlp
+        import hf_poolformer.kernels.pool_mixer
+        import hf_poolformer.kernels.statistics
+    except ImportError as error:
+        return f"{error.name or 'a module'} is not installed ({error})"
+    return hf_poolformer.kernels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a model's modules must be
+
 
 # Class -> its forward, and the names of methods that it may call, none of which an instance may have replaced.
 FUSIBLE: dict[type[nn.Module], tuple[Callable, frozenset[str]]] = {}
-
 
 # What `nn.Module.__call__` goes through.
 CALLING = {"_wrapped_call_impl", "_compiled_call_impl", "_call_impl", "_slow_forward"}
@@ -30,19 +317,30 @@ def fusible(kind: type[nn.Module]) -> type[nn.Module]:
     return kind
 
 
-for _kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d, nn.AvgPool2d, nn.GELU, nn.ReLU, nn.SiLU):
-    fusible(_kind)
-# transformers' own, which `hidden_act` makes.
-for _kind in (activations.GELUActivation, activations.SiLUActivation, activations.ReLUSquaredActivation):
-    fusible(_kind)
-
-
-ACTIVATION_NAMES = {
+# Class -> what it computes: "block", its parts "group_norm", "drop_path" and "channel_mlp", or one of `ACTIVATIONS`.
+FORMULAS: dict[type[nn.Module], str] = {
+    nn.GELU: "gelu",
     nn.ReLU: "relu",
     nn.SiLU: "silu",
+    # transformers' own, which `hidden_act` makes.
+    activations.GELUActivation: "gelu",
     activations.SiLUActivation: "silu",
     activations.ReLUSquaredActivation: "squared_relu",
 }
+# The other way round, of a model's own classes.
+CLASSES: dict[str, type[nn.Module]] = {}
+for _kind in (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d, nn.AvgPool2d, *FORMULAS):
+    fusible(_kind)
+
+
+def computes(formula: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Class decorator: `fusible`, and what modules of this class compute, a value of `FORMULAS`."""
+
+    def decorate(kind: type[nn.Module]) -> type[nn.Module]:
+        FORMULAS[kind], CLASSES[formula] = formula, kind
+        return fusible(kind)
+
+    return decorate
 
 
 def is_unhooked(module: nn.Module) -> bool:
@@ -76,6 +374,11 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     return kind.forward is forward and is_unhooked(module)
 
 
+def formula(module: nn.Module) -> str | None:
+    """What a module computes, by its entry in `FORMULAS`; None where there is none, or somebody changed it."""
+    return FORMULAS.get(type(module)) if is_plain(module) else None
+
+
 def is_valid_average(pool: nn.Module) -> bool:
     """Whether a pool averages, with stride 1, over those tokens of an odd window that lie in the image."""
     return (
@@ -96,15 +399,15 @@ def is_pointwise(conv: nn.Module) -> bool:
 
 
 def activation_name(act: nn.Module) -> str | None:
-    """The name in `ops.ACTIVATIONS` of what a module computes; None where there is no such, or somebody changed it."""
-    kind = type(act)
-    if not is_plain(act):
+    """The name in `ACTIVATIONS` of what a module computes; None where there is no such, or somebody changed it."""
+    name = formula(act)
+    if name not in ACTIVATIONS:
         return None
-    if kind is activations.GELUActivation:
-        return "gelu" if act.act is nn.functional.gelu else None
-    if kind is nn.GELU:
-        return "gelu" if act.approximate == "none" else None
-    return ACTIVATION_NAMES.get(kind) or getattr(kind, "fused_activation", None)
+    if isinstance(act, nn.GELU):
+        return name if act.approximate == "none" else None
+    if isinstance(act, activations.GELUActivation):
+        return name if act.act is nn.functional.gelu else None
+    return name
 
 
 def fit(like: torch.Tensor, shapes: Iterable[tuple[torch.Tensor | None, tuple[int, ...]]]) -> bool:
@@ -114,3 +417,248 @@ def fit(like: torch.Tensor, shapes: Iterable[tuple[torch.Tensor | None, tuple[in
         if tensor is not None and (tensor.shape != shape or (dtype is not None and tensor.dtype != dtype)):
             return False
     return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+def unless_fused(fused: Callable[[nn.Module, torch.Tensor], torch.Tensor | None]) -> Callable[[Callable], Callable]:
+    """Decorator of the forward of a block or a stage, for where `fused(module, x)` has no result."""
+
+    def decorate(forward: Callable) -> Callable:
+        @functools.wraps(forward)
+        def run(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            result = fused(self, hidden_states)
+            return forward(self, hidden_states) if result is None else result
+
+        return run
+
+    return decorate
+
+
+def fused_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """A block of x (B, C, H, W), each branch in one operation where its parts allow it; None if plain PyTorch is to
+    compute."""
+    decision = decided(x, block.config.kernels)
+    if decision.backend == "reference":
+        return None
+    mixer, statistics = mixer_arguments(block, x, decision), None
+    if mixer is None:
+        x = block.mix_tokens(x)
+    else:
+        mask = block.drop_path.mask(x)
+        x, statistics = pool_mixer(x, **mixer, mask=mask, with_statistics=block.use_mlp, backend=decision.backend)
+    mlp = mlp_arguments(block, x, decision)
+    if mlp is None:
+        return block.mix_channels(x)
+    mask = block.drop_path.mask(x)
+    return channel_mlp(x, **mlp, mask=mask, statistics=statistics, backend=decision.backend)[0]
+
+
+def fused_stage(stage: nn.ModuleList, x: torch.Tensor) -> torch.Tensor | None:
+    """
+    All blocks of a stage without gradients, on the CPU: a few samples at a time go through all of them, which keeps
+    these in the caches. None where another backend is to compute, or a block is not what it was.
+    """
+    decision = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else DECISION.get()
+    if decision is None or decision.backend != "cpu" or not _holds(decision):
+        return None
+    blocks = []
+    for block in stage:
+        if formula(block) != "block":
+            return None
+        mixer = mixer_arguments(block, x, decision)
+        mlp = None if mixer is None else mlp_arguments(block, x, decision)
+        if mlp is None or block.drop_path.drops:
+            return None
+        blocks.append((mixer, mlp))
+    return infer_blocks(x, blocks) if blocks else None
+
+
+def mixer_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> dict[str, Any] | None:
+    """Of `pool_mixer`, for the first branch of a block; None where that would compute another function, or cannot."""
+    norm = block.before_norm
+    pool_size = getattr(block.token_mixer, "fused_pool_size", None)
+    scales = {"layer_scale": block.layer_scale_1, "res_scale": block.res_scale_1}
+    if pool_size is None or not _is_plain_branch(block, "mix_tokens", norm, x, *scales.values()):
+        return None
+    weight = norm.weight
+    if norm.bias is not None and norm.bias.requires_grad and torch.is_grad_enabled():
+        # The bias cancels, but DistributedDataParallel waits for its gradient: zero.
+        weight = 0.0 * norm.bias + (1.0 if weight is None else weight)
+    if not takes(decision, x, weight, *scales.values()):
+        return None
+    return {"pool_size": pool_size, "eps": norm.eps, "weight": weight, **scales}
+
+
+def mlp_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> dict[str, Any] | None:
+    """The same of `channel_mlp` and the second branch."""
+    if not block.use_mlp or formula(block.output) != "channel_mlp":
+        return None
+    norm, conv1, act, conv2 = block.after_norm, block.output.conv1, block.output.act_fn, block.output.conv2
+    activation = activation_name(act)
+    if activation is None or not (is_pointwise(conv1) and is_pointwise(conv2)):
+        return None
+    scales = {"layer_scale": block.layer_scale_2, "res_scale": block.res_scale_2}
+    learned = (act.scale, act.bias) if activation == "star_relu" else (None, None)
+    channels, hidden = x.shape[1], conv1.weight.shape[0]
+    shapes = [
+        (conv1.weight, (hidden, channels, 1, 1)),
+        (conv1.bias, (hidden,)),
+        (conv2.weight, (channels, hidden, 1, 1)),
+        (conv2.bias, (channels,)),
+        *((tensor, (1,)) for tensor in learned),
+    ]
+    if not (fit(x, shapes) and _is_plain_branch(block, "mix_channels", norm, x, *scales.values())):
+        return None
+    tensors = {
+        "norm_weight": norm.weight,
+        "norm_bias": norm.bias,
+        "weight1": conv1.weight,
+        "bias1": conv1.bias,
+        "weight2": conv2.weight,
+        "bias2": conv2.bias,
+        "act_scale": learned[0],
+        "act_bias": learned[1],
+        **scales,
+    }
+    return {"activation": activation, "eps": norm.eps, **tensors} if takes(decision, x, *tensors.values()) else None
+
+
+def _is_plain_branch(
+    block: nn.Module, method: str, norm: nn.Module, x: torch.Tensor, *scales: torch.Tensor | None
+) -> bool:
+    """Whether the norm and what adds a branch to its shortcut are what the fused operations stand for."""
+    return (
+        block.use_residual is True
+        and _is_own(block, method)
+        and _is_own(block, "merge")
+        and formula(norm) == "group_norm"
+        and norm.num_groups == 1
+        and formula(block.drop_path) == "drop_path"
+        and fit(x, ((vector, x.shape[1:2]) for vector in (norm.weight, norm.bias, *scales)))
+    )
+
+
+def _is_own(block: nn.Module, method: str) -> bool:
+    """Whether a method is the block's, and not a subclass's or an instance's in its place."""
+    return method not in vars(block) and getattr(type(block), method) is getattr(CLASSES["block"], method)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operations
+
+
+def pool_mixer(
+    x: torch.Tensor,
+    *,
+    backend: str,
+    pool_size: int,
+    eps: float,
+    weight: torch.Tensor | None = None,
+    layer_scale: torch.Tensor | None = None,
+    res_scale: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    statistics: torch.Tensor | None = None,
+    with_statistics: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    `ops.pool_mixer` by kernels, for what they can take (`takes`).
+
+    Args:
+        x: (B, C, H, W). Kernels work in channels_last memory, to which they bring it.
+        backend: "cpu" or "triton".
+        mask: gets no gradient.
+        statistics: (B, 2) of x as an operation before this one returned them, which saves a pass. The gradient
+            accounts for their dependence on x; they themselves get none.
+        with_statistics: also return the statistics of the result, where that costs no pass of its own.
+
+    Returns:
+        The result, like x, and its statistics (B, 2), or None.
+    """
+    x = _autocast(x)[0].contiguous(memory_format=torch.channels_last)
+    parameters = _contiguous(weight, layer_scale, res_scale, mask)
+    if backend == "cpu":
+        return torch.ops.hf_poolformer.cpu_pool_mixer(x, *parameters, pool_size, eps)[0], None
+    statistics = _known_statistics(x, statistics)
+    y, statistics = torch.ops.hf_poolformer.pool_mixer(x, statistics, *parameters, pool_size, eps, with_statistics)
+    return y, statistics if with_statistics else None
+
+
+def channel_mlp(
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    weight2: torch.Tensor,
+    *,
+    backend: str,
+    activation: str,
+    eps: float,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    bias1: torch.Tensor | None = None,
+    bias2: torch.Tensor | None = None,
+    act_scale: torch.Tensor | None = None,
+    act_bias: torch.Tensor | None = None,
+    layer_scale: torch.Tensor | None = None,
+    res_scale: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    statistics: torch.Tensor | None = None,
+    with_statistics: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`ops.channel_mlp` by kernels; what is not said there, and the result, as in `pool_mixer`."""
+    x, dtype = _autocast(x)
+    vectors = (norm_weight, norm_bias, weight1.flatten(1), bias1, weight2.flatten(1), bias2, act_scale, act_bias)
+    vectors = (*vectors, layer_scale, res_scale, mask)
+    needs_gradient = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, *vectors))
+    x, vectors = x.contiguous(memory_format=torch.channels_last), _contiguous(*vectors)
+    if backend == "cpu":
+        arguments = (x, *vectors, activation, eps, dtype, needs_gradient)
+        return torch.ops.hf_poolformer.cpu_channel_mlp(*arguments)[0], None
+    arguments = (x, _known_statistics(x, statistics), *vectors, activation, eps, dtype, needs_gradient)
+    y, statistics, _, _ = torch.ops.hf_poolformer.channel_mlp(*arguments, with_statistics)
+    return y, statistics if with_statistics else None
+
+
+def infer_blocks(x: torch.Tensor, blocks: list[tuple[dict[str, Any], dict[str, Any]]]) -> torch.Tensor:
+    """Blocks in sequence on the CPU, without gradients: of each the arguments of `pool_mixer` and of `channel_mlp`."""
+    cpu = _cpu_kernels()
+    x, dtype = _autocast(x)
+    mixers, mlps = [], []
+    for mixer, mlp in blocks:
+        scale = cpu.product(mixer["weight"], mixer["layer_scale"])
+        mixers.append(cpu.Mixer(scale, mixer["res_scale"], mixer["pool_size"], mixer["eps"]))
+        weight1, weight2 = mlp["weight1"].flatten(1).contiguous(), mlp["weight2"].flatten(1).contiguous()
+        products = cpu.cast(dtype, weight1, mlp["bias1"], weight2, mlp["bias2"])
+        hidden = cpu.Hidden(mlp["activation"], mlp["act_scale"], mlp["act_bias"])
+        norm, scales = (mlp["norm_weight"], mlp["norm_bias"]), (mlp["layer_scale"], mlp["res_scale"])
+        mlps.append(cpu.MLP(*norm, *products, *scales, hidden, mlp["eps"], dtype))
+    return cpu.infer(x, mixers, mlps)
+
+
+def _autocast(x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
+    """x as autocast's rules have it, and the dtype of products."""
+    return x.float() if _is_autocast(x) else x, _product_dtype(x)
+
+
+def _product_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(x.device.type) if _is_autocast(x) else x.dtype
+
+
+def _is_autocast(x: torch.Tensor) -> bool:
+    return _has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+def _known_statistics(x: torch.Tensor, statistics: torch.Tensor | None) -> torch.Tensor:
+    if statistics is not None:
+        return statistics.detach()
+    return torch.ops.hf_poolformer.sample_statistics(x.detach())
+
+
+def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]

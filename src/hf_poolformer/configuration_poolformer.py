@@ -267,7 +267,7 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the truncated normal initialisation.
         kernels (`str`, *optional*):
-            Who computes the blocks: `"auto"`, `"cpu"`, `"triton"` or `"reference"`, see `ops.py`. The environment
+            Who computes the blocks: `"auto"`, `"cpu"`, `"triton"` or `"reference"`, see `backends.py`. The environment
             variable `HF_POOLFORMER_KERNELS` overrides it. `None` is `"auto"`, and is not saved.
         out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
             Feature maps of the backbone, out of `"stem"`, `"stage1"`, ... `"stage4"`. Defaults to the last.

@@ -27,16 +27,16 @@ from transformers.utils import CONFIG_NAME, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .backends import activation_name, fit, fusible, is_plain, is_pointwise
+from .backends import computes, convolve, decides, fused_block, fused_stage, fusible, unless_fused
 from .configuration_poolformer import MetaFormerConfig, PoolFormerConfig
-from .ops import channel_mlp, choose_backend, infer_blocks, is_watched, lay_out, pool_mixer, takes_contiguous
+from .ops import drop, residual
 from .token_mixers import TOKEN_MIXERS, AttentionWeights, DefaultInitConv2d, SquaredReLU, activation
 
 
 logger = logging.get_logger(__name__)
 
 
-@fusible
+@computes("group_norm")
 class MetaFormerGroupNorm(nn.GroupNorm):
     """GroupNorm with one group: statistics over C, H, W of each sample, affine per channel."""
 
@@ -84,7 +84,7 @@ def make_norm(name: str, dim: int, config: MetaFormerConfig) -> nn.Module:
     return NORMS[name](dim, eps=config.norm_eps, bias=config.norm_bias)
 
 
-@fusible
+@computes("drop_path")
 class DropPath(nn.Module):
     """
     Stochastic depth (arXiv 1603.09382): drops a residual branch for whole samples, and scales up the kept ones.
@@ -108,8 +108,7 @@ class DropPath(nn.Module):
         return branch.new_empty(branch.shape[0]).bernoulli_(keep).div_(keep)
 
     def forward(self, branch: torch.Tensor) -> torch.Tensor:
-        mask = self.mask(branch)
-        return branch if mask is None else branch * mask[:, None, None, None]
+        return drop(branch, self.mask(branch))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
@@ -135,15 +134,10 @@ class MetaFormerEmbeddings(nn.Module):
             self.position_embeddings = nn.Parameter(torch.zeros(1, dim, *config.stage_resolution(stage)))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.post_norm(self.project(self.pre_norm(hidden_states)))
+        hidden_states = self.post_norm(convolve(self.projection, self.pre_norm(hidden_states)))
         if self.position_embeddings is not None:
             hidden_states = hidden_states + self.resize_positions(hidden_states.shape[-2:])
         return hidden_states
-
-    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if takes_contiguous(hidden_states, self.projection):
-            return self.projection(hidden_states.contiguous()).contiguous(memory_format=torch.channels_last)
-        return self.projection(hidden_states)
 
     def initialize(self, std: float):
         if self.position_embeddings is not None:
@@ -159,7 +153,7 @@ class MetaFormerEmbeddings(nn.Module):
         return resized.to(self.position_embeddings.dtype)
 
 
-@fusible
+@computes("channel_mlp")
 class MetaFormerMLP(nn.Module):
     """Channel MLP: two 1x1 convolutions, which are matrix products over channels."""
 
@@ -173,45 +167,25 @@ class MetaFormerMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.conv2(self.act_fn(self.conv1(hidden_states)))
 
-    def fused_arguments(self, like: torch.Tensor) -> dict | None:
-        """What `ops.channel_mlp` needs for an input like `like`; None where it would compute another function."""
-        conv1, act, conv2 = self.conv1, self.act_fn, self.conv2
-        name = activation_name(act)
-        if name is None or not (is_plain(self, MetaFormerMLP) and is_pointwise(conv1) and is_pointwise(conv2)):
-            return None
-        weight1, bias1, weight2, bias2 = conv1.weight, conv1.bias, conv2.weight, conv2.bias
-        channels, hidden = like.shape[1], weight1.shape[0]
-        learned = (act.scale, act.bias) if name == "star_relu" else (None, None)
-        shapes = [
-            (weight1, (hidden, channels, 1, 1)),
-            (bias1, (hidden,)),
-            (weight2, (channels, hidden, 1, 1)),
-            (bias2, (channels,)),
-            *((tensor, (1,)) for tensor in learned),
-        ]
-        if not fit(like, shapes):
-            return None
-        products = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
-        return {"activation": name, "act_scale": learned[0], "act_bias": learned[1], **products}
 
-
-@fusible
+@computes("block")
 class MetaFormerBlock(GradientCheckpointingLayer):
     """
     The MetaFormer block: `x + mixer(norm(x))`, then `x + mlp(norm(x))`, for any token mixer.
 
-    Each branch may be scaled per channel (layer scale), and so may each shortcut (residual scale).
+    Each branch may be scaled per channel (layer scale), and so may each shortcut (residual scale). Kernels may compute
+    the same (`backends.py`).
     """
 
     def __init__(self, config: MetaFormerConfig, stage: int, token_mixer: nn.Module, drop_path_rate: float = 0.0):
         super().__init__()
+        self.config = config
         dim = config.hidden_sizes[stage]
         self.use_residual = config.use_residual
         self.before_norm = make_norm(config.norm_layer, dim, config)
         self.token_mixer = token_mixer
         self.drop_path = DropPath(drop_path_rate)
         self.use_mlp = config.use_mlp
-        self.kernels = config.kernels
         if self.use_mlp:
             self.after_norm = make_norm(config.norm_layer, dim, config)
             self.output = MetaFormerMLP(config, dim)
@@ -228,66 +202,21 @@ class MetaFormerBlock(GradientCheckpointingLayer):
         for name, scale in self.named_parameters(recurse=False):
             init.constant_(scale, self.scale_init_values[name[:-2]])
 
+    @unless_fused(fused_block)
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        fused = choose_backend(hidden_states, preferred=self.kernels) != "reference" and not is_watched()
-        mixer = self.mixer_arguments(hidden_states) if fused else None
-        mlp = self.mlp_arguments(hidden_states) if fused and self.use_mlp else None
-        statistics = None
-        if mixer is not None:
-            mask = self.drop_path.mask(hidden_states)
-            hidden_states, statistics = pool_mixer(
-                hidden_states, mask=mask, with_statistics=mlp is not None, preferred=self.kernels, **mixer
-            )
-        else:
-            branch = self.token_mixer(self.before_norm(hidden_states))
-            hidden_states = self.merge(hidden_states, branch, self.layer_scale_1, self.res_scale_1)
-        if mlp is not None:
-            mask = self.drop_path.mask(hidden_states)
-            hidden_states, _ = channel_mlp(
-                hidden_states, mask=mask, statistics=statistics, preferred=self.kernels, **mlp
-            )
-        elif self.use_mlp:
-            branch = self.output(self.after_norm(hidden_states))
-            hidden_states = self.merge(hidden_states, branch, self.layer_scale_2, self.res_scale_2)
-        return hidden_states
+        return self.mix_channels(self.mix_tokens(hidden_states))
 
-    def mixer_arguments(self, like: torch.Tensor) -> dict | None:
-        """
-        What `pool_mixer` needs for the first branch and its shortcut; None where it would compute another function.
+    def mix_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Norm, token mixer, residual."""
+        branch = self.token_mixer(self.before_norm(hidden_states))
+        return self.merge(hidden_states, branch, self.layer_scale_1, self.res_scale_1)
 
-        `like` is the input, (B, C, H, W), of which only dtype and number of channels matter.
-        """
-        norm = self.before_norm
-        pool_size = getattr(self.token_mixer, "fused_pool_size", None)
-        scales = {"layer_scale": self.layer_scale_1, "res_scale": self.res_scale_1}
-        if pool_size is None or not self.branch_is_plain(norm, like, *scales.values()):
-            return None
-        weight = norm.weight
-        if norm.bias is not None and norm.bias.requires_grad and torch.is_grad_enabled():
-            # The bias cancels, but DistributedDataParallel waits for its gradient: zero.
-            weight = 0.0 * norm.bias + (1.0 if weight is None else weight)
-        return {"pool_size": pool_size, "eps": norm.eps, "weight": weight, **scales}
-
-    def mlp_arguments(self, like: torch.Tensor) -> dict | None:
-        """The same of `channel_mlp` and the second branch."""
-        norm, mlp = self.after_norm, self.output
-        scales = {"layer_scale": self.layer_scale_2, "res_scale": self.res_scale_2}
-        arguments = mlp.fused_arguments(like) if type(mlp) is MetaFormerMLP else None
-        if arguments is None or not self.branch_is_plain(norm, like, *scales.values()):
-            return None
-        return {"eps": norm.eps, "norm_weight": norm.weight, "norm_bias": norm.bias, **arguments, **scales}
-
-    def branch_is_plain(self, norm: nn.Module, like: torch.Tensor, *scales: torch.Tensor | None) -> bool:
-        """Whether `norm` and what merges a branch with its shortcut are what the fused operations stand for."""
-        return (
-            self.use_residual is True
-            and type(self).merge is MetaFormerBlock.merge
-            and "merge" not in vars(self)
-            and is_plain(norm, MetaFormerGroupNorm)
-            and norm.num_groups == 1
-            and is_plain(self.drop_path, DropPath)
-            and fit(like, ((vector, like.shape[1:2]) for vector in (norm.weight, norm.bias, *scales)))
-        )
+    def mix_channels(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Norm, MLP, residual."""
+        if not self.use_mlp:
+            return hidden_states
+        branch = self.output(self.after_norm(hidden_states))
+        return self.merge(hidden_states, branch, self.layer_scale_2, self.res_scale_2)
 
     def merge(
         self,
@@ -298,14 +227,9 @@ class MetaFormerBlock(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """`res_scale * shortcut + layer_scale * drop_path(branch)`; scales (C,), the rest (B, C, H, W)."""
         branch = self.drop_path(branch)
-        if not self.use_residual:
-            return branch if layer_scale is None else branch * layer_scale[:, None, None]
-        if res_scale is not None:
-            shortcut = shortcut * res_scale[:, None, None]
-        if layer_scale is None:
-            return shortcut + branch
-        # Into the product, which is made here and nobody else holds: a fresh result would cost more than the addition.
-        return (branch * layer_scale[:, None, None]).add_(shortcut)
+        if self.use_residual:
+            return residual(shortcut, branch, layer_scale, res_scale)
+        return branch if layer_scale is None else branch * layer_scale[:, None, None]
 
 
 class MetaFormerStage(nn.ModuleList):
@@ -321,31 +245,11 @@ class MetaFormerStage(nn.ModuleList):
             for rate in config.drop_path_rates[stage]
         )
 
+    @unless_fused(fused_stage)
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():
-            fused = self.infer(hidden_states)
-            if fused is not None:
-                return fused
         for block in self:
             hidden_states = block(hidden_states)
         return hidden_states
-
-    def infer(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """All blocks in one operation, without gradients; None where it is not there or a block is not what it was."""
-        arguments = []
-        preferred = None
-        for block in self:
-            if not is_plain(block, MetaFormerBlock):
-                return None
-            if not arguments and choose_backend(hidden_states, preferred=block.kernels) != "cpu":
-                return None
-            mixer = block.mixer_arguments(hidden_states) if block.use_mlp else None
-            mlp = None if mixer is None else block.mlp_arguments(hidden_states)
-            if mlp is None or block.drop_path.drops or (arguments and block.kernels != preferred):
-                return None
-            arguments.append((mixer, mlp))
-            preferred = block.kernels
-        return infer_blocks(hidden_states, arguments, preferred=preferred)
 
 
 @auto_docstring
@@ -520,12 +424,13 @@ class MetaFormerEncoder(MetaFormerPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
+    @decides
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
         if kwargs.get("output_attentions") and self.config._attn_implementation not in ("eager", None):
             logger.warning_once(
                 'Only attn_implementation="eager" has attention weights to give with output_attentions.'
             )
-        hidden_states = lay_out(pixel_values, preferred=self.config.kernels)
+        hidden_states = pixel_values
         for embed, stage in zip(self.patch_embeddings, self.block, strict=True):
             hidden_states = stage(embed(hidden_states))
         return BaseModelOutput(last_hidden_state=hidden_states)
@@ -537,8 +442,8 @@ class MetaFormerBackboneEncoder(MetaFormerEncoder):
     # Nothing is recorded by hooks: a model around the backbone that records its own layers would get these, too.
     _can_record_outputs = {}  # noqa: RUF012
 
+    @decides
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        pixel_values = lay_out(pixel_values, preferred=self.config.kernels)
         hidden_states = [self.patch_embeddings[0](pixel_values)]
         hidden_states.append(self.block[0](hidden_states[0]))
         for embed, stage in zip(self.patch_embeddings[1:], self.block[1:], strict=True):

@@ -3,6 +3,8 @@
 A mixer is any module built as `Mixer(config, stage)` that maps (batch, channels, height, width) to the same shape;
 `stage` counts from 0. `TOKEN_MIXERS` is open: `TOKEN_MIXERS["mine"] = Mine` makes `token_mixers=["mine", ...]` work.
 
+A mixer that computes what pooling does says so by `fused_pool_size`, and kernels compute it, too (`backends.py`).
+
 A module that defines `initialize(std)` initialises itself there, through `transformers.initialization` (which leaves
 loaded weights alone); convolutions and linear layers within are initialised by the model.
 """
@@ -17,15 +19,15 @@ from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .backends import fusible, is_plain, is_valid_average
+from .backends import computes, fusible, is_plain, is_valid_average
 from .configuration_poolformer import MetaFormerConfig, check_name
+from .ops import activate, squared_relu
 
 
-@fusible
+@computes("star_relu")
 class StarReLU(nn.Module):
     """`scale * relu(x)**2 + bias` with learned scalars (arXiv 2210.13452, section 3.1)."""
 
-    fused_activation = "star_relu"
     # Mean 0 and variance 1 for a standard normal input: E[relu(x)^2] = 1/2, Var = 5/4.
     scale_init, bias_init = 0.8944, -0.4472
 
@@ -35,21 +37,19 @@ class StarReLU(nn.Module):
         self.bias = nn.Parameter(torch.full((1,), self.bias_init))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.scale * F.relu(hidden_states).square() + self.bias
+        return activate(hidden_states, "star_relu", self.scale, self.bias)
 
     def initialize(self, std: float):
         init.constant_(self.scale, self.scale_init)
         init.constant_(self.bias, self.bias_init)
 
 
-@fusible
+@computes("squared_relu")
 class SquaredReLU(nn.Module):
     """`relu(x)**2`, of the MLP head (arXiv 2210.13452)."""
 
-    fused_activation = "squared_relu"
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.relu(hidden_states).square()
+        return squared_relu(hidden_states)
 
 
 ACTIVATIONS = {"star_relu": StarReLU, "squared_relu": SquaredReLU}

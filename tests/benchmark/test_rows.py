@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from hf_poolformer.backends import VARIABLE
 from hf_poolformer.benchmark.case import Case
 from hf_poolformer.benchmark.comparison import Runner
 from hf_poolformer.benchmark.gate import gradient_error, logits_error, standard
@@ -20,7 +21,6 @@ from hf_poolformer.benchmark.rows import (
 )
 from hf_poolformer.benchmark.timing import Deadline
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.ops import VARIABLE
 
 
 def tiny(mode: str = "infer", **fields) -> Case:

@@ -21,9 +21,9 @@ def loop_kernel(count):
 
 @pytest.fixture(scope="session", autouse=True)
 def kernels_run():
-    from hf_poolformer import ops
+    from hf_poolformer import backends
 
-    reason = ops.why_not_triton(torch.ones(1, 1, 1, 1, device=DEVICE))
+    reason = backends.why_not_triton(torch.ones(1, 1, 1, 1, device=DEVICE))
     assert reason is None, f"{reason}: run pytest with TRITON_INTERPRET=1"
     if DEVICE == "cpu":
         try:
@@ -64,14 +64,3 @@ def poisoned(monkeypatch):
 @pytest.fixture
 def tolerance(device):
     return {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 3e-2 if device == "cpu" else 1.5e-2}
-
-
-@pytest.fixture
-def relative_error():
-    def run(result: torch.Tensor, expected: torch.Tensor) -> float:
-        result, expected = result.detach().double().cpu(), expected.detach().double().cpu()
-        assert result.shape == expected.shape
-        error = (result - expected).norm() / expected.norm().clamp_min(1e-30)
-        return float("inf") if error.isnan() else error.item()
-
-    return run

@@ -1,6 +1,7 @@
 """The model with kernels against the model without: same parameters, same function, same gradients."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -45,15 +46,23 @@ def test_the_model_is_the_same_function(settings, device, scramble, relative_err
             assert relative_error(other.grad, parameter.grad) < 2e-4, name
 
 
-def test_blocks_that_are_not_plain_keep_their_modules():
-    def block(**settings):
-        model = MetaFormerForImageClassification(MetaFormerConfig(**{**TINY, **settings}))
-        return model.metaformer.encoder.block[0][0]
+def test_blocks_that_are_not_plain_keep_their_modules(device, monkeypatch):
+    monkeypatch.delenv("HF_POOLFORMER_KERNELS", raising=False)
 
-    like = torch.zeros(1, 8, 4, 4)
+    def block(**settings):
+        model = MetaFormerForImageClassification(MetaFormerConfig(**{**TINY, **settings, "kernels": "triton"}))
+        return model.metaformer.encoder.block[0][0].to(device)
 
     def branches(block):
-        return block.mixer_arguments(like) is not None, block.use_mlp and block.mlp_arguments(like) is not None
+        """Which branches of a block on its own kernels compute."""
+        calls = []
+        with monkeypatch.context() as patch:
+            for name in ("pool_mixer", "channel_mlp"):
+                original = getattr(torch.ops.hf_poolformer, name)
+                counted = partial(lambda original, name, *args: calls.append(name) or original(*args), original, name)
+                patch.setattr(torch.ops.hf_poolformer, name, counted)
+            block(torch.randn(1, 8, 2, 2, device=device))
+        return "pool_mixer" in calls, "channel_mlp" in calls
 
     assert branches(block()) == (True, True)
     for other, fused in (

@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_poolformer import ops
+from hf_poolformer import backends, ops
 
 
 V1 = ("norm_weight", "norm_bias", "bias1", "bias2", "layer_scale")
 V2 = ("norm_weight", "res_scale")
 ALL = (*V1, "res_scale")
+OPERATIONS = {
+    "triton": lambda *args, **settings: backends.channel_mlp(*args, **settings, backend="triton")[0],
+    "reference": ops.channel_mlp,
+}
 
 
 def make(shape, inner, dtype, parameter_dtype, device, names, activation, mask):
@@ -79,7 +83,7 @@ def check(
     rest = {name: parameter for name, parameter in parameters.items() if name not in ("weight1", "weight2")}
     context = torch.autocast(device, autocast) if autocast else contextlib.nullcontext()
     with context:
-        y, statistics = ops.channel_mlp(
+        y, statistics = backends.channel_mlp(
             x,
             parameters["weight1"],
             parameters["weight2"],
@@ -102,7 +106,7 @@ def check(
         assert parameter.grad.dtype == parameter_dtype
         assert relative_error(parameter.grad, exact_grads[name]) < bound, name
     with torch.no_grad(), context:
-        alone, none = ops.channel_mlp(
+        alone, none = backends.channel_mlp(
             x,
             parameters["weight1"],
             parameters["weight2"],
@@ -138,7 +142,7 @@ def test_odd_and_even_sizes(shape, inner, device, poisoned, relative_error, tole
     if shape[1] == 1:  # its norm is zero, and so are gradients that pass through it: nothing to divide by
         x = torch.ones(shape, device=device)
         weight1, weight2 = torch.ones(inner, 1, device=device), torch.ones(1, inner, device=device)
-        y, _ = ops.channel_mlp(x, weight1, weight2, activation="gelu", eps=1e-5, backend="triton")
+        y, _ = backends.channel_mlp(x, weight1, weight2, activation="gelu", eps=1e-5, backend="triton")
         assert y.item() == 1
         return
     check(shape, ALL, "gelu", relative_error, tolerance, device=device, inner=inner)
@@ -169,7 +173,7 @@ def test_a_mean_far_from_zero_costs_float32_accuracy_only(device, poisoned, rela
     torch.manual_seed(0)
     x = torch.randn(2, 20, 5, 3, device=device) + 1000
     weight1, weight2 = torch.randn(40, 20, device=device) / 4, torch.randn(20, 40, device=device) / 6
-    y, _ = ops.channel_mlp(x, weight1, weight2, activation="gelu", eps=1e-5, backend="triton")
+    y, _ = backends.channel_mlp(x, weight1, weight2, activation="gelu", eps=1e-5, backend="triton")
     hidden = F.gelu(F.conv2d(F.group_norm(x.double(), 1), weight1.double()[..., None, None]))
     branch = F.conv2d(hidden, weight2.double()[..., None, None])
     assert relative_error(y.double() - x.double(), branch) < 1e-3
@@ -179,11 +183,9 @@ def test_a_layer_scale_of_zero_still_learns(device, poisoned, relative_error):
     x = torch.randn(2, 6, 3, 3, device=device)
     weight1, weight2 = torch.randn(12, 6, device=device), torch.randn(6, 12, device=device)
     grads = {}
-    for backend in ("triton", "reference"):
+    for backend, operation in OPERATIONS.items():
         layer_scale = torch.zeros(6, device=device, requires_grad=True)
-        y, _ = ops.channel_mlp(
-            x, weight1, weight2, activation="gelu", eps=1e-5, layer_scale=layer_scale, backend=backend
-        )
+        y = operation(x, weight1, weight2, activation="gelu", eps=1e-5, layer_scale=layer_scale)
         y.square().sum().backward()
         grads[backend] = layer_scale.grad
     assert relative_error(grads["triton"], grads["reference"]) < 1e-5
@@ -195,9 +197,9 @@ def test_frozen_parameters_get_no_gradient(device, poisoned, relative_error):
     weight1, weight2 = torch.randn(12, 6, device=device), torch.randn(6, 12, device=device)
     bias2 = torch.randn(6, device=device, requires_grad=True)
     grads = {}
-    for backend in ("triton", "reference"):
+    for backend, operation in OPERATIONS.items():
         x.grad = bias2.grad = None
-        y, _ = ops.channel_mlp(x, weight1, weight2, activation="gelu", eps=1e-5, bias2=bias2, backend=backend)
+        y = operation(x, weight1, weight2, activation="gelu", eps=1e-5, bias2=bias2)
         y.square().sum().backward()
         grads[backend] = (x.grad, bias2.grad)
     assert weight1.grad is None

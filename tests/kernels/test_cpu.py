@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
 
-from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification, ops
+from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification, backends, ops
 from hf_poolformer.kernels import cpu
 
 
@@ -30,10 +30,18 @@ def block_size(request, monkeypatch):
         monkeypatch.setattr(cpu, "BACKWARD_BLOCK", request.param)
 
 
-def outcome(operation, x, parameters, grad, backend, **settings):
+def by_kernels(operation, **arguments):
+    return getattr(backends, operation)(**arguments, backend="cpu")[0]
+
+
+def by_formula(operation, **arguments):
+    return getattr(ops, operation)(**arguments)
+
+
+def outcome(compute, operation, x, parameters, grad, **settings):
     """y and the gradients of x and the parameters."""
     leaves = {name: value.detach().clone().requires_grad_() for name, value in {"x": x, **parameters}.items()}
-    y, _ = operation(**leaves, backend=backend, **settings)
+    y = compute(operation, **leaves, **settings)
     y.backward(grad.to(y.dtype))
     return {"y": y} | {name: leaf.grad for name, leaf in leaves.items()}
 
@@ -41,9 +49,9 @@ def outcome(operation, x, parameters, grad, backend, **settings):
 def check(operation, x, parameters, relative_error, bound, context=None, **settings):
     grad = torch.randn(x.shape).to(x.dtype)
     with context or contextlib.nullcontext():
-        got = outcome(operation, x, parameters, grad, "cpu", **settings)
+        got = outcome(by_kernels, operation, x, parameters, grad, **settings)
     exact = {name: value.double() for name, value in parameters.items()}
-    wanted = outcome(operation, x.double(), exact, grad.double(), "reference", **settings)
+    wanted = outcome(by_formula, operation, x.double(), exact, grad.double(), **settings)
     assert got["y"].is_contiguous(memory_format=torch.channels_last)
     for name, value in got.items():
         assert value.dtype == (x if name in ("x", "y") else parameters[name]).dtype, name
@@ -80,7 +88,7 @@ def test_pooling_branch(shape, pool_size, names, dtype, block_size, poisoned, re
     if shape[-1] == 1:
         parameters = {name: value for name, value in parameters.items() if name == "res_scale"}
     settings = {"mask": mask, "pool_size": pool_size, "eps": 1e-5}
-    check(ops.pool_mixer, activations(shape, dtype), parameters, relative_error, TOLERANCE[dtype], **settings)
+    check("pool_mixer", activations(shape, dtype), parameters, relative_error, TOLERANCE[dtype], **settings)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,17 +97,17 @@ def test_pooling_branch(shape, pool_size, names, dtype, block_size, poisoned, re
 def test_mlp_branch(shape, inner, names, activation, dtype, block_size, poisoned, relative_error):
     parameters = mlp_parameters(shape[1], inner, names, activation, dtype)
     settings = {"mask": torch.tensor([1.25, 0.0, 1.25])[: shape[0]], "activation": activation, "eps": 1e-5}
-    check(ops.channel_mlp, activations(shape, dtype), parameters, relative_error, TOLERANCE[dtype], **settings)
+    check("channel_mlp", activations(shape, dtype), parameters, relative_error, TOLERANCE[dtype], **settings)
 
 
 @pytest.mark.parametrize("activation", list(ops.ACTIVATIONS))
 def test_activations_with_and_without_gradients(activation, relative_error):
     x, parameters = activations((2, 5, 4, 3)), mlp_parameters(5, 9, ALL, activation)
     settings = {"activation": activation, "eps": 1e-5}
-    check(ops.channel_mlp, x, parameters, relative_error, TOLERANCE[torch.float32], **settings)
+    check("channel_mlp", x, parameters, relative_error, TOLERANCE[torch.float32], **settings)
     with torch.no_grad():
-        got, _ = ops.channel_mlp(x, **parameters, **settings, backend="cpu")
-        wanted, _ = ops.channel_mlp(x, **parameters, **settings, backend="reference")
+        got = by_kernels("channel_mlp", x=x, **parameters, **settings)
+        wanted = by_formula("channel_mlp", x=x, **parameters, **settings)
     assert relative_error(got, wanted) < TOLERANCE[torch.float32]
 
 
@@ -108,7 +116,7 @@ def test_autocast_keeps_float32_around_the_products(relative_error):
     x, parameters = activations((3, 20, 5, 7)), mlp_parameters(20, 41, V1, "gelu")
     context = torch.autocast("cpu", torch.bfloat16)
     settings = {"activation": "gelu", "eps": 1e-5, "context": context}
-    check(ops.channel_mlp, x, parameters, relative_error, TOLERANCE[torch.bfloat16], **settings)
+    check("channel_mlp", x, parameters, relative_error, TOLERANCE[torch.bfloat16], **settings)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -262,7 +270,7 @@ def test_all_parameters_get_a_gradient(model, pixel_values, monkeypatch):
 
 def test_what_they_cannot_compute_has_a_reason():
     x, odd = torch.ones(1, 2, 3, 3), torch.ones(2).as_subclass(type("Other", (torch.Tensor,), {}))
-    assert ops.why_not_cpu(x, torch.ones(2), None) is None
+    assert backends.why_not_cpu(x, torch.ones(2), None) is None
     for bad, parameter, reason in (
         (x.double(), None, "no fast products of torch.float64"),
         (x[0], None, "not (batch, channels, height, width)"),
@@ -270,8 +278,8 @@ def test_what_they_cannot_compute_has_a_reason():
         (x.to("meta"), None, "not on the CPU"),
         (x, odd, "a parameter is a Other"),
     ):
-        assert reason in ops.why_not_cpu(bad, parameter)
+        assert reason in backends.why_not_cpu(bad, parameter)
         with torch.no_grad():
-            assert ops.choose_backend(bad, parameter) == "reference"
+            assert not backends.takes(backends.decide(bad), bad, parameter)
         with pytest.raises(RuntimeError, match="The kernels cannot run"):
-            ops.choose_backend(bad, parameter, backend="cpu")
+            backends.takes(backends.decide(bad, "cpu"), bad, parameter)

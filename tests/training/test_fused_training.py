@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from hf_poolformer import modeling_poolformer, ops
+from hf_poolformer import backends
 from hf_poolformer.training.loop import train
 
 
-NO_KERNELS = ops.why_not_cpu(torch.zeros(1, 8, 4, 4))
+NO_KERNELS = backends.why_not_cpu(torch.zeros(1, 8, 4, 4))
 
 
 @pytest.fixture
@@ -20,14 +20,16 @@ def train_with(monkeypatch, tmp_path):
 
     def run(backend, settings):
         used = set()
+        decide = backends.decide
 
-        def choose(*args, **kwargs):
-            used.add(ops.choose_backend(*args, **kwargs))
-            return ops.choose_backend(*args, **kwargs)
+        def noted(*args):
+            decision = decide(*args)
+            used.add(decision.backend)
+            return decision
 
         with monkeypatch.context() as patch:
-            patch.setenv(ops.VARIABLE, backend)
-            patch.setattr(modeling_poolformer, "choose_backend", choose)
+            patch.setenv(backends.VARIABLE, backend)
+            patch.setattr(backends, "decide", noted)
             folder = tmp_path / backend
             results = train(dataclasses.replace(settings, output_dir=str(folder)))
         assert used == {backend}

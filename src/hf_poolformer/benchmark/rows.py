@@ -30,9 +30,9 @@ from transformers.models.poolformer.configuration_poolformer import PoolFormerCo
 from transformers.models.poolformer.modeling_poolformer import PoolFormerForImageClassification as BuiltIn
 
 from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification
+from hf_poolformer.backends import VARIABLE
 from hf_poolformer.conversion.key_maps import TIMM
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.ops import VARIABLE
 
 from .case import DTYPES, Case
 

@@ -125,7 +125,7 @@ def describe_kernels() -> dict[str, str]:
     """Who computes the blocks on each kind of device and in each precision, and why nobody faster does."""
     import torch
 
-    from ..ops import choose_backend, why_not_cpu, why_not_triton
+    from ..backends import decide, why_not_cpu, why_not_triton
 
     kernels = {}
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
@@ -133,8 +133,8 @@ def describe_kernels() -> dict[str, str]:
             x = torch.zeros(1, 8, 4, 4, device=device, dtype=dtype)
             try:
                 with torch.no_grad():
-                    inference = choose_backend(x)
-                training = choose_backend(x)
+                    inference = decide(x).backend
+                training = decide(x).backend
             except (RuntimeError, ValueError) as error:  # HF_POOLFORMER_KERNELS asks for what there is not
                 kernels[f"{device} {str(dtype)[6:]}"] = str(error)
                 continue

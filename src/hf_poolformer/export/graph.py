@@ -194,8 +194,7 @@ class KeptMixer(nn.Module):
         self.block = block
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        branch = self.block.token_mixer(self.block.before_norm(x))
-        return self.block.merge(x, branch, self.block.layer_scale_1, self.block.res_scale_1)
+        return self.block.mix_tokens(x)
 
 
 class KeptMLP(nn.Module):
@@ -206,8 +205,7 @@ class KeptMLP(nn.Module):
         self.block = block
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        branch = self.block.output(self.block.after_norm(x))
-        return self.block.merge(x, branch, self.block.layer_scale_2, self.block.res_scale_2)
+        return self.block.mix_channels(x)
 
 
 def fold_block(block: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
-"""Kernels behind `hf_poolformer.ops`, registered with torch.library as `torch.ops.hf_poolformer.*`.
+"""Kernels behind `hf_poolformer.backends`, registered with torch.library as `torch.ops.hf_poolformer.*`.
 
-Importing a module registers its operations; only `ops.py` imports them, and only when they may run. All kernels read
-and write NHWC memory: tensors are logically (B, C, H, W) and contiguous in `torch.channels_last`. Accumulation is
+Importing a module registers its operations; only `backends.py` imports them, and only when they may run. All kernels
+read and write NHWC memory: tensors are logically (B, C, H, W) and contiguous in `torch.channels_last`. Accumulation is
 float32; reductions are in a fixed order, so that results do not change from run to run.
 
 cpu.py          both operations with oneDNN; the others need Triton, and without it raise ImportError
@@ -11,7 +11,7 @@ channel_mlp.py  res_scale * x + mask * layer_scale * (W2 act(W1 norm(x) + b1) + 
 launch.py       choice of tiles, precision of products, devices
 """
 
-# What ops.py (which may be a copy that travelled with a checkpoint) expects of these operations. Raise it whenever a
+# What backends.py (which may be a copy that travelled with a checkpoint) expects of these operations. Raise it when a
 # schema changes: a copy that knows another number takes the reference instead of failing.
 INTERFACE = 1
 

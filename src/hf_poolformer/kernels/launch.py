@@ -92,7 +92,7 @@ def transposed_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def on(x: torch.Tensor):
-    """Inside: kernels go to the device of `x`, and autocast, whose rules `ops.py` has applied, is off."""
+    """Inside: kernels go to the device of `x`, and autocast, whose rules `backends.py` has applied, is off."""
     device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
     with device, torch.autocast(x.device.type, enabled=False):
         yield
