@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from hf_poolformer.benchmark.case import Case
-from hf_poolformer.benchmark.command import main
 from hf_poolformer.benchmark.exports import ExportRow, failures, gate_error, render, targets
 from hf_poolformer.benchmark.report import Report
 from hf_poolformer.benchmark.timing import Deadline
+from hf_poolformer.commands.benchmark import main
 
 
 def tables() -> dict[int, list[ExportRow]]:

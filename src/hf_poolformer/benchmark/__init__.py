@@ -10,5 +10,5 @@ growth.py      how cost grows with batch, pixels and depth
 processors.py  image processors
 loop.py        the training loop: synthetic tensors, streamed photographs, and the bottleneck
 report.py      tables, JSON, charts, targets
-command.py     the command line
+run.py         what the command asks for, one after the other
 """

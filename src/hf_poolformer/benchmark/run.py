@@ -1,157 +1,63 @@
-"""The command line of the benchmark."""
+"""One run of the benchmark: what the arguments of `hf-poolformer benchmark` ask for, measured, shown and written."""
 
 from __future__ import annotations
 
 import argparse
-import ctypes.util
 import logging
-import os
 import shlex
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from hf_poolformer.foundation.errors import UserError
-
-from ..commands import CommandParser
+from ..foundation.errors import UserError
 from ..foundation.strict_json import to_json
+from . import exports
 from . import report as reports
-from .case import DTYPES, Case, variants
+from .case import Case
 from .comparison import Runner
 from .floor import measure_ceilings
 from .growth import VARIANTS, measure_growth
 from .loop import measure_loop
 from .processors import SIZES, measure_processors
 from .report import Report
-from .rows import Unavailable, all_rows, choose_rows
+from .rows import all_rows, choose_rows
 from .timing import Deadline
 
 
-COMMANDS = {
-    "all": "a selection of everything, within the budget (default)",
-    "infer": "forward, images per second",
-    "train": "forward, backward and optimiser step; with --loop, the training loop and its bottleneck",
-    "latency": "one call at a time, milliseconds",
-    "process": "image processors, without decoding",
-    "growth": "how cost grows with batch, pixels and model",
-    "export": "exports, in 8 bits, too, next to OpenVINO and onnxruntime of the built-in model; CPU",
-}
-EPILOGUE = """\
-Before a row is timed it is checked against the built-in model; one that fails is reported, and the exit status is 1.
-
-python scripts/benchmark.py                                       # a selection, under ten minutes on a CPU
-python scripts/benchmark.py infer --dtype bfloat16 --rows 'ours*' 'built-in compile' OpenVINO
-python scripts/benchmark.py latency --rows all --output benchmarks/latency
-python scripts/benchmark.py growth --budget 300 --output benchmarks/growth
-"""
 # Batches of the modes where --batch_size does not say.
 BATCH_SIZES = {"cpu": {"infer": 16, "train": 16, "latency": 1}, "cuda": {"infer": 256, "train": 256, "latency": 1}}
-BUDGETS = {"all": 540.0, "growth": 300.0, "export": 240.0}
 
 
-def parse(argv: Sequence[str], prog: str | None = None) -> argparse.Namespace:
-    """The arguments; without a command, "all" is meant."""
-    parser = CommandParser(
-        prog=prog or "benchmark.py",
-        description="Time PoolFormer next to the one built into transformers, timm's, onnxruntime and OpenVINO.",
-        epilog=EPILOGUE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, description in COMMANDS.items():
-        add_arguments(commands.add_parser(name, help=description, description=description.capitalize() + "."), name)
-    argv = list(argv)
-    if not argv or (argv[0] not in COMMANDS and argv[0] not in ("-h", "--help")):
-        argv.insert(0, "all")
-    arguments = parser.parse_args(argv)
-    arguments.call = [*(prog.split() if prog else ["python", "scripts/benchmark.py"]), *argv]
-    return arguments
+def run(arguments: argparse.Namespace) -> int:
+    """
+    Everything that was asked for.
 
+    Args:
+        arguments: of `commands.benchmark`.
 
-def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
-    on_gpu = torch.cuda.is_available()
-    add = parser.add_argument
-    add(
-        "--device", choices=["cpu", "cuda"], default="cuda" if on_gpu else "cpu", help="default: a GPU if there is one"
-    )
-    if command != "process":
-        add(
-            "--variant",
-            choices=variants(),
-            default="poolformer_s12",
-            metavar="NAME",
-            help="default: poolformer_s12; tiny is for dry runs",
-        )
-        add(
-            "--dtype",
-            nargs="+",
-            choices=list(DTYPES),
-            metavar="DTYPE",
-            help=f"{', '.join(DTYPES)}; default: float32 and bfloat16 on a CPU, bfloat16 on a GPU",
-        )
-        add("--batch_size", type=int, help="default: 16 on a CPU, 256 on a GPU, 1 for latency")
-        add("--image_size", type=int, default=224, help="pixels (default: 224)")
-    if command in ("infer", "train", "latency", "growth", "all"):
-        add(
-            "--rows",
-            nargs="+",
-            default=["default"],
-            metavar="ROW",
-            help="default, all, or names and patterns; --list_rows shows them",
-        )
-    if command in ("infer", "train", "latency"):
-        add("--list_rows", action="store_true", help="show the names of the rows and stop")
-    if command == "train":
-        add("--loop", action="store_true", help="measure the training loop instead: synthetic and streamed images")
-    if command in ("train", "all"):
-        add("--num_workers", type=int, help="processes that decode in the training loop; default: as train.py chooses")
-    if command == "growth":
-        add("--mode", choices=["infer", "train"], default="infer", help="default: infer")
-    add("--seconds", type=float, default=15.0, help="of timing per table (default: 15)")
-    add("--rounds", type=int, default=15, help="most turns of each row (default: 15)")
-    budget = BUDGETS.get(command)
-    said = f"{budget:.0f} seconds" if budget else "none"
-    add(
-        "--budget", type=float, default=budget, help=f"seconds in all; what does not fit is left out (default: {said})"
-    )
-    add("--threads", type=int, help="CPU threads of everybody (default: PyTorch's choice)")
-    add(
-        "--allocator",
-        choices=["system", "keep", "jemalloc"],
-        default="system",
-        help="of everybody: the C library's, the same told to keep its pages (glibc), or jemalloc, if installed",
-    )
-    add("--output", type=Path, metavar="PREFIX", help="write PREFIX.json, PREFIX.md and PREFIX.png")
-    add("--json", type=Path, metavar="FILE", help="write the figures here")
+    Returns:
+        the exit status: 1 if a row failed its gate.
 
-
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Exit status: 0, 1 if a row failed its gate, 2 for a mistake in the arguments, 130 after Ctrl-C."""
-    try:
-        arguments = parse(sys.argv[1:] if argv is None else argv, prog)
-        quieten()
-        check(arguments)
-        if getattr(arguments, "list_rows", False):
-            case = Case(arguments.command, device=arguments.device, dtype=dtypes(arguments)[0])
-            print("\n".join(row.name for row in all_rows(case)))
-            return 0
-        use_allocator(arguments.allocator)
-        if arguments.threads:
-            torch.set_num_threads(arguments.threads)
-        if arguments.command == "export":
-            return run_exports(arguments)
-        report = run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return finish(report, arguments)
+    Raises:
+        UserError: there is no such device or variant, or what is measured needs libraries that are missing.
+    """
+    quieten()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.command == "export":
+        return run_exports(arguments)
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here.")
+    if getattr(arguments, "list_rows", False):
+        case = Case(arguments.command, device=arguments.device, dtype=dtypes(arguments)[0])
+        print("\n".join(row.name for row in all_rows(case)))
+        return 0
+    return finish(measure(arguments), arguments)
 
 
 def quieten() -> None:
@@ -161,45 +67,13 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def check(arguments: argparse.Namespace) -> None:
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU here.")
-    for name in ("seconds", "rounds", "budget", "threads", "batch_size"):
-        value = getattr(arguments, name, None)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name} must be positive, not {value}.")
-    if getattr(arguments, "loop", False) and len(dtypes(arguments)) > 1 and arguments.dtype:
-        raise UserError("--loop takes one --dtype.")
-
-
 def dtypes(arguments: argparse.Namespace) -> list[str]:
     if getattr(arguments, "dtype", None):
         return arguments.dtype
     return ["float32", "bfloat16"] if arguments.device == "cpu" else ["bfloat16"]
 
 
-def use_allocator(name: str) -> None:
-    """Starts this program again under another allocator, which is chosen when a process starts.
-
-    Raises:
-        UserError: jemalloc is not installed.
-    """
-    if name == "system" or os.environ.get("HF_POOLFORMER_ALLOCATOR") == name:
-        return
-    settings = {"HF_POOLFORMER_ALLOCATOR": name}
-    if name == "keep":
-        # Large arrays come from the heap, which is not given back, so that their pages are mapped once.
-        settings |= {"MALLOC_MMAP_THRESHOLD_": str(2**40), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-    else:
-        library = ctypes.util.find_library("jemalloc")
-        if library is None:
-            raise UserError("--allocator jemalloc: it is not installed; on Debian: apt install libjemalloc2")
-        settings["LD_PRELOAD"] = library
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **settings})
-
-
-def run(arguments: argparse.Namespace) -> Report:
-    """Everything that was asked for."""
+def measure(arguments: argparse.Namespace) -> Report:
     deadline = Deadline(arguments.budget)
     report = Report(
         command=shlex.join(arguments.call),
@@ -213,6 +87,11 @@ def run(arguments: argparse.Namespace) -> Report:
     if getattr(arguments, "loop", False):
         run_loop(arguments, report)
         return report
+    # Before anything is measured, so that a mistake shows at once.
+    if arguments.command == "growth":
+        base = case_of(arguments, arguments.mode, dtypes(arguments)[0])
+    else:
+        planned = [(case, case and choose_rows(case, arguments.rows)) for case in cases(arguments)]
     with tqdm(total=len(dtypes(arguments)), desc="ceilings of this machine", leave=False) as bar:
         for dtype in dtypes(arguments):
             report.ceilings[dtype] = measure_ceilings(arguments.device, dtype)
@@ -221,14 +100,13 @@ def run(arguments: argparse.Namespace) -> Report:
     if arguments.command == "growth":
         patterns = ["ours fused", "built-in eager"] if arguments.rows == ["default"] else arguments.rows
         runner.seconds = min(runner.seconds, 5.0)
-        base = case_of(arguments, arguments.mode, dtypes(arguments)[0])
         report.growth = measure_growth(base, patterns, runner)
         return report
-    for case in cases(arguments):
+    for case, rows in planned:
         if case is None:
             run_processors(arguments, report)
         else:
-            report.comparisons.append(runner.compare(case, choose_rows(case, arguments.rows)))
+            report.comparisons.append(runner.compare(case, rows))
             show(reports.comparison_table(report.comparisons[-1]))
     return report
 
@@ -269,7 +147,7 @@ def run_processors(arguments: argparse.Namespace, report: Report) -> None:
                     size, device=arguments.device, rounds=arguments.rounds, seconds=min(arguments.seconds, 15.0)
                 )
             )
-        except Unavailable as error:
+        except UserError as error:
             show(f"process: skipped, {error}")
             return
         show(reports.processing_table(report.processing[-1]))
@@ -277,18 +155,13 @@ def run_processors(arguments: argparse.Namespace, report: Report) -> None:
 
 def run_exports(arguments: argparse.Namespace) -> int:
     """Measures, writes and prints by itself: its rows are formats and precisions, not implementations."""
-    from . import exports
-
-    if arguments.device != "cpu" or arguments.dtype:
+    if arguments.device == "cuda" or arguments.dtype:
         raise UserError("export compares on the CPU, in float32, bfloat16 and int8: leave --device and --dtype out.")
     deadline = Deadline(arguments.budget)
     report = Report(shlex.join(arguments.call), "cpu", deadline, allocator=arguments.allocator)
     base = Case("infer", arguments.variant, "float32", arguments.batch_size or 16, arguments.image_size)
-    try:
-        with tempfile.TemporaryDirectory(prefix="hf-poolformer-exports-") as folder:
-            tables = exports.measure_exports(base, Path(folder), deadline, arguments.seconds, arguments.rounds)
-    except Unavailable as error:
-        raise UserError(str(error)) from error
+    with tempfile.TemporaryDirectory(prefix="hf-poolformer-exports-") as folder:
+        tables = exports.measure_exports(base, Path(folder), deadline, arguments.seconds, arguments.rounds)
     text, figures = exports.render(report, base, tables)
     written = {arguments.json: "json"} if arguments.json else {}
     if arguments.output:
@@ -307,10 +180,7 @@ def run_exports(arguments: argparse.Namespace) -> int:
 
 def run_loop(arguments: argparse.Namespace, report: Report) -> None:
     case = case_of(arguments, "train", dtypes(arguments)[0])
-    try:
-        report.loop = measure_loop(case, workers=arguments.num_workers)
-    except Unavailable as error:
-        raise UserError(str(error)) from error
+    report.loop = measure_loop(case, workers=arguments.num_workers)
 
 
 def show(text: str) -> None:

@@ -23,14 +23,13 @@ from torch.nn import functional as F
 
 from ..foundation.errors import UserError, one_line
 from ..foundation.finite import check_finite
-from .formats import activation_of, pixel_affine, scores
+from .deployable import activation_of, pixel_affine, scores
+from .folder import Manifest
+from .formats import FORMATS
 from .images import Sample
 from .runtime import ExportedModel
 
 
-# The largest error, see `Check`, that is put down to rounding in that arithmetic. Small models of every family, and
-# published sizes with fresh weights, showed up to 2e-5, 7e-3 and 6e-2 in the first three; that of int8 is a choice.
-TOLERANCES = {"float32": 5e-4, "float16": 2e-2, "bfloat16": 0.1, "int8": 0.25}
 # Of 8 bits, where what is chosen is asked for, too: the numbers behind it may be off by more. The worst of the 1000
 # outputs of poolformer_s12 with fresh weights showed 0.6; one that no longer varies has 1.
 TOLERANCE_OF_CHOICES = 0.75
@@ -141,8 +140,10 @@ def kind_of(config: Any, task: str) -> str:
     return "numbers" if config.problem_type == "regression" or config.num_labels < 2 else "classes"
 
 
-def tolerance_of(kind: str, precision: str) -> float:
-    return TOLERANCE_OF_CHOICES if precision == "int8" and kind != "numbers" else TOLERANCES[precision]
+def tolerance_of(kind: str, manifest: Manifest) -> float:
+    if manifest.precision == "int8" and kind != "numbers":
+        return TOLERANCE_OF_CHOICES
+    return FORMATS[manifest.format].tolerance(manifest.precision)
 
 
 class Scale:
@@ -193,7 +194,7 @@ class Comparison:
         self.kind = kind_of(config, manifest.task)
         # Where the graph ends in probabilities, those are compared.
         self.activation = activation_of(config) if manifest.preprocessing and config.num_labels else None
-        self.allowed = tolerance_of(self.kind, manifest.precision)
+        self.allowed = tolerance_of(self.kind, manifest)
         least = 0.0 if self.kind == "numbers" else LOGIT if self.activation is None else SCORE
         self.threshold = 0.0 if self.activation is None else 0.5
         self.scale = Scale(scores(right, self.activation), self.kind, least)
@@ -286,7 +287,7 @@ def verify(
         UserError: a check failed; the message says which, by how much, and what to do.
     """
     precision, kind = exported.manifest.precision, kind_of(exported.config, exported.manifest.task)
-    report = Report(precision, kind, arithmetic, tolerance_of(kind, precision), AGREEMENT[kind])
+    report = Report(precision, kind, arithmetic, tolerance_of(kind, exported.manifest), AGREEMENT[kind])
     report.size_before = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
     agreements: list[tuple[float | None, float, int]] = []
     correct = correct_before = labelled = total = 0
