@@ -94,6 +94,17 @@ def test_version_and_help_as_a_word(capsys):
     assert capsys.readouterr().out.startswith("usage: hf-poolformer env")
 
 
+def test_a_script_runs_the_command_it_is_named_after(monkeypatch, tmp_path):
+    """Without its folder in front of the libraries: scripts/evaluate.py would be taken for `evaluate`."""
+    monkeypatch.setattr("hf_poolformer.commands.evaluate.main", lambda: 7)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), "", *sys.path])
+    with pytest.raises(SystemExit) as left:
+        hf_poolformer_cli.run_script(str(tmp_path / "evaluate.py"))
+    assert left.value.code == 7
+    assert not {str(tmp_path), ""} & set(sys.path)
+
+
 def test_python_m_hf_poolformer_is_the_same_and_a_closed_pipe_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)

@@ -25,8 +25,8 @@ from hf_poolformer.image_processing_poolformer import PoolFormerImageProcessor
 
 from . import gate
 from .case import Case
-from .report import Report, environment, table
-from .rows import Row, Weights, build, export_manifest, make_weights, transformers_model
+from .report import Report, environment, heading, table
+from .rows import Entry, Weights, build, export_manifest, make_weights, transformers_model
 from .timing import Deadline, take_turns
 
 
@@ -42,7 +42,7 @@ EXPORTS = (
 )
 # The largest difference relative to the largest logit; of int8 the root of the mean squares relative to theirs.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 0.25}
-# Row, the row it is held against, the least ratio of their speeds, and the batch.
+# Entry, the row it is held against, the least ratio of their speeds, and the batch.
 TARGETS = (
     ("export openvino float32", "OpenVINO float32", 1.05, 16),
     ("export openvino bfloat16", "OpenVINO bfloat16", 1.2, 16),
@@ -54,7 +54,7 @@ TARGETS = (
 
 
 @dataclasses.dataclass
-class ExportRow:
+class ExportResult:
     """`error` is as TOLERANCES says; `size` is bytes of the folder; `seconds` of one batch, the median."""
 
     name: str
@@ -67,7 +67,7 @@ class ExportRow:
 
 def measure_exports(
     base: Case, folder: Path, deadline: Deadline, seconds: float, rounds: int
-) -> dict[int, list[ExportRow]]:
+) -> dict[int, list[ExportResult]]:
     """
     Rows for a batch of `base.batch_size` and of one image.
 
@@ -120,17 +120,17 @@ def compare(
     deadline: Deadline,
     seconds: float,
     rounds: int,
-) -> list[ExportRow]:
+) -> list[ExportResult]:
     labels = torch.zeros(len(pixel_values), dtype=torch.long)
     right = gate.standard(case, weights, pixel_values, labels, pools_first=False).logits
-    rows: list[ExportRow] = []
+    rows: list[ExportResult] = []
     steps: dict[str, Callable[[], Any]] = {}
 
     def admit(name: str, precision: str, size: int | None, step: Callable[[], Any]) -> None:
         if deadline.left <= 0:
-            rows.append(ExportRow(name, status="skipped, no time left"))
+            rows.append(ExportResult(name, status="skipped, no time left"))
             return
-        row = ExportRow(name, gate_error(torch.as_tensor(step()), right, precision), size=size)
+        row = ExportResult(name, gate_error(torch.as_tensor(step()), right, precision), size=size)
         if row.error <= TOLERANCES[precision]:  # which NaN is not
             steps[name] = step
         else:
@@ -138,7 +138,7 @@ def compare(
         rows.append(row)
 
     for library, precision in PEERS:
-        contestant = build(Row(library), case.change(dtype=precision), weights)
+        contestant = build(Entry(library), case.change(dtype=precision), weights)
         batch = contestant.prepare(pixel_values)
         admit(f"{library} {precision}", precision, None, lambda contestant=contestant, batch=batch: contestant(batch))
     for (name, precision), path in paths.items():
@@ -163,14 +163,9 @@ def gate_error(got: torch.Tensor, right: torch.Tensor, precision: str) -> float:
     return gate.logits_error(got, right)
 
 
-def render(report: Report, base: Case, tables: dict[int, list[ExportRow]]) -> tuple[str, dict[str, Any]]:
+def render(report: Report, base: Case, tables: dict[int, list[ExportResult]]) -> tuple[str, dict[str, Any]]:
     """Markdown, and the same for JSON."""
-    about = environment("cpu", report.allocator, report.started)
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    parts = [
-        f"{about['date']}, commit {about['commit']}, {about['device']}, {about['threads']} threads, {versions}. "
-        f"`{report.command}`, {about['minutes']} minutes."
-    ]
+    parts = [heading(report)]
     for batch_size, rows in tables.items():
         case = base.change(batch_size=batch_size)
         peer = next(row.seconds for row in rows if row.name == "OpenVINO float32")
@@ -198,13 +193,13 @@ def render(report: Report, base: Case, tables: dict[int, list[ExportRow]]) -> tu
     named = {str(size): [dataclasses.asdict(row) for row in rows] for size, rows in tables.items()}
     return "\n\n".join(parts) + "\n", {
         "command": report.command,
-        "environment": about,
+        "environment": environment("cpu", report.allocator, report.started),
         "rows": named,
         "targets": reached,
     }
 
 
-def targets(tables: dict[int, list[ExportRow]]) -> list[dict[str, Any]]:
+def targets(tables: dict[int, list[ExportResult]]) -> list[dict[str, Any]]:
     found = []
     for name, against, wanted, batch_size in TARGETS:
         seconds = {row.name: row.seconds for row in tables.get(batch_size, ()) if row.seconds is not None}
@@ -214,6 +209,6 @@ def targets(tables: dict[int, list[ExportRow]]) -> list[dict[str, Any]]:
     return found
 
 
-def failures(tables: dict[int, list[ExportRow]]) -> list[str]:
+def failures(tables: dict[int, list[ExportResult]]) -> list[str]:
     rows = [(size, row) for size, found in tables.items() for row in found]
     return [f"batch {size}: {row.name}: {row.status}" for size, row in rows if row.status.startswith("failed")]

@@ -52,7 +52,7 @@ class Unavailable(UserError):
 
 
 @dataclass(frozen=True)
-class Row:
+class Entry:
     """
     One contestant.
 
@@ -88,69 +88,30 @@ class Row:
         return self.library in ("built-in", "timm")
 
 
-def all_rows(case: Case) -> list[Row]:
+def all_rows(case: Case) -> list[Entry]:
     """Every row that makes sense for the case."""
     on_gpu = case.device != "cpu"
     ways = ["eager", "compile", "max-autotune"] + ["frozen"] * (case.mode != "train")
     if on_gpu and case.mode == "latency":
         ways += ["reduce-overhead", "graph"]
-    rows = [Row("ours", how, operations) for operations in ("reference", "fused") for how in ways]
-    rows += [Row(library, how) for library in ("built-in", "timm") for how in ways]
+    rows = [Entry("ours", how, operations) for operations in ("reference", "fused") for how in ways]
+    rows += [Entry(library, how) for library in ("built-in", "timm") for how in ways]
     rows += [replace(row, channels_last=False) for row in rows if row.how != "graph"]
     if not on_gpu and case.mode != "train":
-        rows += [Row("onnxruntime")] * (case.dtype == "float32") + [Row("OpenVINO")] * (case.dtype != "float16")
+        rows += [Entry("onnxruntime")] * (case.dtype == "float32") + [Entry("OpenVINO")] * (case.dtype != "float16")
     return rows
 
 
 # What is informative, and fits into the ten minutes of `make benchmark` and the eight of `make gpu`: compilation is
 # what costs. Left out are rows that never were the fastest of their library.
+OURS = ("ours reference", "ours fused", "ours fused compile")
+BUILT_IN = ("built-in eager NCHW", "built-in eager", "built-in compile")
+TIMM_ROWS = ("timm eager", "timm compile")
 DEFAULT_ROWS = {
-    ("cpu", "infer"): (
-        "ours reference",
-        "ours fused",
-        "ours fused compile",
-        "built-in eager NCHW",
-        "built-in eager",
-        "built-in compile",
-        "built-in max-autotune",
-        "built-in frozen",
-        "timm eager",
-        "timm compile",
-        "onnxruntime",
-        "OpenVINO",
-    ),
-    ("cpu", "latency"): (
-        "ours reference",
-        "ours fused",
-        "ours fused compile",
-        "built-in eager NCHW",
-        "built-in eager",
-        "built-in compile",
-        "timm eager",
-        "onnxruntime",
-        "OpenVINO",
-    ),
-    ("cpu", "train"): (
-        "ours reference",
-        "ours fused",
-        "ours fused compile",
-        "built-in eager NCHW",
-        "built-in eager",
-        "built-in compile",
-        "timm eager",
-    ),
-    ("cuda", "infer"): (
-        "ours reference",
-        "ours fused",
-        "ours fused compile",
-        "built-in eager NCHW",
-        "built-in eager",
-        "built-in compile",
-        "built-in compile NCHW",
-        "timm eager",
-        "timm compile",
-        "built-in max-autotune",
-    ),
+    ("cpu", "infer"): (*OURS, *BUILT_IN, "built-in max-autotune", "built-in frozen", *TIMM_ROWS, *RUNTIMES),
+    ("cpu", "latency"): (*OURS, *BUILT_IN, "timm eager", *RUNTIMES),
+    ("cpu", "train"): (*OURS, *BUILT_IN, "timm eager"),
+    ("cuda", "infer"): (*OURS, *BUILT_IN, "built-in compile NCHW", *TIMM_ROWS, "built-in max-autotune"),
     ("cuda", "latency"): (
         "ours fused",
         "ours fused graph",
@@ -162,30 +123,21 @@ DEFAULT_ROWS = {
         "ours fused reduce-overhead",
         "built-in max-autotune",
     ),
-    ("cuda", "train"): (
-        "ours reference",
-        "ours fused",
-        "built-in eager NCHW",
-        "built-in eager",
-        "built-in compile",
-        "timm eager",
-        "timm compile",
-        "ours fused compile",
-    ),
+    ("cuda", "train"): ("ours reference", "ours fused", *BUILT_IN, *TIMM_ROWS, "ours fused compile"),
 }
 
 # The same graph was compiled and tuned in float32; it gains nothing in either.
 LEFT_OUT = {("cpu", "infer", "bfloat16"): ("built-in max-autotune",)}
 
 
-def choose_rows(case: Case, patterns: Sequence[str]) -> list[Row]:
+def choose_rows(case: Case, patterns: Sequence[str]) -> list[Entry]:
     """Rows by name; "default", "all" and shell patterns ("ours*", "*compile") stand for several.
 
     Raises:
         UserError: a pattern that fits no row of this case, neither here nor in another mode.
     """
     rows = {row.name: row for row in all_rows(case)}
-    chosen: dict[str, Row] = {}
+    chosen: dict[str, Entry] = {}
     for pattern in patterns:
         if pattern == "all":
             names = list(rows)
@@ -230,7 +182,7 @@ class Contestant:
 
     def __init__(
         self,
-        row: Row,
+        row: Entry,
         forward: Callable[[Any], Any],
         prepare: Callable[[torch.Tensor], Any],
         module: nn.Module | None = None,
@@ -274,7 +226,7 @@ def kernels(backend: str | None) -> Iterator[None]:
             os.environ[VARIABLE] = before
 
 
-def build(row: Row, case: Case, weights: Weights) -> Contestant:
+def build(row: Entry, case: Case, weights: Weights) -> Contestant:
     """
     The contestant with these weights, on the case's device and in its precision; compilation waits for the first call.
 
@@ -424,7 +376,7 @@ def export_manifest(case: Case, format: str, precision: str = "float32") -> Mani
     )
 
 
-def _runtime(row: Row, case: Case, weights: Weights) -> Contestant:
+def _runtime(row: Entry, case: Case, weights: Weights) -> Contestant:
     """The built-in model in the runtime of an export format, whole batches at a time."""
     format = FORMATS[RUNTIMES[row.library]]
     try:

@@ -69,6 +69,7 @@ def render_card(manifest: Manifest, report: Report, config: Any) -> str:
         rows.append(("accuracy", f"{report.accuracy:.2%}; of the model {report.accuracy_before:.2%}"))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())))
     use = WITH_PACKAGE if manifest.task == "image-classification" else WITH_PACKAGE_DENSE
+    use = use.replace("pip install 'hf-poolformer[export]'", format.installation)
     if format.holds_code:
         use = use.replace('load(".")', 'load(".", trust_remote_code=True)')
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)

@@ -99,7 +99,7 @@ class ExportFormat:
         """What the runtime here computes in, and what else the same file may be computed in."""
         if precision == "int8":
             return "int8 products, float32 between them"
-        return precision if precision == "float32" else f"{precision}, of the classifier's head float32"
+        return precision if precision == "float32" else f"{precision}; the classifier's head in float32"
 
     def arithmetic_elsewhere(self, precision: str) -> str | None:
         """The floating point that other machines compute the file in, where the runtime here takes float32."""

@@ -106,7 +106,7 @@ def export_model(
 
     Args:
         model: folder or Hub id of an image classifier or a semantic segmenter.
-        format: "onnx", "openvino", or "torch" (a program of `torch.export`).
+        format: one of `formats.FORMATS`: "onnx", "openvino", or "torch" (a program of `torch.export`).
         precision: "float32"; "float16" (OpenVINO: of the weights in the file, computed in float32); "bfloat16"
             (OpenVINO and torch); "int8" (ONNX and OpenVINO), which needs `calibration_dataset`.
         dynamic_size: whether images of other sizes than the model's are taken; None where the family allows it.

@@ -146,7 +146,7 @@ def tolerance_of(kind: str, manifest: Manifest) -> float:
     return FORMATS[manifest.format].tolerance(manifest.precision)
 
 
-class Scale:
+class Spread:
     """
     What differences of an output are relative to, learned from the model's answers to real images.
 
@@ -158,7 +158,7 @@ class Scale:
     def __init__(self, right: torch.Tensor, kind: str, least: float):
         self.kind, self.least = kind, least
         rows = self.rows(right)
-        self.centre, self.spread = rows.mean(0), rows.std(0, correction=0)
+        self.centre, self.deviation = rows.mean(0), rows.std(0, correction=0)
 
     def rows(self, outputs: torch.Tensor) -> torch.Tensor:
         """(images or pixels, outputs); of one class of many without what all have in common, which changes nothing."""
@@ -167,7 +167,7 @@ class Scale:
 
     def units(self, right: torch.Tensor) -> torch.Tensor:
         """(outputs,): the spread, counted with how far these answers lie from those it was learned from."""
-        unit = torch.maximum(self.spread, (self.rows(right) - self.centre).square().mean(0).sqrt())
+        unit = torch.maximum(self.deviation, (self.rows(right) - self.centre).square().mean(0).sqrt())
         unit = unit.clamp(min=self.least)
         if self.kind in ("classes", "pixels"):
             unit = torch.maximum(unit, 0.1 * unit.square().mean().sqrt())
@@ -197,7 +197,7 @@ class Comparison:
         self.allowed = tolerance_of(self.kind, manifest)
         least = 0.0 if self.kind == "numbers" else LOGIT if self.activation is None else SCORE
         self.threshold = 0.0 if self.activation is None else 0.5
-        self.scale = Scale(scores(right, self.activation), self.kind, least)
+        self.spread = Spread(scores(right, self.activation), self.kind, least)
 
     def __call__(
         self, got: torch.Tensor, right: torch.Tensor, images: str, *, demanding: bool = True
@@ -215,9 +215,9 @@ class Comparison:
                 f"the export gives outputs of shape {tuple(got.shape)}, the model {tuple(right.shape)}, on {images}"
             )
         got, right = scores(got, self.activation), scores(right, self.activation)
-        unit = self.scale.units(right)
-        off = (self.scale.rows(got) - self.scale.rows(right)).square().mean(0).sqrt()
-        errors = (off - self.scale.resolution(right)).clamp(min=0) / unit
+        unit = self.spread.units(right)
+        off = (self.spread.rows(got) - self.spread.rows(right)).square().mean(0).sqrt()
+        errors = (off - self.spread.resolution(right)).clamp(min=0) / unit
         worst = int(errors.nan_to_num(torch.inf).argmax())
         error = errors[worst].item()
         agreement, lenient = self.agreement(got, right, unit)
