@@ -1,14 +1,7 @@
 """Converts a published checkpoint, or back: `python scripts/convert.py poolformer_s12.pth.tar converted/s12`."""
 
-import sys
-from pathlib import Path
-
-
-# Python looks for modules beside the script first, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
-
-from hf_poolformer.commands.convert import main  # noqa: E402
+from hf_poolformer_cli import run_script
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(__file__)

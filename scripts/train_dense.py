@@ -1,14 +1,7 @@
 """Trains a segmenter or detector: `accelerate launch scripts/train_dense.py --task TASK --dataset_name ...`."""
 
-import sys
-from pathlib import Path
-
-
-# Python looks for modules beside the script first, where evaluate.py would hide the library of that name.
-sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
-
-from hf_poolformer.commands.train_dense import main  # noqa: E402
+from hf_poolformer_cli import run_script
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(__file__)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec, module_from_spec
+from pathlib import Path
 
 
 COMMANDS = {
@@ -105,6 +106,14 @@ def without_importing_the_package() -> None:
 
     module.__getattr__ = load
     sys.modules["hf_poolformer"] = module
+
+
+def run_script(file: str) -> None:
+    """Runs the command that a file of a checkout is named after: `accelerate launch scripts/train.py ...`."""
+    # Python looks for modules beside the script first, where evaluate.py would hide the library of that name.
+    script = Path(file).resolve()
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != script.parent]
+    sys.exit(importlib.import_module(f"hf_poolformer.commands.{script.stem}").main())
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_poolformer.benchmark import command
 from hf_poolformer.benchmark.rows import build
+from hf_poolformer.commands import benchmark as command
+from hf_poolformer.foundation.errors import UserError
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
@@ -35,6 +36,9 @@ def test_help_of_each_command(name, capsys):
         (["infer", "--seconds", "0"], "--seconds must be positive"),
         (["latency", "--batch_size", "-1"], "--batch_size must be positive"),
         (["infer", "--image_size", "16"], "--image_size must be at least 32"),
+        (["infer", "--variant", "caformer_s18"], "--variant caformer_s18: it must be one of tiny, poolformer_s12"),
+        (["growth", "--variant", "nothing"], "--variant nothing: it must be one of"),
+        (["train", "--loop", "--dtype", "float32", "bfloat16"], "--loop takes one --dtype"),
     ],
 )
 def test_mistakes(arguments, message, capsys):
@@ -54,7 +58,7 @@ def test_help_names_the_commands(capsys):
 
 
 def test_a_selection_of_everything(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(command, "SIZES", ((64, 48), (96, 64)))
+    monkeypatch.setattr("hf_poolformer.benchmark.run.SIZES", ((64, 48), (96, 64)))
     prefix = tmp_path / "benchmarks" / "cpu"
     rows = ["ours fused", "built-in eager"]
     status = command.main(["all", *TINY, "--device", "cpu", "--rows", *rows, "--output", str(prefix)])
@@ -107,5 +111,5 @@ def test_another_allocator_starts_the_program_again(monkeypatch):
     command.use_allocator("keep")
     assert len(started) == 2
     monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
-    with pytest.raises(command.UserError, match="apt install libjemalloc2"):
+    with pytest.raises(UserError, match="apt install libjemalloc2"):
         command.use_allocator("jemalloc")

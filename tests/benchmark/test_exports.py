@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from hf_poolformer.benchmark.case import Case
-from hf_poolformer.benchmark.command import main
-from hf_poolformer.benchmark.exports import ExportRow, failures, gate_error, render, targets
+from hf_poolformer.benchmark.exports import ExportResult, failures, gate_error, render, targets
 from hf_poolformer.benchmark.report import Report
 from hf_poolformer.benchmark.timing import Deadline
+from hf_poolformer.commands.benchmark import main
 
 
-def tables() -> dict[int, list[ExportRow]]:
+def tables() -> dict[int, list[ExportResult]]:
     rows = [
-        ExportRow("OpenVINO float32", 1e-6, seconds=0.3, spread=0.01),
-        ExportRow("export openvino float32", 1e-6, size=47_000_000, seconds=0.25, spread=0.02),
-        ExportRow("export openvino int8", 0.4, status="failed, allowed 2e-01", size=12_000_000),
+        ExportResult("OpenVINO float32", 1e-6, seconds=0.3, spread=0.01),
+        ExportResult("export openvino float32", 1e-6, size=47_000_000, seconds=0.25, spread=0.02),
+        ExportResult("export openvino int8", 0.4, status="failed, allowed 2e-01", size=12_000_000),
     ]
     return {16: rows}
 

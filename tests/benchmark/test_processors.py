@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_poolformer.benchmark.photographs import jpegs, photographs, resized
 from hf_poolformer.benchmark.processors import ProcessorResult, judge, measure_processors
+from hf_poolformer.data.photographs import jpegs, photographs, resized
 
 
 def test_photographs_are_real_and_differ():

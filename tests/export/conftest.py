@@ -14,7 +14,7 @@ from hf_poolformer import (
     PoolFormerForImageClassification,
     PoolFormerImageProcessor,
 )
-from hf_poolformer.benchmark.photographs import jpegs
+from hf_poolformer.data.photographs import jpegs
 
 
 SMALL = {"depths": (1, 1, 1, 1), "hidden_sizes": (8, 16, 32, 64), "num_labels": 7}

@@ -10,7 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hf_poolformer.commands.export import main
 from hf_poolformer.export import load
-from hf_poolformer.export.quantisation import Layer, groups, store_integers
+from hf_poolformer.export.format import Layer
+from hf_poolformer.export.onnx import store_integers
+from hf_poolformer.export.quantisation import groups
 
 
 @pytest.mark.slow

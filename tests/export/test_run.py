@@ -23,8 +23,9 @@ from hf_poolformer import (
     PoolFormerImageProcessor,
 )
 from hf_poolformer.commands.export import main
-from hf_poolformer.export import export_model, load, verification
+from hf_poolformer.export import export_model, load
 from hf_poolformer.export.folder import REPORT, Manifest, new_folder
+from hf_poolformer.export.format import TOLERANCES
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.hub.cards import check_card
 
@@ -196,7 +197,7 @@ def test_what_lies_beside(small_model, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     check_card(card)
     assert summary.manifest.versions["onnxruntime"] in card
-    here = str(Path(verification.__file__).parents[3]).encode()
+    here = str(Path(__file__).parents[2]).encode()
     for path in (tmp_path / "out").iterdir():
         content = path.read_bytes()
         assert here not in content and str(tmp_path).encode() not in content, path.name
@@ -219,7 +220,10 @@ def test_bad_requests(small_model, tmp_path, capsys, monkeypatch):
         (("--opset", 99), "18 to 23"),
         (("--opset", 21, "--format", "openvino"), "--opset belongs to --format onnx"),
         (("--precision", "bfloat16"), "onnxruntime has no bfloat16"),
-        (("--precision", "int8", "--format", "torch"), "--format onnx and openvino has it"),
+        (
+            ("--precision", "int8", "--format", "torch"),
+            "torch has no --precision int8; --format onnx and openvino has it",
+        ),
         (("--precision", "int8"), "--calibration_dataset"),
         (("--compile",), "--compile belongs to --format torch"),
         (("--calibration_size", 0), "positive"),
@@ -269,7 +273,7 @@ def test_failed_check_fails_the_command(small_model, photos, tmp_path, capsys, m
     shown = capsys.readouterr().out
     assert "verified" in shown
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setitem(verification.TOLERANCES, "float32", 1e-12)
+    monkeypatch.setitem(TOLERANCES, "float32", 1e-12)
     arguments = ("--format", "torch", "--overwrite", "--calibration_dataset", photos)
     assert "not what the model is" in refused(capsys, tmp_path, small_model(), tmp_path / "out", *arguments)
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

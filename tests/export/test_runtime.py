@@ -33,7 +33,7 @@ def exported(small_model, tmp_path_factory):
 @pytest.fixture
 def classes(tmp_path):
     """Photographs in folders named as the model's classes."""
-    from hf_poolformer.benchmark.photographs import jpegs
+    from hf_poolformer.data.photographs import jpegs
 
     for index, content in enumerate(jpegs((120, 90), 8, seed=1)):
         path = tmp_path / "data" / f"LABEL_{index % 3}" / f"{index}.jpg"

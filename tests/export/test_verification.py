@@ -14,7 +14,7 @@ from hf_poolformer import (
     PoolFormerForSemanticSegmentation,
     PoolFormerImageProcessor,
 )
-from hf_poolformer.export import export_model, formats, load
+from hf_poolformer.export import deployable, export_model, load
 from hf_poolformer.export.verification import LEAST_AGREEMENT, Comparison, kind_of, sizes
 from hf_poolformer.foundation.errors import UserError
 
@@ -46,7 +46,7 @@ def compare(kind: str, got: torch.Tensor, right: torch.Tensor, precision: str = 
     task = "semantic-segmentation" if kind == "pixels" else "image-classification"
     settings = {**KINDS.get(kind, {"num_labels": right.shape[1]}), **config}
     config = SimpleNamespace(**{"problem_type": None, **settings, "num_labels": right.shape[1]})
-    manifest = SimpleNamespace(task=task, precision=precision, preprocessing=False)
+    manifest = SimpleNamespace(task=task, format="torch", precision=precision, preprocessing=False)
     return Comparison(SimpleNamespace(manifest=manifest, config=config), right)(got, right, "images")
 
 
@@ -55,7 +55,7 @@ def answers(kind: str, spread: float = 0.2) -> torch.Tensor:
     return 300 + spread * torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("precision", formats.DTYPES)
+@pytest.mark.parametrize("precision", deployable.DTYPES)
 @pytest.mark.parametrize("kind", [*KINDS, "pixels"])
 def test_rounding_is_judged_by_the_spread(kind, precision):
     """In steps of 2 around 300 the answers of all images are one; where nothing is rounded there is no error."""
@@ -173,7 +173,7 @@ def test_low_precision_answers_what_the_model_answers(kind, format, precision, s
 
 def test_an_export_that_answers_one_number_is_refused(save_model, tmp_path, monkeypatch):
     """Of answers in bfloat16 nothing is left of the differences: by how much, and what to do."""
-    monkeypatch.setattr(formats, "scores", lambda logits, activation: logits.bfloat16().float())
+    monkeypatch.setattr(deployable, "scores", lambda logits, activation: logits.bfloat16().float())
     with pytest.raises(UserError, match=r"off by .* spreads by .*--precision float32"):
         export_model(save_model(make("number")), tmp_path / "out", format="torch", precision="bfloat16")
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,8 @@ floor.py       FLOP and bytes of a model, and what this machine can do at most
 comparison.py  one case: build, check, measure, time
 growth.py      how cost grows with batch, pixels and depth
 processors.py  image processors
+exports.py     exports of this package next to OpenVINO and onnxruntime of the built-in model
 loop.py        the training loop: synthetic tensors, streamed photographs, and the bottleneck
 report.py      tables, JSON, charts, targets
-command.py     the command line
+run.py         what the command asks for, one after the other
 """

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from . import gate
 from .case import Case
 from .floor import Ceilings, floor_seconds
-from .rows import Contestant, Row, Unavailable, Weights, build, make_weights
+from .rows import Contestant, Entry, Unavailable, Weights, build, make_weights
 from .timing import Deadline, Timing, WorkingMemory, take_turns
 
 
@@ -79,7 +79,7 @@ class Runner:
         # Seconds per block of the deepest compilation so far, by mode; guesses until one was seen.
         self._compilation = {"infer": 3.0, "latency": 3.0, "train": 7.0}
 
-    def compare(self, case: Case, rows: Sequence[Row]) -> Comparison:
+    def compare(self, case: Case, rows: Sequence[Entry]) -> Comparison:
         """Every row gets a result. Nothing of a row that fails is timed; the others go on."""
         weights = make_weights(case.config())
         images, labels = case.batch()
@@ -122,7 +122,7 @@ class Runner:
         release(case.device)
         return comparison
 
-    def _needs(self, row: Row, case: Case) -> float:
+    def _needs(self, row: Entry, case: Case) -> float:
         """Seconds that must be left for the row: of its compilation, roughly, and for the timing of everybody."""
         if not row.compiled:
             return 0.0
@@ -131,7 +131,7 @@ class Runner:
 
     def _admit(
         self,
-        row: Row,
+        row: Entry,
         case: Case,
         weights: Weights,
         images: torch.Tensor,

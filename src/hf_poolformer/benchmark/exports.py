@@ -7,7 +7,6 @@ of the peer, which shows what is the graph's merit and what is that of running s
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hf_poolformer.export import formats
-from hf_poolformer.export.folder import FILES, Manifest, folder_size
+from hf_poolformer.export.deployable import Deployable, write_graph
+from hf_poolformer.export.folder import folder_size
+from hf_poolformer.export.formats import FORMATS
 from hf_poolformer.export.graph import fold
-from hf_poolformer.export.images import photographs
+from hf_poolformer.export.images import sample_photographs
 from hf_poolformer.export.quantisation import Quality, quantise
-from hf_poolformer.export.runtime import OpenVINO, open_graph
+from hf_poolformer.export.runtime import Graph
 from hf_poolformer.image_processing_poolformer import PoolFormerImageProcessor
 
 from . import gate
 from .case import Case
-from .report import Report, environment, table
-from .rows import Row, Unavailable, Weights, build, make_weights, transformers_model
+from .report import Report, environment, heading, table
+from .rows import Entry, Weights, build, export_manifest, make_weights, transformers_model
 from .timing import Deadline, take_turns
 
 
@@ -42,7 +42,7 @@ EXPORTS = (
 )
 # The largest difference relative to the largest logit; of int8 the root of the mean squares relative to theirs.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 0.25}
-# Row, the row it is held against, the least ratio of their speeds, and the batch.
+# Entry, the row it is held against, the least ratio of their speeds, and the batch.
 TARGETS = (
     ("export openvino float32", "OpenVINO float32", 1.05, 16),
     ("export openvino bfloat16", "OpenVINO bfloat16", 1.2, 16),
@@ -54,7 +54,7 @@ TARGETS = (
 
 
 @dataclasses.dataclass
-class ExportRow:
+class ExportResult:
     """`error` is as TOLERANCES says; `size` is bytes of the folder; `seconds` of one batch, the median."""
 
     name: str
@@ -67,7 +67,7 @@ class ExportRow:
 
 def measure_exports(
     base: Case, folder: Path, deadline: Deadline, seconds: float, rounds: int
-) -> dict[int, list[ExportRow]]:
+) -> dict[int, list[ExportResult]]:
     """
     Rows for a batch of `base.batch_size` and of one image.
 
@@ -76,16 +76,14 @@ def measure_exports(
         seconds: of timing, per batch size.
 
     Raises:
-        Unavailable: a library is missing.
+        UserError: a library is missing.
     """
-    try:
-        formats.need("onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
-    except ValueError as error:
-        raise Unavailable(str(error)) from error
+    for name, precision in EXPORTS:
+        FORMATS[name].check_installed(precision)
     weights = make_weights(base.config())
     square = {"height": base.image_size, "width": base.image_size}
     processor = PoolFormerImageProcessor(size={"shortest_edge": base.image_size}, crop_size=square)
-    pixel_values = photographs(processor, max(CALIBRATION, base.batch_size)).pixel_values
+    pixel_values = sample_photographs(processor, max(CALIBRATION, base.batch_size)).pixel_values
     paths = write_exports(base, weights, pixel_values[:CALIBRATION], folder)
     tables = {}
     for batch_size in dict.fromkeys((base.batch_size, 1)):
@@ -99,21 +97,18 @@ def write_exports(
     case: Case, weights: Weights, calibration: torch.Tensor, folder: Path
 ) -> dict[tuple[str, str], Path]:
     """The graphs, by format and precision."""
-    module = formats.Deployable(fold(transformers_model("ours", case, weights)), torch.float32)
-    size = (case.image_size, case.image_size)
-    original = formats.write_graph(module, folder, "onnx", precision="float32", image_size=size, dynamic_size=False)
+    module = Deployable(fold(transformers_model("ours", case, weights)), torch.float32)
+    original = write_graph(module, folder, export_manifest(case, "onnx"))
     paths = {}
-    for format, precision in tqdm(EXPORTS, desc="exports", leave=False):
-        path = folder / f"{format}-{precision}" / FILES[format]
+    for name, precision in tqdm(EXPORTS, desc="exports", leave=False):
+        format = FORMATS[name]
+        path = folder / f"{name}-{precision}" / format.file
         path.parent.mkdir()
-        if format == "onnx":
-            shutil.copy(original, path)
-        else:
-            formats.onnx_to_openvino(original, path, precision)
+        format.write_from_onnx(original, path, precision)
         if precision == "int8":
             # Of random weights the best class means nothing: the first attempt is taken, and the gate judges it.
-            quantise(path, calibration.numpy(), lambda graph: Quality(1.0, 0.0, True), attention=False)
-        paths[format, precision] = path
+            quantise(format, path, calibration.numpy(), lambda graph: Quality(1.0, 0.0, True), attention=False)
+        paths[name, precision] = path
     return paths
 
 
@@ -125,17 +120,17 @@ def compare(
     deadline: Deadline,
     seconds: float,
     rounds: int,
-) -> list[ExportRow]:
+) -> list[ExportResult]:
     labels = torch.zeros(len(pixel_values), dtype=torch.long)
     right = gate.standard(case, weights, pixel_values, labels, pools_first=False).logits
-    rows: list[ExportRow] = []
+    rows: list[ExportResult] = []
     steps: dict[str, Callable[[], Any]] = {}
 
     def admit(name: str, precision: str, size: int | None, step: Callable[[], Any]) -> None:
         if deadline.left <= 0:
-            rows.append(ExportRow(name, status="skipped, no time left"))
+            rows.append(ExportResult(name, status="skipped, no time left"))
             return
-        row = ExportRow(name, gate_error(torch.as_tensor(step()), right, precision), size=size)
+        row = ExportResult(name, gate_error(torch.as_tensor(step()), right, precision), size=size)
         if row.error <= TOLERANCES[precision]:  # which NaN is not
             steps[name] = step
         else:
@@ -143,17 +138,16 @@ def compare(
         rows.append(row)
 
     for library, precision in PEERS:
-        contestant = build(Row(library), case.change(dtype=precision), weights)
+        contestant = build(Entry(library), case.change(dtype=precision), weights)
         batch = contestant.prepare(pixel_values)
         admit(f"{library} {precision}", precision, None, lambda contestant=contestant, batch=batch: contestant(batch))
-    for (format, precision), path in paths.items():
-        manifest = manifest_of(case, format, precision)
-        run = open_graph(path, manifest)
-        admit(f"export {format} {precision}", precision, folder_size(path.parent), lambda run=run: run(pixel_values))
-        if format == "openvino" and len(pixel_values) > 1:
-            alone = OpenVINO(path, manifest, torch.get_num_threads())
-            step = lambda alone=alone: alone.infer(pixel_values.numpy())  # noqa: E731
-            admit(f"export {format} {precision}, the graph alone", precision, None, step)
+    for (name, precision), path in paths.items():
+        manifest = export_manifest(case, name, precision)
+        run = Graph(path, manifest)
+        admit(f"export {name} {precision}", precision, folder_size(path.parent), lambda run=run: run(pixel_values))
+        alone = FORMATS[name].open_whole(path, manifest, torch.get_num_threads()) if len(pixel_values) > 1 else None
+        if alone is not None:
+            admit(f"export {name} {precision}, the graph alone", precision, None, lambda run=alone: run(pixel_values))
     timings = take_turns(
         steps, device="cpu", rounds=rounds, seconds=min(seconds, max(deadline.left, 0.0)), turn=0.3, label=case.title
     )
@@ -169,28 +163,9 @@ def gate_error(got: torch.Tensor, right: torch.Tensor, precision: str) -> float:
     return gate.logits_error(got, right)
 
 
-def manifest_of(case: Case, format: str, precision: str) -> Manifest:
-    return Manifest(
-        format=format,
-        precision=precision,
-        task="image-classification",
-        file=FILES[format],
-        preprocessing=False,
-        input="pixel_values",
-        output="logits",
-        image_size=[case.image_size] * 2,
-        dynamic_size=False,
-    )
-
-
-def render(report: Report, base: Case, tables: dict[int, list[ExportRow]]) -> tuple[str, dict[str, Any]]:
+def render(report: Report, base: Case, tables: dict[int, list[ExportResult]]) -> tuple[str, dict[str, Any]]:
     """Markdown, and the same for JSON."""
-    about = environment("cpu", report.allocator, report.started)
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    parts = [
-        f"{about['date']}, commit {about['commit']}, {about['device']}, {about['threads']} threads, {versions}. "
-        f"`{report.command}`, {about['minutes']} minutes."
-    ]
+    parts = [heading(report)]
     for batch_size, rows in tables.items():
         case = base.change(batch_size=batch_size)
         peer = next(row.seconds for row in rows if row.name == "OpenVINO float32")
@@ -218,13 +193,13 @@ def render(report: Report, base: Case, tables: dict[int, list[ExportRow]]) -> tu
     named = {str(size): [dataclasses.asdict(row) for row in rows] for size, rows in tables.items()}
     return "\n\n".join(parts) + "\n", {
         "command": report.command,
-        "environment": about,
+        "environment": environment("cpu", report.allocator, report.started),
         "rows": named,
         "targets": reached,
     }
 
 
-def targets(tables: dict[int, list[ExportRow]]) -> list[dict[str, Any]]:
+def targets(tables: dict[int, list[ExportResult]]) -> list[dict[str, Any]]:
     found = []
     for name, against, wanted, batch_size in TARGETS:
         seconds = {row.name: row.seconds for row in tables.get(batch_size, ()) if row.seconds is not None}
@@ -234,6 +209,6 @@ def targets(tables: dict[int, list[ExportRow]]) -> list[dict[str, Any]]:
     return found
 
 
-def failures(tables: dict[int, list[ExportRow]]) -> list[str]:
+def failures(tables: dict[int, list[ExportResult]]) -> list[str]:
     rows = [(size, row) for size, found in tables.items() for row in found]
     return [f"batch {size}: {row.name}: {row.status}" for size, row in rows if row.status.startswith("failed")]

@@ -21,7 +21,7 @@ from .timing import synchronize
 
 
 @dataclass(frozen=True)
-class Operation:
+class FusedOperation:
     """FLOP and bytes of one fused operation on a whole batch."""
 
     name: str
@@ -37,7 +37,7 @@ class Ceilings:
     bytes_per_second: float
 
 
-def operations(case: Case) -> Iterator[Operation]:
+def operations(case: Case) -> Iterator[FusedOperation]:
     """The fused operations of one step, in order."""
     config, itemsize, batch = case.config(), DTYPES[case.dtype].itemsize, case.batch_size
     training = case.mode == "train"
@@ -52,25 +52,25 @@ def operations(case: Case) -> Iterator[Operation]:
         # Backward: a product for the input's gradient, which images have none of, and one for the weights'.
         passes = 1 + training * (1 if stage == 0 else 2)
         moved = before + size + training * (before * (1 if stage == 0 else 2) + size)
-        yield Operation(f"stage {stage + 1} embedding", flop * passes, (moved + weights * passes) * itemsize)
+        yield FusedOperation(f"stage {stage + 1} embedding", flop * passes, (moved + weights * passes) * itemsize)
         inner = int(width * config.mlp_ratio)
         for _ in range(depth):
             # Backward reads the gradient and the saved input and writes a gradient.
             moved = size * (2 + 3 * training)
-            yield Operation("mixer", 0, moved * itemsize)
+            yield FusedOperation("mixer", 0, moved * itemsize)
             weights = 2 * width * inner
             passes = 1 + 2 * training
             flop = 2 * weights * batch * side**2
-            yield Operation("mlp", flop * passes, (moved + weights * passes) * itemsize)
+            yield FusedOperation("mlp", flop * passes, (moved + weights * passes) * itemsize)
             parameters += weights + inner + 7 * width
         before, channels = size, width
     weights = channels * config.num_labels
     parameters += weights + config.num_labels + 2 * channels
     passes = 1 + 2 * training
-    yield Operation("head", 2 * batch * weights * passes, (before * passes + weights * passes) * itemsize)
+    yield FusedOperation("head", 2 * batch * weights * passes, (before * passes + weights * passes) * itemsize)
     if training:
         # AdamW reads parameter, gradient and two moments, and writes all but the gradient.
-        yield Operation("optimiser", 0, 7 * parameters * itemsize)
+        yield FusedOperation("optimiser", 0, 7 * parameters * itemsize)
 
 
 def floor_seconds(case: Case, ceilings: Ceilings) -> float:

@@ -34,15 +34,7 @@ class Growth:
         ]
 
 
-def measure_growth(
-    base: Case,
-    patterns: Sequence[str],
-    runner: Runner,
-    *,
-    batches: Sequence[int] = BATCHES,
-    pixels: Sequence[int] = PIXELS,
-    variants: Sequence[str] = VARIANTS,
-) -> Growth:
+def measure_growth(base: Case, patterns: Sequence[str], runner: Runner) -> Growth:
     """
     Compares along three axes through `base`, cheap points first, so that a short budget loses the dear ones.
 
@@ -55,9 +47,9 @@ def measure_growth(
     # A quarter of the images along pixels: 1024 px are 21 times 224 px.
     fewer = max(base.batch_size // 4, 1)
     points = [
-        *(("batch", base.change(batch_size=size)) for size in batches),
-        *(("pixels", base.change(batch_size=fewer, image_size=side)) for side in pixels),
-        *(("model", base.change(variant=name)) for name in variants),
+        *(("batch", base.change(batch_size=size)) for size in BATCHES),
+        *(("pixels", base.change(batch_size=fewer, image_size=side)) for side in PIXELS),
+        *(("model", base.change(variant=name)) for name in VARIANTS),
     ]
     growth = Growth({"batch": [], "pixels": [], "model": []})
     pace: float | None = None

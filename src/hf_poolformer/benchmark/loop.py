@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from ..data.photographs import jpegs
+from ..foundation.errors import UserError
 from .case import TINY, Case
-from .photographs import jpegs
-from .rows import Unavailable
 from .timing import Timing, synchronize
 
 
@@ -71,14 +71,14 @@ def measure_loop(case: Case, *, steps: int = 12, workers: int | None = None) -> 
         workers: processes that decode; None as train.py chooses.
 
     Raises:
-        Unavailable: the libraries of the extra `train`, or photographs, are missing.
+        UserError: the libraries of the extra `train`, or photographs, are missing.
     """
     try:
         from hf_poolformer.training.arguments import TrainingSettings
         from hf_poolformer.training.loop import train
         from hf_poolformer.training.preparation import make_loaders
     except ImportError as error:
-        raise Unavailable(f"{error.name} missing: pip install 'hf-poolformer[train]'") from error
+        raise UserError(f"{error.name} missing: pip install 'hf-poolformer[train]'") from error
 
     report = LoopReport(case, 0)
     overrides = dict(TINY) if case.variant == "tiny" else {}

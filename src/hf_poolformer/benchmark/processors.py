@@ -14,7 +14,7 @@ from transformers.models.poolformer.image_processing_poolformer import PoolForme
 
 from hf_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil
 
-from .photographs import resized
+from ..data.photographs import resized
 from .timing import take_turns
 
 

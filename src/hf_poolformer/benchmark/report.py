@@ -102,7 +102,7 @@ class Report:
         }
 
     def to_markdown(self) -> str:
-        parts = [_heading(self)]
+        parts = [heading(self)]
         parts += [comparison_table(comparison) for comparison in self.comparisons]
         parts += [processing_table(processing) for processing in self.processing]
         if self.growth:
@@ -480,7 +480,7 @@ def draw_growth(report: Report, path: Path) -> bool:
     return True
 
 
-def _heading(report: Report) -> str:
+def heading(report: Report) -> str:
     about = environment(report.device, report.allocator, report.started)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [

@@ -15,7 +15,6 @@ import atexit
 import contextlib
 import fnmatch
 import functools
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -32,6 +31,8 @@ from transformers.models.poolformer.modeling_poolformer import PoolFormerForImag
 from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification
 from hf_poolformer.backends import VARIABLE
 from hf_poolformer.conversion.key_maps import TIMM
+from hf_poolformer.export.folder import Manifest
+from hf_poolformer.export.formats import FORMATS
 from hf_poolformer.foundation.errors import UserError
 
 from .case import DTYPES, Case
@@ -39,18 +40,19 @@ from .case import DTYPES, Case
 
 Weights = dict[str, torch.Tensor]
 PYTORCH = ("ours", "built-in", "timm")
-RUNTIMES = ("onnxruntime", "OpenVINO")
+# And the format of exports that each of them runs.
+RUNTIMES = {"onnxruntime": "onnx", "OpenVINO": "openvino"}
 # What computes the fused operations on a device, as HF_POOLFORMER_KERNELS names it.
 BACKENDS = {"cpu": "cpu", "cuda": "triton"}
 COMPILE_MODES = ("compile", "reduce-overhead", "max-autotune", "frozen")
 
 
-class Unavailable(Exception):
+class Unavailable(UserError):
     """This contestant cannot run here, and the message says why; the others can."""
 
 
 @dataclass(frozen=True)
-class Row:
+class Entry:
     """
     One contestant.
 
@@ -86,69 +88,30 @@ class Row:
         return self.library in ("built-in", "timm")
 
 
-def all_rows(case: Case) -> list[Row]:
+def all_rows(case: Case) -> list[Entry]:
     """Every row that makes sense for the case."""
     on_gpu = case.device != "cpu"
     ways = ["eager", "compile", "max-autotune"] + ["frozen"] * (case.mode != "train")
     if on_gpu and case.mode == "latency":
         ways += ["reduce-overhead", "graph"]
-    rows = [Row("ours", how, operations) for operations in ("reference", "fused") for how in ways]
-    rows += [Row(library, how) for library in ("built-in", "timm") for how in ways]
+    rows = [Entry("ours", how, operations) for operations in ("reference", "fused") for how in ways]
+    rows += [Entry(library, how) for library in ("built-in", "timm") for how in ways]
     rows += [replace(row, channels_last=False) for row in rows if row.how != "graph"]
     if not on_gpu and case.mode != "train":
-        rows += [Row("onnxruntime")] * (case.dtype == "float32") + [Row("OpenVINO")] * (case.dtype != "float16")
+        rows += [Entry("onnxruntime")] * (case.dtype == "float32") + [Entry("OpenVINO")] * (case.dtype != "float16")
     return rows
 
 
 # What is informative, and fits into the ten minutes of `make benchmark` and the eight of `make gpu`: compilation is
 # what costs. Left out are rows that never were the fastest of their library.
+OURS = ("ours reference", "ours fused", "ours fused compile")
+BUILT_IN = ("built-in eager NCHW", "built-in eager", "built-in compile")
+TIMM_ROWS = ("timm eager", "timm compile")
 DEFAULT_ROWS = {
-    ("cpu", "infer"): (
-        "ours reference",
-        "ours fused",
-        "ours fused compile",
-        "built-in eager NCHW",
-        "built-in eager",
-        "built-in compile",
-        "built-in max-autotune",
-        "built-in frozen",
-        "timm eager",
-        "timm compile",
-        "onnxruntime",
-        "OpenVINO",
-    ),
-    ("cpu", "latency"): (
-        "ours reference",
-        "ours fused",
-        "ours fused compile",
-        "built-in eager NCHW",
-        "built-in eager",
-        "built-in compile",
-        "timm eager",
-        "onnxruntime",
-        "OpenVINO",
-    ),
-    ("cpu", "train"): (
-        "ours reference",
-        "ours fused",
-        "ours fused compile",
-        "built-in eager NCHW",
-        "built-in eager",
-        "built-in compile",
-        "timm eager",
-    ),
-    ("cuda", "infer"): (
-        "ours reference",
-        "ours fused",
-        "ours fused compile",
-        "built-in eager NCHW",
-        "built-in eager",
-        "built-in compile",
-        "built-in compile NCHW",
-        "timm eager",
-        "timm compile",
-        "built-in max-autotune",
-    ),
+    ("cpu", "infer"): (*OURS, *BUILT_IN, "built-in max-autotune", "built-in frozen", *TIMM_ROWS, *RUNTIMES),
+    ("cpu", "latency"): (*OURS, *BUILT_IN, "timm eager", *RUNTIMES),
+    ("cpu", "train"): (*OURS, *BUILT_IN, "timm eager"),
+    ("cuda", "infer"): (*OURS, *BUILT_IN, "built-in compile NCHW", *TIMM_ROWS, "built-in max-autotune"),
     ("cuda", "latency"): (
         "ours fused",
         "ours fused graph",
@@ -160,30 +123,21 @@ DEFAULT_ROWS = {
         "ours fused reduce-overhead",
         "built-in max-autotune",
     ),
-    ("cuda", "train"): (
-        "ours reference",
-        "ours fused",
-        "built-in eager NCHW",
-        "built-in eager",
-        "built-in compile",
-        "timm eager",
-        "timm compile",
-        "ours fused compile",
-    ),
+    ("cuda", "train"): ("ours reference", "ours fused", *BUILT_IN, *TIMM_ROWS, "ours fused compile"),
 }
 
 # The same graph was compiled and tuned in float32; it gains nothing in either.
 LEFT_OUT = {("cpu", "infer", "bfloat16"): ("built-in max-autotune",)}
 
 
-def choose_rows(case: Case, patterns: Sequence[str]) -> list[Row]:
+def choose_rows(case: Case, patterns: Sequence[str]) -> list[Entry]:
     """Rows by name; "default", "all" and shell patterns ("ours*", "*compile") stand for several.
 
     Raises:
         UserError: a pattern that fits no row of this case, neither here nor in another mode.
     """
     rows = {row.name: row for row in all_rows(case)}
-    chosen: dict[str, Row] = {}
+    chosen: dict[str, Entry] = {}
     for pattern in patterns:
         if pattern == "all":
             names = list(rows)
@@ -228,7 +182,7 @@ class Contestant:
 
     def __init__(
         self,
-        row: Row,
+        row: Entry,
         forward: Callable[[Any], Any],
         prepare: Callable[[torch.Tensor], Any],
         module: nn.Module | None = None,
@@ -272,17 +226,15 @@ def kernels(backend: str | None) -> Iterator[None]:
             os.environ[VARIABLE] = before
 
 
-def build(row: Row, case: Case, weights: Weights) -> Contestant:
+def build(row: Entry, case: Case, weights: Weights) -> Contestant:
     """
     The contestant with these weights, on the case's device and in its precision; compilation waits for the first call.
 
     Raises:
         Unavailable: a library is missing.
     """
-    if row.library == "onnxruntime":
-        return _onnxruntime(row, case, weights)
-    if row.library == "OpenVINO":
-        return _openvino(row, case, weights)
+    if row.library in RUNTIMES:
+        return _runtime(row, case, weights)
     module, our_name = (
         _timm(case, weights) if row.library == "timm" else (transformers_model(row.library, case, weights), str)
     )
@@ -359,8 +311,10 @@ def transformers_model(library: str, case: Case, weights: Weights) -> nn.Module:
 
 def _timm(case: Case, weights: Weights) -> tuple[nn.Module, Callable[[str], str]]:
     """timm's poolformer_s12 and its siblings: the arguments are those of its own factories."""
-    _need("timm")
-    from timm.models.metaformer import GroupNorm1, MetaFormer
+    try:
+        from timm.models.metaformer import GroupNorm1, MetaFormer
+    except ImportError as error:
+        raise Unavailable("timm missing: pip install 'hf-poolformer[benchmark]'") from error
 
     config = case.config()
     model = MetaFormer(
@@ -381,12 +335,6 @@ def _timm(case: Case, weights: Weights) -> tuple[nn.Module, Callable[[str], str]
     return model, {theirs[ours]: name for ours, name in bare.items()}.__getitem__
 
 
-def _need(*libraries: str) -> None:
-    missing = [library for library in libraries if importlib.util.find_spec(library) is None]
-    if missing:
-        raise Unavailable(f"{', '.join(missing)} missing: pip install 'hf-poolformer[benchmark]'")
-
-
 class _Logits(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -405,60 +353,37 @@ def _export_folder() -> Path:
 
 def _exported(case: Case, weights: Weights) -> Path:
     """The built-in model as ONNX, opset 21, which has GroupNormalization; one file for all batch sizes."""
-    _need("onnx", "onnxscript")
     path = _export_folder() / f"{case.variant}-{case.image_size}.onnx"
     if not path.exists():
         model = _Logits(transformers_model("built-in", case, weights)).eval()
         example = torch.zeros(2, 3, case.image_size, case.image_size)
-        program = torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            opset_version=21,
-            input_names=["pixel_values"],
-            output_names=["logits"],
-            dynamic_shapes={"pixel_values": {0: "batch"}},
-            verbose=False,
-        )
-        program.save(path)
+        FORMATS["onnx"].write(model, example, path, export_manifest(case, "onnx"))
     return path
 
 
-def _onnxruntime(row: Row, case: Case, weights: Weights) -> Contestant:
-    _need("onnxruntime")
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    # Threads that spin between its turns would slow down everybody else.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(_exported(case, weights), options, providers=["CPUExecutionProvider"])
-    return Contestant(row, lambda images: session.run(None, {"pixel_values": images})[0], _array)
-
-
-def _openvino(row: Row, case: Case, weights: Weights) -> Contestant:
-    _need("openvino")
-    import openvino
-
-    core = openvino.Core()
-    model = core.read_model(_exported(case, weights))
-    model.reshape([case.batch_size, 3, case.image_size, case.image_size])
-    settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "NUM_STREAMS": 1,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[case.dtype],
-    }
-    compiled = core.compile_model(model, "CPU", settings)
-    request = compiled.create_infer_request()
-
-    def forward(images: Any) -> Any:
-        return request.infer([images], share_inputs=True, share_outputs=True)[0]
-
-    return Contestant(row, forward, _array)
+def export_manifest(case: Case, format: str, precision: str = "float32") -> Manifest:
+    """Of a graph for any number of the case's images."""
+    return Manifest(
+        format=format,
+        precision=precision,
+        task="image-classification",
+        file=FORMATS[format].file,
+        preprocessing=False,
+        input="pixel_values",
+        output="logits",
+        image_size=[case.image_size] * 2,
+        dynamic_size=False,
+    )
 
 
-def _array(images: torch.Tensor) -> Any:
-    return images.float().contiguous().numpy()
+def _runtime(row: Entry, case: Case, weights: Weights) -> Contestant:
+    """The built-in model in the runtime of an export format, whole batches at a time."""
+    format = FORMATS[RUNTIMES[row.library]]
+    try:
+        format.check_installed(case.dtype)
+    except UserError as error:
+        raise Unavailable(str(error)) from error
+    manifest = export_manifest(case, format.name, case.dtype)
+    arguments = _exported(case, weights), manifest, torch.get_num_threads()
+    run = format.open_whole(*arguments) or format.open(*arguments)
+    return Contestant(row, run, lambda images: images.float().contiguous())

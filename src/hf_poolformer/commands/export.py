@@ -15,13 +15,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..export.format import PRECISIONS
+from ..export.formats import FORMATS, formats_with
+from ..export.onnx import DEFAULT_OPSET, OPSETS
 from ..foundation.strict_json import to_json
 from . import CommandParser, add_model_arguments, command, quieten
-
-
-# Those of export.folder and export.formats, whose import takes seconds.
-FORMATS = ("onnx", "openvino", "torch")
-PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 
 
 def parser(prog: str | None = None) -> CommandParser:
@@ -29,12 +27,13 @@ def parser(prog: str | None = None) -> CommandParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder or Hub id of an image classifier or a semantic segmenter")
     add("output", metavar="OUT", type=Path, help="folder to write")
-    add("--format", choices=FORMATS, default="onnx", help="default: %(default)s; torch is a program of torch.export")
+    runtimes = ", ".join(f"{name} for {format.runtime}" for name, format in FORMATS.items())
+    add("--format", choices=list(FORMATS), default="onnx", help=f"{runtimes} (default: %(default)s)")
     add(
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="default: %(default)s; bfloat16 is for openvino and torch, int8 for openvino and onnx",
+        help=f"bfloat16 is for {formats_with('bfloat16')}, int8 for {formats_with('int8')} (default: %(default)s)",
     )
     add("--overwrite", action="store_true", help="replace the export that lies at OUT")
     add(
@@ -47,7 +46,7 @@ def parser(prog: str | None = None) -> CommandParser:
         choices=["true", "false"],
         help="take images of other sizes, too (default: where the family allows it)",
     )
-    add("--opset", type=int, help="of onnx, 18 to 23 (default: 21)")
+    add("--opset", type=int, help=f"of onnx, {OPSETS.start} to {OPSETS.stop - 1} (default: {DEFAULT_OPSET})")
     add("--compile", action="store_true", help="of torch: machine code for machines like this one (AOTInductor)")
     add(
         "--calibration_dataset",

@@ -8,10 +8,11 @@ pipeline("image-classification", model=model, image_processor=model.image_proces
 from typing import Any
 
 from ..foundation.exported import is_exported
-from .folder import FORMATS, PRECISIONS
+from .format import PRECISIONS, ExportFormat
+from .formats import FORMATS
 
 
-__all__ = ["FORMATS", "PRECISIONS", "ExportedModel", "Summary", "export_model", "is_exported", "load"]
+__all__ = ["FORMATS", "PRECISIONS", "ExportFormat", "ExportedModel", "Summary", "export_model", "is_exported", "load"]
 
 HOMES = {"ExportedModel": "runtime", "load": "runtime", "Summary": "run", "export_model": "run"}
 

@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 
 from .folder import Manifest
+from .formats import FORMATS
 from .verification import Report
 
 
-RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch (torch.export)"}
 OUTPUTS = {"classes": "classes", "labels": "labels", "numbers": "numbers", "pixels": "classes"}
 WITH_PACKAGE = """\
 ```python
@@ -36,15 +36,15 @@ classes = model.image_processor.post_process_semantic_segmentation(outputs, [ima
 
 def render_card(manifest: Manifest, report: Report, config: Any) -> str:
     """Markdown with the Hub's metadata in front."""
-    source = manifest.source
+    source, format = manifest.source, FORMATS[manifest.format]
     tags = ["poolformer", "metaformer", manifest.format, manifest.precision]
     data: dict[str, Any] = {"pipeline_tag": _pipeline_tag(manifest.task), "tags": list(dict.fromkeys(tags))}
-    if manifest.format in ("onnx", "openvino"):
-        data["library_name"] = manifest.format
+    if format.hub_library is not None:
+        data["library_name"] = format.hub_library
     if "/" in source["model"]:
         data |= {"base_model": source["model"], "base_model_relation": _relation(manifest)}
     rows = [
-        ("format", f"{RUNTIMES[manifest.format]}{f', opset {manifest.opset}' if manifest.opset else ''}"),
+        ("format", format.description(manifest)),
         ("precision", manifest.precision),
         ("input", _input(manifest)),
         ("output", f"`{manifest.output}`, {config.num_labels} {OUTPUTS[report.kind]}, named in `config.json`"),
@@ -69,7 +69,8 @@ def render_card(manifest: Manifest, report: Report, config: Any) -> str:
         rows.append(("accuracy", f"{report.accuracy:.2%}; of the model {report.accuracy_before:.2%}"))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())))
     use = WITH_PACKAGE if manifest.task == "image-classification" else WITH_PACKAGE_DENSE
-    if manifest.format == "torch":
+    use = use.replace("pip install 'hf-poolformer[export]'", format.installation)
+    if format.holds_code:
         use = use.replace('load(".")', 'load(".", trust_remote_code=True)')
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (

@@ -17,20 +17,18 @@ from ..foundation.errors import UserError, one_line
 from ..foundation.exported import MANIFEST, is_exported
 from ..foundation.files import digest, write_json
 from ..foundation.folders import Taken, give_back, take
+from .format import PRECISIONS
+from .formats import FORMATS
 
 
 logger = logging.getLogger(__name__)
 
 REPORT = "verification.json"
-FORMATS = ("onnx", "openvino", "torch")
-PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 TASKS = ("image-classification", "semantic-segmentation")
 # What the graph's answers are read with; of another one they would be another model's.
 SETTINGS = ("config.json", "preprocessor_config.json")
 # Prefixes of what is made, and what it replaces, in the workplace of an export.
 NEW, OLD = "new-", "old-"
-# The file a format's runtime opens. OpenVINO's weights lie beside, in a .bin of the same name.
-FILES = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2"}
 
 
 @dataclass
@@ -39,9 +37,10 @@ class Manifest:
     What `export.json` says.
 
     Attributes:
-        format, precision: of FORMATS and PRECISIONS.
+        format, precision: of `formats.FORMATS`, and of those that it has.
         task: of TASKS.
-        file: of FILES; `files` are all that belong to the graph, and SETTINGS, with their SHA-256.
+        file: the one that the format's runtime opens; `files` are all that belong to the graph, and SETTINGS, with
+            their SHA-256.
         compiled: of "torch": a package of machine code for this kind of machine, made by AOTInductor.
         preprocessing: whether the graph takes uint8 (batch, height, width, 3) and gives probabilities. Without, it
             takes float32 (batch, 3, height, width) as the image processor makes them, and gives logits.
@@ -115,7 +114,7 @@ class Manifest:
         Raises:
             UserError: the manifest, which lies at `path`, says what none of this version's does.
         """
-        choices = {"format": FORMATS, "precision": PRECISIONS, "task": TASKS}
+        choices = {"format": tuple(FORMATS), "precision": PRECISIONS, "task": TASKS}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(
@@ -128,7 +127,8 @@ class Manifest:
         if not (texts and numbers):
             raise UserError(f"{path} is damaged: names or sizes in it are none; export the model again")
         names = self.files if isinstance(self.files, dict) else ()
-        if self.file != FILES[self.format] or self.file not in names or any(Path(name).name != name for name in names):
+        file = FORMATS[self.format].file
+        if self.file != file or file not in names or any(Path(name).name != name for name in names):
             raise UserError(f"{path} is damaged: it does not list the files of the graph; export the model again")
 
     def check_files(self, folder: Path) -> None:

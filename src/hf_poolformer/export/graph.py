@@ -112,7 +112,7 @@ class StandardiseFeatures(nn.Module):
         return F.layer_norm(x, x.shape[1:], eps=self.eps)
 
 
-class Affine(nn.Module):
+class ChannelAffine(nn.Module):
     """`scale * x + shift`, each None or broadcast to (C, H, W)."""
 
     def __init__(self, scale: Scale, shift: Scale):
@@ -236,13 +236,13 @@ def fold_mixer(block: MetaFormerBlock) -> nn.Module:
             return PoolingBranch(norm, mixer.pool, ones if factor is None else factor, block)
         body = PoolingDifference(mixer.pool, factor)
     elif kind is IdentityMixer:
-        body = Affine(per_channel(product(gamma, scale)), per_channel(shift))
+        body = ChannelAffine(per_channel(product(gamma, scale)), per_channel(shift))
     elif kind is SeparableConv and is_pointwise(mixer.pwconv1) and type(mixer.pwconv2) is nn.Conv2d:
         conv1, conv2 = folded(mixer.pwconv1, gamma, beta), folded(mixer.pwconv2, scale=scale)
         body = nn.Sequential(conv1, mixer.act, mixer.dwconv, conv2)
     elif kind is DepthwiseConv:
         if beta is not None:  # of which the zeros around the image have none
-            norm, gamma = nn.Sequential(norm, Affine(per_channel(gamma), per_channel(beta))), None
+            norm, gamma = nn.Sequential(norm, ChannelAffine(per_channel(gamma), per_channel(beta))), None
         body = folded(mixer, scale=scale)
         if gamma is not None:
             body.weight = constant(body.weight * gamma[:, None, None, None])
@@ -250,7 +250,7 @@ def fold_mixer(block: MetaFormerBlock) -> nn.Module:
         mixer.qkv, mixer.proj = folded(mixer.qkv, gamma, beta), folded(mixer.proj, scale=scale)
         body = mixer
     elif kind in (SpatialMLP, RandomMixing):
-        affine = Affine(per_channel(product(gamma, scale)), token_shift(mixer, shift))
+        affine = ChannelAffine(per_channel(product(gamma, scale)), token_shift(mixer, shift))
         body = nn.Sequential(mixer, affine)
     else:
         return KeptMixer(block)

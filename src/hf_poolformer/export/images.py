@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..data.decoding import BrokenImage, decode_image
+from ..data.photographs import resized
 from ..foundation.errors import UserError, one_line
 
 
@@ -131,15 +130,12 @@ def label_reader(dataset: ImageDataset, config: PretrainedConfig) -> Callable[[M
     return read
 
 
-def photographs(processor: Any, count: int, num_channels: int = 3) -> Sample:
+def sample_photographs(processor: Any, count: int, num_channels: int = 3) -> Sample:
     """
     Photographs that scikit-learn and scikit-image bring, if they are installed; else pictures with a photograph's
     spectrum, whose amplitude falls with the frequency.
     """
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # transformers prints remarks on models of its own
-            from ..benchmark.photographs import resized
-
         images, name = resized((320, 256), count), "photographs of scikit-learn and scikit-image"
     except Exception:  # not installed, or without its data: a comparison on made-up pictures is still one
         images, name = [made_up(seed) for seed in range(count)], "made-up pictures with the spectrum of photographs"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,14 +27,16 @@ from ..foundation.exported import is_exported, no_model
 from ..foundation.files import digest, write_json
 from ..foundation.finite import check_weights
 from ..foundation.loading import why_not_loaded
+from ..foundation.origin import Origin
 from ..token_mixers import Attention
-from . import formats
 from .card import render_card
+from .deployable import DTYPES, Deployable, has_fixed_tokens, smallest_size, write_graph
 from .folder import REPORT, SETTINGS, Manifest, check_output, folder_size, new_folder
+from .formats import FORMATS, check_request
 from .graph import fold
-from .images import Sample, check_channels, photographs, read_samples
+from .images import Sample, check_channels, read_samples, sample_photographs
 from .quantisation import Quality, quantise
-from .runtime import ExportedModel, load, open_graph
+from .runtime import ExportedModel, Graph, load
 from .verification import FEWEST, Comparison, Report, kind_of, verify
 
 
@@ -103,12 +106,12 @@ def export_model(
 
     Args:
         model: folder or Hub id of an image classifier or a semantic segmenter.
-        format: "onnx", "openvino", or "torch" (a program of `torch.export`).
+        format: one of `formats.FORMATS`: "onnx", "openvino", or "torch" (a program of `torch.export`).
         precision: "float32"; "float16" (OpenVINO: of the weights in the file, computed in float32); "bfloat16"
             (OpenVINO and torch); "int8" (ONNX and OpenVINO), which needs `calibration_dataset`.
         dynamic_size: whether images of other sizes than the model's are taken; None where the family allows it.
         preprocessing: take uint8 (batch, height, width, channels), resized and cropped, and give probabilities.
-        opset: of ONNX, one of `formats.OPSETS`.
+        opset: of ONNX, one of `onnx.OPSETS`.
         compile: of "torch": an AOTInductor package, machine code for machines like this one.
         calibration_dataset: images for int8, and to compare on in any precision; folder, Parquet files or Hub id. With
             labels, the accuracy is reported, too.
@@ -121,7 +124,10 @@ def export_model(
         UserError: no such model, a combination that there is not, no images, or an export that is not what the model
             is. Nothing is left behind.
     """
-    formats.check_request(format, precision, opset=opset, compile=compile, calibration=calibration_dataset is not None)
+    options = check_request(
+        format, precision, calibrated=calibration_dataset is not None, opset=opset, compile=compile
+    )
+    target = FORMATS[format]
     if calibration_size < 1 or verification_size < 1:
         raise UserError(
             "--calibration_size and --verification_size must be positive, not "
@@ -129,9 +135,9 @@ def export_model(
         )
     check_output(Path(output), overwrite)
     progress("loading")
-    where = {"revision": revision, "token": token, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    original, processor, task = load_source(os.fspath(model), **where)
-    fixed = formats.has_fixed_tokens(original)
+    origin = Origin(revision, token, cache_dir, trust_remote_code)
+    original, processor, task = load_source(os.fspath(model), origin)
+    fixed = has_fixed_tokens(original)
     if dynamic_size and fixed:
         raise UserError(
             f"{model} mixes a fixed number of tokens (token_mixers {', '.join(original.config.token_mixers)}), so it "
@@ -142,22 +148,22 @@ def export_model(
         format=format,
         precision=precision,
         task=task,
-        file=formats.FILES[format],
+        file=target.file,
         preprocessing=preprocessing,
         input="pixel_values",
         output="logits",
         image_size=list(image_size_of(original, processor)),
         dynamic_size=not fixed if dynamic_size is None else dynamic_size,
-        least_size=formats.smallest_size(original.config),
+        least_size=smallest_size(original.config),
         num_channels=original.config.num_channels,
-        compiled=compile,
-        opset=(opset or formats.DEFAULT_OPSET) if format == "onnx" else None,
+        compiled=options.get("compile", False),
+        opset=options.get("opset"),
         source=describe_source(os.fspath(model), revision, original),
-        versions=library_versions(format, precision),
+        versions=library_versions(*target.libraries_for(precision)),
     )
     progress("reading images")
     if calibration_dataset is None:
-        calibration, comparison = None, photographs(processor, PHOTOGRAPHS, manifest.num_channels)
+        calibration, comparison = None, sample_photographs(processor, PHOTOGRAPHS, manifest.num_channels)
     else:
         calibration, comparison = read_samples(
             calibration_dataset,
@@ -172,26 +178,15 @@ def export_model(
         )
     comparisons = [comparison]
     if len(comparison.pixel_values) < FEWEST:
-        comparisons.insert(0, photographs(processor, PHOTOGRAPHS, manifest.num_channels))
+        comparisons.insert(0, sample_photographs(processor, PHOTOGRAPHS, manifest.num_channels))
     with new_folder(output, overwrite) as folder:
         progress("writing the graph")
-        in_file = precision if format == "torch" or (format, precision) == ("onnx", "float16") else "float32"
         inside = processor if preprocessing else None
         folded = fold(original)
-        if (format, precision) == ("openvino", "bfloat16"):
-            formats.sum_head(folded)
-        module = formats.Deployable(folded, formats.DTYPES[in_file], inside)
-        manifest.output = formats.output_name(module)
-        path = formats.write_graph(
-            module,
-            folder,
-            format,
-            precision=precision,
-            image_size=tuple(manifest.image_size),
-            dynamic_size=manifest.dynamic_size,
-            opset=opset,
-            compile=compile,
-        )
+        target.adapt(folded, precision)
+        module = Deployable(folded, DTYPES[target.dtype(precision)], inside)
+        manifest.output = module.output_name
+        path = write_graph(module, folder, manifest)
         for name, part in zip(SETTINGS, (original.config, processor), strict=True):
             # Without the code that would come along: there is no PyTorch model here for it to be of use to.
             facts = json.loads(part.to_json_string())
@@ -202,15 +197,15 @@ def export_model(
         manifest.files = {file.name: digest(file) for file in sorted(files)}
         manifest.write(folder)
         exported, emulated = load(folder, trust_remote_code=True), None
-        elsewhere = formats.arithmetic_elsewhere(format, precision)
+        elsewhere = target.arithmetic_elsewhere(precision)
         if elsewhere is not None:
-            run = formats.Deployable(fold(original), elsewhere, inside).eval()
+            run = Deployable(fold(original), DTYPES[elsewhere], inside).eval()
             emulated = ExportedModel(run, manifest, original.config, processor)
         report = verify(
             exported,
             original,
             comparisons,
-            arithmetic=formats.describe_arithmetic(format, precision),
+            arithmetic=target.arithmetic(precision),
             emulated=emulated,
             progress=progress,
         )
@@ -221,14 +216,14 @@ def export_model(
     return Summary(Path(output), manifest, report, size)
 
 
-def load_source(name: str, **where: Any) -> tuple[nn.Module, Any, str]:
+def load_source(name: str, origin: Origin) -> tuple[nn.Module, Any, str]:
     """
     Model in inference mode, image processor, and task.
 
     Raises:
         UserError: no such model, none that can be exported, or one without trained, finite weights.
     """
-    folder = Path(name)
+    folder, where = Path(name), origin.arguments()
     if is_exported(folder):
         raise UserError(no_model(name))
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -267,13 +262,13 @@ def quantise_graph(
     kind: str,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    inputs = ExportedModel(open_graph(path, manifest), manifest, model.config, processor).prepare(sample.pixel_values)
+    inputs = ExportedModel(Graph(path, manifest), manifest, model.config, processor).prepare(sample.pixel_values)
     pixel_values = sample.pixel_values[: MAPS if kind == "pixels" else None]
     with torch.inference_mode():
         right = torch.cat([model(chunk).logits for chunk in pixel_values.split(16)])
 
     def evaluate(graph: Path) -> Quality:
-        exported = ExportedModel(open_graph(graph, manifest), manifest, model.config, processor)
+        exported = ExportedModel(Graph(graph, manifest), manifest, model.config, processor)
         got = torch.cat([exported(chunk).logits for chunk in pixel_values.split(16)])
         check, agreement = Comparison(exported, right)(got, right, sample.name)
         return Quality(agreement, check.error, check.passed)
@@ -281,6 +276,7 @@ def quantise_graph(
     attention = any(isinstance(module, Attention) for module in model.modules())
     # A head of numbers or labels decides nothing by being larger than another output: each of its roundings is seen.
     return quantise(
+        FORMATS[manifest.format],
         path,
         inputs.numpy(),
         evaluate,
@@ -314,6 +310,9 @@ def describe_source(name: str, revision: str, model: nn.Module) -> dict[str, Any
     return source
 
 
-def library_versions(format: str, precision: str) -> dict[str, str]:
-    names = ["torch", "transformers", *formats.LIBRARIES[format], *(["nncf"] if precision == "int8" else [])]
-    return {"hf-poolformer": __version__, **{name: metadata.version(name) for name in names}}
+def library_versions(*others: str) -> dict[str, str]:
+    versions = {"hf-poolformer": __version__}
+    for name in ("torch", "transformers", *others):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # part of Python, or installed by another name
+            versions[name] = metadata.version(name)
+    return versions

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,11 @@ from transformers.models.auto import modeling_auto
 
 from ..foundation.errors import UserError, one_line
 from ..foundation.exported import is_exported
+from .deployable import activation_of, pixel_affine
 from .folder import Manifest
+from .formats import FORMATS
 
 
-# Images that one stream of OpenVINO takes at a time, and how many shapes stay compiled.
-CHUNK = 2
-COMPILED = 8
 OUTPUTS = {"image-classification": ImageClassifierOutput, "semantic-segmentation": SemanticSegmenterOutput}
 
 
@@ -47,7 +44,7 @@ def load(
     Args:
         threads: of the CPU; PyTorch's number if None.
         providers: of onnxruntime, in the order of preference, say `["CUDAExecutionProvider"]`; the CPU if None.
-        trust_remote_code: load a format that can bring code: "torch", whose files PyTorch unpickles, or runs as
+        trust_remote_code: load a format whose files can hold code: "torch", which PyTorch unpickles, or runs as
             machine code if they are compiled.
 
     Raises:
@@ -56,20 +53,22 @@ def load(
     """
     folder = Path(folder).absolute()
     manifest = Manifest.read(folder)
-    if manifest.format == "torch" and not trust_remote_code:
+    format = FORMATS[manifest.format]
+    if format.holds_code and not trust_remote_code:
+        harmless = " and ".join(other.runtime for other in FORMATS.values() if not other.holds_code)
         raise UserError(
-            f"{folder} is a program of torch.export, which may run any code while it is loaded: trust_remote_code "
-            "(--trust_remote_code) loads it, if you know where it is from. ONNX and OpenVINO files hold no code"
+            f"{folder} is made for {format.runtime} and may run any code while it is loaded: trust_remote_code "
+            f"(--trust_remote_code) loads it, if you know where it is from. Files for {harmless} hold no code"
         )
     manifest.check_files(folder)
-    if providers is not None and manifest.format != "onnx":
-        raise UserError(f"providers are onnxruntime's, and {folder} is of the format {manifest.format}")
+    if providers is not None and not format.has_providers:
+        raise UserError(f"{folder} is made for {format.runtime}, which has no providers")
     try:
         config = AutoConfig.from_pretrained(folder)
         processor = AutoImageProcessor.from_pretrained(folder)
     except Exception as error:
         raise UserError(f"{folder} cannot be loaded: {one_line(error)}") from error
-    run = open_graph(folder / manifest.file, manifest, threads, providers)
+    run = Graph(folder / manifest.file, manifest, threads, providers)
     return ExportedModel(run, manifest, config, processor)
 
 
@@ -172,8 +171,6 @@ class ExportedModel(nn.Module):
             )
         if manifest.preprocessing and not raw:
             # The image processor has normalised already; back to the pixels they were.
-            from .formats import pixel_affine
-
             scale, shift = (value.float()[:, None, None] for value in pixel_affine(self.image_processor, channels))
             pixels = ((pixel_values.float() - shift) / scale).round().clamp(0, 255)
             return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
@@ -182,8 +179,6 @@ class ExportedModel(nn.Module):
 
 def scores_to_logits(scores: torch.Tensor, config: Any) -> torch.Tensor:
     """Logits whose softmax, sigmoid or identity (as the configuration's problem asks for) is `scores`."""
-    from .formats import activation_of
-
     kind = activation_of(config)
     if kind is None:
         return scores
@@ -220,12 +215,13 @@ class Graph:
 
     def start(self) -> None:
         self.process = os.getpid()
-        threads, self.providers = self.asked
-        self.threads = threads or torch.get_num_threads()  # which workers of a DataLoader have one of
+        threads, providers = self.asked
+        format = FORMATS[self.manifest.format]
         try:
-            self.open()
+            # PyTorch's number is one in the workers of a DataLoader.
+            self.run = format.open(self.path, self.manifest, threads or torch.get_num_threads(), providers)
         except ImportError as error:
-            raise UserError(f"{error.name} is not installed: pip install 'hf-poolformer[export]'") from error
+            raise UserError(f"{error.name} is not installed: {format.installation}") from error
         except UserError:
             raise
         except Exception as error:
@@ -238,13 +234,7 @@ class Graph:
             _of_parents.append(self.__dict__.copy())
             check_unchanged(self.path.parent, self.manifest)
             self.start()
-        return self.compute(pixel_values)
-
-    def open(self) -> None:
-        raise NotImplementedError
-
-    def compute(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        return self.run(pixel_values)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return reopen, (self.path, self.manifest, *self.asked)
@@ -256,13 +246,6 @@ class Graph:
         return self
 
 
-def open_graph(
-    path: Path, manifest: Manifest, threads: int | None = None, providers: Sequence[str] | None = None
-) -> Graph:
-    """The graph of a file as a function of what it takes; see `Graph`."""
-    return GRAPHS[manifest.format](path, manifest, threads, providers)
-
-
 def reopen(path: Path, manifest: Manifest, threads: int | None, providers: Sequence[str] | None) -> Graph:
     """
     What pickles of a graph hold.
@@ -271,7 +254,7 @@ def reopen(path: Path, manifest: Manifest, threads: int | None, providers: Seque
         UserError: the folder is not there any more, or is not what it was.
     """
     check_unchanged(path.parent, manifest)
-    return open_graph(path, manifest, threads, providers)
+    return Graph(path, manifest, threads, providers)
 
 
 def check_unchanged(folder: Path, manifest: Manifest) -> None:
@@ -283,121 +266,6 @@ def check_unchanged(folder: Path, manifest: Manifest) -> None:
         raise UserError(f"{folder} holds another export than the one this model was loaded from: load it again")
     manifest.check_files(folder)
 
-
-class OnnxRuntime(Graph):
-    def open(self) -> None:
-        import onnxruntime
-
-        wanted = list(self.providers or ["CPUExecutionProvider"])
-        missing = [name for name in wanted if name not in onnxruntime.get_available_providers()]
-        if missing:
-            raise UserError(
-                f"this onnxruntime has no {missing[0]}, only {', '.join(onnxruntime.get_available_providers())}; "
-                "onnxruntime-gpu brings those of NVIDIA"
-            )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        # Threads that spin between two calls take the cores away from whoever decodes the next images.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(self.path, options, providers=wanted)
-
-    def compute(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        names = self.manifest.output, self.manifest.input
-        return torch.from_numpy(self.session.run([names[0]], {names[1]: pixel_values.numpy()})[0])
-
-
-class OpenVINO(Graph):
-    """
-    OpenVINO on the CPU: a batch is cut into small pieces that as many streams as there are threads work on.
-
-    A piece's activations stay in the cache of the core that computes it, and no core waits for another. The graph is
-    compiled for the shape of a piece, so that any number of images takes two shapes at most.
-    """
-
-    HINTS = {"float32": "f32", "float16": "f32", "bfloat16": "bf16", "int8": "f32"}  # noqa: RUF012
-
-    def open(self) -> None:
-        import openvino
-
-        self.core = openvino.Core()
-        self.model = self.core.read_model(self.path)
-        self.attends = any(
-            op.get_type_name() == "Softmax" and op.get_output_partial_shape(0).rank.get_length() == 4
-            for op in self.model.get_ops()
-        )
-        self.compiled: OrderedDict[tuple[int, ...], Any] = OrderedDict()
-        self.lock = threading.Lock()  # servers call from several threads
-
-    def compute(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        array = pixel_values.numpy()
-        streams = min(self.threads, len(array) // CHUNK)
-        if streams < 2:
-            return torch.from_numpy(self.infer(array))
-        pieces = [array[start : start + CHUNK] for start in range(0, len(array), CHUNK)]
-        rest = pieces.pop() if len(array) % CHUNK else None
-        results: list[np.ndarray | None] = [None] * len(pieces)
-
-        def keep(request: Any, index: int) -> None:
-            results[index] = request.get_output_tensor(0).data.copy()
-
-        with self.lock:
-            queue = self.compiled_for(pieces[0].shape, streams)
-            queue.set_callback(keep)
-            for index, piece in enumerate(pieces):
-                queue.start_async([piece], userdata=index, share_inputs=True)
-            queue.wait_all()
-        if rest is not None:
-            results.append(self.infer(rest))
-        return torch.from_numpy(np.concatenate(results))
-
-    def infer(self, array: np.ndarray) -> np.ndarray:
-        """In one piece, by all threads."""
-        with self.lock:
-            request = self.compiled_for(array.shape, 1)
-            return request.infer([array], share_inputs=True)[0].copy()
-
-    def compiled_for(self, shape: tuple[int, ...], streams: int) -> Any:
-        """A request, of several streams a queue, for this shape; the shapes used longest ago are forgotten."""
-        import openvino
-
-        key = (*shape, streams)
-        if key not in self.compiled:
-            model = self.model.clone()
-            # With nothing but fixed sizes, OpenVINO 2026.4 takes heads for tokens where there are as many of both (in
-            # caformer_s18 at 128 x 128 pixels): answers are off by a hundredth.
-            model.reshape([-1, *shape[1:]] if self.attends else list(shape))
-            settings = {
-                "INFERENCE_NUM_THREADS": self.threads,
-                "NUM_STREAMS": streams,
-                "PERFORMANCE_HINT": "THROUGHPUT" if streams > 1 else "LATENCY",
-                "INFERENCE_PRECISION_HINT": self.HINTS[self.manifest.precision],
-            }
-            compiled = self.core.compile_model(model, "CPU", settings)
-            several = streams > 1
-            self.compiled[key] = (
-                openvino.AsyncInferQueue(compiled, streams) if several else compiled.create_infer_request()
-            )
-            if len(self.compiled) > COMPILED:
-                self.compiled.popitem(last=False)
-        self.compiled.move_to_end(key)
-        return self.compiled[key]
-
-
-class TorchProgram(Graph):
-    def open(self) -> None:
-        if self.manifest.compiled:
-            self.program = torch._inductor.aoti_load_package(str(self.path))
-        else:
-            # Its guards say what the exporter assumed of maps of one token; that they are right was verified.
-            self.program = torch.export.load(self.path).module(check_guards=False)
-
-    def compute(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            return self.program(pixel_values)
-
-
-GRAPHS = {"onnx": OnnxRuntime, "openvino": OpenVINO, "torch": TorchProgram}
 
 # The pipelines call classes unsupported that their tables do not name. The key is no model type, so that nothing else
 # reads it.

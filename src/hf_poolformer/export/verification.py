@@ -23,14 +23,13 @@ from torch.nn import functional as F
 
 from ..foundation.errors import UserError, one_line
 from ..foundation.finite import check_finite
-from .formats import activation_of, pixel_affine, scores
+from .deployable import activation_of, pixel_affine, scores
+from .folder import Manifest
+from .formats import FORMATS
 from .images import Sample
 from .runtime import ExportedModel
 
 
-# The largest error, see `Check`, that is put down to rounding in that arithmetic. Small models of every family, and
-# published sizes with fresh weights, showed up to 2e-5, 7e-3 and 6e-2 in the first three; that of int8 is a choice.
-TOLERANCES = {"float32": 5e-4, "float16": 2e-2, "bfloat16": 0.1, "int8": 0.25}
 # Of 8 bits, where what is chosen is asked for, too: the numbers behind it may be off by more. The worst of the 1000
 # outputs of poolformer_s12 with fresh weights showed 0.6; one that no longer varies has 1.
 TOLERANCE_OF_CHOICES = 0.75
@@ -141,11 +140,13 @@ def kind_of(config: Any, task: str) -> str:
     return "numbers" if config.problem_type == "regression" or config.num_labels < 2 else "classes"
 
 
-def tolerance_of(kind: str, precision: str) -> float:
-    return TOLERANCE_OF_CHOICES if precision == "int8" and kind != "numbers" else TOLERANCES[precision]
+def tolerance_of(kind: str, manifest: Manifest) -> float:
+    if manifest.precision == "int8" and kind != "numbers":
+        return TOLERANCE_OF_CHOICES
+    return FORMATS[manifest.format].tolerance(manifest.precision)
 
 
-class Scale:
+class Spread:
     """
     What differences of an output are relative to, learned from the model's answers to real images.
 
@@ -157,7 +158,7 @@ class Scale:
     def __init__(self, right: torch.Tensor, kind: str, least: float):
         self.kind, self.least = kind, least
         rows = self.rows(right)
-        self.centre, self.spread = rows.mean(0), rows.std(0, correction=0)
+        self.centre, self.deviation = rows.mean(0), rows.std(0, correction=0)
 
     def rows(self, outputs: torch.Tensor) -> torch.Tensor:
         """(images or pixels, outputs); of one class of many without what all have in common, which changes nothing."""
@@ -166,7 +167,7 @@ class Scale:
 
     def units(self, right: torch.Tensor) -> torch.Tensor:
         """(outputs,): the spread, counted with how far these answers lie from those it was learned from."""
-        unit = torch.maximum(self.spread, (self.rows(right) - self.centre).square().mean(0).sqrt())
+        unit = torch.maximum(self.deviation, (self.rows(right) - self.centre).square().mean(0).sqrt())
         unit = unit.clamp(min=self.least)
         if self.kind in ("classes", "pixels"):
             unit = torch.maximum(unit, 0.1 * unit.square().mean().sqrt())
@@ -193,10 +194,10 @@ class Comparison:
         self.kind = kind_of(config, manifest.task)
         # Where the graph ends in probabilities, those are compared.
         self.activation = activation_of(config) if manifest.preprocessing and config.num_labels else None
-        self.allowed = tolerance_of(self.kind, manifest.precision)
+        self.allowed = tolerance_of(self.kind, manifest)
         least = 0.0 if self.kind == "numbers" else LOGIT if self.activation is None else SCORE
         self.threshold = 0.0 if self.activation is None else 0.5
-        self.scale = Scale(scores(right, self.activation), self.kind, least)
+        self.spread = Spread(scores(right, self.activation), self.kind, least)
 
     def __call__(
         self, got: torch.Tensor, right: torch.Tensor, images: str, *, demanding: bool = True
@@ -214,9 +215,9 @@ class Comparison:
                 f"the export gives outputs of shape {tuple(got.shape)}, the model {tuple(right.shape)}, on {images}"
             )
         got, right = scores(got, self.activation), scores(right, self.activation)
-        unit = self.scale.units(right)
-        off = (self.scale.rows(got) - self.scale.rows(right)).square().mean(0).sqrt()
-        errors = (off - self.scale.resolution(right)).clamp(min=0) / unit
+        unit = self.spread.units(right)
+        off = (self.spread.rows(got) - self.spread.rows(right)).square().mean(0).sqrt()
+        errors = (off - self.spread.resolution(right)).clamp(min=0) / unit
         worst = int(errors.nan_to_num(torch.inf).argmax())
         error = errors[worst].item()
         agreement, lenient = self.agreement(got, right, unit)
@@ -286,7 +287,7 @@ def verify(
         UserError: a check failed; the message says which, by how much, and what to do.
     """
     precision, kind = exported.manifest.precision, kind_of(exported.config, exported.manifest.task)
-    report = Report(precision, kind, arithmetic, tolerance_of(kind, precision), AGREEMENT[kind])
+    report = Report(precision, kind, arithmetic, tolerance_of(kind, exported.manifest), AGREEMENT[kind])
     report.size_before = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
     agreements: list[tuple[float | None, float, int]] = []
     correct = correct_before = labelled = total = 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from .rows import Unavailable
+from ..foundation.errors import UserError
 
 
 # In colour, of people, animals, things and places; both packages bring more, in grey or from a microscope.
@@ -31,7 +31,7 @@ def photographs() -> tuple[Image.Image, ...]:
     """All that are installed, RGB, in the order of NAMES.
 
     Raises:
-        Unavailable: neither package is there.
+        UserError: neither package is there.
     """
     found = []
     for name in NAMES:
@@ -45,7 +45,7 @@ def photographs() -> tuple[Image.Image, ...]:
             photograph.info.pop("icc_profile", None)
             found.append(photograph)
     if not found:
-        raise Unavailable("no photographs: pip install 'hf-poolformer[benchmark]'")
+        raise UserError("no photographs: pip install 'hf-poolformer[benchmark]'")
     return tuple(found)
 
 

@@ -1,0 +1,199 @@
+"""What is written into a graph: the folded model, and what surrounds it there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..foundation.errors import UserError, one_line
+from ..modeling_poolformer import MLPHead
+from ..token_mixers import FixedTokens
+from .folder import Manifest
+from .formats import FORMATS
+from .graph import constant
+
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Of one class of many: classes up to which OpenVINO's head is `Summed`. More would cost time, and rounding a logit to
+# bfloat16 leaves their order as it is but for near ties.
+MOST_SUMMED = 64
+
+
+class Deployable(nn.Module):
+    """
+    A folded model with what surrounds it in the graph: float32 in and out, whatever it computes in.
+
+    A classifier's head, from the last norm on, is float32 in any dtype: behind it there is nothing that would even out
+    a rounding, and of 300.1 and 300.2 bfloat16 makes the same number.
+
+    Args:
+        model: as `graph.fold` returns it.
+        dtype: of weights and arithmetic.
+        processor: its rescaling and normalisation become part of the graph, which then takes uint8 (batch, height,
+            width, channels), already resized and cropped, and gives probabilities; None for neither.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, processor: Any = None):
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+        if dtype != torch.float32 and hasattr(model, "classifier"):
+            model.base_model.to(dtype)
+            model.base_model.encoder.block[-1].append(Float32())
+        else:
+            model.to(dtype)
+        self.scale = self.shift = None
+        self.activation = None
+        if processor is not None:
+            scale, shift = pixel_affine(processor, model.config.num_channels)
+            self.scale, self.shift = constant(scale), constant(shift)
+            self.activation = activation_of(model.config)
+
+    @property
+    def output_name(self) -> str:
+        if not self.model.config.num_labels:
+            return "features"
+        return "logits" if self.activation is None else "probabilities"
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self.scale is not None:
+            pixel_values = (pixel_values.float() * self.scale + self.shift).permute(0, 3, 1, 2)
+        return scores(self.model(pixel_values.to(self.dtype)).logits.float(), self.activation)
+
+
+class Float32(nn.Module):
+    """In float32 from here on."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float()
+
+
+class Summed(nn.Module):
+    """A linear layer as products and their sum: OpenVINO rounds what matrix products give to bfloat16, not these."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.weight = layer.weight
+        # A share in each product: behind the sum, OpenVINO 2026.4 gives all outputs the bias of the first.
+        self.share = None if layer.bias is None else constant(layer.bias.double()[:, None] / layer.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        products = x[:, None] * self.weight
+        return (products if self.share is None else products + self.share).sum(-1)
+
+
+def sum_head(model: nn.Module) -> None:
+    """The last layer of a folded classifier becomes `Summed`, where rounding its results would be seen."""
+    config, head = model.config, getattr(model, "classifier", None)
+    if activation_of(config) == "softmax" and config.num_labels > MOST_SUMMED:
+        return
+    if type(head) is nn.Linear:
+        model.classifier = Summed(head)
+    elif type(head) is MLPHead and type(head.fc2) is nn.Linear:
+        head.fc2 = Summed(head.fc2)
+
+
+def pixel_affine(processor: Any, num_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rescaling and normalisation of an image processor as `pixels * scale + shift`, both (channels,)."""
+    scale, shift = torch.ones(num_channels, dtype=torch.float64), torch.zeros(num_channels, dtype=torch.float64)
+    if getattr(processor, "do_rescale", False):
+        scale *= processor.rescale_factor
+    if getattr(processor, "do_normalize", False):
+        mean = torch.tensor(processor.image_mean, dtype=torch.float64)
+        std = torch.tensor(processor.image_std, dtype=torch.float64)
+        scale, shift = scale / std, shift - mean / std
+    return scale, shift
+
+
+def activation_of(config: Any) -> str | None:
+    """What makes scores of logits, as transformers' pipelines choose it."""
+    if config.problem_type == "regression" or not config.num_labels:
+        return None
+    return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
+
+
+def scores(logits: torch.Tensor, activation: str | None) -> torch.Tensor:
+    """Logits (B, classes, ...) as scores."""
+    if activation == "softmax":
+        return logits.softmax(1)
+    return logits.sigmoid() if activation == "sigmoid" else logits
+
+
+def smallest_size(config: Any) -> int:
+    """Side in pixels of the smallest image that leaves every stage a token."""
+    size = 1
+    for kernel, stride, padding in zip(
+        *map(reversed, (config.patch_sizes, config.strides, config.padding)), strict=True
+    ):
+        size = max(1, (size - 1) * stride + kernel - 2 * padding)
+    return size
+
+
+def has_fixed_tokens(model: nn.Module) -> bool:
+    """Whether a mixer's matrix ties the model to one size."""
+    return any(isinstance(module, FixedTokens) for module in model.modules())
+
+
+def write_graph(module: Deployable, folder: Path, manifest: Manifest) -> Path:
+    """
+    Writes the graph, in floating point, in the manifest's format.
+
+    Raises:
+        UserError: the exporter cannot translate the model.
+    """
+    format = FORMATS[manifest.format]
+    path = folder / format.file
+    size = manifest.image_size
+    if manifest.dynamic_size:
+        # The exporter takes a map of one row for one that has always one: no stage has such a map here.
+        total = math.prod(module.model.config.strides)
+        size = (4 * total, 3 * total)
+    if manifest.preprocessing:
+        example = torch.zeros(2, *size, manifest.num_channels, dtype=torch.uint8)
+    else:
+        example = torch.zeros(2, manifest.num_channels, *size)
+    module.eval()
+    try:
+        with quiet(), torch.no_grad():
+            format.write(module, example, path, manifest)
+    except Exception as error:
+        # Exporters raise whatever they like, and a mixer of one's own may do what no graph can hold.
+        raise UserError(f"the model cannot be written as {format.name}: {one_line(error)}") from error
+    return path
+
+
+def dynamic_shapes(manifest: Manifest) -> dict[str, dict[int, Any]]:
+    """The axes of the input that may vary, as torch.export takes them: of the images, and of their sides."""
+    first = 1 if manifest.preprocessing else 2
+    axes = (0, first, first + 1) if manifest.dynamic_size else (0,)
+    return {"pixel_values": dict.fromkeys(axes, torch.export.Dim.DYNAMIC)}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters explain themselves on every call."""
+    names = ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir", "torch._inductor", "torch._dynamo")
+    with warnings.catch_warnings(), quiet_loggers(*names):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def quiet_loggers(*names: str) -> Iterator[None]:
+    """Lets nothing but errors of these libraries through."""
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

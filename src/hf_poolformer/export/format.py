@@ -1,0 +1,163 @@
+"""What a format of exports is: how its files are written, opened and spoken of.
+
+Another format is a class in a file of its own, as in `onnx.py`, and an entry in `formats.FORMATS`. Flags, folder,
+runtime, verification, quantisation, card and benchmark ask it. Such files import torch and the format's libraries in
+the methods that need them: `--help` lists the formats at once, and a library that is missing is one readable line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..foundation.errors import UserError
+
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from .folder import Manifest
+
+    Run = Callable[[torch.Tensor], torch.Tensor]
+
+
+# The largest error, see `verification.Check`, that is put down to rounding in that arithmetic. Small models of every
+# family, and published sizes with fresh weights, showed up to 2e-5, 7e-3 and 6e-2 in the first three; that of int8 is
+# a choice.
+TOLERANCES = {"float32": 5e-4, "float16": 2e-2, "bfloat16": 0.1, "int8": 0.25}
+PRECISIONS = tuple(TOLERANCES)
+
+
+@dataclass
+class Layer:
+    """A convolution or matrix product with weights; `spatial` if it looks at more than one position."""
+
+    name: str
+    spatial: bool
+
+
+class ExportFormat:
+    """
+    A format of exports. Of the methods a new one needs `write` and `open`, and for int8 the last four.
+
+    Attributes:
+        name: for --format and `export.json`.
+        runtime: what opens the file, as people call it.
+        file: the file that the runtime opens; others of the graph have the same name with another ending.
+        precisions: of PRECISIONS, those that the file can hold, and that its runtime here can run and so verify.
+        missing_because: why it has not one of the others.
+        libraries: that write and open it, by the names they are imported by; `extra` of this package installs them.
+        options: those of `export_model` that only this format has, with their defaults.
+        hub_library: `library_name` in the card's metadata.
+        holds_code: loading a file may run code of whoever wrote it.
+        has_providers: `open` takes some.
+    """
+
+    name: ClassVar[str]
+    runtime: ClassVar[str]
+    file: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]]
+    missing_because: ClassVar[dict[str, str]] = {}
+    libraries: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str] = "export"
+    options: ClassVar[dict[str, Any]] = {}
+    hub_library: ClassVar[str | None] = None
+    holds_code: ClassVar[bool] = False
+    has_providers: ClassVar[bool] = False
+
+    def check_options(self, **options: Any) -> None:
+        """
+        Raises:
+            UserError: a value of one of `options` that there is not.
+        """
+
+    def libraries_for(self, precision: str) -> tuple[str, ...]:
+        return (*self.libraries, "nncf") if precision == "int8" else self.libraries
+
+    def check_installed(self, precision: str) -> None:
+        """
+        Raises:
+            UserError: a library is not installed.
+        """
+        missing = [name for name in self.libraries_for(precision) if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(f"{', '.join(missing)} not installed: {self.installation}")
+
+    @property
+    def installation(self) -> str:
+        return f"pip install 'hf-poolformer[{self.extra}]'"
+
+    def tolerance(self, precision: str) -> float:
+        """The largest error that is put down to rounding; see `verification.Check`."""
+        return TOLERANCES[precision]
+
+    def arithmetic(self, precision: str) -> str:
+        """What the runtime here computes in, and what else the same file may be computed in."""
+        if precision == "int8":
+            return "int8 products, float32 between them"
+        return precision if precision == "float32" else f"{precision}; the classifier's head in float32"
+
+    def arithmetic_elsewhere(self, precision: str) -> str | None:
+        """The floating point that other machines compute the file in, where the runtime here takes float32."""
+        return None
+
+    def description(self, manifest: Manifest) -> str:
+        """For the card."""
+        return self.runtime
+
+    def dtype(self, precision: str) -> str:
+        """What the graph that `write` gets computes in."""
+        return "float32"
+
+    def adapt(self, model: nn.Module, precision: str) -> None:
+        """Changes a folded model, before it is written, to what suits the runtime."""
+
+    def write(self, module: nn.Module, example: torch.Tensor, path: Path, manifest: Manifest) -> None:
+        """
+        Writes the graph, in floating point.
+
+        Args:
+            module: takes `example`, uint8 (2, height, width, channels) or float32 (2, channels, height, width), and
+                gives float32.
+            manifest: which axes may vary (see `deployable.dynamic_shapes`), what input and output are called, and this
+                format's options.
+        """
+        raise NotImplementedError
+
+    def write_from_onnx(self, source: Path, path: Path, precision: str) -> None:
+        """Writes an ONNX graph in float32, for formats that are made by way of one."""
+        raise NotImplementedError
+
+    def open(self, path: Path, manifest: Manifest, threads: int, providers: Sequence[str] | None = None) -> Run:
+        """
+        The graph as a function of a tensor on the CPU, as `write` says, but of any number of images.
+
+        Raises:
+            Exception: whatever a runtime says to a damaged file.
+        """
+        raise NotImplementedError
+
+    def open_whole(self, path: Path, manifest: Manifest, threads: int) -> Run | None:
+        """The same without cutting batches into pieces; None for a runtime that does not cut them."""
+        return None
+
+    # What quantisation asks for.
+
+    def read_graph(self, path: Path) -> Any:
+        """A graph as NNCF takes it."""
+        raise NotImplementedError
+
+    def save_graph(self, graph: Any, path: Path) -> None:
+        """Writes what NNCF gave."""
+        raise NotImplementedError
+
+    def input_name(self, graph: Any) -> str:
+        raise NotImplementedError
+
+    def layers(self, graph: Any) -> list[Layer]:
+        """Convolutions and matrix products, in their order."""
+        raise NotImplementedError
