@@ -7,38 +7,28 @@ from typing import Any
 
 import yaml
 
+from ..foundation.tasks import TASKS
 from .folder import Manifest
 from .verification import Report
 
 
 RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch (torch.export)"}
 OUTPUTS = {"classes": "classes", "labels": "labels", "numbers": "numbers", "pixels": "classes"}
-WITH_PACKAGE = """\
+USE = """\
 ```python
-from transformers import pipeline
+{imports}
 from hf_poolformer.export import load
 
-model = load(".")  # this folder; pip install 'hf-poolformer[export]'
-classify = pipeline("image-classification", model=model, image_processor=model.image_processor)
-print(classify("photo.jpg"))
-```"""
-WITH_PACKAGE_DENSE = """\
-```python
-from PIL import Image
-from hf_poolformer.export import load
-
-model = load(".")  # this folder; pip install 'hf-poolformer[export]'
-image = Image.open("photo.jpg")
-outputs = model(**model.image_processor(image, return_tensors="pt"))
-classes = model.image_processor.post_process_semantic_segmentation(outputs, [image.size[::-1]])[0]
+model = load("."{trust})  # this folder; pip install 'hf-poolformer[export]'
+{code}
 ```"""
 
 
 def render_card(manifest: Manifest, report: Report, config: Any) -> str:
     """Markdown with the Hub's metadata in front."""
-    source = manifest.source
+    source, task = manifest.source, TASKS[manifest.task]
     tags = ["poolformer", "metaformer", manifest.format, manifest.precision]
-    data: dict[str, Any] = {"pipeline_tag": _pipeline_tag(manifest.task), "tags": list(dict.fromkeys(tags))}
+    data: dict[str, Any] = {"pipeline_tag": task.pipeline_tag, "tags": list(dict.fromkeys(tags))}
     if manifest.format in ("onnx", "openvino"):
         data["library_name"] = manifest.format
     if "/" in source["model"]:
@@ -68,9 +58,8 @@ def render_card(manifest: Manifest, report: Report, config: Any) -> str:
     if report.accuracy is not None:
         rows.append(("accuracy", f"{report.accuracy:.2%}; of the model {report.accuracy_before:.2%}"))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())))
-    use = WITH_PACKAGE if manifest.task == "image-classification" else WITH_PACKAGE_DENSE
-    if manifest.format == "torch":
-        use = use.replace('load(".")', 'load(".", trust_remote_code=True)')
+    trust = ", trust_remote_code=True" if manifest.format == "torch" else ""
+    use = USE.format(trust=trust, imports=task.exported_imports, code=task.exported_code)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
         f"---\n{yaml.safe_dump(data, sort_keys=False)}---\n\n"
@@ -80,10 +69,6 @@ def render_card(manifest: Manifest, report: Report, config: Any) -> str:
         f"that output spreads over the images, may be {report.tolerance:g}. Every comparison is in "
         f"`verification.json`, every setting in `export.json`.\n"
     )
-
-
-def _pipeline_tag(task: str) -> str:
-    return "image-segmentation" if task == "semantic-segmentation" else task
 
 
 def _relation(manifest: Manifest) -> str:
