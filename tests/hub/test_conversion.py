@@ -31,6 +31,8 @@ from hf_poolformer import (
     PoolFormerForImageClassification,
 )
 from hf_poolformer.conversion.convert import ConversionError, build_model, convert, read_checkpoint, write_checkpoint
+from hf_poolformer.foundation.tasks import BACKBONE
+from hf_poolformer.hub.cards import folder_card
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,7 +114,7 @@ def test_official_checkpoints_compute_what_the_official_code_computes(name, offi
             continue
         with torch.no_grad():
             outputs = model(expected[f"input.{index}"])
-        if checkpoint.task == "backbone":
+        if checkpoint.task is BACKBONE:
             assert len(outputs.feature_maps) == 4
             for stage, feature_map in enumerate(outputs.feature_maps):
                 assert relative_error(feature_map, expected[f"feature_maps.{index}.{stage}"]) < 1e-5
@@ -320,7 +322,7 @@ def test_a_timm_folder_becomes_a_complete_one_and_back(s12, tmp_path):
     theirs, path = s12
     published = {"tag": "sail_in1k", "input_size": [3, 224, 224], "crop_pct": 0.875, "interpolation": "bilinear"}
     source = timm_folder(tmp_path / "in", path, architecture="poolformerv2_s12", pretrained_cfg=published)
-    checkpoint = convert(source, tmp_path / "out")
+    checkpoint = convert(source, tmp_path / "out", card=folder_card)
     assert checkpoint.variant == "poolformerv2_s12"
 
     classify = pipeline("image-classification", model=str(tmp_path / "out"))
@@ -581,17 +583,18 @@ def test_folders_are_not_overwritten_unasked(official, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_nothing_half_written_is_left(official, tmp_path, monkeypatch):
+def test_nothing_half_written_is_left(official, tmp_path):
     out = tmp_path / "out"
     convert(official(), out)
-    monkeypatch.setattr(
-        "hf_poolformer.conversion.convert.card", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
-    )
+
+    def card(folder, name):
+        raise OSError("disk full")
+
     with pytest.raises(ConversionError, match=r"cannot write to .*disk full"):
-        convert(official("caformer"), out, overwrite=True)
+        convert(official("caformer"), out, overwrite=True, card=card)
     assert read_checkpoint(out).family == "poolformer"
     with pytest.raises(ConversionError, match=r"disk full"):
-        convert(official("caformer"), tmp_path / "new")
+        convert(official("caformer"), tmp_path / "new", card=card)
     assert {path.suffix for path in tmp_path.iterdir()} == {".pth", ""}
     assert not (tmp_path / "new").exists()
 

@@ -42,9 +42,9 @@ class Task:
         name: the Hub's, and the value of `--task`.
         title: for people.
         noun: what a model for it is, in cards.
-        auto_class: of transformers. Its end, after `AutoModel`, is that of the architectures for the task.
+        auto_class: of transformers.
         pipeline_tag: the Hub's, and the name of transformers' pipeline.
-        built_in: transformers has a head for it, so that it loads a `poolformer` without this package.
+        built_in: transformers has a PoolFormer with this head, which it loads without this package.
         reads: what stands beside an image in a dataset: a class, a map of classes, boxes, or boxes with masks.
         gives: what a model answers: scores of the classes, a map of classes, or objects.
         figures: those for people, the one that says which of two models is better first.
@@ -83,8 +83,8 @@ class Task:
 
     @property
     def head(self) -> str:
-        """The end of the names of its architectures."""
-        return self.auto_class.removeprefix("AutoModel")
+        """The end of the names of its architectures: `ForImageClassification`, say."""
+        return self.auto_class.removeprefix("Auto").removeprefix("Model") or "Model"
 
     @property
     def best(self) -> str:
@@ -159,6 +159,19 @@ def dense_model(auto_class: str, code: str) -> str:
         f"model = {auto_class}.from_pretrained({{source}}).eval()\n"
         "with torch.inference_mode():\n"
         '    outputs = model(**processor(image, return_tensors="pt"))\n' + code
+    )
+
+
+def features_code(auto_class: str, answer: str) -> str:
+    return (
+        "import torch\n"
+        "from PIL import Image\n"
+        f"from transformers import AutoImageProcessor, {auto_class}\n\n"
+        "processor = AutoImageProcessor.from_pretrained({source})\n"
+        f"model = {auto_class}.from_pretrained({{source}}).eval()\n"
+        'inputs = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")\n'
+        "with torch.inference_mode():\n"
+        f"    features = {answer}"
     )
 
 
@@ -297,6 +310,38 @@ _ROWS = (
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
 
+# Models without a head, which no task is learned with; a card, and a checkpoint of somebody else, may be of one.
+ENCODER = Task(
+    name="encoder",
+    title="Image feature extraction",
+    noun="image encoder",
+    auto_class="AutoModel",
+    built_in=True,
+    pipeline_tag="image-feature-extraction",
+    reads="class",
+    gives="scores",
+    figures=(),
+    kept_by=(),
+    per_class=("", ""),
+    pipeline_code=(
+        "from transformers import pipeline\n\n"
+        'extract = pipeline("image-feature-extraction", model={source})\n'
+        'features = extract("photo.jpg")'
+    ),
+    model_code=features_code("AutoModel", "model(**inputs).last_hidden_state  # (1, channels, height, width)"),
+    limits=("It has no head: what it gives are features, which mean nothing by themselves.", OTHER_DATA),
+)
+BACKBONE = replace(
+    ENCODER,
+    name="backbone",
+    noun="backbone",
+    auto_class="AutoBackbone",
+    built_in=False,
+    pipeline_code="",
+    model_code=features_code("AutoBackbone", "model(**inputs).feature_maps  # of each stage, largest first"),
+)
+HEADLESS = (BACKBONE, ENCODER)
+
 
 def task_named(name: str) -> Task:
     """
@@ -326,12 +371,16 @@ def tasks_of_pipeline(tag: str) -> list[Task]:
     return [task for task in TASKS.values() if task.pipeline_tag == tag]
 
 
-def task_of_config(config: Any) -> Task | None:
+def task_of_config(config: Any, headless: bool = False) -> Task | None:
     """The task of a model by its configuration, an object or the content of a `config.json`.
 
+    Args:
+        headless: take `HEADLESS`, a backbone or an encoder, for tasks, too.
+
     Returns:
-        None where the architecture has no head that is known: of a bare encoder, a backbone, another family.
+        None where the architecture has no head that is known.
     """
     named = config.get("architectures") if isinstance(config, Mapping) else getattr(config, "architectures", None)
     architecture = str((named or [""])[0])
-    return next((task for task in TASKS.values() if architecture.endswith(task.head)), None)
+    rows = (*TASKS.values(), *(HEADLESS if headless else ()))
+    return next((task for task in rows if architecture.endswith(task.head)), None)

@@ -7,7 +7,9 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from .cards import LICENSES, CardError, _one_line, plain_markdown
+from ..foundation.tasks import CLASSIFICATION
+from .metadata import check_license
+from .rendering import one_line, plain_markdown
 
 
 __all__ = ["dataset_card"]
@@ -36,12 +38,11 @@ def dataset_card(folder: str | Path, files: Mapping[str, Any], *, repo_id: str, 
     """
     folder = Path(folder)
     license = license or "unknown"
-    if license not in LICENSES:
-        raise CardError(f"license {license!r} is not an identifier the Hub knows, like 'cc-by-4.0' or 'mit'")
+    check_license(license)
     data = DatasetCardData(
         license=license,
         tags=["image", "hf-poolformer"],
-        pretty_name=_one_line(repo_id.rpartition("/")[2]),
+        pretty_name=one_line(repo_id.rpartition("/")[2]),
     )
     shards = group_by_split([name for name in files if name.lower().endswith((".parquet", ".tar"))])
     classes: list[str] = []
@@ -66,7 +67,7 @@ def dataset_card(folder: str | Path, files: Mapping[str, Any], *, repo_id: str, 
         classes = [] if set(classes) <= set(shards) else classes
     total = None if not counts or None in counts.values() else sum(count or 0 for count in counts.values())
     if classes:
-        data.task_categories = ["image-classification"]
+        data.task_categories = [CLASSIFICATION]
     if total is not None:
         data.size_categories = [next((text for limit, text in SIZES if total < limit), "n>10M")]
     splits = [
