@@ -48,7 +48,12 @@ TEST_PACKAGES = (
 )
 # Model and processor: every file that lies flat in tests, but these. Then kernels, conversion, data and training.
 OTHER_FILES = ("demo", "demo_dense", "fuzzing", "hf_poolformer_cli", "packaging", "prediction", "versions")
-ROOMS = ("tests/kernels", "tests/hub/test_conversion.py", "tests/hub/test_dense_conversion.py", "tests/training")
+ROOMS = (
+    "tests/kernels",
+    "tests/conversion/test_conversion.py",
+    "tests/conversion/test_dense_conversion.py",
+    "tests/training",
+)
 SHOWN = ("torch", "torchvision", "transformers", "datasets", "accelerate", "huggingface_hub", "numpy", "pillow")
 KEPT_SECONDS = 24 * 3600
 

@@ -1,11 +1,13 @@
 """A fifth task, added as a row with mathematics of its own: whoever asks the table takes it."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from hf_poolformer import PoolFormerConfig, PoolFormerForSemanticSegmentation
 from hf_poolformer.data.dense.datasets import Truth
@@ -13,6 +15,7 @@ from hf_poolformer.evaluation.dense import MapJudge, evaluate
 from hf_poolformer.evaluation.dense_pictures import write_curves
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.foundation.tasks import TASKS, Figure, dense_tasks, task_named, task_of_config, tasks_of_pipeline
+from hf_poolformer.hub.cards import folder_card
 from hf_poolformer.training.dense.arguments import DenseSettings, parse
 from hf_poolformer.training.dense.loop import summary
 
@@ -115,3 +118,20 @@ def test_it_is_evaluated_and_summed_up(toy, tmp_path):
     assert f"Result: fit {results['eval_fit']:.3f}, 1 images" in text and 'pipeline("image-segmentation"' in text
     write_curves(tmp_path / "curves.png", [{"step": 1, "loss": 1.0}, {"step": 1, "eval_fit": 0.5}], toy.name)
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_its_card(toy, tmp_path):
+    config = {"model_type": "poolformer", "architectures": [f"PoolFormer{toy.head}"], "id2label": {"0": "a", "1": "b"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "training_settings.yaml").write_text("config_name: poolformer_s12\ntrain_dir: /data/tiles\n")
+    results = {"eval_fit": 0.75, "eval_samples": 4, "eval_per_class_fit": {"a": 1.0, "b": 0.5}}
+    (tmp_path / "all_results.json").write_text(json.dumps(results))
+    text = folder_card(tmp_path, repo_id="me/tiles")
+    data = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
+    assert data["pipeline_tag"] == "image-segmentation" and data["metrics"] == ["fit"]
+    ((result,), (metric,)) = (data["model-index"][0]["results"], data["model-index"][0]["results"][0]["metrics"])
+    assert result["task"] == {"type": "image-segmentation", "name": "Tile segmentation"}
+    assert (metric["name"], metric["value"]) == ("Share of fitting tiles", 0.75)
+    assert "tile segmenter with 2 classes" in text and "| Share of fitting tiles | 75.00 % |" in text
+    assert "| class | fit |" in text and "| b | 50.00 % |" in text
+    assert "It sees tiles everywhere." in text

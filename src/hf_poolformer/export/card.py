@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from ..foundation.tasks import TASKS
+from ..hub.rendering import citations_of, one_line, plain_markdown, render_card
 from .folder import Manifest
 from .verification import Report
 
@@ -15,17 +15,15 @@ from .verification import Report
 RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch (torch.export)"}
 OUTPUTS = {"classes": "classes", "labels": "labels", "numbers": "numbers", "pixels": "classes"}
 USE = """\
-```python
 {imports}
 from hf_poolformer.export import load
 
 model = load("."{trust})  # this folder; pip install 'hf-poolformer[export]'
-{code}
-```"""
+{code}"""
 
 
-def render_card(manifest: Manifest, report: Report, config: Any) -> str:
-    """Markdown with the Hub's metadata in front."""
+def export_card(manifest: Manifest, report: Report, config: Any) -> str:
+    """The facts of an export, as the one writer of cards sets them."""
     source, task = manifest.source, TASKS[manifest.task]
     tags = ["poolformer", "metaformer", manifest.format, manifest.precision]
     data: dict[str, Any] = {"pipeline_tag": task.pipeline_tag, "tags": list(dict.fromkeys(tags))}
@@ -59,15 +57,22 @@ def render_card(manifest: Manifest, report: Report, config: Any) -> str:
         rows.append(("accuracy", f"{report.accuracy:.2%}; of the model {report.accuracy_before:.2%}"))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())))
     trust = ", trust_remote_code=True" if manifest.format == "torch" else ""
-    use = USE.format(trust=trust, imports=task.exported_imports, code=task.exported_code)
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return (
-        f"---\n{yaml.safe_dump(data, sort_keys=False)}---\n\n"
-        f"# {_title(source['model'])}, exported\n\n| | |\n|---|---|\n{table}\n\n## How to use it\n\n{use}\n\n"
-        f"## How it was verified\n\nThe same images went through this graph and through the model in float32, in "
+    title = one_line(source["model"])
+    verified = (
+        "The same images went through this graph and through the model in float32, in "
         f"{len(report.checks)} batches; the root of the mean square of an output's differences, relative to how far "
         f"that output spreads over the images, may be {report.tolerance:g}. Every comparison is in "
-        f"`verification.json`, every setting in `export.json`.\n"
+        "`verification.json`, every setting in `export.json`."
+    )
+    return render_card(
+        ModelCardData(**data),
+        complete=False,  # nobody knows the licence of what was exported
+        title=f"{title}, exported",
+        summary=f"The {task.noun} {plain_markdown(title)} in the form that {RUNTIMES[manifest.format]} runs.",
+        facts=rows,
+        pipeline_snippet=USE.format(trust=trust, imports=task.exported_imports, code=task.exported_code),
+        sections=[("How it was verified", verified)],
+        citations=citations_of(config.model_type),
     )
 
 
@@ -86,9 +91,4 @@ def _input(manifest: Manifest) -> str:
 
 def _made_of(source: dict[str, Any]) -> str:
     commit = f" at {source['commit']}" if source.get("commit") else ""
-    return f"{_title(source['model'])}{commit}; SHA-256 of its weights {source['sha256'][:16]}..."
-
-
-def _title(name: str) -> str:
-    """A folder's name may be anything."""
-    return json.dumps(name)[1:-1].replace("|", "\\|").replace("`", "'")
+    return f"{plain_markdown(source['model'])}{commit}; SHA-256 of its weights {source['sha256'][:16]}..."

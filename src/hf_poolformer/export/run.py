@@ -24,7 +24,7 @@ from ..foundation.loading import why_not_loaded
 from ..foundation.tasks import CLASSIFICATION, TASKS, task_of_config
 from ..token_mixers import Attention
 from . import formats
-from .card import render_card
+from .card import export_card
 from .folder import REPORT, SETTINGS, Manifest, check_output, folder_size, new_folder
 from .graph import fold
 from .images import Sample, check_channels, photographs, read_samples
@@ -212,7 +212,7 @@ def export_model(
         )
         report.size = folder_size(folder)
         write_json(folder / REPORT, report.to_dict())
-        (folder / "README.md").write_text(render_card(manifest, report, original.config), encoding="utf-8")
+        (folder / "README.md").write_text(export_card(manifest, report, original.config), encoding="utf-8")
         size = folder_size(folder)
     return Summary(Path(output), manifest, report, size)
 

@@ -26,8 +26,7 @@ from ..foundation.tasks import CLASSIFICATION, TASKS, Figure, Task, task_of_conf
 from .metadata import CardError, finite_number, hub_id
 from .published_cards import architecture_rows, original_names, published_card
 from .rendering import (
-    FIRST_CITATION,
-    SECOND_CITATION,
+    citations_of,
     code_examples,
     last_component,
     link,
@@ -264,7 +263,7 @@ def training_card(
         versions=_versions(),
         emissions=_emissions_text(results),
         limits=[paragraph.replace("{classes}", classes) for paragraph in task.limits],
-        citations=[FIRST_CITATION] if family == "PoolFormer" else [FIRST_CITATION, SECOND_CITATION],
+        citations=citations_of(config.get("model_type", "poolformer")),
     )
 
 

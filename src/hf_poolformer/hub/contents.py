@@ -22,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from ..foundation.exported import is_exported, no_model
 from ..foundation.files import digest
 from ..foundation.strict_json import to_json
-from .cards import folder_card
 from .dataset_cards import dataset_card
 from .metadata import check_card
 from .rendering import local_names, with_repo_id
@@ -286,6 +285,8 @@ def write_card(contents: Contents, folder: Path, repo_id: str, license: str | No
             check_card(card, contents.repo_type)
             return
         if contents.repo_type == "model":
+            from .cards import folder_card  # torch and the models, which an upload as such does not need
+
             card = folder_card(folder, repo_id=repo_id, license=license)
         else:
             card = dataset_card(folder, contents.files, repo_id=repo_id, license=license)

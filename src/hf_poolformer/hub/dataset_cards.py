@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from ..foundation.files import size_text
 from ..foundation.tasks import CLASSIFICATION
 from .metadata import check_license
 from .rendering import one_line, plain_markdown
@@ -98,11 +99,6 @@ def dataset_card(folder: str | Path, files: Mapping[str, Any], *, repo_id: str, 
         ),
     )
     return str(card).rstrip("\n") + "\n"
-
-
-def size_text(size: int) -> str:
-    """Bytes for people: 241 kB, 3.7 MB."""
-    return f"{size / 1e3:.0f} kB" if size < 10**6 else f"{size / 1e6:.1f} MB"
 
 
 def group_by_split(names: Sequence[str]) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ from .metadata import CardError, check_metadata
 __all__ = [
     "FIRST_CITATION",
     "SECOND_CITATION",
+    "citations_of",
     "code_examples",
     "last_component",
     "link",
@@ -50,6 +51,11 @@ SECOND_CITATION = """@article{yu2024metaformer,
   year    = {2024},
   doi     = {10.1109/TPAMI.2023.3329173}
 }"""  # noqa: E501
+
+
+def citations_of(model_type: str) -> list[str]:
+    """The papers that a model of this type is from."""
+    return [FIRST_CITATION] if model_type == "poolformer" else [FIRST_CITATION, SECOND_CITATION]
 
 
 def render_card(card_data: ModelCardData, *, complete: bool = True, **values: Any) -> str:

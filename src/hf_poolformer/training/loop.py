@@ -451,10 +451,12 @@ def save_and_leave(run: Run, number: int) -> None:
     run.saver.finish()
     run.bar.close()
     folder, accelerator = Path(run.settings.output_dir), run.accelerator
+    processes, on_cpu = accelerator.num_processes, accelerator.device.type == "cpu"
+    command = "train-dense" if getattr(run.settings, "task", None) else "train"
     accelerator.print(
         f"Stopped by signal {number} and saved at step {run.progress.step} of {run.total_steps} in "
         f"{folder / 'checkpoints'}. To go on:\n"
-        f"  {resume_command(folder, accelerator.num_processes, accelerator.device.type == 'cpu')}",
+        f"  {resume_command(folder, processes, on_cpu, command)}",
         flush=True,
     )
     run.accelerator.end_training()

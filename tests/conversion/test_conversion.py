@@ -12,7 +12,6 @@ import pytest
 import timm
 import torch
 from golden_models import GOLDEN, golden, relative_error
-from hub_server import TOKEN
 from safetensors.torch import load_file, save_file
 from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias, MetaFormer, SepConv
 from timm.models.metaformer import GroupNorm1 as TimmGroupNorm
@@ -597,26 +596,6 @@ def test_nothing_half_written_is_left(official, tmp_path):
         convert(official("caformer"), tmp_path / "new", card=card)
     assert {path.suffix for path in tmp_path.iterdir()} == {".pth", ""}
     assert not (tmp_path / "new").exists()
-
-
-def test_the_hub_is_asked_for_ids(hub, run_with_hub, tmp_path, timm_model):
-    save_file(timm_model("caformer").state_dict(), tmp_path / "model.safetensors")
-    published = {"architecture": "caformer_s18", "pretrained_cfg": {"crop_pct": 0.8}}
-    (tmp_path / "config.json").write_text(json.dumps(published))
-    code = (
-        "import sys\nfrom huggingface_hub import HfApi\nfrom hf_poolformer.conversion.convert import *\n"
-        "HfApi().create_repo('me/caformer')\n"
-        "HfApi().upload_folder(repo_id='me/caformer', folder_path=sys.argv[1])\n"
-        "checkpoint = read_checkpoint('me/caformer')\n"
-        "print(checkpoint.family, checkpoint.processor.crop_pct)\n"
-        "try:\n    read_checkpoint('me/else')\n"
-        "except ConversionError as error:\n    print(error)\n"
-    )
-    done = run_with_hub(code, str(tmp_path), token=TOKEN)
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.strip().splitlines()
-    assert first == "caformer 0.8"
-    assert "me/else" in second and "fetched from the Hub" in second
 
 
 # The script -------------------------------------------------------------------------------------------------
