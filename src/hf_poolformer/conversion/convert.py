@@ -49,7 +49,7 @@ from .architecture import (
 from .dense_key_maps import IN_BACKBONE, RETINANET, DenseHead, head_of
 from .key_maps import FORMATS, OFFICIAL_FIRST, OFFICIAL_SECOND, POINTWISE, TIMM, Format
 from .note import ConversionNote
-from .weights import ConversionError, FoundCheckpoint, listed, open_source
+from .weights import ConversionError, FoundCheckpoint, listed, open_checkpoint
 
 
 try:
@@ -161,7 +161,7 @@ def read_checkpoint(
     Raises:
         ConversionError: unreadable or unsafe file, foreign or incomplete checkpoint, ambiguous architecture.
     """
-    found = open_source(source, weights)
+    found = open_checkpoint(source, weights)
     overrides = dict(overrides or {})
     tensors, rest = split_dense(found.tensors)
     checkpoint_format = next((fmt for fmt in FORMATS if fmt.recognises(tensors)), None)
@@ -171,7 +171,7 @@ def read_checkpoint(
             f"formats has keys like {listed(sorted(tensors)[:3])}"
         )
     names = checkpoint_format.to_ours(tensors)
-    check_names(found.name, checkpoint_format.name, names)
+    check_keys(found.name, checkpoint_format.name, names)
     tensors = {ours: tensors[theirs] for theirs, ours in names.items()}
     notes = [*found.notes]
     head = head_of(rest)
@@ -180,7 +180,7 @@ def read_checkpoint(
         notes.append(f"{head.name} has no use for the norm of the first stage; left out: {', '.join(left_out)}")
     elif left_out:
         notes.append(f"only the backbone was converted; left out: {listed(left_out)}")
-    check_numbers(found.name, tensors)
+    check_tensors(found.name, tensors)
     task = task_of_weights(tensors)
     if found.left_out:
         what = task.name if task in HEADLESS else "model"
@@ -289,7 +289,7 @@ def write_folder(
             replace(out_dir, new, part / "old", seen)
         missing = []
     except (OSError, SafetensorError) as error:
-        raise ConversionError(f"cannot write to {out_dir}: {reason(error, needed, free)}") from error
+        raise ConversionError(f"cannot write to {out_dir}: {disk_reason(error, needed, free)}") from error
     finally:
         if part is not None:
             shutil.rmtree(part, ignore_errors=True)
@@ -304,7 +304,7 @@ def replace(out_dir: Path, new: Path, old: Path, seen: tuple[int, ...] | None) -
     Moves the folder `new` to `out_dir` and what was there to `old`; nothing if anything else than `seen` is there.
     """
     meanwhile = ConversionError(f"{out_dir} was written by another program meanwhile, and stays as that left it")
-    if identity(out_dir) != seen:
+    if folder_identity(out_dir) != seen:
         raise meanwhile
     if seen is not None:
         try:
@@ -312,7 +312,7 @@ def replace(out_dir: Path, new: Path, old: Path, seen: tuple[int, ...] | None) -
         except FileNotFoundError:
             raise meanwhile from None
     try:
-        if seen is not None and identity(old) != seen:
+        if seen is not None and folder_identity(old) != seen:
             raise meanwhile
         # Onto a folder that is not empty no system moves another.
         new.rename(out_dir)
@@ -324,7 +324,7 @@ def replace(out_dir: Path, new: Path, old: Path, seen: tuple[int, ...] | None) -
         raise
 
 
-def identity(path: Path) -> tuple[int, ...] | None:
+def folder_identity(path: Path) -> tuple[int, ...] | None:
     """What tells a folder from another that takes its place; `None` if there is none."""
     try:
         found = path.stat()
@@ -367,7 +367,7 @@ def clear_up(out_dir: Path) -> None:
                 os.close(descriptor)
 
 
-def reason(error: BaseException, needed: int, free: int) -> str:
+def disk_reason(error: BaseException, needed: int, free: int) -> str:
     """What the system said, in a line; with needed and free bytes where it is about room."""
     told = re.search(r"os error (\d+)", str(error))  # safetensors says it in its text
     number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
@@ -389,7 +389,7 @@ def add_head(
 ) -> list[str]:
     """Adds `rest`, neck and head under their publisher's keys, to the backbone's `tensors`; names what has no use."""
     names = head.to_ours(rest)
-    check_names(name, f"{head.publisher} {head.name}", names)
+    check_keys(name, f"{head.publisher} {head.name}", names)
     tensors |= {ours: rest[theirs] for theirs, ours in names.items()}
     # The official backbone may have a norm per stage all the same.
     norms = [key for key in tensors if key.startswith("hidden_states_norms.stage1.")]
@@ -402,7 +402,7 @@ def add_head(
 # Checks -----------------------------------------------------------------------------------------------------
 
 
-def check_names(name: str, format_name: str, names: Mapping[str, str | None]) -> None:
+def check_keys(name: str, format_name: str, names: Mapping[str, str | None]) -> None:
     unknown = [theirs for theirs, ours in names.items() if ours is None]
     if unknown:
         raise ConversionError(f"{name}: not keys of the {format_name} format: {listed(unknown)}")
@@ -412,7 +412,7 @@ def check_names(name: str, format_name: str, names: Mapping[str, str | None]) ->
             raise ConversionError(f"{name}: {owners[ours]} and {theirs} both are our {ours}")
 
 
-def check_numbers(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_tensors(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
     whole = [k for k, v in tensors.items() if not v.is_floating_point() and not k.endswith("num_batches_tracked")]
     if whole:
         raise ConversionError(f"{name}: weights that are no floating-point numbers: {listed(whole)}")
@@ -603,9 +603,9 @@ def classification_processor(
 
 
 def check_target(out_dir: Path, overwrite: bool) -> tuple[int, ...] | None:
-    """Refuses what a conversion may not replace; else says what is there, as `identity` does."""
+    """Refuses what a conversion may not replace; else says what is there, as `folder_identity` does."""
     clear_up(out_dir)
-    seen = identity(out_dir)
+    seen = folder_identity(out_dir)
     if seen is None:
         return None
     if not out_dir.is_dir():

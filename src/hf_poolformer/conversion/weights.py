@@ -26,7 +26,7 @@ from .dense_key_maps import IN_BACKBONE
 from .key_maps import FORMATS
 
 
-__all__ = ["ConversionError", "FoundCheckpoint", "open_source"]
+__all__ = ["ConversionError", "FoundCheckpoint", "open_checkpoint"]
 
 # Parts that wrappers put into keys, in any order and at any depth: data parallelism and averaging, torch.compile,
 # FSDP, activation checkpointing, Lightning Fabric. No format has such parts of its own.
@@ -98,7 +98,7 @@ class FoundCheckpoint:
         return {**said, "its file name": self.name}
 
 
-def open_source(source: str | os.PathLike, weights: str | None = None) -> FoundCheckpoint:
+def open_checkpoint(source: str | os.PathLike, weights: str | None = None) -> FoundCheckpoint:
     """
     Reads a file, a folder or a repository of the Hub.
 

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ..foundation.tasks import TASKS
-from ..hub.rendering import citations_of, one_line, plain_markdown, render_card
+from ..hub.rendering import citations_of, clean_line, plain_markdown, render_card
 from .folder import Manifest
 from .verification import Report
 
@@ -57,7 +57,7 @@ def export_card(manifest: Manifest, report: Report, config: Any) -> str:
         rows.append(("accuracy", f"{report.accuracy:.2%}; of the model {report.accuracy_before:.2%}"))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())))
     trust = ", trust_remote_code=True" if manifest.format == "torch" else ""
-    title = one_line(source["model"])
+    title = clean_line(source["model"])
     verified = (
         "The same images went through this graph and through the model in float32, in "
         f"{len(report.checks)} batches; the root of the mean square of an output's differences, relative to how far "

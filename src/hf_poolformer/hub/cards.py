@@ -27,10 +27,10 @@ from .metadata import CardError, finite_number, hub_id
 from .published_cards import architecture_rows, original_names, published_card
 from .rendering import (
     citations_of,
+    clean_line,
     code_examples,
     last_component,
     link,
-    one_line,
     plain_markdown,
     render_card,
 )
@@ -191,7 +191,7 @@ def training_card(
         raise CardError(f"{repo_id!r} is not a repository id; it should look like user/name")
 
     called = name or model_dir.resolve().name
-    name = repo_id.rpartition("/")[2] if repo_id else one_line(called)
+    name = repo_id.rpartition("/")[2] if repo_id else clean_line(called)
     data_text = _data_text(dataset_name, dataset_id)
     classes = f"{len(label_names)} class" + ("" if len(label_names) == 1 else "es")
     emissions = _emissions(results, base_model)
@@ -223,7 +223,7 @@ def training_card(
     eval_split = settings.get("validation_split")
     samples = finite_number(results.get("eval_samples"))
     evaluated = f"{int(samples)} images" if samples is not None else "images"
-    where = f"of the split `{one_line(str(eval_split))}`" if _is_plain(eval_split) else "held out from training"
+    where = f"of the split `{clean_line(str(eval_split))}`" if _is_plain(eval_split) else "held out from training"
     adaptation, distillation = _adaptation(settings), _distillation(settings)
     how = f", {origin} on {data_text}{adaptation}{distillation}" if trained else ""
     machine = {**settings, **results}
@@ -231,7 +231,7 @@ def training_card(
         card_data,
         title=name,
         summary=f"A [{family}](https://arxiv.org/abs/2111.11418) {task.noun}"
-        f"{_with_classes(task, classes)}{size}{how}.",
+        f"{f' with {classes}' if task.figures else ''}{size}{how}.",
         facts=_converted_facts(config, conversion) if conversion else [],
         **code_examples(task, _place(repo_id, called), config.get("model_type", "poolformer")),
         results=_result_rows(results, shown),
@@ -260,7 +260,7 @@ def training_card(
         environment=[
             (text, _plain(machine[key])) for key, text in ENVIRONMENT.items() if machine.get(key) is not None
         ],
-        versions=_versions(),
+        versions=_versions() if trained else [],  # those that trained it, of which a folder alone tells nothing
         emissions=_emissions_text(results),
         limits=[paragraph.replace("{classes}", classes) for paragraph in task.limits],
         citations=citations_of(config.get("model_type", "poolformer")),
@@ -282,7 +282,7 @@ def folder_card(
     results, settings = {}, {}
     for path, values in ((model_dir / "all_results.json", results), (model_dir / "training_settings.yaml", settings)):
         if path.is_file():
-            values.update(_read(path, yaml.safe_load))
+            values.update(_read_mapping(path, yaml.safe_load))
     conversion = None if settings else ConversionNote.read(model_dir)
     if conversion and conversion.variant in VARIANTS and conversion.source in original_names(conversion.variant):
         folder = _place(None, name or model_dir.resolve().name)
@@ -321,7 +321,7 @@ def _converted_facts(config: Mapping[str, Any], conversion: ConversionNote) -> l
 
 
 def _conversion_section(conversion: ConversionNote, official: bool) -> list[tuple[str, str]]:
-    source = "`" + one_line(conversion.source).replace("`", "") + "`"
+    source = "`" + clean_line(conversion.source).replace("`", "") + "`"
     sha256 = f" (SHA-256 `{conversion.sha256}`)" if conversion.sha256 else ""
     text = f"Converted without change from {source}, a checkpoint in the {conversion.format} format{sha256}."
     if official:
@@ -382,7 +382,7 @@ def _widget(model_dir: Path, repo_id: str | None) -> list[dict[str, str]]:
     return [
         {
             "src": f"https://huggingface.co/{repo_id}/resolve/main/examples/{quote(path.name)}",
-            "example_title": one_line(path.stem.replace("_", " ")) or "example",
+            "example_title": clean_line(path.stem.replace("_", " ")) or "example",
         }
         for path in paths[:5]
     ]
@@ -453,10 +453,6 @@ def _data_text(dataset_name: str | None, dataset_id: str | None) -> str:
     return f"the local dataset {plain_markdown(last_component(dataset_name))}" if dataset_name else "a local dataset"
 
 
-def _with_classes(task: Task, classes: str) -> str:
-    return f" with {classes}" if task.figures else ""
-
-
 def _is_plain(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[\w.\-]+", value) is not None
 
@@ -509,10 +505,10 @@ def _versions() -> list[tuple[str, str]]:
 
 def _read_config(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "config.json"
-    return _read(path, json.loads) if path.is_file() else {}
+    return _read_mapping(path, json.loads) if path.is_file() else {}
 
 
-def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     """
     Raises:
         CardError: it is in another encoding, damaged, or no mapping.
@@ -520,7 +516,7 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
         values = parse(path.read_text(encoding="utf-8")) or {}
     except (ValueError, yaml.YAMLError) as error:
-        raise CardError(f"{path.name} cannot be read: {one_line(str(error))}") from None
+        raise CardError(f"{path.name} cannot be read: {clean_line(str(error))}") from None
     if not isinstance(values, dict):
         raise CardError(f"{path.name} holds no mapping of names to values")
     return values

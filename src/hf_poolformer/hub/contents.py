@@ -202,7 +202,7 @@ def check_model(folder: Path, contents: Contents) -> None:
         missing = set(read_json(index).get("weight_map", {}).values()) - set(weights)
         if missing:
             raise PublishError(f"{folder} lacks {', '.join(sorted(missing))}, which {index.name} names")
-    check_numbers(folder, weights)
+    check_weight_files(folder, weights)
     config = read_json(folder / "config.json")
     for entry in config.get("auto_map", {}).values():
         module = f"{entry.rpartition('--')[2].split('.')[0]}.py"
@@ -212,7 +212,7 @@ def check_model(folder: Path, contents: Contents) -> None:
             )
 
 
-def check_numbers(folder: Path, weights: Sequence[str]) -> None:
+def check_weight_files(folder: Path, weights: Sequence[str]) -> None:
     """PublishError for damaged files, and for NaN and infinity: the answers of such a model are none."""
     from ..foundation.errors import UserError
     from ..foundation.finite import all_finite, refuse_weights

@@ -10,7 +10,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from ..foundation.files import size_text
 from ..foundation.tasks import CLASSIFICATION
 from .metadata import check_license
-from .rendering import one_line, plain_markdown
+from .rendering import clean_line, plain_markdown
 
 
 __all__ = ["dataset_card"]
@@ -43,7 +43,7 @@ def dataset_card(folder: str | Path, files: Mapping[str, Any], *, repo_id: str, 
     data = DatasetCardData(
         license=license,
         tags=["image", "hf-poolformer"],
-        pretty_name=one_line(repo_id.rpartition("/")[2]),
+        pretty_name=clean_line(repo_id.rpartition("/")[2]),
     )
     shards = group_by_split([name for name in files if name.lower().endswith((".parquet", ".tar"))])
     classes: list[str] = []
@@ -107,14 +107,14 @@ def group_by_split(names: Sequence[str]) -> dict[str, list[str]]:
     for name in sorted(names):
         found = SHARD.fullmatch(name)
         splits.setdefault(found["split"] if found else split_in(Path(name).parts[:-1]), []).append(name)
-    return in_order(splits)
+    return splits_in_order(splits)
 
 
 def group_by_folder(names: Sequence[str]) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {}
     for name in sorted(names):
         splits.setdefault(split_in(Path(name).parts[:-1]), []).append(name)
-    return in_order(splits)
+    return splits_in_order(splits)
 
 
 def split_in(parts: Sequence[str]) -> str:
@@ -122,7 +122,7 @@ def split_in(parts: Sequence[str]) -> str:
     return next((known[part.lower()] for part in parts if part.lower() in known), "train")
 
 
-def in_order(splits: dict[str, list[str]]) -> dict[str, list[str]]:
+def splits_in_order(splits: dict[str, list[str]]) -> dict[str, list[str]]:
     first = ("train", "validation", "test")
     return dict(sorted(splits.items(), key=lambda item: (first.index(item[0]) if item[0] in first else 3, item[0])))
 

@@ -1,4 +1,4 @@
-"""Cards of the published checkpoints: `VARIANTS` holds the facts, `FAMILIES` here the few words that differ.
+"""Cards of the published checkpoints: `VARIANTS` holds the facts, `FAMILY_TEXTS` here the few words that differ.
 
 Parameters and multiply-accumulates are not written down but counted, on the model itself.
 """
@@ -63,7 +63,7 @@ LICENSE = "apache-2.0"
 
 
 @dataclass(frozen=True)
-class Family:
+class FamilyTexts:
     """What the cards of a family say otherwise than those of the others.
 
     Attributes:
@@ -85,31 +85,31 @@ class Family:
 ROW = "a row of the paper's ablation table"
 FIXED = "Its {what} one size, so it takes images of {pixels} x {pixels} pixels only."
 TRAINED_AT = "Its position embedding was trained at {pixels} x {pixels} pixels, and it is meant for that size."
-FAMILIES = {
-    "poolformer": Family(
+FAMILY_TEXTS = {
+    "poolformer": FamilyTexts(
         "PoolFormer-{size}", FIRST, "Its token mixer is average pooling, which has no parameters.", sail=True
     ),
-    "metaformer_id": Family(
+    "metaformer_id": FamilyTexts(
         "MetaFormer with identity mapping, size {size}",
         FIRST,
         f"Its blocks do not mix tokens at all (identity mapping): {ROW}, of interest for research more than for use.",
         ablation=True,
     ),
-    "metaformer_pppa": Family(
+    "metaformer_pppa": FamilyTexts(
         "MetaFormer hybrid (pooling x 3, attention), size {size}",
         FIRST,
         f"Pooling mixes the tokens of the first three stages, self-attention those of the last: {ROW}.",
         sizes=TRAINED_AT,
         ablation=True,
     ),
-    "metaformer_ppaa": Family(
+    "metaformer_ppaa": FamilyTexts(
         "MetaFormer hybrid (pooling x 2, attention x 2), size {size}",
         FIRST,
         f"Pooling mixes the tokens of the first two stages, self-attention those of the last two: {ROW}.",
         sizes=TRAINED_AT,
         ablation=True,
     ),
-    "metaformer_pppf": Family(
+    "metaformer_pppf": FamilyTexts(
         "MetaFormer hybrid (pooling x 3, spatial MLP), size {size}",
         FIRST,
         "Pooling mixes the tokens of the first three stages, a fully connected layer over the positions those of the "
@@ -117,7 +117,7 @@ FAMILIES = {
         sizes=FIXED.replace("{what}", "layers over the positions have"),
         ablation=True,
     ),
-    "metaformer_ppff": Family(
+    "metaformer_ppff": FamilyTexts(
         "MetaFormer hybrid (pooling x 2, spatial MLP x 2), size {size}",
         FIRST,
         "Pooling mixes the tokens of the first two stages, fully connected layers over the positions those of the "
@@ -125,31 +125,31 @@ FAMILIES = {
         sizes=FIXED.replace("{what}", "layers over the positions have"),
         ablation=True,
     ),
-    "identityformer": Family(
+    "identityformer": FamilyTexts(
         "IdentityFormer-{size}",
         SECOND,
         "Its blocks do not mix tokens at all (identity mapping): a lower bound for the architecture, of interest for "
         "research more than for use.",
     ),
-    "randformer": Family(
+    "randformer": FamilyTexts(
         "RandFormer-{size}",
         SECOND,
         "Its last two stages mix tokens with random matrices that were never trained: a demonstration that the "
         "architecture works with nearly any mixer, of interest for research more than for use.",
         sizes=FIXED.replace("{what}", "random matrices have"),
     ),
-    "poolformerv2": Family(
+    "poolformerv2": FamilyTexts(
         "PoolFormerV2-{size}",
         SECOND,
         "Its token mixer is average pooling, which has no parameters; the rest of the block is that of the second "
         "paper (StarReLU, scaled shortcuts, no biases).",
     ),
-    "convformer": Family(
+    "convformer": FamilyTexts(
         "ConvFormer-{size}",
         SECOND,
         "Its token mixer is a separable convolution in all stages, so it is a purely convolutional network.",
     ),
-    "caformer": Family(
+    "caformer": FamilyTexts(
         "CAFormer-{size}",
         SECOND,
         "Its token mixers are separable convolutions in the first two stages and self-attention in the last two.",
@@ -223,15 +223,14 @@ def same_weights(name: str) -> list[str]:
     """Where else on the Hub they are."""
     row = VARIANTS[name]
     return [
-        *([f"sail/{name}"] if FAMILIES[row.family].sail else []),
+        *([f"sail/{name}"] if FAMILY_TEXTS[row.family].sail else []),
         *([f"timm/{row.timm_name}"] if row.timm_name else []),
     ]
 
 
 def original_names(name: str) -> set[str]:
     """What a checkpoint is called where the authors, or others for them, published it: a file, or an id on the Hub."""
-    places = same_weights(name)
-    return {VARIANTS[name].source.rpartition("/")[2], *places, *(place.rpartition("/")[2] for place in places)}
+    return {VARIANTS[name].source.rpartition("/")[2], *same_weights(name)}
 
 
 def published_card(
@@ -257,7 +256,7 @@ def published_card(
         raise CardError(f"{name} is no row of VARIANTS")
     row, task = VARIANTS[name], TASKS[CLASSIFICATION]
     family, size, training = parts_of(name)
-    texts = FAMILIES[family]
+    texts = FAMILY_TEXTS[family]
     data_names, how, base_suffix = TRAININGS[training]
     base = None if base_suffix is None else f"timm/{VARIANTS[f'{family}_{size}{base_suffix}'].timm_name}"
     paper = texts.paper
@@ -330,7 +329,7 @@ def published_card(
 
 def intended_use(name: str) -> list[str]:
     row = VARIANTS[name]
-    texts = FAMILIES[row.family]
+    texts = FAMILY_TEXTS[row.family]
     told = (
         "A starting point for training on images of your own, with a new head."
         if row.top1 is None
@@ -383,7 +382,7 @@ def facts(name: str, data_names: Sequence[str], base: str | None, license: str) 
             ", ".join(f"[{place}](https://huggingface.co/{place})" for place in same_weights(name)),
         ),
         ("original file", f"[{row.source.rpartition('/')[2]}]({row.source})"),
-        ("licence", f"[{license}]({FAMILIES[row.family].paper.license_source})"),
+        ("licence", f"[{license}]({FAMILY_TEXTS[row.family].paper.license_source})"),
     ]
     return [(text, value) for text, value in rows if value]
 

@@ -168,7 +168,7 @@ def publish(
                     note = "the Space needs the secret HF_TOKEN, of a token that may read the model (in its settings)"
                     published = dataclasses.replace(published, notes=(*published.notes, note))
         except Exception as error:  # the Hub, the network, the disk or the storage client: all end in the same advice
-            failure = reason(error, endpoint or HfApi().endpoint)
+            failure = explanation(error, endpoint or HfApi().endpoint)
     if failure is not None:
         # Raised here and not above: a server may echo what it was sent, and the first exception would hang on this
         # one as its context, for every log that writes contexts out.
@@ -381,7 +381,7 @@ def redact(text: str, secret: str | None) -> str:
     return re.sub(r"(https?://)[^/@\s]+@", r"\1", text)
 
 
-def reason(error: Exception, endpoint: str) -> str:
+def explanation(error: Exception, endpoint: str) -> str:
     """One sentence about `error`, with what to do about it."""
     if isinstance(error, PublishError):
         return f"{error}."

@@ -22,11 +22,11 @@ __all__ = [
     "FIRST_CITATION",
     "SECOND_CITATION",
     "citations_of",
+    "clean_line",
     "code_examples",
     "last_component",
     "link",
     "local_names",
-    "one_line",
     "plain_markdown",
     "render_card",
     "with_repo_id",
@@ -135,7 +135,7 @@ def with_repo_id(text: str, names: Sequence[str], repo_id: str) -> str:
 # Text that is safe in Markdown
 
 
-def one_line(text: str) -> str:
+def clean_line(text: str) -> str:
     """One line, without control characters and without the marks that reverse the direction of writing."""
     text = undecodable_escaped(text)
     text = "".join(" " if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char for char in text)
@@ -145,7 +145,7 @@ def one_line(text: str) -> str:
 
 def plain_markdown(value: Any, longest: int = 200) -> str:
     """Any text as plain text in a Markdown table: no markup, no HTML, no new row or column; cut to `longest`."""
-    text = one_line(str(value))
+    text = clean_line(str(value))
     text = text if len(text) <= longest else text[: longest - 1] + "…"
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", text)
@@ -156,4 +156,4 @@ def link(repo_id: str, kind: str = "") -> str:
 
 
 def last_component(name: str) -> str:
-    return one_line(re.split(r"[/\\]", name.rstrip("/\\"))[-1]) or "unnamed"
+    return clean_line(re.split(r"[/\\]", name.rstrip("/\\"))[-1]) or "unnamed"
