@@ -166,7 +166,7 @@ def features_code(auto_class: str, answer: str) -> str:
     return (
         "import torch\n"
         "from PIL import Image\n"
-        f"from transformers import AutoImageProcessor, {auto_class}\n\n"
+        f"from transformers import {', '.join(sorted(['AutoImageProcessor', auto_class]))}\n\n"
         "processor = AutoImageProcessor.from_pretrained({source})\n"
         f"model = {auto_class}.from_pretrained({{source}}).eval()\n"
         'inputs = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")\n'
