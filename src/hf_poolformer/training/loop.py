@@ -28,6 +28,7 @@ from ..evaluation.pictures import write_confusion_matrix
 from ..foundation.errors import Diverged, UserError
 from ..foundation.files import best_effort, write_json
 from ..foundation.processes import Agreement, Stopped, StopSignal, alone_in_its_folder, telling_of_lost_processes
+from ..foundation.tasks import CLASSIFICATION
 from ..hub.cards import write_training_card
 from ..hub.publishing import publish
 from . import checkpoints
@@ -452,7 +453,7 @@ def save_and_leave(run: Run, number: int) -> None:
     run.bar.close()
     folder, accelerator = Path(run.settings.output_dir), run.accelerator
     processes, on_cpu = accelerator.num_processes, accelerator.device.type == "cpu"
-    command = "train-dense" if getattr(run.settings, "task", None) else "train"
+    command = "train" if getattr(run.settings, "task", CLASSIFICATION) == CLASSIFICATION else "train-dense"
     accelerator.print(
         f"Stopped by signal {number} and saved at step {run.progress.step} of {run.total_steps} in "
         f"{folder / 'checkpoints'}. To go on:\n"
