@@ -50,8 +50,8 @@ TEST_PACKAGES = (
 OTHER_FILES = ("demo", "demo_dense", "fuzzing", "hf_poolformer_cli", "packaging", "prediction", "versions")
 ROOMS = (
     "tests/kernels",
-    "tests/hub/test_conversion.py",
-    "tests/hub/test_dense_conversion.py",
+    "tests/conversion/test_conversion.py",
+    "tests/conversion/test_dense_conversion.py",
     "tests/data",
     "tests/foundation",
     "tests/training",

@@ -17,7 +17,7 @@ from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.foundation.files import best_effort
 from hf_poolformer.foundation.names import near_names, printable
 from hf_poolformer.hub import contents
-from hf_poolformer.hub.cards import plain_markdown
+from hf_poolformer.hub.rendering import plain_markdown
 from hf_poolformer.prediction.tables import table
 from hf_poolformer.training import reports
 from hf_poolformer.training.arguments import TrainingSettings, parse

@@ -13,6 +13,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.poolformer.configuration_poolformer import PoolFormerConfig as BuiltInConfig
 
 from .configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig, write_json
+from .foundation.tasks import TASKS, dense_tasks, tasks_of_pipeline
 from .image_processing_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil
 from .modeling_detection import (
     MetaFormerForInstanceSegmentation,
@@ -50,16 +51,16 @@ def register_auto_classes():
         for model_class in model_classes:
             getattr(transformers, auto_class).register(model_class.config_class, model_class, exist_ok=True)
     # The image-segmentation pipeline tries this one first: the architecture in the saved configuration decides.
-    kinds = (AUTO_CLASSES["AutoModelForSemanticSegmentation"], AUTO_CLASSES["AutoModelForInstanceSegmentation"])
+    kinds = [AUTO_CLASSES[task.auto_class] for task in tasks_of_pipeline("image-segmentation")]
     for model_classes in zip(*kinds, strict=True):
         config_class = model_classes[0].config_class
         transformers.AutoModelForImageSegmentation.register(config_class, model_classes, exist_ok=True)
     # The pipelines of dense tasks merge tables of class names, and call other classes unsupported. The keys are no
     # model types, so that nothing else reads them.
-    for task in ("SemanticSegmentation", "InstanceSegmentation", "ObjectDetection"):
-        table = "_".join(["MODEL_FOR", *re.findall("[A-Z][a-z]+", task), "MAPPING_NAMES"]).upper()
-        names = tuple(model_class.__name__ for model_class in AUTO_CLASSES[f"AutoModelFor{task}"])
-        getattr(modeling_auto, table, {})[f"hf_poolformer {task}"] = names
+    for task in (TASKS[name] for name in dense_tasks()):
+        table = "_".join(["MODEL", *re.findall("[A-Z][a-z]+", task.head), "MAPPING_NAMES"]).upper()
+        names = tuple(model_class.__name__ for model_class in AUTO_CLASSES[task.auto_class])
+        getattr(modeling_auto, table, {})[f"hf_poolformer {task.name}"] = names
     # The built-in model reads our folders, and saves no code that an `auto_map` from there could name.
     BuiltInConfig.to_json_file = write_json
 

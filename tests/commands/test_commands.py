@@ -8,8 +8,8 @@ import pytest
 
 from hf_poolformer.commands import CommandParser, UserError, command
 from hf_poolformer.conversion.weights import ConversionError
-from hf_poolformer.hub.cards import CardError
 from hf_poolformer.hub.contents import PublishError
+from hf_poolformer.hub.metadata import CardError
 
 
 def ending(error):

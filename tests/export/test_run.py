@@ -27,7 +27,7 @@ from hf_poolformer.export import export_model, load
 from hf_poolformer.export.folder import REPORT, Manifest, new_folder
 from hf_poolformer.export.format import TOLERANCES
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.hub.cards import check_card
+from hf_poolformer.hub.metadata import check_card
 
 
 FAMILIES = sorted({variant.family for variant in VARIANTS.values()})

@@ -8,15 +8,9 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from hf_poolformer.hub.cards import (
-    CardError,
-    check_card,
-    check_metadata,
-    folder_card,
-    local_names,
-    with_repo_id,
-    write_training_card,
-)
+from hf_poolformer.hub.cards import folder_card, write_training_card
+from hf_poolformer.hub.metadata import CardError, check_card, check_metadata
+from hf_poolformer.hub.rendering import local_names, with_repo_id
 
 
 RESULTS = {

@@ -1,6 +1,5 @@
 """Cards of the published checkpoints: all of them, against VARIANTS, the papers' figures and the Hub's rules."""
 
-import copy
 import importlib.util
 import re
 from pathlib import Path
@@ -11,13 +10,13 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_poolformer import VARIANTS
+from hf_poolformer.configuration_poolformer import FAMILIES
 from hf_poolformer.hub import published_cards
-from hf_poolformer.hub.cards import CardError, check_metadata
-from hf_poolformer.hub.published_cards import check_facts, published_card, read_facts
+from hf_poolformer.hub.metadata import CardError, check_metadata
+from hf_poolformer.hub.published_cards import original_names, published_card
 
 
 ROOT = Path(__file__).parents[2]
-FACTS = {path.stem: path for path in sorted((ROOT / "model_cards").glob("*.yaml"))}
 
 # Where the facts may point to: the authors, the papers, the Hub, and what the limits cite.
 HOSTS = {"github.com", "arxiv.org", "huggingface.co", "www.image-net.org"}
@@ -30,7 +29,7 @@ def cards():
     with pytest.MonkeyPatch.context() as patch:
         count = published_cards.figures
         patch.setattr(published_cards, "figures", lambda name: count(name) if name in FIGURES else (10**7, 10**7, 2.0))
-        return {name: published_card(name, read_facts(path)) for name, path in FACTS.items()}
+        return {name: published_card(name) for name in VARIANTS}
 
 
 def metadata(text):
@@ -38,7 +37,6 @@ def metadata(text):
 
 
 def test_every_published_checkpoint_has_one(cards):
-    assert list(FACTS) == sorted(VARIANTS)
     assert len(cards) == 65
     assert len(set(cards.values())) == 65
 
@@ -70,12 +68,23 @@ def test_the_hub_s_validator_takes_them(cards, online, monkeypatch):
     assert sum(path == "/api/validate-yaml" for _, path in online.requests) == 65
 
 
-def test_base_models_are_of_the_same_architecture():
-    for name, path in FACTS.items():
-        base = read_facts(path).get("base_model")
+def test_base_models_are_of_the_same_architecture(cards):
+    by_timm_name = {f"timm/{row.timm_name}": name for name, row in VARIANTS.items()}
+    for name, text in cards.items():
+        base = by_timm_name.get(metadata(text).get("base_model"))
+        assert (base is not None) == ("_384" in name or "in21ft1k" in name)
         if base is not None:
-            assert VARIANTS[base].config["token_mixers"] == VARIANTS[name].config["token_mixers"]
+            ours, theirs = VARIANTS[name].config, VARIANTS[base].config
+            assert all(ours[key] == theirs[key] for key in ("token_mixers", "depths", "hidden_sizes"))
             assert base == (f"{name.partition('_384')[0].removesuffix('_in21ft1k')}" + ("_in21k" * ("in21" in name)))
+
+
+def test_of_every_family_the_texts_are_there():
+    assert list(published_cards.FAMILY_TEXTS) == list(FAMILIES)
+    assert {published_cards.parts_of(name)[2] for name in VARIANTS} == set(published_cards.TRAININGS)
+    # No two checkpoints are published under one name.
+    names = [original for name in VARIANTS for original in original_names(name)]
+    assert len(names) == len(set(names)) > 65
 
 
 # Parameters and 1e9 multiply-accumulates as the authors print them, or exactly (DESIGN, section 4).
@@ -130,54 +139,15 @@ def test_links(cards):
 
 def test_repository_in_the_examples():
     name = "caformer_s18"
-    text = published_card(name, read_facts(FACTS[name]), repo_id="me/ca")
+    text = published_card(name, repo_id="me/ca")
     assert 'model="me/ca"' in text
     assert "\n# ca\n" in text
     assert "convert.py" not in text
 
 
-WRONG = {
-    "source": ("source", "https://huggingface.co/sail/dl/resolve/main/caformer/caformer_s36.pth"),
-    "crop_pct": ("evaluation.crop_pct", 0.9),
-    "image_size": ("evaluation.image_size", 256),
-    "top-1": ("results.0.top1", 85.1),
-    "classes": ("training_data", ["ImageNet-21K"]),
-    "training data": ("training_data", ["CIFAR", "ImageNet-1K"]),
-    "timm": ("same_weights", ["timm/caformer_s36.sail_in1k"]),
-    "base_model": ("base_model", "caformer_b36"),
-    "license": ("license", "mine"),
-    "paper": ("paper.arxiv", "1234.56789"),
-}
-
-
-@pytest.mark.parametrize("word", WRONG)
-def test_a_fact_that_disagrees_is_found(word):
-    facts = read_facts(FACTS["caformer_s18_384"])
-    check_facts("caformer_s18_384", facts)
-    wrong, (place, value) = copy.deepcopy(facts), WRONG[word]
-    *parents, last = place.split(".")
-    target = wrong
-    for parent in parents:
-        target = target[int(parent) if parent.isdigit() else parent]
-    target[last] = value
-    with pytest.raises(CardError, match=word):
-        published_card("caformer_s18_384", wrong)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[", "cannot be read"),
-        ("- a", "no mapping"),
-        ("title: 3", "title should be a str"),
-        ("colour: red", "colour is no field"),
-        ("title: x", "limits is missing"),
-    ],
-)
-def test_a_file_of_facts_that_is_wrong(tmp_path, text, message):
-    (tmp_path / "x.yaml").write_text(text)
-    with pytest.raises(CardError, match=message):
-        read_facts(tmp_path / "x.yaml")
+def test_no_card_of_what_nobody_published():
+    with pytest.raises(CardError, match="poolformer_s13 is no row of VARIANTS"):
+        published_card("poolformer_s13")
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +162,7 @@ def test_the_script(make_cards, cards, tmp_path, capsys):
     assert make_cards(["poolformer_s12", "--output_dir", str(tmp_path)]) == 0
     assert (tmp_path / "poolformer_s12" / "README.md").read_text() == cards["poolformer_s12"]
     assert "1 of 1 cards" in capsys.readouterr().out
-    (tmp_path / "facts").mkdir()
-    arguments = ["poolformer_s12", "--output_dir", str(tmp_path), "--facts_dir", str(tmp_path / "facts")]
+    arguments = ["poolformer_s13", "--output_dir", str(tmp_path)]
     assert make_cards(arguments) == 2
     assert capsys.readouterr().err.startswith("error: ")
 

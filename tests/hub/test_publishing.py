@@ -30,7 +30,7 @@ import sys, types
 package = types.ModuleType("hf_poolformer")
 package.__path__ = [{str(Path(publishing.__file__).parents[1])!r}]
 sys.modules["hf_poolformer"] = package
-from hf_poolformer.hub.publishing import main
+from hf_poolformer.commands.publish import main
 sys.argv[0] = {str(SCRIPT)!r}
 sys.exit(main())
 """

@@ -63,7 +63,7 @@ def answer(model: Predictor | DenseModel, image: Image.Image, shown_class: str |
     """
     if isinstance(model, Predictor):
         return classify(model, image, shown_class)
-    return find_classes(model, image) if model.task == "semantic-segmentation" else find_objects(model, image)
+    return find_classes(model, image) if model.task.gives == "map" else find_objects(model, image)
 
 
 def classify(predictor: Predictor, image: Image.Image, shown_class: str | None) -> Answer:
@@ -134,7 +134,7 @@ def find_objects(dense: DenseModel, image: Image.Image) -> Answer:
     boxes, labels, scores = (found[name].float().cpu().numpy() for name in ("boxes", "labels", "scores"))
     labels = labels.astype(int)
     masks = None
-    if dense.task == "instance-segmentation":
+    if dense.task.reads == "masks":
         (segments,) = dense.processor.post_process_instance_segmentation(
             outputs, SHOWN_SCORE, target_sizes=size, return_binary_maps=True
         )

@@ -21,7 +21,7 @@ from ..data.files import is_image, list_files
 from ..foundation.errors import UserError
 from ..foundation.names import printable
 from .answers import TOP_K, Answer, answer, open_image
-from .models import CLASSIFICATION, Models
+from .models import Models
 
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def build_page(models: Models, examples: Sequence[Path], max_pixels: int) -> gr.
         ]
 
     several = len(models.names) > 1 or models.allow_any_model
-    classifies = models.tasks[models.names[0]] == CLASSIFICATION
+    classifies = models.tasks[models.names[0]].gives == "scores"
     with gr.Blocks(title=f"{models.names[0]}: try it", delete_cache=DELETE_CACHE, analytics_enabled=False) as page:
         gr.Markdown(f"# {literal(models.names[0])}\n" if not several else "# Try a PoolFormer\n")
         with gr.Row():

@@ -16,36 +16,18 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForInstanceSegmentation,
-    AutoModelForObjectDetection,
-    AutoModelForSemanticSegmentation,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from ..foundation.errors import UserError, one_line
 from ..foundation.exported import is_exported, no_model
 from ..foundation.finite import check_weights
 from ..foundation.loading import why_not_loaded
+from ..foundation.tasks import CLASSIFICATION, TASKS, Task, task_of_config
 from ..prediction.inference import Predictor, find_device
 
 
 logger = logging.getLogger(__name__)
 
-CLASSIFICATION = "image-classification"
-# The head in a class's name -> the task; anything else is taken for a classifier, which says so if it is none.
-HEADS = {
-    "ForSemanticSegmentation": "semantic-segmentation",
-    "ForInstanceSegmentation": "instance-segmentation",
-    "ForObjectDetection": "object-detection",
-}
-DENSE_CLASSES = {
-    "semantic-segmentation": AutoModelForSemanticSegmentation,
-    "instance-segmentation": AutoModelForInstanceSegmentation,
-    "object-detection": AutoModelForObjectDetection,
-}
 OUR_TYPES = ("poolformer", "metaformer")
 
 # In memory at a time, and the largest that a visitor may have downloaded: M48 has 294 MB of float32.
@@ -59,7 +41,7 @@ DOWNLOADED = ("config.json", "preprocessor_config.json", WEIGHTS, "model.safeten
 class DenseModel:
     """A segmenter or detector on its device, and its image processor."""
 
-    task: str
+    task: Task
     model: PreTrainedModel
     processor: Any
     device: torch.device
@@ -185,18 +167,18 @@ class Models:
 
     def _load(self, source: str, where: dict[str, Any]) -> Predictor | DenseModel:
         task = read_task(source, where)
-        if task == CLASSIFICATION:
+        if task.gives == "scores":
             return Predictor(source, device=self.device, **where)
         if is_exported(source):
             raise UserError(no_model(source))
         try:
-            model, info = DENSE_CLASSES[task].from_pretrained(source, **where, output_loading_info=True)
+            model, info = task.auto_model().from_pretrained(source, **where, output_loading_info=True)
             processor = AutoImageProcessor.from_pretrained(source, **where)
         except Exception as error:  # whatever a foreign folder provokes
-            raise UserError(f"cannot load a model for {task} from {source}: {one_line(error)}") from error
+            raise UserError(f"cannot load a model for {task.name} from {source}: {one_line(error)}") from error
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:3])
-            raise UserError(f"{source} is not a trained model for {task}: it has no weights for {missing}")
+            raise UserError(f"{source} is not a trained model for {task.name}: it has no weights for {missing}")
         check_weights(model, source)
         model.to(self.device, memory_format=torch.channels_last).eval()
         return DenseModel(task, model, processor, self.device)
@@ -213,8 +195,8 @@ def shown_names(sources: Sequence[str]) -> list[str]:
     return names
 
 
-def read_task(source: str, where: dict[str, Any]) -> str:
-    """What a model does, by the architecture in its configuration.
+def read_task(source: str, where: dict[str, Any]) -> Task:
+    """What a model does, by its configuration; one of no known task is taken for a classifier, which says so if not.
 
     Raises:
         UserError: there is no such model.
@@ -223,5 +205,4 @@ def read_task(source: str, where: dict[str, Any]) -> str:
         config = AutoConfig.from_pretrained(source, **where)
     except Exception as error:
         raise UserError(why_not_loaded(source, error, "a model")) from error
-    architecture = (config.architectures or [""])[0]
-    return next((task for head, task in HEADS.items() if architecture.endswith(head)), CLASSIFICATION)
+    return task_of_config(config) or TASKS[CLASSIFICATION]

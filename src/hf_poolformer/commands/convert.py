@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     labels = read_labels(arguments.labels) if arguments.labels else None
     overrides = read_fields(arguments.set)
     from ..conversion.convert import convert
+    from ..hub.cards import folder_card
 
     quieten()
     checkpoint = convert(
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         overwrite=arguments.overwrite,
         overrides=overrides,
         weights=arguments.weights,
+        card=folder_card,
     )
     for note in checkpoint.notes:
         # Keys come from the file, which may put anything into them.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hf_poolformer.configuration_poolformer import (
+from ..configuration_poolformer import (
     FAMILIES,
     VARIANTS,
     Fixed,
@@ -18,11 +18,11 @@ from hf_poolformer.configuration_poolformer import (
     PoolFormerConfig,
     Variant,
 )
-from hf_poolformer.conversion.dense_key_maps import BACKBONE, head_of
-from hf_poolformer.conversion.key_maps import OFFICIAL_FIRST, STAGES, TIMM, Format
-from hf_poolformer.conversion.weights import ConversionError, Source, listed
-
 from ..foundation.errors import one_line
+from ..foundation.tasks import BACKBONE, CLASSIFICATION, ENCODER, TASKS, Task
+from .dense_key_maps import IN_BACKBONE, head_of
+from .key_maps import OFFICIAL_FIRST, STAGES, TIMM, Format
+from .weights import ConversionError, FoundCheckpoint, listed
 
 
 # Fields that do not change what a trained model computes.
@@ -50,19 +50,19 @@ NAMED_FIELDS = (
 
 def split_dense(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Of a detector or segmenter its backbone, without the prefix, and the rest; anything else as it is."""
-    if not any(key.startswith(BACKBONE) for key in tensors):
+    if not any(key.startswith(IN_BACKBONE) for key in tensors):
         return tensors, {}
-    backbone = {key.removeprefix(BACKBONE): value for key, value in tensors.items() if key.startswith(BACKBONE)}
-    return backbone, {key: value for key, value in tensors.items() if not key.startswith(BACKBONE)}
+    backbone = {key.removeprefix(IN_BACKBONE): value for key, value in tensors.items() if key.startswith(IN_BACKBONE)}
+    return backbone, {key: value for key, value in tensors.items() if not key.startswith(IN_BACKBONE)}
 
 
-def task_of(tensors: Mapping[str, torch.Tensor]) -> str:
+def task_of_weights(tensors: Mapping[str, torch.Tensor]) -> Task:
     """The task of weights under our keys, as in `Checkpoint.task`."""
     if head := head_of(tensors, ours=True):
-        return head.task
+        return TASKS[head.task]
     if any(key.startswith("hidden_states_norms.") for key in tensors):
-        return "backbone"
-    return "classifier" if any(key.startswith(("norm.", "classifier.")) for key in tensors) else "encoder"
+        return BACKBONE
+    return TASKS[CLASSIFICATION] if any(key.startswith(("norm.", "classifier.")) for key in tensors) else ENCODER
 
 
 def observe(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, Any]:
@@ -121,14 +121,14 @@ def observe(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, Any]:
         facts["norm_bias"] = has("before_norm.bias")
         if has("before_norm.running_mean"):
             facts["norm_layer"] = "batch_norm"
-    task = task_of(tensors)
-    if task == "classifier":
+    task = task_of_weights(tensors)
+    if task.name == CLASSIFICATION:
         facts["head_type"] = "mlp" if "classifier.fc1.weight" in tensors else "linear"
         last = "classifier.fc2.weight" if facts["head_type"] == "mlp" else "classifier.weight"
         facts["num_labels"] = tensors[last].shape[0] if last in tensors else 0
     elif head := head_of(tensors, ours=True):
         facts |= head.facts(shape)
-    elif task == "backbone":
+    elif task is BACKBONE:
         facts["out_features"] = [
             f"stage{i + 1}" for i in STAGES if f"hidden_states_norms.stage{i + 1}.weight" in tensors
         ]
@@ -150,7 +150,7 @@ def mixer_of(keys: set[str]) -> str | None:
 def choose_family(
     facts: Mapping[str, Any],
     checkpoint_format: Format,
-    task: str,
+    task: Task,
     asked: str | None,
     names: Mapping[str, str],
     overrides: Mapping[str, Any],
@@ -188,7 +188,7 @@ def choose_family(
     if hinted:
         return next(iter(hinted.values()))
     # Only PoolFormer was ever a backbone of the official detectors, and timm has no identity mixers.
-    norms_of_stages = task not in ("classifier", "encoder")
+    norms_of_stages = task.is_dense or task is BACKBONE
     if checkpoint_format is TIMM or (norms_of_stages and checkpoint_format is OFFICIAL_FIRST):
         return next(family for family in families if "pooling" in mixers_of(family))
     raise ConversionError(
@@ -268,10 +268,10 @@ def choose_row(
 
 
 def published_variant(
-    config: MetaFormerConfig, task: str, row: str | None, told: bool
+    config: MetaFormerConfig, task: Task, row: str | None, told: bool
 ) -> tuple[str | None, str | None]:
     """The published checkpoint that this may be, and a note if it may be several."""
-    if row is None or task != "classifier" or VARIANTS[row].num_labels != config.num_labels:
+    if row is None or task.name != CLASSIFICATION or VARIANTS[row].num_labels != config.num_labels:
         return None, None
     reference = MetaFormerConfig.from_variant(row)
     architecture = set(MetaFormerConfig.__annotations__) - NOT_ARCHITECTURE
@@ -288,7 +288,7 @@ def infer_config(
     row: str | None,
     tensors: Mapping[str, torch.Tensor],
     overrides: Mapping[str, Any],
-    found: Source,
+    found: FoundCheckpoint,
     asked: str | None,
 ) -> tuple[MetaFormerConfig, list[str]]:
     """
@@ -356,7 +356,9 @@ def untold_fields(fields: Mapping[str, Any], facts: Mapping[str, Any]) -> list[s
     return [key for key in UNTOLD if matters.get(key, True)]
 
 
-def said_fields(found: Source, facts: Mapping[str, Any], wanted: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+def said_fields(
+    found: FoundCheckpoint, facts: Mapping[str, Any], wanted: Iterable[str]
+) -> tuple[dict[str, Any], list[str]]:
     """Of the fields `wanted`, what its trainer wrote down, or called the model; and notes on what contradicts it."""
     fields, notes = {}, []
     for key in wanted:
@@ -422,7 +424,7 @@ def fixed_image_size(
 
 
 def config_of_folder(
-    found: Source, overrides: Mapping[str, Any], asked: str | None, tensors: Mapping[str, torch.Tensor]
+    found: FoundCheckpoint, overrides: Mapping[str, Any], asked: str | None, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[MetaFormerConfig, str | None]:
     """The configuration of a transformers folder, and the family it belongs to; the weights must not contradict it."""
     classes = {config.model_type: config for config in (PoolFormerConfig, MetaFormerConfig)}

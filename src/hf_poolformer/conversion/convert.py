@@ -8,29 +8,32 @@ What shapes cannot tell (norm type, epsilons, the order of the head) is a fact o
 import errno
 import functools
 import glob
-import html
 import io
 import os
 import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torchvision.models._meta import _COCO_CATEGORIES, _IMAGENET_CATEGORIES
 from transformers import PreTrainedModel
 from transformers.image_utils import PILImageResampling
 
-from hf_poolformer.configuration_poolformer import FAMILIES, VARIANTS, MetaFormerConfig, Variant
-from hf_poolformer.conversion.architecture import (
+from ..configuration_poolformer import FAMILIES, VARIANTS, MetaFormerConfig, Variant
+from ..foundation.errors import one_line
+from ..foundation.strict_json import to_json
+from ..foundation.tasks import CLASSIFICATION, HEADLESS, Task
+from ..image_processing_poolformer import PoolFormerImageProcessor
+from ..modeling_poolformer import AUTO_CLASSES
+from .architecture import (
     as_tuple,
     choose_family,
     choose_row,
@@ -41,17 +44,12 @@ from hf_poolformer.conversion.architecture import (
     published_variant,
     rows_like,
     split_dense,
-    task_of,
+    task_of_weights,
 )
-from hf_poolformer.conversion.dense_key_maps import BACKBONE, RETINANET, DenseHead, head_of
-from hf_poolformer.conversion.key_maps import FORMATS, OFFICIAL_FIRST, OFFICIAL_SECOND, POINTWISE, TIMM, Format
-from hf_poolformer.conversion.weights import ConversionError, Source, listed, open_source
-from hf_poolformer.hub.cards import check_metadata
-from hf_poolformer.image_processing_poolformer import PoolFormerImageProcessor
-from hf_poolformer.modeling_poolformer import AUTO_CLASSES
-
-from ..foundation.errors import one_line
-from ..foundation.strict_json import to_json
+from .dense_key_maps import IN_BACKBONE, RETINANET, DenseHead, head_of
+from .key_maps import FORMATS, OFFICIAL_FIRST, OFFICIAL_SECOND, POINTWISE, TIMM, Format
+from .note import ConversionNote
+from .weights import ConversionError, FoundCheckpoint, listed, open_checkpoint
 
 
 try:
@@ -61,28 +59,20 @@ except ImportError:  # Windows
 
 __all__ = ["Checkpoint", "ConversionError", "build_model", "convert", "read_checkpoint", "write_checkpoint"]
 
-AUTO_CLASS = {
-    "classifier": "AutoModelForImageClassification",
-    "backbone": "AutoBackbone",
-    "encoder": "AutoModel",
-    "segmenter": "AutoModelForSemanticSegmentation",
-    "detector": "AutoModelForObjectDetection",
-    "instance segmenter": "AutoModelForInstanceSegmentation",
-}
-PIPELINES = {
-    "classifier": "image-classification",
-    "segmenter": "image-segmentation",
-    "detector": "object-detection",
-    "instance segmenter": "image-segmentation",
-}
-DENSE_TASKS = ("segmenter", "detector", "instance segmenter")
 # In mmdetection's order, which is COCO's without the unused numbers.
 COCO = [name for name in _COCO_CATEGORIES if name not in ("__background__", "N/A")]
+# Taken where there are as many classes and nobody says what they mean.
+CLASS_NAMES = {CLASSIFICATION: _IMAGENET_CATEGORIES, "object-detection": COCO, "instance-segmentation": COCO}
 TARGETS = ("hf", "official", "timm")
 # Bytes of code, card and settings beside the weights, roughly.
 CODE_SIZE = 200_000
 # What a folder may hold to be replaced by --overwrite: nothing but what a conversion writes.
-OWN_FILES = re.compile(r".*\.(safetensors|pth|py)|config\.json|preprocessor_config\.json|README\.md|__pycache__")
+OWN_FILES = re.compile(
+    r".*\.(safetensors|pth|py)|(config|preprocessor_config|conversion)\.json|README\.md|__pycache__"
+)
+
+
+CardWriter = Callable[..., str]  # (folder, name="what it will be called") -> README.md
 
 
 @dataclass
@@ -93,8 +83,7 @@ class Checkpoint:
     Attributes:
         config: its configuration.
         tensors: its weights under our bare keys (without `poolformer.` or `metaformer.`), in our shapes.
-        task: `"classifier"`, `"backbone"` (norms on the feature maps), `"encoder"` (neither), or that of a dense head:
-            `"segmenter"`, `"detector"`, `"instance segmenter"`.
+        task: a row of `TASKS`, or of `HEADLESS`: `BACKBONE` with norms on the feature maps, `ENCODER` without.
         format: the format it was read from.
         family: a key of `FAMILIES`; `None` for an architecture of one's own.
         variant: a key of `VARIANTS` if architecture, classes and (where keys cannot tell) name agree with one only.
@@ -108,7 +97,7 @@ class Checkpoint:
 
     config: MetaFormerConfig
     tensors: dict[str, torch.Tensor]
-    task: str
+    task: Task
     format: Format
     family: str | None
     variant: str | None
@@ -129,6 +118,7 @@ def convert(
     overwrite: bool = False,
     overrides: Mapping[str, Any] | None = None,
     weights: str | None = None,
+    card: CardWriter | None = None,
 ) -> Checkpoint:
     """
     Read `source` and write it to the folder `out_dir`; see `read_checkpoint` and `write_checkpoint`.
@@ -143,7 +133,7 @@ def convert(
     if seen is not None and Path(source).exists() and Path(source).resolve().is_relative_to(out_dir):
         raise ConversionError(f"{out_dir} holds the checkpoint itself, which would be lost; give another folder")
     checkpoint = read_checkpoint(source, variant=variant, labels=labels, overrides=overrides, weights=weights)
-    write_folder(checkpoint, out_dir, to, seen)
+    write_folder(checkpoint, out_dir, to, seen, card)
     return checkpoint
 
 
@@ -171,7 +161,7 @@ def read_checkpoint(
     Raises:
         ConversionError: unreadable or unsafe file, foreign or incomplete checkpoint, ambiguous architecture.
     """
-    found = open_source(source, weights)
+    found = open_checkpoint(source, weights)
     overrides = dict(overrides or {})
     tensors, rest = split_dense(found.tensors)
     checkpoint_format = next((fmt for fmt in FORMATS if fmt.recognises(tensors)), None)
@@ -181,7 +171,7 @@ def read_checkpoint(
             f"formats has keys like {listed(sorted(tensors)[:3])}"
         )
     names = checkpoint_format.to_ours(tensors)
-    check_names(found.name, checkpoint_format.name, names)
+    check_keys(found.name, checkpoint_format.name, names)
     tensors = {ours: tensors[theirs] for theirs, ours in names.items()}
     notes = [*found.notes]
     head = head_of(rest)
@@ -190,11 +180,11 @@ def read_checkpoint(
         notes.append(f"{head.name} has no use for the norm of the first stage; left out: {', '.join(left_out)}")
     elif left_out:
         notes.append(f"only the backbone was converted; left out: {listed(left_out)}")
-    check_numbers(found.name, tensors)
-    task = task_of(tensors)
+    check_tensors(found.name, tensors)
+    task = task_of_weights(tensors)
     if found.left_out:
-        what = "no part of the model" if task not in ("backbone", "encoder") else f"no part of the {task}"
-        notes.append(f"left out, as {what}: {listed(found.left_out)}")
+        what = task.name if task in HEADLESS else "model"
+        notes.append(f"left out, as no part of the {what}: {listed(found.left_out)}")
         left_out += found.left_out
     timm = found.config if isinstance(found.config.get("architecture"), str) else {}
     has_config = bool(found.config) and not timm
@@ -214,14 +204,14 @@ def read_checkpoint(
     published, note = published_variant(config, task, row, told)
     if note:
         notes.append(note)
-    if checkpoint_format is TIMM and family == "poolformer" and task == "classifier":
+    if checkpoint_format is TIMM and family == "poolformer" and task.name == CLASSIFICATION:
         notes.append(
             "timm pools before the final norm, the official code after it; this model does what the official code "
             "does, so its logits differ from timm's"
         )
-    if labels is not None and task in ("backbone", "encoder"):
+    if labels is not None and task in HEADLESS:
         raise ConversionError(f"labels were given, but {found.name} has no classifier")
-    if (count := timm.get("num_classes")) and task == "classifier" and count != config.num_labels:
+    if (count := timm.get("num_classes")) and task.name == CLASSIFICATION and count != config.num_labels:
         raise ConversionError(f"{found.name}: config.json says {count} classes, the weights have {config.num_labels}")
     own = found.labels if head else timm_labels(timm)
     notes += set_labels(config, labels or own, task, has_config, found.name)
@@ -251,7 +241,12 @@ def build_model(checkpoint: Checkpoint) -> PreTrainedModel:
 
 
 def write_checkpoint(
-    checkpoint: Checkpoint, out_dir: str | os.PathLike, *, to: str = "hf", overwrite: bool = False
+    checkpoint: Checkpoint,
+    out_dir: str | os.PathLike,
+    *,
+    to: str = "hf",
+    overwrite: bool = False,
+    card: CardWriter | None = None,
 ) -> Path:
     """
     Write `checkpoint` to the folder `out_dir`, which appears complete or not at all.
@@ -259,16 +254,20 @@ def write_checkpoint(
     Args:
         checkpoint: what `read_checkpoint` returned.
         out_dir: the folder; a folder of an earlier conversion is replaced if `overwrite`.
-        to: `"hf"` (configuration, weights, code, processor, card), `"official"` (one `.pth`) or `"timm"`.
+        to: `"hf"` (configuration, weights, code, processor, `conversion.json`), `"official"` (one `.pth`) or `"timm"`.
+        card: what writes the README.md of the format `"hf"`: `hub.cards.folder_card`. Without it there is none, and
+            publishing the folder writes it.
 
     Raises:
         ConversionError: the folder is there already, or the format has no name for some weight.
     """
     out_dir = Path(out_dir).resolve()
-    return write_folder(checkpoint, out_dir, to, check_target(out_dir, overwrite))
+    return write_folder(checkpoint, out_dir, to, check_target(out_dir, overwrite), card)
 
 
-def write_folder(checkpoint: Checkpoint, out_dir: Path, to: str, seen: tuple[int, ...] | None) -> Path:
+def write_folder(
+    checkpoint: Checkpoint, out_dir: Path, to: str, seen: tuple[int, ...] | None, card: CardWriter | None = None
+) -> Path:
     """Writes beside `out_dir`, which must still be what `check_target` saw there when the new one takes its place."""
     write = {"hf": write_hf, "official": write_official, "timm": write_timm}[to]
     needed = sum(tensor.nbytes for tensor in checkpoint.tensors.values()) + (CODE_SIZE if to == "hf" else 0)
@@ -285,10 +284,12 @@ def write_folder(checkpoint: Checkpoint, out_dir: Path, to: str, seen: tuple[int
             new = part / "new"
             new.mkdir()
             write(checkpoint, new)
+            if to == "hf" and card is not None:
+                (new / "README.md").write_text(card(new, name=out_dir.name), encoding="utf-8", newline="\n")
             replace(out_dir, new, part / "old", seen)
         missing = []
     except (OSError, SafetensorError) as error:
-        raise ConversionError(f"cannot write to {out_dir}: {reason(error, needed, free)}") from error
+        raise ConversionError(f"cannot write to {out_dir}: {disk_reason(error, needed, free)}") from error
     finally:
         if part is not None:
             shutil.rmtree(part, ignore_errors=True)
@@ -303,7 +304,7 @@ def replace(out_dir: Path, new: Path, old: Path, seen: tuple[int, ...] | None) -
     Moves the folder `new` to `out_dir` and what was there to `old`; nothing if anything else than `seen` is there.
     """
     meanwhile = ConversionError(f"{out_dir} was written by another program meanwhile, and stays as that left it")
-    if identity(out_dir) != seen:
+    if folder_identity(out_dir) != seen:
         raise meanwhile
     if seen is not None:
         try:
@@ -311,7 +312,7 @@ def replace(out_dir: Path, new: Path, old: Path, seen: tuple[int, ...] | None) -
         except FileNotFoundError:
             raise meanwhile from None
     try:
-        if seen is not None and identity(old) != seen:
+        if seen is not None and folder_identity(old) != seen:
             raise meanwhile
         # Onto a folder that is not empty no system moves another.
         new.rename(out_dir)
@@ -323,7 +324,7 @@ def replace(out_dir: Path, new: Path, old: Path, seen: tuple[int, ...] | None) -
         raise
 
 
-def identity(path: Path) -> tuple[int, ...] | None:
+def folder_identity(path: Path) -> tuple[int, ...] | None:
     """What tells a folder from another that takes its place; `None` if there is none."""
     try:
         found = path.stat()
@@ -366,7 +367,7 @@ def clear_up(out_dir: Path) -> None:
                 os.close(descriptor)
 
 
-def reason(error: BaseException, needed: int, free: int) -> str:
+def disk_reason(error: BaseException, needed: int, free: int) -> str:
     """What the system said, in a line; with needed and free bytes where it is about room."""
     told = re.search(r"os error (\d+)", str(error))  # safetensors says it in its text
     number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
@@ -388,20 +389,20 @@ def add_head(
 ) -> list[str]:
     """Adds `rest`, neck and head under their publisher's keys, to the backbone's `tensors`; names what has no use."""
     names = head.to_ours(rest)
-    check_names(name, f"{head.publisher} {head.name}", names)
+    check_keys(name, f"{head.publisher} {head.name}", names)
     tensors |= {ours: rest[theirs] for theirs, ours in names.items()}
     # The official backbone may have a norm per stage all the same.
     norms = [key for key in tensors if key.startswith("hidden_states_norms.stage1.")]
     unused = norms if head is RETINANET else []
     for key in unused:
         del tensors[key]
-    return [f"{BACKBONE}norm0.{key.rpartition('.')[2]}" for key in unused]
+    return [f"{IN_BACKBONE}norm0.{key.rpartition('.')[2]}" for key in unused]
 
 
 # Checks -----------------------------------------------------------------------------------------------------
 
 
-def check_names(name: str, format_name: str, names: Mapping[str, str | None]) -> None:
+def check_keys(name: str, format_name: str, names: Mapping[str, str | None]) -> None:
     unknown = [theirs for theirs, ours in names.items() if ours is None]
     if unknown:
         raise ConversionError(f"{name}: not keys of the {format_name} format: {listed(unknown)}")
@@ -411,7 +412,7 @@ def check_names(name: str, format_name: str, names: Mapping[str, str | None]) ->
             raise ConversionError(f"{name}: {owners[ours]} and {theirs} both are our {ours}")
 
 
-def check_numbers(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_tensors(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
     whole = [k for k, v in tensors.items() if not v.is_floating_point() and not k.endswith("num_batches_tracked")]
     if whole:
         raise ConversionError(f"{name}: weights that are no floating-point numbers: {listed(whole)}")
@@ -430,7 +431,7 @@ def check_numbers(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def fit(
-    name: str, config: MetaFormerConfig, task: str, tensors: Mapping[str, torch.Tensor]
+    name: str, config: MetaFormerConfig, task: Task, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """
     `tensors` in the order, the shapes and the one precision of the model; 1x1 convolutions may come as matrices and
@@ -471,8 +472,8 @@ def same_matrix(shape: torch.Size, target: torch.Size) -> bool:
     return len(short) == 2 and long == (*short, 1, 1)
 
 
-def empty_model(config: MetaFormerConfig, task: str) -> PreTrainedModel:
-    model_class = next(c for c in AUTO_CLASSES[AUTO_CLASS[task]] if c.config_class is type(config))
+def empty_model(config: MetaFormerConfig, task: Task) -> PreTrainedModel:
+    model_class = next(c for c in AUTO_CLASSES[task.auto_class] if c.config_class is type(config))
     try:
         with torch.device("meta"):
             return model_class(config)
@@ -489,7 +490,7 @@ def model_keys(model: PreTrainedModel) -> dict[str, str]:
 
 
 def set_labels(
-    config: MetaFormerConfig, labels: Sequence[str] | None, task: str, has_own: bool, name: str
+    config: MetaFormerConfig, labels: Sequence[str] | None, task: Task, has_own: bool, name: str
 ) -> list[str]:
     """
     `labels`; else what the configuration has; else ImageNet's or, of a detector, COCO's if there are as many, and then
@@ -497,7 +498,7 @@ def set_labels(
     """
     notes = []
     if labels is None:
-        known = {"classifier": _IMAGENET_CATEGORIES, "detector": COCO, "instance segmenter": COCO}.get(task)
+        known = CLASS_NAMES.get(task.name)
         if has_own or known is None or config.num_labels != len(known):
             return notes
         labels = known
@@ -531,10 +532,10 @@ def timm_variant(timm: Mapping[str, Any]) -> str | None:
 
 def make_processor(
     config: MetaFormerConfig,
-    task: str,
+    task: Task,
     family: str | None,
     row: Variant | None,
-    found: Source,
+    found: FoundCheckpoint,
     timm: Mapping[str, Any],
 ) -> tuple[PoolFormerImageProcessor, list[str]]:
     """The source's own processor if it has one, else the one of the dense task or of the variant, and a note."""
@@ -543,21 +544,19 @@ def make_processor(
             return PoolFormerImageProcessor.from_pretrained(found.folder), []
         except Exception as error:  # whatever an old or foreign file may raise
             raise ConversionError(f"{found.folder}/preprocessor_config.json: {one_line(error)}") from error
-    if task in DENSE_TASKS:
-        segments = task == "segmenter"
-        processor = (
-            PoolFormerImageProcessor.for_segmentation() if segments else PoolFormerImageProcessor.for_detection()
-        )
-        assumed = ["sizes, mean and std" + ("" if segments else ", anchors and thresholds") + " of the paper"]
+    in_config = task.gives == "objects"  # of which anchors and thresholds are
+    if task.is_dense:
+        processor = task.new_processor()
+        assumed = ["sizes, mean and std" + (", anchors and thresholds" if in_config else "") + " of the paper"]
     else:
         processor, assumed = classification_processor(config, family, row, published_sizes(timm, found))
     if config.num_channels != 3:
         assumed.append(f"3 colours, though the model takes {config.num_channels} channels")
-    place = "preprocessor_config.json" + (" and config.json" if task in DENSE_TASKS[1:] else "")
+    place = "preprocessor_config.json" + (" and config.json" if in_config else "")
     return processor, [f"assumed of its images: {', '.join(assumed)} (in {place})"] if assumed else []
 
 
-def published_sizes(timm: Mapping[str, Any], found: Source) -> dict[str, Any]:
+def published_sizes(timm: Mapping[str, Any], found: FoundCheckpoint) -> dict[str, Any]:
     """What timm's folder, or its training that wrote the file, says about images."""
     if published := pretrained_cfg(timm):
         return published
@@ -604,9 +603,9 @@ def classification_processor(
 
 
 def check_target(out_dir: Path, overwrite: bool) -> tuple[int, ...] | None:
-    """Refuses what a conversion may not replace; else says what is there, as `identity` does."""
+    """Refuses what a conversion may not replace; else says what is there, as `folder_identity` does."""
     clear_up(out_dir)
-    seen = identity(out_dir)
+    seen = folder_identity(out_dir)
     if seen is None:
         return None
     if not out_dir.is_dir():
@@ -624,13 +623,14 @@ def write_hf(checkpoint: Checkpoint, folder: Path) -> None:
     model = build_model(checkpoint)
     model.save_pretrained(folder)
     checkpoint.processor.save_pretrained(folder)
-    (folder / "README.md").write_text(card(checkpoint, model), encoding="utf-8", newline="\n")
+    facts = checkpoint.source, checkpoint.format.name, checkpoint.sha256, checkpoint.variant, tuple(checkpoint.notes)
+    ConversionNote(*facts).write(folder)
 
 
 def write_official(checkpoint: Checkpoint, folder: Path) -> None:
     second = checkpoint.config.embedding_norm != "none"
     content: dict[str, Any] = foreign(checkpoint, OFFICIAL_SECOND if second else OFFICIAL_FIRST)
-    if checkpoint.task in DENSE_TASKS:
+    if checkpoint.task.is_dense:
         # As mmdetection and mmsegmentation write and read it.
         labels = [checkpoint.config.id2label[index] for index in range(checkpoint.config.num_labels)]
         content = {"meta": {"CLASSES": labels}, "state_dict": content}
@@ -638,12 +638,6 @@ def write_official(checkpoint: Checkpoint, folder: Path) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     (folder / f"{checkpoint.variant or checkpoint.family or 'model'}.pth").write_bytes(buffer.getbuffer())
-
-
-def plain(note: str) -> str:
-    """A note, which may quote keys of the file, as plain text in Markdown."""
-    text = "".join(character if character.isprintable() else " " for character in note)
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(text, quote=False))
 
 
 def write_timm(checkpoint: Checkpoint, folder: Path) -> None:
@@ -695,7 +689,7 @@ def foreign(checkpoint: Checkpoint, target: Format) -> dict[str, torch.Tensor]:
     backbone = [key for key in checkpoint.tensors if in_head.get(key) is None]
     names = target.to_theirs(backbone, config.position_embeddings)
     if in_head:
-        names = {key: theirs and BACKBONE + theirs for key, theirs in names.items()}
+        names = {key: theirs and IN_BACKBONE + theirs for key, theirs in names.items()}
         names |= {key: theirs for key, theirs in in_head.items() if theirs is not None}
     unknown = [ours for ours, theirs in names.items() if theirs is None]
     if unknown:
@@ -707,53 +701,3 @@ def foreign(checkpoint: Checkpoint, target: Format) -> dict[str, torch.Tensor]:
             tensor = tensor.flatten(1)
         tensors[names[ours]] = tensor
     return tensors
-
-
-def card(checkpoint: Checkpoint, model: PreTrainedModel) -> str:
-    """A short model card: what this is, where it came from, what was not checked."""
-    config = checkpoint.config
-    row = VARIANTS.get(checkpoint.variant)
-    pipeline = PIPELINES.get(checkpoint.task) if config.num_labels else None
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=pipeline or "image-feature-extraction",
-        license="apache-2.0",
-        tags=["vision", config.model_type, "hf-poolformer"],
-        datasets=["imagenet-1k"] if row and row.num_labels == 1000 else None,
-    )
-    check_metadata(data.to_dict())
-    title = checkpoint.variant or checkpoint.family or config.model_type
-    if head := head_of(checkpoint.tensors, ours=True):
-        title = f"{head.name} on {title}"
-    lines = [
-        f"# {title}",
-        "",
-        f"Weights of {title}, {model.num_parameters():,} parameters, converted without change from "
-        f"`{checkpoint.source.replace('`', '')}`, a checkpoint in the {checkpoint.format.name} format"
-        + (f" (SHA-256 `{checkpoint.sha256}`)." if checkpoint.sha256 else "."),
-        "",
-        f"- depths {list(config.depths)}, widths {list(config.hidden_sizes)}, mixers {', '.join(config.token_mixers)}",
-        "- papers: [PoolFormer](https://arxiv.org/abs/2111.11418), [MetaFormer baselines]"
-        "(https://arxiv.org/abs/2210.13452)",
-    ]
-    if row:
-        lines.append(f"- the authors' checkpoint of this architecture: {row.source}")
-    if row and row.top1:
-        lines.append(
-            f"- ImageNet-1K top-1 that the authors report for theirs: {row.top1} % (not measured again here, and not "
-            "checked that this is the same file)"
-        )
-    lines += [f"- {plain(note)}" for note in checkpoint.notes]
-    auto = AUTO_CLASS[checkpoint.task]
-    built_in = config.model_type == "poolformer" and checkpoint.task in ("classifier", "encoder")
-    code = "" if built_in else ", trust_remote_code=True"
-    lines += [
-        "",
-        "```python",
-        f"from transformers import AutoImageProcessor, {auto}",
-        "",
-        f'processor = AutoImageProcessor.from_pretrained("path/or/id"{code})',
-        f'model = {auto}.from_pretrained("path/or/id"{code})',
-        "```",
-    ]
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"

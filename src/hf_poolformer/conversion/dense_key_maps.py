@@ -12,10 +12,10 @@ from functools import cached_property
 
 import torch
 
-from hf_poolformer.conversion.key_maps import STAGES, Rule, pattern, rename
+from .key_maps import STAGES, Rule, pattern, rename
 
 
-BACKBONE = "backbone."
+IN_BACKBONE = "backbone."
 
 Shape = Callable[[str], torch.Size]
 
@@ -26,7 +26,7 @@ class DenseHead:
     A neck and head of mmdetection or mmsegmentation.
 
     Attributes:
-        task: as in `Checkpoint.task`.
+        task: its name in `TASKS`.
         name: of the method, for messages and cards.
         publisher: whose format it is.
         markers: (their key, our key); all checkpoints of this head have it, and those of no other.
@@ -84,7 +84,7 @@ def mask_rcnn_facts(shape: Shape) -> dict[str, int]:
 # mmsegmentation 0.19: FPN and FPNHead, as in fpn_poolformer_*_ade20k_40k.py. Of the modules of a level every other one
 # is an upsampling.
 SEMANTIC_FPN = DenseHead(
-    task="segmenter",
+    task="semantic-segmentation",
     name="Semantic FPN",
     publisher="mmsegmentation",
     markers=("decode_head.scale_heads.", "decode_head.scale_heads."),
@@ -104,7 +104,7 @@ SEMANTIC_FPN = DenseHead(
 # mmdetection 2.19: FPN from the second stage on, with two more levels, and RetinaHead, as in
 # retinanet_poolformer_*_fpn_1x_coco.py.
 RETINANET = DenseHead(
-    task="detector",
+    task="object-detection",
     name="RetinaNet",
     publisher="mmdetection",
     markers=("bbox_head.retina_cls.", "bbox_head.classification_head."),
@@ -122,7 +122,7 @@ RETINANET = DenseHead(
 )
 # mmdetection 2.19: FPN, RPNHead, Shared2FCBBoxHead and FCNMaskHead, as in mask_rcnn_poolformer_*_fpn_1x_coco.py.
 MASK_RCNN = DenseHead(
-    task="instance segmenter",
+    task="instance-segmentation",
     name="Mask R-CNN",
     publisher="mmdetection",
     markers=("roi_head.mask_head.", "mask_predictor."),

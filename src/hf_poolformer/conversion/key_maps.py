@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from hf_poolformer.token_mixers import TOKEN_MIXERS
+from ..token_mixers import TOKEN_MIXERS
 
 
 Rule = tuple[str, str]

@@ -19,15 +19,14 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from hf_poolformer.conversion.dense_key_maps import BACKBONE
-from hf_poolformer.conversion.key_maps import FORMATS
-from hf_poolformer.foundation.exported import is_exported, no_model
-
 from ..foundation.errors import one_line
+from ..foundation.exported import is_exported, no_model
 from ..foundation.files import digest
+from .dense_key_maps import IN_BACKBONE
+from .key_maps import FORMATS
 
 
-__all__ = ["ConversionError", "Source", "open_source"]
+__all__ = ["ConversionError", "FoundCheckpoint", "open_checkpoint"]
 
 # Parts that wrappers put into keys, in any order and at any depth: data parallelism and averaging, torch.compile,
 # FSDP, activation checkpointing, Lightning Fabric. No format has such parts of its own.
@@ -64,7 +63,7 @@ class ConversionError(ValueError):
 
 
 @dataclass
-class Source:
+class FoundCheckpoint:
     """
     A checkpoint as found.
 
@@ -99,7 +98,7 @@ class Source:
         return {**said, "its file name": self.name}
 
 
-def open_source(source: str | os.PathLike, weights: str | None = None) -> Source:
+def open_checkpoint(source: str | os.PathLike, weights: str | None = None) -> FoundCheckpoint:
     """
     Reads a file, a folder or a repository of the Hub.
 
@@ -135,7 +134,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def add_config_beside(path: Path, found: Source) -> None:
+def add_config_beside(path: Path, found: FoundCheckpoint) -> None:
     """Takes what a `config.json` beside a weights file says, if it is the file's by its name or its content."""
     standard = any(path.match(glob) for glob in STANDARD)
     try:
@@ -146,10 +145,10 @@ def add_config_beside(path: Path, found: Source) -> None:
         found.notes.append(f"config.json beside {path.name} cannot be read, and was not used")
         return
     if config and not is_model_config(config):
-        found.statements |= flat({"config": config}) | found.statements
+        found.statements |= statements_in({"config": config}) | found.statements
     elif config and (standard or config.get("model_type") in ("poolformer", "metaformer")):
         found.config, found.folder = config, path.parent
-        found.statements |= flat(config) | found.statements
+        found.statements |= statements_in(config) | found.statements
         found.notes.append(f"config.json beside {path.name} was taken for its own")
     elif config:
         found.notes.append(f"config.json beside {path.name} is of another model, and was not used")
@@ -160,7 +159,7 @@ def is_model_config(config: Mapping[str, Any]) -> bool:
     return any(isinstance(config.get(key), str) for key in ("model_type", "architecture"))
 
 
-def open_folder(folder: Path, name: str, weights: str | None) -> Source:
+def open_folder(folder: Path, name: str, weights: str | None) -> FoundCheckpoint:
     config = read_config(folder)
     standard = [found for glob in STANDARD if (found := sorted(folder.glob(glob)))]
     others = sorted({file for glob in OTHERS for file in folder.glob(glob)} - {file for fs in standard for file in fs})
@@ -185,10 +184,10 @@ def open_folder(folder: Path, name: str, weights: str | None) -> Source:
     found.folder = folder
     if is_model_config(config):
         found.name, found.config = name, config
-        found.statements |= flat(config)
+        found.statements |= statements_in(config)
     elif config:
         # A trainer's: what it says about the model counts, as inside a checkpoint.
-        found.statements |= flat({"config": config}) | found.statements
+        found.statements |= statements_in({"config": config}) | found.statements
     return found
 
 
@@ -238,10 +237,12 @@ class WeightSet:
     beside: list[str]
 
 
-def load_weights(path: Path, wanted: str | None = None) -> Source:
+def load_weights(path: Path, wanted: str | None = None) -> FoundCheckpoint:
     """The model in a file, without wrappers and prefixes, and what else the file says."""
     content = load_safetensors(path) if path.suffix == ".safetensors" else load_pickle(path)
-    found = Source(path.name, {}, sha256=digest(path), labels=class_names(content), statements=flat(content))
+    found = FoundCheckpoint(
+        path.name, {}, sha256=digest(path), labels=class_names(content), statements=statements_in(content)
+    )
     sets = sets_of(content, path.name) if isinstance(content, Mapping) else []
     if not sets:
         if wanted is not None:
@@ -289,10 +290,10 @@ def prefix_of(key: str) -> str | None:
     """What comes before a key that only a MetaFormer has; `None` for all other keys."""
     match = next((match for marker in MARKERS if (match := marker.search(key))), None)
     # `backbone.` says where the weights belong in a detector, rather than who wrapped them.
-    return key[: match.start()].removesuffix(BACKBONE) if match else None
+    return key[: match.start()].removesuffix(IN_BACKBONE) if match else None
 
 
-def choose(sets: list[WeightSet], content: Mapping[Any, Any], wanted: str | None, found: Source) -> WeightSet:
+def choose(sets: list[WeightSet], content: Mapping[Any, Any], wanted: str | None, found: FoundCheckpoint) -> WeightSet:
     """The set to take, with a note if there were several: the wanted one, else averaged weights, else the plain."""
     names = [each.name for each in sets]
     shown = ", ".join(name or "(unnamed)" for name in names)
@@ -341,7 +342,7 @@ def only_tensors(path: Path, content: Any) -> dict[str, torch.Tensor]:
     return dict(content)
 
 
-def flat(content: Any) -> dict[str, Any]:
+def statements_in(content: Any) -> dict[str, Any]:
     """What is written down under `STATEMENTS` and `NAMES`, without nesting; what is said first counts."""
     said: dict[str, Any] = {}
     if not isinstance(content, Mapping):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..data.dense.datasets import Truth
 from ..foundation.errors import UserError
 from ..foundation.finite import check_finite, check_weights
+from ..foundation.tasks import task_named
 from ..training.dense.augmentation import collate
 from .dense_metrics import DetectionMetric, SegmentationMetric
 
@@ -25,7 +26,7 @@ DIVISOR = 32  # of the sides of a batch; the stride of the last stage
 
 
 @dataclass
-class Example:
+class EvaluatedImage:
     """An evaluated image with what is in it and what was found, for a picture.
 
     Attributes:
@@ -36,6 +37,83 @@ class Example:
     pixel_values: torch.Tensor
     truth: Truth
     found: Any
+
+
+class Judge(Protocol):
+    """What an evaluation does for one task; `Task.evaluation` names the class. Made with the number of classes.
+
+    Attributes:
+        divisor: what sides of a batch are padded to a multiple of.
+    """
+
+    divisor: int
+
+    def found(self, outputs: Any, processor: Any, sizes: list[tuple[int, int]]) -> list[Any]:
+        """What the model found in each image, in the pixels of images of `sizes` (height, width)."""
+
+    def add(self, truth: Truth, found: Any) -> None:
+        """Counts one image."""
+
+    def state(self) -> Any:
+        """What was counted in this process; can be pickled."""
+
+    @staticmethod
+    def compute(states: Sequence[Any]) -> dict[str, Any]:
+        """The figures, named `eval_*`, of the states of all processes."""
+
+
+class MapJudge(SegmentationMetric):
+    """Of maps of classes."""
+
+    divisor = 1
+
+    def found(self, outputs: Any, processor: Any, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
+        maps = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+        return [values.cpu().numpy() for values in maps]
+
+    def add(self, truth: Truth, found: np.ndarray) -> None:
+        self.update(found, truth.map)
+
+
+class BoxJudge(DetectionMetric):
+    """Of boxes."""
+
+    divisor = DIVISOR
+    with_masks = False
+
+    def __init__(self, num_labels: int):
+        super().__init__(num_labels, self.with_masks)
+
+    def found(self, outputs: Any, processor: Any, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        found = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
+        return [
+            {
+                "boxes": part["boxes"].float().cpu().numpy(),
+                "scores": part["scores"].float().cpu().numpy(),
+                "labels": part["labels"].cpu().numpy(),
+                "masks": None,
+            }
+            for part in found
+        ]
+
+    def add(self, truth: Truth, found: dict[str, Any]) -> None:
+        values = (found[name] for name in ("boxes", "scores", "labels", "masks"))
+        self.update(truth.key, truth.size, *values, truth.objects)
+
+
+class MaskJudge(BoxJudge):
+    """Of boxes and masks."""
+
+    with_masks = True
+
+    def found(self, outputs: Any, processor: Any, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        segments = processor.post_process_instance_segmentation(
+            outputs, threshold=0.0, target_sizes=sizes, return_binary_maps=True
+        )
+        return [
+            {**found, "masks": part["segmentation"].cpu().numpy()}
+            for found, part in zip(super().found(outputs, processor, sizes), segments, strict=True)
+        ]
 
 
 @torch.inference_mode()
@@ -50,7 +128,7 @@ def evaluate(
     keep: int = 0,
     progress: bool = False,
     should_stop: Callable[[], int] = lambda: 0,
-) -> tuple[dict[str, Any], list[Example]]:
+) -> tuple[dict[str, Any], list[EvaluatedImage]]:
     """Metrics over all images that the processes' loaders yield together, in the pixels of the stored images.
 
     What an image gives does not depend on those beside it: only images of one size share a batch. No process waits for
@@ -75,32 +153,25 @@ def evaluate(
     check_weights(bare, "the model")  # a detector finds nothing where its scores are NaN, and says no more
     was_training = bare.training
     bare.eval()
-    if task == "semantic-segmentation":
-        metric = SegmentationMetric(num_labels)
-    else:
-        metric = DetectionMetric(num_labels, with_masks=task == "instance-segmentation")
-    examples: list[Example] = []
+    judge = task_named(task).new_judge(num_labels)
+    examples: list[EvaluatedImage] = []
     skipped, count, stopped, fault = 0, 0, False, None
     start = time.perf_counter()
     try:
         for batch in tqdm(loader, desc="evaluating", unit="batch", disable=not progress, leave=False):
             skipped += len(batch["skipped"])
             for pixel_values, truths in alike(batch["pixel_values"], batch["labels"]):
-                found = predict(bare, pixel_values, truths, task, processor, accelerator)
+                found = predict(bare, pixel_values, truths, judge, processor, accelerator)
                 for image, truth, prediction in zip(pixel_values, truths, found, strict=True):
                     count += 1
-                    if isinstance(metric, SegmentationMetric):
-                        metric.update(prediction, truth.map)
-                    else:
-                        values = (prediction[name] for name in ("boxes", "scores", "labels", "masks"))
-                        metric.update(truth.key, truth.size, *values, truth.objects)
+                    judge.add(truth, prediction)
                     if len(examples) < keep:
-                        examples.append(Example(image, truth, prediction))
+                        examples.append(EvaluatedImage(image, truth, prediction))
             if stopped := bool(should_stop()):
                 break
     except UserError as error:  # the others would wait for this process
         fault = str(error)
-    mine = {"fault": fault, "stopped": stopped, "skipped": skipped, "count": count, "state": metric.state()}
+    mine = {"fault": fault, "stopped": stopped, "skipped": skipped, "count": count, "state": judge.state()}
     parts = gather_object([mine])
     bare.train(was_training)
     for part in parts:
@@ -115,7 +186,7 @@ def evaluate(
     if hasattr(loader, "judge"):  # a list of batches has none
         loader.judge(samples + missed, missed)
     # Once, not in every process: COCO's evaluation of a large split takes its time and memory.
-    results = [type(metric).compute([part["state"] for part in parts]) if accelerator.is_main_process else None]
+    results = [type(judge).compute([part["state"] for part in parts]) if accelerator.is_main_process else None]
     broadcast_object_list(results)
     seconds = time.perf_counter() - start
     return {
@@ -140,43 +211,19 @@ def predict(
     model: nn.Module,
     images: list[torch.Tensor],
     truths: list[Truth],
-    task: str,
+    judge: Judge,
     processor: Any,
     accelerator: Accelerator,
 ) -> list[Any]:
-    """Predictions for images of one size, as `Example.found`."""
-    device = accelerator.device
-    sizes = [truth.size for truth in truths]
-    if task == "semantic-segmentation":
-        pixel_values, _ = collate(images, 1)
-        with accelerator.autocast():
-            outputs = model(pixel_values=pixel_values.to(device, memory_format=torch.channels_last))
-        check_finite(outputs.logits, "the model")
-        maps = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
-        return [values.cpu().numpy() for values in maps]
-    pixel_values, pixel_mask = collate(images, DIVISOR)
-    inputs = {"pixel_values": pixel_values.to(device, memory_format=torch.channels_last)}
+    """Predictions for images of one size, as `EvaluatedImage.found`."""
+    pixel_values, pixel_mask = collate(images, judge.divisor)
+    inputs = {"pixel_values": pixel_values.to(accelerator.device, memory_format=torch.channels_last)}
     if pixel_mask is not None:
-        inputs["pixel_mask"] = pixel_mask.to(device)
+        inputs["pixel_mask"] = pixel_mask.to(accelerator.device)
     with accelerator.autocast():
         outputs = model(**inputs)
     check_finite(outputs.logits, "the model")
-    found = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
-    masks: list[Any] = [None] * len(found)
-    if task == "instance-segmentation":
-        segments = processor.post_process_instance_segmentation(
-            outputs, threshold=0.0, target_sizes=sizes, return_binary_maps=True
-        )
-        masks = [part["segmentation"].cpu().numpy() for part in segments]
-    return [
-        {
-            "boxes": part["boxes"].float().cpu().numpy(),
-            "scores": part["scores"].float().cpu().numpy(),
-            "labels": part["labels"].cpu().numpy(),
-            "masks": mask,
-        }
-        for part, mask in zip(found, masks, strict=True)
-    ]
+    return judge.found(outputs, processor, [truth.size for truth in truths])
 
 
 def named_results(results: dict[str, Any], label_names: list[str]) -> dict[str, Any]:

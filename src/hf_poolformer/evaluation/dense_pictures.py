@@ -11,25 +11,16 @@ import numpy as np
 from PIL import Image
 
 from ..foundation.figures import add_legend, new_figure, save_figure
+from ..foundation.tasks import task_named
 from ..image_processing_dense import IGNORE_INDEX
 
 
 if TYPE_CHECKING:
-    from .dense import Example
+    from .dense import EvaluatedImage
 
 
 # Below this a detection is not drawn; the metric counts all of them.
 SHOWN_SCORE = 0.4
-# What each task's metric is called: (key of the results, its name), the first being the one that matters.
-METRICS = {
-    "semantic-segmentation": [("eval_miou", "mean IoU"), ("eval_pixel_accuracy", "pixel accuracy")],
-    "object-detection": [("eval_map", "mAP, IoU .50 to .95"), ("eval_map_50", "mAP, IoU .50")],
-    "instance-segmentation": [
-        ("eval_mask_map", "mask mAP, IoU .50 to .95"),
-        ("eval_mask_map_50", "mask mAP, IoU .50"),
-        ("eval_map_50", "box mAP, IoU .50"),
-    ],
-}
 
 
 def colours(count: int) -> np.ndarray:
@@ -44,13 +35,14 @@ def colours(count: int) -> np.ndarray:
 def write_curves(path: Path, rows: Sequence[dict[str, Any]], task: str) -> None:
     """PNG of the training loss (left) and the task's metrics (right) over optimiser steps."""
     training = [row for row in rows if "loss" in row]
-    evaluations = [row for row in rows if METRICS[task][0][0] in row]
+    shown = task_named(task).shown
+    evaluations = [row for row in rows if shown[0].key in row]
     figure, (left, right) = new_figure((10, 4), columns=2)
     left.plot([row["step"] for row in training], [row["loss"] for row in training], linewidth=1)
     left.set(xlabel="optimiser step", ylabel="training loss", title="Loss")
-    for key, label in METRICS[task]:
-        points = [(row["step"], row[key]) for row in evaluations if row.get(key) is not None]
-        right.plot(*zip(*points, strict=True), "o-", label=label) if points else None
+    for score in shown:
+        points = [(row["step"], row[score.key]) for row in evaluations if row.get(score.key) is not None]
+        right.plot(*zip(*points, strict=True), "o-", label=score.short) if points else None
     right.set(xlabel="optimiser step", title="Evaluation split", ylim=(0, 1))
     if evaluations:
         right.legend(loc="best")
@@ -60,7 +52,11 @@ def write_curves(path: Path, rows: Sequence[dict[str, Any]], task: str) -> None:
 
 
 def write_predictions(
-    path: Path, examples: Sequence[Example], label_names: Sequence[str], mean: Sequence[float], std: Sequence[float]
+    path: Path,
+    examples: Sequence[EvaluatedImage],
+    label_names: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> None:
     """PNG of images in pairs: the truth on the left, what the model found on the right.
 
@@ -97,7 +93,7 @@ def write_predictions(
     save_figure(figure, path)
 
 
-def as_seen(example: Example, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+def as_seen(example: EvaluatedImage, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """The image as uint8 (height, width, 3), in its stored size."""
     pixels = example.pixel_values.float().cpu().numpy().transpose(1, 2, 0) * np.array(std) + np.array(mean)
     image = Image.fromarray(np.rint(pixels.clip(0, 1) * 255).astype(np.uint8))

@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
+from ..foundation.tasks import TASKS
+from ..hub.rendering import citations_of, clean_line, plain_markdown, render_card
 from .folder import Manifest
 from .formats import FORMATS
 from .verification import Report
 
 
 OUTPUTS = {"classes": "classes", "labels": "labels", "numbers": "numbers", "pixels": "classes"}
-WITH_PACKAGE = """\
-```python
-from transformers import pipeline
+USE = """\
+{imports}
 from hf_poolformer.export import load
 
-model = load(".")  # this folder; pip install 'hf-poolformer[export]'
-classify = pipeline("image-classification", model=model, image_processor=model.image_processor)
-print(classify("photo.jpg"))
-```"""
-WITH_PACKAGE_DENSE = """\
-```python
-from PIL import Image
-from hf_poolformer.export import load
-
-model = load(".")  # this folder; pip install 'hf-poolformer[export]'
-image = Image.open("photo.jpg")
-outputs = model(**model.image_processor(image, return_tensors="pt"))
-classes = model.image_processor.post_process_semantic_segmentation(outputs, [image.size[::-1]])[0]
-```"""
+model = load("."{trust})  # this folder; {installation}
+{code}"""
 
 
-def render_card(manifest: Manifest, report: Report, config: Any) -> str:
-    """Markdown with the Hub's metadata in front."""
-    source, format = manifest.source, FORMATS[manifest.format]
+def export_card(manifest: Manifest, report: Report, config: Any) -> str:
+    """The facts of an export, as the one writer of cards sets them."""
+    source, task, format = manifest.source, TASKS[manifest.task], FORMATS[manifest.format]
     tags = ["poolformer", "metaformer", manifest.format, manifest.precision]
-    data: dict[str, Any] = {"pipeline_tag": _pipeline_tag(manifest.task), "tags": list(dict.fromkeys(tags))}
+    data: dict[str, Any] = {"pipeline_tag": task.pipeline_tag, "tags": list(dict.fromkeys(tags))}
     if format.hub_library is not None:
         data["library_name"] = format.hub_library
     if "/" in source["model"]:
@@ -68,23 +56,26 @@ def render_card(manifest: Manifest, report: Report, config: Any) -> str:
     if report.accuracy is not None:
         rows.append(("accuracy", f"{report.accuracy:.2%}; of the model {report.accuracy_before:.2%}"))
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())))
-    use = WITH_PACKAGE if manifest.task == "image-classification" else WITH_PACKAGE_DENSE
-    use = use.replace("pip install 'hf-poolformer[export]'", format.installation)
-    if format.holds_code:
-        use = use.replace('load(".")', 'load(".", trust_remote_code=True)')
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return (
-        f"---\n{yaml.safe_dump(data, sort_keys=False)}---\n\n"
-        f"# {_title(source['model'])}, exported\n\n| | |\n|---|---|\n{table}\n\n## How to use it\n\n{use}\n\n"
-        f"## How it was verified\n\nThe same images went through this graph and through the model in float32, in "
+    trust = ", trust_remote_code=True" if format.holds_code else ""
+    title = clean_line(source["model"])
+    verified = (
+        "The same images went through this graph and through the model in float32, in "
         f"{len(report.checks)} batches; the root of the mean square of an output's differences, relative to how far "
         f"that output spreads over the images, may be {report.tolerance:g}. Every comparison is in "
-        f"`verification.json`, every setting in `export.json`.\n"
+        "`verification.json`, every setting in `export.json`."
     )
-
-
-def _pipeline_tag(task: str) -> str:
-    return "image-segmentation" if task == "semantic-segmentation" else task
+    return render_card(
+        ModelCardData(**data),
+        complete=False,  # nobody knows the licence of what was exported
+        title=f"{title}, exported",
+        summary=f"The {task.noun} {plain_markdown(title)} in the form that {format.runtime} runs.",
+        facts=rows,
+        pipeline_snippet=USE.format(
+            trust=trust, imports=task.exported_imports, code=task.exported_code, installation=format.installation
+        ),
+        sections=[("How it was verified", verified)],
+        citations=citations_of(config.model_type),
+    )
 
 
 def _relation(manifest: Manifest) -> str:
@@ -102,9 +93,4 @@ def _input(manifest: Manifest) -> str:
 
 def _made_of(source: dict[str, Any]) -> str:
     commit = f" at {source['commit']}" if source.get("commit") else ""
-    return f"{_title(source['model'])}{commit}; SHA-256 of its weights {source['sha256'][:16]}..."
-
-
-def _title(name: str) -> str:
-    """A folder's name may be anything."""
-    return json.dumps(name)[1:-1].replace("|", "\\|").replace("`", "'")
+    return f"{plain_markdown(source['model'])}{commit}; SHA-256 of its weights {source['sha256'][:16]}..."

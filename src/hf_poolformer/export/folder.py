@@ -17,6 +17,7 @@ from ..foundation.errors import UserError, one_line
 from ..foundation.exported import MANIFEST, is_exported
 from ..foundation.files import digest, write_json
 from ..foundation.folders import Taken, give_back, take
+from ..foundation.tasks import exportable_tasks
 from .format import PRECISIONS
 from .formats import FORMATS
 
@@ -24,7 +25,6 @@ from .formats import FORMATS
 logger = logging.getLogger(__name__)
 
 REPORT = "verification.json"
-TASKS = ("image-classification", "semantic-segmentation")
 # What the graph's answers are read with; of another one they would be another model's.
 SETTINGS = ("config.json", "preprocessor_config.json")
 # Prefixes of what is made, and what it replaces, in the workplace of an export.
@@ -38,7 +38,7 @@ class Manifest:
 
     Attributes:
         format, precision: of `formats.FORMATS`, and of those that it has.
-        task: of TASKS.
+        task: one of `exportable_tasks`.
         file: the one that the format's runtime opens; `files` are all that belong to the graph, and SETTINGS, with
             their SHA-256.
         compiled: of "torch": a package of machine code for this kind of machine, made by AOTInductor.
@@ -114,7 +114,7 @@ class Manifest:
         Raises:
             UserError: the manifest, which lies at `path`, says what none of this version's does.
         """
-        choices = {"format": tuple(FORMATS), "precision": PRECISIONS, "task": TASKS}
+        choices = {"format": tuple(FORMATS), "precision": PRECISIONS, "task": exportable_tasks()}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(

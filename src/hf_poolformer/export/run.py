@@ -14,12 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    AutoModelForSemanticSegmentation,
-)
+from transformers import AutoConfig, AutoImageProcessor
 
 from .. import __version__
 from ..foundation.errors import UserError
@@ -28,8 +23,9 @@ from ..foundation.files import digest, write_json
 from ..foundation.finite import check_weights
 from ..foundation.loading import why_not_loaded
 from ..foundation.origin import Origin
+from ..foundation.tasks import CLASSIFICATION, TASKS, task_of_config
 from ..token_mixers import Attention
-from .card import render_card
+from .card import export_card
 from .deployable import DTYPES, Deployable, has_fixed_tokens, smallest_size, write_graph
 from .folder import REPORT, SETTINGS, Manifest, check_output, folder_size, new_folder
 from .formats import FORMATS, check_request
@@ -211,7 +207,7 @@ def export_model(
         )
         report.size = folder_size(folder)
         write_json(folder / REPORT, report.to_dict())
-        (folder / "README.md").write_text(render_card(manifest, report, original.config), encoding="utf-8")
+        (folder / "README.md").write_text(export_card(manifest, report, original.config), encoding="utf-8")
         size = folder_size(folder)
     return Summary(Path(output), manifest, report, size)
 
@@ -230,15 +226,13 @@ def load_source(name: str, origin: Origin) -> tuple[nn.Module, Any, str]:
         raise UserError(f"{name} is not a model: it has no config.json")
     try:
         config = AutoConfig.from_pretrained(name, **where)
-        architecture = (getattr(config, "architectures", None) or [""])[0]
-        segments = architecture.endswith("ForSemanticSegmentation")
-        auto = AutoModelForSemanticSegmentation if segments else AutoModelForImageClassification
-        if architecture.endswith(("ForObjectDetection", "ForInstanceSegmentation")):
+        task = task_of_config(config) or TASKS[CLASSIFICATION]
+        if not task.exported_output:
             raise UserError(
                 f"{name} is a detector, which cannot be exported: it ends in steps whose number depends on the image "
                 "(non-maximum suppression). Image classifiers and semantic segmenters can"
             )
-        model, info = auto.from_pretrained(name, **where, output_loading_info=True)
+        model, info = task.auto_model().from_pretrained(name, **where, output_loading_info=True)
         processor = AutoImageProcessor.from_pretrained(name, **where)
     except UserError:
         raise
@@ -250,7 +244,7 @@ def load_source(name: str, origin: Origin) -> tuple[nn.Module, Any, str]:
         raise UserError(f"{name} is not a trained model of its kind: it has no weights for {missing}")
     check_weights(model, name)
     check_channels(name, processor, getattr(model.config, "num_channels", 3))
-    return model.float().eval(), processor, "semantic-segmentation" if segments else "image-classification"
+    return model.float().eval(), processor, task.name
 
 
 def quantise_graph(

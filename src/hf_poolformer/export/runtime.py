@@ -11,18 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor
-from transformers.modeling_outputs import ImageClassifierOutput, SemanticSegmenterOutput
+from transformers import AutoConfig, AutoImageProcessor, modeling_outputs
 from transformers.models.auto import modeling_auto
 
 from ..foundation.errors import UserError, one_line
 from ..foundation.exported import is_exported
+from ..foundation.tasks import CLASSIFICATION, TASKS
 from .deployable import activation_of, pixel_affine
 from .folder import Manifest
 from .formats import FORMATS
-
-
-OUTPUTS = {"image-classification": ImageClassifierOutput, "semantic-segmentation": SemanticSegmenterOutput}
 
 
 def load(
@@ -82,7 +79,7 @@ def load_classifier(folder: str | os.PathLike, trust_remote_code: bool = False) 
     from ..foundation.loading import check_colours
 
     model = load(folder, trust_remote_code=trust_remote_code)
-    if model.manifest.task != "image-classification":
+    if model.manifest.task != CLASSIFICATION:
         raise UserError(f"{folder} is an export of another task: {model.manifest.task}")
     check_colours(str(folder), model.config, model.image_processor)
     return model, model.image_processor
@@ -123,7 +120,7 @@ class ExportedModel(nn.Module):
 
     def forward(
         self, pixel_values: torch.Tensor | np.ndarray | None = None, **kwargs: Any
-    ) -> ImageClassifierOutput | SemanticSegmenterOutput:
+    ) -> modeling_outputs.ImageClassifierOutput | modeling_outputs.SemanticSegmenterOutput:
         """
         Args:
             pixel_values: (batch, channels, height, width) as the image processor makes them; of an export with
@@ -143,7 +140,7 @@ class ExportedModel(nn.Module):
         outputs = self.run(self.prepare(pixel_values.cpu()))
         if self.manifest.preprocessing:
             outputs = scores_to_logits(outputs, self.config)
-        return OUTPUTS[self.manifest.task](logits=outputs.to(device))
+        return getattr(modeling_outputs, TASKS[self.manifest.task].exported_output)(logits=outputs.to(device))
 
     def prepare(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What the graph takes: float32 (B, C, H, W), or uint8 (B, H, W, C)."""

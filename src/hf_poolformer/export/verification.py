@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ..foundation.errors import UserError, one_line
 from ..foundation.finite import check_finite
+from ..foundation.tasks import TASKS
 from .deployable import activation_of, pixel_affine, scores
 from .folder import Manifest
 from .formats import FORMATS
@@ -132,7 +133,7 @@ class Report:
 
 def kind_of(config: Any, task: str) -> str:
     """What the answers of a model mean: one of AGREEMENT."""
-    if task == "semantic-segmentation":
+    if TASKS[task].gives == "map":
         return "pixels"
     if config.problem_type == "multi_label_classification":
         return "labels"

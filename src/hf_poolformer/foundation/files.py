@@ -73,6 +73,11 @@ def replace_text(path: Path, text: str) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}.") from error
 
 
+def size_text(size: int) -> str:
+    """Bytes for people: 241 kB, 3.7 MB."""
+    return f"{size / 1e3:.0f} kB" if size < 10**6 else f"{size / 1e6:.1f} MB"
+
+
 @contextlib.contextmanager
 def best_effort(what: str) -> Iterator[None]:
     """A fault in what only adorns a run is told, and ends nothing.

@@ -142,6 +142,10 @@ class SettingsParser(HfArgumentParser, QuietParser):
             list(groups), formatter_class=SettingsFormatter, allow_abbrev=False, usage="%(prog)s [FLAGS]", **kwargs
         )
 
+    def set_choices(self, name: str, choices: Sequence[str]) -> None:
+        """Of a setting whose values stand in a table, and not in its type."""
+        self._option_string_actions[f"--{name}"].choices = choices
+
     def names_in(self, argv: Sequence[str]) -> set[str]:
         return {text[2:].split("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
 

@@ -17,11 +17,14 @@ from typing import Any
 
 import yaml
 from huggingface_hub.serialization import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
 
 from ..foundation.exported import is_exported, no_model
 from ..foundation.files import digest
 from ..foundation.strict_json import to_json
-from . import cards, dataset_cards
+from .dataset_cards import dataset_card
+from .metadata import check_card
+from .rendering import local_names, with_repo_id
 
 
 __all__ = ["Contents", "PublishError", "collect"]
@@ -199,12 +202,7 @@ def check_model(folder: Path, contents: Contents) -> None:
         missing = set(read_json(index).get("weight_map", {}).values()) - set(weights)
         if missing:
             raise PublishError(f"{folder} lacks {', '.join(sorted(missing))}, which {index.name} names")
-    for name in weights:
-        try:
-            safetensors_header(folder / name)
-        except (OSError, ValueError) as error:
-            raise PublishError(f"{folder / name} is damaged: {error}") from None
-    check_numbers(folder, weights)
+    check_weight_files(folder, weights)
     config = read_json(folder / "config.json")
     for entry in config.get("auto_map", {}).values():
         module = f"{entry.rpartition('--')[2].split('.')[0]}.py"
@@ -214,39 +212,22 @@ def check_model(folder: Path, contents: Contents) -> None:
             )
 
 
-def check_numbers(folder: Path, weights: Sequence[str]) -> None:
-    """PublishError for weights that are NaN or infinite: the answers of such a model are none."""
-    from safetensors import safe_open
-
+def check_weight_files(folder: Path, weights: Sequence[str]) -> None:
+    """PublishError for damaged files, and for NaN and infinity: the answers of such a model are none."""
     from ..foundation.errors import UserError
     from ..foundation.finite import all_finite, refuse_weights
 
     broken = []
     for name in weights:
-        with safe_open(folder / name, framework="pt") as file:
-            broken += [key for key in file.keys() if not all_finite(file.get_tensor(key))]  # noqa: SIM118
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                broken += [key for key in file.keys() if not all_finite(file.get_tensor(key))]  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise PublishError(f"{folder / name} is damaged: {error}") from None
     try:
         refuse_weights(broken, str(folder))
     except UserError as error:
         raise PublishError(str(error)) from None
-
-
-def safetensors_header(path: Path) -> dict[str, Any]:
-    """Name -> dtype, shape and place of every tensor: 8 bytes of length, then JSON.
-
-    Raises:
-        ValueError: the file is not of that form, or ends too early.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError("not a safetensors file")
-        header = json.loads(file.read(length))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    if 8 + length + max(ends, default=0) != size:
-        raise ValueError(f"{size} bytes, but its header tells of {8 + length + max(ends, default=0)}")
-    return header
 
 
 def shard_weights(contents: Contents, scratch: Path, max_shard_size: str | int) -> None:
@@ -297,20 +278,18 @@ def write_card(contents: Contents, folder: Path, repo_id: str, license: str | No
     try:
         if "README.md" in contents.files:
             text = text_of_card(contents)
-            card = (
-                cards.with_repo_id(text, cards.local_names(folder, text), repo_id)
-                if contents.repo_type == "model"
-                else text
-            )
+            card = with_repo_id(text, local_names(folder, text), repo_id) if contents.repo_type == "model" else text
             if card != text:
                 contents.notes.append(f"in README.md, the folder's name becomes {repo_id} where code loads it")
                 contents.files["README.md"] = card.encode()
-            cards.check_card(card, contents.repo_type)
+            check_card(card, contents.repo_type)
             return
         if contents.repo_type == "model":
-            card = cards.folder_card(folder, repo_id=repo_id, license=license)
+            from .cards import folder_card  # torch and the models, which an upload as such does not need
+
+            card = folder_card(folder, repo_id=repo_id, license=license)
         else:
-            card = dataset_cards.dataset_card(folder, contents.files, repo_id=repo_id, license=license)
+            card = dataset_card(folder, contents.files, repo_id=repo_id, license=license)
     except ValueError as error:
         raise PublishError(f"README.md, the card: {error}") from None
     contents.files["README.md"] = card.encode()

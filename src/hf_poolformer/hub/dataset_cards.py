@@ -7,7 +7,10 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from .cards import LICENSES, CardError, _one_line, plain_markdown
+from ..foundation.files import size_text
+from ..foundation.tasks import CLASSIFICATION
+from .metadata import check_license
+from .rendering import clean_line, plain_markdown
 
 
 __all__ = ["dataset_card"]
@@ -36,12 +39,11 @@ def dataset_card(folder: str | Path, files: Mapping[str, Any], *, repo_id: str, 
     """
     folder = Path(folder)
     license = license or "unknown"
-    if license not in LICENSES:
-        raise CardError(f"license {license!r} is not an identifier the Hub knows, like 'cc-by-4.0' or 'mit'")
+    check_license(license)
     data = DatasetCardData(
         license=license,
         tags=["image", "hf-poolformer"],
-        pretty_name=_one_line(repo_id.rpartition("/")[2]),
+        pretty_name=clean_line(repo_id.rpartition("/")[2]),
     )
     shards = group_by_split([name for name in files if name.lower().endswith((".parquet", ".tar"))])
     classes: list[str] = []
@@ -66,7 +68,7 @@ def dataset_card(folder: str | Path, files: Mapping[str, Any], *, repo_id: str, 
         classes = [] if set(classes) <= set(shards) else classes
     total = None if not counts or None in counts.values() else sum(count or 0 for count in counts.values())
     if classes:
-        data.task_categories = ["image-classification"]
+        data.task_categories = [CLASSIFICATION]
     if total is not None:
         data.size_categories = [next((text for limit, text in SIZES if total < limit), "n>10M")]
     splits = [
@@ -99,25 +101,20 @@ def dataset_card(folder: str | Path, files: Mapping[str, Any], *, repo_id: str, 
     return str(card).rstrip("\n") + "\n"
 
 
-def size_text(size: int) -> str:
-    """Bytes for people: 241 kB, 3.7 MB."""
-    return f"{size / 1e3:.0f} kB" if size < 10**6 else f"{size / 1e6:.1f} MB"
-
-
 def group_by_split(names: Sequence[str]) -> dict[str, list[str]]:
     """Shards by the split that their names begin with; `train` where they do not say."""
     splits: dict[str, list[str]] = {}
     for name in sorted(names):
         found = SHARD.fullmatch(name)
         splits.setdefault(found["split"] if found else split_in(Path(name).parts[:-1]), []).append(name)
-    return in_order(splits)
+    return splits_in_order(splits)
 
 
 def group_by_folder(names: Sequence[str]) -> dict[str, list[str]]:
     splits: dict[str, list[str]] = {}
     for name in sorted(names):
         splits.setdefault(split_in(Path(name).parts[:-1]), []).append(name)
-    return in_order(splits)
+    return splits_in_order(splits)
 
 
 def split_in(parts: Sequence[str]) -> str:
@@ -125,7 +122,7 @@ def split_in(parts: Sequence[str]) -> str:
     return next((known[part.lower()] for part in parts if part.lower() in known), "train")
 
 
-def in_order(splits: dict[str, list[str]]) -> dict[str, list[str]]:
+def splits_in_order(splits: dict[str, list[str]]) -> dict[str, list[str]]:
     first = ("train", "validation", "test")
     return dict(sorted(splits.items(), key=lambda item: (first.index(item[0]) if item[0] in first else 3, item[0])))
 

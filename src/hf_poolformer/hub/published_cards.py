@@ -1,32 +1,172 @@
-"""Cards of the published checkpoints: `model_cards/NAME.yaml` holds the facts, `VARIANTS` the architecture.
+"""Cards of the published checkpoints: `VARIANTS` holds the facts, `FAMILY_TEXTS` here the few words that differ.
 
-What can be computed is not written down: parameters and multiply-accumulates are counted on the model itself. What is
-written down twice, in the YAML file and in `VARIANTS`, must agree: `check_facts`.
+Parameters and multiply-accumulates are not written down but counted, on the model itself.
 """
 
-import os
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..configuration_poolformer import VARIANTS, MetaFormerConfig
+from ..foundation.tasks import CLASSIFICATION, TASKS
 from ..modeling_poolformer import AUTO_CLASSES
-from .cards import FIRST_PAPER, LICENSES, PIPELINE_TAG, SECOND_PAPER, CardError, render_card
+from .metadata import CardError
+from .rendering import FIRST_CITATION, SECOND_CITATION, code_examples, render_card
 
 
-__all__ = ["check_facts", "published_card", "read_facts"]
+__all__ = ["architecture_rows", "original_names", "published_card"]
 
-PAPERS = {"2111.11418": FIRST_PAPER, "2210.13452": SECOND_PAPER}
 
-# What the facts call a dataset -> its id on the Hub. ImageNet-21K has none of its own; other cards call it that.
-DATASETS = {"ImageNet-1K": "ILSVRC/imagenet-1k", "ImageNet-21K": "imagenet-21k"}
+@dataclass(frozen=True)
+class Paper:
+    """
+    Attributes:
+        repository: of its authors' code.
+        license_source: where they say so.
+        results: where they tell the accuracy of the checkpoints, and its address.
+    """
+
+    title: str
+    arxiv: str
+    citation: str
+    repository: str
+    license_source: str
+    results: tuple[str, str]
+
+
+FIRST = Paper(
+    title="MetaFormer Is Actually What You Need for Vision",
+    arxiv="2111.11418",
+    citation=FIRST_CITATION,
+    repository="https://github.com/sail-sg/poolformer",
+    license_source="https://github.com/sail-sg/poolformer/blob/main/LICENSE",
+    results=("README of sail-sg/poolformer", "https://github.com/sail-sg/poolformer#2-poolformer-models"),
+)
+SECOND = Paper(
+    title="MetaFormer Baselines for Vision",
+    arxiv="2210.13452",
+    citation=SECOND_CITATION,
+    repository="https://github.com/sail-sg/metaformer",
+    license_source="https://github.com/sail-sg/metaformer/blob/main/metaformer_baselines.py",
+    results=("README of sail-sg/metaformer", "https://github.com/sail-sg/metaformer#metaformer-baselines"),
+)
+TABLE_5 = ("table 5 of arXiv 2111.11418", "https://arxiv.org/abs/2111.11418")
+LICENSE = "apache-2.0"
+
+
+@dataclass(frozen=True)
+class FamilyTexts:
+    """What the cards of a family say otherwise than those of the others.
+
+    Attributes:
+        title: with `{size}`.
+        mixing: how its blocks mix tokens, and what it is for.
+        sizes: why it takes images of one size, if so.
+        ablation: of the ablation table, which gives its accuracy; nobody uses it as a backbone.
+        sail: the authors' own repository on the Hub has the weights, too.
+    """
+
+    title: str
+    paper: Paper
+    mixing: str
+    sizes: str = ""
+    ablation: bool = False
+    sail: bool = False
+
+
+ROW = "a row of the paper's ablation table"
+FIXED = "Its {what} one size, so it takes images of {pixels} x {pixels} pixels only."
+TRAINED_AT = "Its position embedding was trained at {pixels} x {pixels} pixels, and it is meant for that size."
+FAMILY_TEXTS = {
+    "poolformer": FamilyTexts(
+        "PoolFormer-{size}", FIRST, "Its token mixer is average pooling, which has no parameters.", sail=True
+    ),
+    "metaformer_id": FamilyTexts(
+        "MetaFormer with identity mapping, size {size}",
+        FIRST,
+        f"Its blocks do not mix tokens at all (identity mapping): {ROW}, of interest for research more than for use.",
+        ablation=True,
+    ),
+    "metaformer_pppa": FamilyTexts(
+        "MetaFormer hybrid (pooling x 3, attention), size {size}",
+        FIRST,
+        f"Pooling mixes the tokens of the first three stages, self-attention those of the last: {ROW}.",
+        sizes=TRAINED_AT,
+        ablation=True,
+    ),
+    "metaformer_ppaa": FamilyTexts(
+        "MetaFormer hybrid (pooling x 2, attention x 2), size {size}",
+        FIRST,
+        f"Pooling mixes the tokens of the first two stages, self-attention those of the last two: {ROW}.",
+        sizes=TRAINED_AT,
+        ablation=True,
+    ),
+    "metaformer_pppf": FamilyTexts(
+        "MetaFormer hybrid (pooling x 3, spatial MLP), size {size}",
+        FIRST,
+        "Pooling mixes the tokens of the first three stages, a fully connected layer over the positions those of the "
+        f"last: {ROW}.",
+        sizes=FIXED.replace("{what}", "layers over the positions have"),
+        ablation=True,
+    ),
+    "metaformer_ppff": FamilyTexts(
+        "MetaFormer hybrid (pooling x 2, spatial MLP x 2), size {size}",
+        FIRST,
+        "Pooling mixes the tokens of the first two stages, fully connected layers over the positions those of the "
+        f"last two: {ROW}.",
+        sizes=FIXED.replace("{what}", "layers over the positions have"),
+        ablation=True,
+    ),
+    "identityformer": FamilyTexts(
+        "IdentityFormer-{size}",
+        SECOND,
+        "Its blocks do not mix tokens at all (identity mapping): a lower bound for the architecture, of interest for "
+        "research more than for use.",
+    ),
+    "randformer": FamilyTexts(
+        "RandFormer-{size}",
+        SECOND,
+        "Its last two stages mix tokens with random matrices that were never trained: a demonstration that the "
+        "architecture works with nearly any mixer, of interest for research more than for use.",
+        sizes=FIXED.replace("{what}", "random matrices have"),
+    ),
+    "poolformerv2": FamilyTexts(
+        "PoolFormerV2-{size}",
+        SECOND,
+        "Its token mixer is average pooling, which has no parameters; the rest of the block is that of the second "
+        "paper (StarReLU, scaled shortcuts, no biases).",
+    ),
+    "convformer": FamilyTexts(
+        "ConvFormer-{size}",
+        SECOND,
+        "Its token mixer is a separable convolution in all stages, so it is a purely convolutional network.",
+    ),
+    "caformer": FamilyTexts(
+        "CAFormer-{size}",
+        SECOND,
+        "Its token mixers are separable convolutions in the first two stages and self-attention in the last two.",
+    ),
+}
+
+# Suffix of a variant's name -> the data it was trained on in turn, how, and the suffix of what it was fine-tuned from.
+SMALL, LARGE = "ImageNet-1K", "ImageNet-21K"
+TRAININGS: dict[str, tuple[tuple[str, ...], str, str | None]] = {
+    "": ((SMALL,), f"trained on {SMALL} at {{pixels}} pixels", None),
+    "384": ((SMALL,), f"trained on {SMALL} at 224 pixels and fine-tuned there at {{pixels}}", ""),
+    "in21ft1k": ((LARGE, SMALL), f"trained on {LARGE} and fine-tuned on {SMALL} at {{pixels}} pixels", "_in21k"),
+    "384_in21ft1k": ((LARGE, SMALL), f"trained on {LARGE} and fine-tuned on {SMALL} at {{pixels}} pixels", "_in21k"),
+    "in21k": ((LARGE,), f"trained on {LARGE} at {{pixels}} pixels", None),
+}
+# Their ids on the Hub. ImageNet-21K has none of its own; other cards call it that.
+DATASETS = {SMALL: "ILSVRC/imagenet-1k", LARGE: "imagenet-21k"}
 
 # Pictures that the Hub's own ImageNet models are tried on.
 SAMPLES = "https://huggingface.co/datasets/mishig/sample_images/resolve/main/"
@@ -34,89 +174,24 @@ WIDGET = [
     {"src": f"{SAMPLES}{name}.jpg", "example_title": name.capitalize()} for name in ("tiger", "teapot", "palace")
 ]
 
-# Of a file of facts: field -> type. The question mark is for those that some checkpoints have not.
-FIELDS = {
-    "title": str,
-    "paper": dict,
-    "repository": str,
-    "source": str,
-    "license": str,
-    "license_source": str,
-    "training_data": list,
-    "training": str,
-    "evaluation": dict,
-    "results?": list,
-    "base_model?": str,
-    "same_weights?": list,
-    "intended_use": list,
-    "limits": list,
-}
-
-
-def read_facts(path: str | os.PathLike) -> dict[str, Any]:
-    """The facts of one checkpoint.
-
-    Raises:
-        CardError: the file is no YAML, or lacks a field, or has one of another type or name.
-    """
-    path = Path(path)
-    try:
-        facts = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise CardError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(facts, dict):
-        raise CardError(f"{path} is no mapping of fields to facts")
-    known = {field.rstrip("?"): kind for field, kind in FIELDS.items()}
-    faults = [f"{field} is no field of a card" for field in facts if field not in known]
-    faults += [f"{field} is missing" for field in FIELDS if field[-1] != "?" and field not in facts]
-    faults += [
-        f"{field} should be a {kind.__name__}"
-        for field, kind in known.items()
-        if field in facts and not isinstance(facts[field], kind)
-    ]
-    if faults:
-        raise CardError(f"{path}: {'; '.join(faults)}")
-    return facts
-
-
-def check_facts(name: str, facts: Mapping[str, Any]) -> None:
-    """Compare the facts of `name` with its row of `VARIANTS`.
-
-    Raises:
-        CardError: naming every fact that disagrees.
-    """
-    row = VARIANTS.get(name)
-    if row is None:
-        raise CardError(f"{name} is no row of VARIANTS")
-    found = {
-        "source": facts["source"],
-        "evaluation.image_size": facts["evaluation"].get("image_size"),
-        "evaluation.crop_pct": facts["evaluation"].get("crop_pct"),
-        "top-1": next((result["top1"] for result in facts.get("results", [])), None),
-        "classes": {"ImageNet-1K": 1000, "ImageNet-21K": 21841}.get(facts["training_data"][-1]),
-        "timm": next((place for place in facts.get("same_weights", []) if place.startswith("timm/")), None),
-    }
-    expected = {
-        "source": row.source,
-        "evaluation.image_size": row.image_size,
-        "evaluation.crop_pct": row.crop_pct,
-        "top-1": row.top1,
-        "classes": row.num_labels,
-        "timm": f"timm/{row.timm_name}" if row.timm_name else None,
-    }
-    faults = [
-        f"{key} is {found[key]!r}, in VARIANTS {value!r}" for key, value in expected.items() if found[key] != value
-    ]
-    base = facts.get("base_model")
-    if base is not None and (base not in VARIANTS or VARIANTS[base].config["depths"] != row.config["depths"]):
-        faults.append(f"base_model {base!r} is no variant of the same architecture")
-    if facts["license"] not in LICENSES:
-        faults.append(f"license {facts['license']!r} is not an identifier the Hub knows")
-    if facts["paper"].get("arxiv") not in PAPERS:
-        faults.append(f"paper {facts['paper']!r} is none of {', '.join(PAPERS)}")
-    faults += [f"unknown training data {data!r}" for data in facts["training_data"] if data not in DATASETS]
-    if faults:
-        raise CardError(f"{name}: {'; '.join(faults)}")
+NO_OTHER_CLASS = (
+    "It gives one of 1000 classes to every image, whatever the image shows; there is no class for anything else, and "
+    "its scores are not calibrated probabilities."
+)
+FAULTY_LABELS = (
+    "ImageNet's labels are not without fault, so that small differences in accuracy mean little: at least 6 % of "
+    "those of the validation set are wrong by the estimate of [Northcutt et al.](https://arxiv.org/abs/2103.14749)."
+)
+NO_ACCURACY = (
+    "There is no published accuracy for this head; the authors report what the checkpoints fine-tuned from it reach."
+)
+IMAGENET = (
+    "ImageNet's photographs come from the web and show North America and Europe more than the rest of the world; "
+    "classifiers trained on them do worse on images from elsewhere "
+    "([Shankar et al.](https://arxiv.org/abs/1711.08536)). Do not use it to judge people.",
+    "ImageNet itself is [licensed](https://www.image-net.org/download.php) for non-commercial research and education; "
+    "the licence above is that of the weights.",
+)
 
 
 @cache
@@ -124,7 +199,7 @@ def figures(name: str) -> tuple[int, int, float]:
     """Parameters, those of them that are trained, and 1e9 multiply-accumulates of matrix products and convolutions
     for one image of the variant's size; counted on a model without storage."""
     config = MetaFormerConfig.from_variant(name)
-    classes = AUTO_CLASSES["AutoModelForImageClassification"]
+    classes = AUTO_CLASSES[TASKS[CLASSIFICATION].auto_class]
     (model_class,) = (model_class for model_class in classes if model_class.config_class is type(config))
     with torch.device("meta"):
         model = model_class(config).eval()
@@ -137,150 +212,190 @@ def figures(name: str) -> tuple[int, int, float]:
     return sum(count for count, _ in counts), trained, counter.get_total_flops() / 2e9
 
 
-def published_card(name: str, facts: Mapping[str, Any], *, repo_id: str | None = None) -> str:
+def parts_of(name: str) -> tuple[str, str, str]:
+    """Family, size and training of a variant, as its name has them: caformer, s18, 384_in21ft1k."""
+    family = VARIANTS[name].family
+    size, _, training = name.removeprefix(f"{family}_").partition("_")
+    return family, size, training
+
+
+def same_weights(name: str) -> list[str]:
+    """Where else on the Hub they are."""
+    row = VARIANTS[name]
+    return [
+        *([f"sail/{name}"] if FAMILY_TEXTS[row.family].sail else []),
+        *([f"timm/{row.timm_name}"] if row.timm_name else []),
+    ]
+
+
+def original_names(name: str) -> set[str]:
+    """What a checkpoint is called where the authors, or others for them, published it: a file, or an id on the Hub."""
+    return {VARIANTS[name].source.rpartition("/")[2], *same_weights(name)}
+
+
+def published_card(
+    name: str,
+    *,
+    repo_id: str | None = None,
+    folder: str | None = None,
+    license: str | None = None,
+    sections: Sequence[tuple[str, str]] = (),
+) -> str:
     """The card of a published checkpoint.
 
     Args:
         name: a row of `VARIANTS`.
-        facts: what `read_facts` gives.
-        repo_id: where the converted checkpoint lies; without one the examples load the folder `name`.
+        repo_id: where the converted checkpoint lies on the Hub.
+        folder: or the name of the folder; without either the examples load the folder `name`.
+        sections: as of `render_card`.
 
     Raises:
-        CardError: the facts disagree with `VARIANTS`, or the metadata would not pass the Hub's validation.
+        CardError: there is no such row, or the metadata would not pass the Hub's validation.
     """
-    check_facts(name, facts)
-    row = VARIANTS[name]
-    family = "poolformer" if row.model_type == "poolformer" else "metaformer"
-    base = facts.get("base_model")
-    base_id = f"timm/{VARIANTS[base].timm_name}" if base else None
-    results = facts.get("results", [])
-    title = repo_id.rpartition("/")[2] if repo_id else name
-    data = ModelCardData(
+    if name not in VARIANTS:
+        raise CardError(f"{name} is no row of VARIANTS")
+    row, task = VARIANTS[name], TASKS[CLASSIFICATION]
+    family, size, training = parts_of(name)
+    texts = FAMILY_TEXTS[family]
+    data_names, how, base_suffix = TRAININGS[training]
+    base = None if base_suffix is None else f"timm/{VARIANTS[f'{family}_{size}{base_suffix}'].timm_name}"
+    paper = texts.paper
+    source_name, source_url = TABLE_5 if texts.ablation else paper.results
+    place = repo_id or folder or name
+    title = place.rpartition("/")[2]
+    license = license or LICENSE
+    best = task.figures[0]
+    card_data = ModelCardData(
         library_name="transformers",
-        pipeline_tag=PIPELINE_TAG,
-        license=facts["license"],
-        tags=[PIPELINE_TAG, "vision", family, row.family.replace("_", "-"), "hf-poolformer"],
-        datasets=[DATASETS[name] for name in facts["training_data"]],
-        metrics=["accuracy"] if results else None,
-        base_model=base_id,
-        base_model_relation="finetune" if base_id else None,
-        model_name=title if results else None,
-        eval_results=[
+        pipeline_tag=task.pipeline_tag,
+        license=license,
+        tags=[task.pipeline_tag, "vision", row.model_type, family.replace("_", "-"), "hf-poolformer"],
+        datasets=[DATASETS[data] for data in data_names],
+        metrics=None if row.top1 is None else [best.metric],
+        base_model=base,
+        base_model_relation="finetune" if base else None,
+        model_name=title,
+        eval_results=None
+        if row.top1 is None
+        else [
             EvalResult(
-                task_type=PIPELINE_TAG,
-                task_name="Image classification",
-                dataset_type=DATASETS[result["dataset"]],
-                dataset_name=result["dataset"],
-                dataset_split=result["split"],
-                metric_type="accuracy",
-                metric_name="Top-1 accuracy",
-                metric_value=round(result["top1"] / 100, 4),
+                task_type=task.pipeline_tag,
+                task_name=task.title,
+                dataset_type=DATASETS[SMALL],
+                dataset_name=SMALL,
+                dataset_split="validation",
+                metric_type=best.metric,
+                metric_name=best.name,
+                metric_value=round(row.top1 / 100, 4),
                 verified=False,
-                source_name=result["source_name"],
-                source_url=result["source"],
+                source_name=source_name,
+                source_url=source_url,
             )
-            for result in results
-        ]
-        or None,
+        ],
         widget=WIDGET,
     )
-    if not results:
-        data.pop("model_name")
-    paper = facts["paper"]
+    if row.top1 is None:
+        card_data.pop("model_name")
     return render_card(
-        data,
+        card_data,
         title=title,
         summary=(
-            f"{facts['title']}, {facts['training']}: the weights its authors published, in the form "
-            f"[transformers](https://huggingface.co/docs/transformers) reads. It comes from *{paper['title']}* "
-            f"([arXiv {paper['arxiv']}](https://arxiv.org/abs/{paper['arxiv']}))."
+            f"{texts.title.format(size=size.upper())}, {how.format(pixels=row.image_size)}: the weights its authors "
+            "published, in the form [transformers](https://huggingface.co/docs/transformers) reads. It comes from "
+            f"*{paper.title}* ([arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv}))."
         ),
-        facts=[(text, value) for text, value in table(name, facts, base_id) if value],
-        intended_use=facts["intended_use"],
-        pipeline_snippet=pipeline_snippet(repo_id or name, row.model_type),
-        model_snippet=model_snippet(repo_id or name, row.model_type),
-        usage_note=usage_note(name, repo_id),
-        results=[
-            (f"Top-1 accuracy, {result['dataset']} {result['split']}", f"{result['top1']} %") for result in results
-        ],
+        facts=facts(name, data_names, base, license),
+        intended_use=intended_use(name),
+        **code_examples(task, place, row.model_type),
+        usage_note=usage_note(name, converted=bool(repo_id or folder)),
+        results=[] if row.top1 is None else [(f"{best.name}, {SMALL} validation", f"{row.top1} %")],
         results_intro=(
-            "As the authors report it"
-            + (f" ([{results[0]['source_name']}]({results[0]['source']}))" if results else "")
-            + ". It was not measured again here, and nobody else verified it."
+            f"As the authors report it ([{source_name}]({source_url})). It was not measured again here, and nobody "
+            "else verified it."
         ),
+        sections=sections,
         training_intro=(
-            f"By the authors, on {' and then '.join(facts['training_data'])}; how is told in the paper and in "
-            f"[their repository]({facts['repository']}). The weights were converted, not trained again."
+            f"By the authors, on {' and then '.join(data_names)}; how is told in the paper and in "
+            f"[their repository]({paper.repository}). The weights were converted, not trained again."
         ),
-        limits=facts["limits"],
-        citations=[PAPERS[paper["arxiv"]]],
+        limits=[
+            *([NO_ACCURACY] if row.top1 is None else [NO_OTHER_CLASS, FAULTY_LABELS]),
+            *IMAGENET,
+            *([texts.sizes.format(pixels=row.image_size)] if texts.sizes else []),
+        ],
+        citations=[paper.citation],
     )
 
 
-def table(name: str, facts: Mapping[str, Any], base_id: str | None) -> list[tuple[str, str]]:
+def intended_use(name: str) -> list[str]:
     row = VARIANTS[name]
-    parameters, trained, macs = figures(name)
-    config = MetaFormerConfig.from_variant(name)
-    evaluation = facts["evaluation"]
+    texts = FAMILY_TEXTS[row.family]
+    told = (
+        "A starting point for training on images of your own, with a new head."
+        if row.top1 is None
+        else f"Telling what a photograph shows, out of the {row.num_labels} classes of {SMALL}, and a starting point "
+        "for training on images of your own."
+    )
+    paragraphs = [f"{told} {texts.mixing}"]
+    if row.top1 is None:
+        paragraphs.append(
+            f"As it stands it tells {row.num_labels:,} classes of {LARGE} apart, but the file carries no names for "
+            "them: the configuration calls them LABEL_0, LABEL_1, ..."
+        )
+    backbone = "As a backbone it gives feature maps of four scales"
+    if row.family == "poolformer":
+        small = parts_of(name)[1].startswith("s")
+        detection = "detection and instance segmentation on COCO (RetinaNet, Mask R-CNN) and for " if small else ""
+        paragraphs.append(
+            f"{backbone}. The authors use it for {detection}semantic segmentation on ADE20K (Semantic FPN)."
+        )
+    elif not texts.ablation:
+        paragraphs.append(f"{backbone} for detection and segmentation.")
+    return paragraphs
+
+
+def architecture_rows(config: Any) -> list[tuple[str, str]]:
+    """Of the table of a card: what a configuration says of the four stages."""
     return [
         ("architecture", f"depths {list(config.depths)}, widths {list(config.hidden_sizes)}"),
         ("token mixers", ", ".join(mixer.replace("_", " ") for mixer in config.token_mixers)),
+    ]
+
+
+def facts(name: str, data_names: Sequence[str], base: str | None, license: str) -> list[tuple[str, str]]:
+    row = VARIANTS[name]
+    parameters, trained, macs = figures(name)
+    rows = [
+        *architecture_rows(MetaFormerConfig.from_variant(name)),
         ("parameters", f"{parameters:,}" + (f", of which {trained:,} are trained" if trained < parameters else "")),
         ("multiply-accumulates", f"{macs:.2f} G for one image of {row.image_size} x {row.image_size} pixels"),
         (
             "input",
             f"{row.image_size} x {row.image_size} pixels: short side resized to {round(row.image_size / row.crop_pct)}"
-            f" ({evaluation['interpolation']}), centre crop, ImageNet's mean and standard deviation",
+            " (bicubic), centre crop, ImageNet's mean and standard deviation",
         ),
         ("classes", f"{row.num_labels:,}"),
-        ("training data", ", then ".join(facts["training_data"])),
-        ("fine-tuned from", f"[{base_id}](https://huggingface.co/{base_id})" if base_id else ""),
+        ("training data", ", then ".join(data_names)),
+        ("fine-tuned from", f"[{base}](https://huggingface.co/{base})" if base else ""),
         (
             "the same weights",
-            ", ".join(f"[{place}](https://huggingface.co/{place})" for place in facts.get("same_weights", [])),
+            ", ".join(f"[{place}](https://huggingface.co/{place})" for place in same_weights(name)),
         ),
         ("original file", f"[{row.source.rpartition('/')[2]}]({row.source})"),
-        ("licence", f"[{facts['license']}]({facts['license_source']})"),
+        ("licence", f"[{license}]({FAMILY_TEXTS[row.family].paper.license_source})"),
     ]
+    return [(text, value) for text, value in rows if value]
 
 
-def usage_note(name: str, repo_id: str | None) -> str:
+def usage_note(name: str, converted: bool) -> str:
     code = "" if VARIANTS[name].model_type == "poolformer" else (
         "`trust_remote_code=True` runs the model's code, which comes with the weights; without it, install "
         "hf-poolformer and `import hf_poolformer` first. "
     )  # fmt: skip
-    if repo_id is not None:
+    if converted:
         return code.strip()
     source = VARIANTS[name].source
     return (
         f"{code}The folder `{name}` is what this makes of the [original file]({source}): "
         f"`python scripts/convert.py {source.rpartition('/')[2]} {name}`."
-    )
-
-
-def arguments(model_type: str) -> str:
-    # transformers has a PoolFormer of its own, which computes the same function; a MetaFormer needs its code.
-    return "" if model_type == "poolformer" else ", trust_remote_code=True"
-
-
-def pipeline_snippet(source: str, model_type: str) -> str:
-    return (
-        "from transformers import pipeline\n\n"
-        f'classify = pipeline("{PIPELINE_TAG}", model="{source}"{arguments(model_type)})\n'
-        'print(classify("photo.jpg"))'
-    )
-
-
-def model_snippet(source: str, model_type: str) -> str:
-    place = f'"{source}"{arguments(model_type)}'
-    return (
-        "import torch\n"
-        "from PIL import Image\n"
-        "from transformers import AutoImageProcessor, AutoModelForImageClassification\n\n"
-        f"processor = AutoImageProcessor.from_pretrained({place})\n"
-        f"model = AutoModelForImageClassification.from_pretrained({place}).eval()\n"
-        'inputs = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")\n'
-        "with torch.inference_mode():\n"
-        "    logits = model(**inputs).logits  # (1, number of classes)\n"
-        "print(model.config.id2label[logits.argmax(-1).item()])"
     )

@@ -1,13 +1,10 @@
 """Publishing: one commit that carries a model's or a dataset's folder to the Hub, and errors a person can act on."""
 
-import argparse
 import dataclasses
+import inspect
 import os
 import re
 import shlex
-import shutil
-import signal
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,15 +25,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from ..commands import CommandParser
-from ..foundation.strict_json import to_json
-from .contents import REPO_TYPES, Contents, PublishError, collect
-from .dataset_cards import size_text
+from ..foundation.spelling import command_words
+from .contents import Contents, PublishError, collect
 from .spaces import space_contents
 from .verification import compare_answers, compare_files
 
 
-__all__ = ["Publication", "PublishError", "publish", "upload"]
+__all__ = ["Publication", "PublishError", "publish", "publish_command", "upload"]
 
 # How often a commit is begun anew because somebody else's came first (412).
 ATTEMPTS = 3
@@ -173,7 +168,7 @@ def publish(
                     note = "the Space needs the secret HF_TOKEN, of a token that may read the model (in its settings)"
                     published = dataclasses.replace(published, notes=(*published.notes, note))
         except Exception as error:  # the Hub, the network, the disk or the storage client: all end in the same advice
-            failure = reason(error, endpoint or HfApi().endpoint)
+            failure = explanation(error, endpoint or HfApi().endpoint)
     if failure is not None:
         # Raised here and not above: a server may echo what it was sent, and the first exception would hang on this
         # one as its context, for every log that writes contexts out.
@@ -386,7 +381,7 @@ def redact(text: str, secret: str | None) -> str:
     return re.sub(r"(https?://)[^/@\s]+@", r"\1", text)
 
 
-def reason(error: Exception, endpoint: str) -> str:
+def explanation(error: Exception, endpoint: str) -> str:
     """One sentence about `error`, with what to do about it."""
     if isinstance(error, PublishError):
         return f"{error}."
@@ -422,138 +417,13 @@ def reason(error: Exception, endpoint: str) -> str:
 
 def publish_command(folder: str | os.PathLike, repo_id: str, **options: Any) -> str:
     """The shell command that publishes with the same options, which are `publish`'s. It holds no token."""
-    words = [*program(), str(folder), "--repo_id", repo_id]
-    for action in parser()._actions:
-        value = options.get(action.dest)
-        if action.dest == "no_verify":
-            value = options.get("verify") is False
-        if value in (None, False, action.default) or value == ():
-            continue
-        words.append(action.option_strings[0])
-        if value is not True:
-            words += list(value) if isinstance(value, (list, tuple)) else [str(value)]
+    words = [*command_words("publish"), str(folder), "--repo_id", repo_id]
+    usual = inspect.signature(publish).parameters
+    for name, value in options.items():
+        if name == "verify":  # the only one that is on unless it is switched off
+            words += [] if value else ["--no_verify"]
+        elif value not in (None, False, usual[name].default):
+            words.append(f"--{name}")
+            if value is not True:
+                words += list(value) if isinstance(value, (list, tuple)) else [str(value)]
     return shlex.join(words)
-
-
-def program() -> list[str]:
-    """scripts/publish.py where one of our scripts runs, else the installed command, else the module."""
-    script = Path(sys.argv[0] or "-").with_name("publish.py")  # empty in an interactive Python
-    if script.is_file():
-        return ["python", str(script)]
-    return ["hf-poolformer", "publish"] if shutil.which("hf-poolformer") else ["python", "-m", "hf_poolformer.hub"]
-
-
-# The command ------------------------------------------------------------------------------------------------
-
-
-def parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """The command line of scripts/publish.py and of `hf-poolformer publish`."""
-    parser = CommandParser(
-        prog=prog,
-        description=(
-            "Publish the folder of a trained model, or of a dataset, on the Hugging Face Hub: one commit with "
-            "weights, configuration, code, processor, card, figures and the log of the training, downloaded again "
-            "and compared. Interrupted, the same command goes on."
-        ),
-        epilog="The token is the one `hf auth login` or HF_TOKEN left; it is written nowhere.",
-        formatter_class=argparse.HelpFormatter,
-    )
-    parser.add_argument("folder", metavar="MODEL_DIR", type=Path, help="the folder; it is only read")
-    parser.add_argument("--repo_id", required=True, metavar="USER/NAME", help="where to; created if need be")
-    parser.add_argument("--repo_type", choices=REPO_TYPES, default="model", help="(default: %(default)s)")
-    parser.add_argument("--private", action="store_true", default=None, help="only you can see the repository")
-    parser.add_argument(
-        "--gated", choices=("auto", "manual"), help="people ask for access: everybody gets it, or you grant it"
-    )
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to; created if need be (default: main)")
-    parser.add_argument("--create_pr", action="store_true", help="propose the commit as a pull request")
-    parser.add_argument("--commit_message", metavar="TEXT", help="first line of the commit")
-    parser.add_argument(
-        "--exclude", nargs="+", default=(), metavar="PATTERN", help="files that stay behind, like 'predictions*'"
-    )
-    parser.add_argument("--license", metavar="ID", help="licence, for the card of a folder that has none")
-    parser.add_argument(
-        "--max_shard_size",
-        default="5GB",
-        metavar="SIZE",
-        help="weights above this go up in several files (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--space",
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="USER/NAME",
-        help="also make a Space, a page to try the model on (default name: the model's)",
-    )
-    parser.add_argument("--no_verify", action="store_true", help="do not download and compare what was uploaded")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="only list what would go up and what would stay; sends nothing"
-    )
-    parser.add_argument("--json", action="store_true", help="print the outcome as JSON, for programs")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Entry point; returns the exit status: 0, 2 for an error that is explained on stderr, 130 if interrupted."""
-    arguments = parser(prog).parse_args(argv)
-    options = {name: value for name, value in vars(arguments).items() if name not in ("dry_run", "json", "no_verify")}
-    options["verify"] = not arguments.no_verify
-    folder, repo_id = options.pop("folder"), options.pop("repo_id")
-
-    def terminate(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        if arguments.dry_run:
-            return list_contents(folder, repo_id, arguments)
-        published = publish(folder, repo_id, **options)
-    except PublishError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        command = publish_command(folder, repo_id, **options)
-        print(f"interrupted; {folder} is complete.\nTo go on: {command}", file=sys.stderr)
-        return 130
-    if arguments.json:
-        print(to_json(dataclasses.asdict(published), indent=2))
-        return 0
-    for note in published.notes:
-        print(f"note: {note}")
-    print(f"{len(published.files)} files, {size_text(published.size)}, commit {published.commit[:8]}")
-    print(f"Published: {published.pull_request or published.url}")
-    if published.space:
-        print(f"To try it: {published.space}")
-    return 0
-
-
-def list_contents(folder: Path, repo_id: str, arguments: argparse.Namespace) -> int:
-    """What `--dry_run` prints."""
-    with tempfile.TemporaryDirectory(prefix="hf-poolformer-") as scratch:
-        contents = collect(
-            folder,
-            repo_id,
-            scratch,
-            repo_type=arguments.repo_type,
-            exclude=arguments.exclude,
-            max_shard_size=arguments.max_shard_size,
-            license=arguments.license,
-            secret=get_token(),
-        )
-        sizes = {name: contents.size(name) for name in sorted(contents.files)}
-        if arguments.space:
-            page = space_contents(contents, repo_id)
-            contents.notes.append(f"a Space would have {', '.join(sorted(page.files))}")
-    if arguments.json:
-        print(to_json({"files": sizes, "left_out": contents.left_out, "notes": contents.notes}, indent=2))
-        return 0
-    print(f"{folder} -> {arguments.repo_type} {repo_id}: {len(sizes)} files, {size_text(sum(sizes.values()))}")
-    for name, size in sizes.items():
-        print(f"{size:>13,}  {name}")
-    for name, why in contents.left_out.items():
-        print(f"{'stays':>13}  {name} ({why})")
-    for note in contents.notes:
-        print(f"note: {note}")
-    print("Nothing was sent (--dry_run).")
-    return 0

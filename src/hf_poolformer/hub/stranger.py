@@ -42,15 +42,17 @@ def answers(folder: str, *, code: bool, classes: object = transformers) -> dict[
         inputs = {"pixel_values": torch.from_numpy(pixels).permute(2, 0, 1)[None, :, :height, :width].float() / 255}
     with torch.inference_mode():
         outputs = model(**inputs).to_tuple()
-    return {f"{place}": value.contiguous() for place, value in enumerate(flat(outputs)) if value.is_floating_point()}
+    return {
+        f"{place}": value.contiguous() for place, value in enumerate(tensors_in(outputs)) if value.is_floating_point()
+    }
 
 
-def flat(value: object) -> list[torch.Tensor]:
+def tensors_in(value: object) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [tensor for item in value for tensor in flat(item)] if isinstance(value, (list, tuple)) else []
+    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, (list, tuple)) else []
 
 
 def main(folder: str, path: str, *ways: str) -> None:

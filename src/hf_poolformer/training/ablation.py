@@ -22,7 +22,7 @@ from ..foundation.figures import new_figure, save_figure
 from ..foundation.files import replace_text, write_json
 from ..foundation.processes import processes
 from ..foundation.strict_json import to_json
-from ..hub.cards import plain_markdown
+from ..hub.rendering import plain_markdown
 from .arguments import TrainingSettings
 from .checkpoints import free_name
 from .loop import train

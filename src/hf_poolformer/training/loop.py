@@ -28,6 +28,7 @@ from ..evaluation.pictures import write_confusion_matrix
 from ..foundation.errors import Diverged, UserError
 from ..foundation.files import best_effort, write_json
 from ..foundation.processes import Agreement, Stopped, StopSignal, alone_in_its_folder, telling_of_lost_processes
+from ..foundation.tasks import CLASSIFICATION
 from ..hub.cards import write_training_card
 from ..hub.publishing import publish
 from . import checkpoints
@@ -451,10 +452,12 @@ def save_and_leave(run: Run, number: int) -> None:
     run.saver.finish()
     run.bar.close()
     folder, accelerator = Path(run.settings.output_dir), run.accelerator
+    processes, on_cpu = accelerator.num_processes, accelerator.device.type == "cpu"
+    command = "train" if getattr(run.settings, "task", CLASSIFICATION) == CLASSIFICATION else "train-dense"
     accelerator.print(
         f"Stopped by signal {number} and saved at step {run.progress.step} of {run.total_steps} in "
         f"{folder / 'checkpoints'}. To go on:\n"
-        f"  {resume_command(folder, accelerator.num_processes, accelerator.device.type == 'cpu')}",
+        f"  {resume_command(folder, processes, on_cpu, command)}",
         flush=True,
     )
     run.accelerator.end_training()

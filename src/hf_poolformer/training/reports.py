@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from ..foundation.figures import new_figure, save_figure
 from ..foundation.files import replace_text
 from ..foundation.names import printable
+from ..foundation.spelling import command_words
 from ..foundation.strict_json import to_json
 
 
@@ -93,22 +93,12 @@ def note_skipped(output_dir: Path, epoch: int, descriptions: Sequence[str]) -> N
             file.write(lines.getvalue())
 
 
-def resume_command(output_dir: Path, num_processes: int, cpu: bool) -> str:
+def resume_command(output_dir: Path, num_processes: int, cpu: bool, command: str = "train") -> str:
     """The shell command that goes on with a run from its newest checkpoint."""
-    program = Path(sys.argv[0])
-    launch = ["accelerate", "launch"]
-    if num_processes > 1:
-        launch += ["--num_processes", str(num_processes), *(["--cpu"] if cpu else [])]
-    if program.stem.startswith("train"):  # any of our training scripts
-        command = [*launch, sys.argv[0]]
-    else:
-        # `hf-poolformer train`, `python -m hf_poolformer train`, or Python code, which goes on by the plain one.
-        called = sys.argv[1] if program.stem in ("hf-poolformer", "__main__") and len(sys.argv) > 1 else "train"
-        name = called if called.startswith("train") else "train"
-        alone = program.stem == "hf-poolformer" and num_processes == 1
-        command = ["hf-poolformer", name] if alone else [*launch, "-m", "hf_poolformer", name]
-    command += ["--config_file", str(output_dir / "training_settings.yaml"), "--resume_from_checkpoint", "latest"]
-    return shlex.join(command)
+    several = ["--num_processes", str(num_processes), *(["--cpu"] if cpu else [])] if num_processes > 1 else []
+    words = command_words(command, ["accelerate", "launch", *several], alone=not several)
+    words += ["--config_file", str(output_dir / "training_settings.yaml"), "--resume_from_checkpoint", "latest"]
+    return shlex.join(words)
 
 
 def write_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -220,7 +220,7 @@ GIVEN = ["--task", TASKS[1], "--dataset_name", "x", "--output_dir", "y"]
         ([*GIVEN, "--reduce_labels"], "annotation maps"),
         (
             ["--task", TASKS[1], "--dataset_name", "x", "--output_dir", "y", "--crop_sise", "64"],
-            "did you mean crop_size",
+            "did you mean --crop_size",
         ),
         ([*GIVEN, "--longest_edge", "64"], "smaller than"),
     ],

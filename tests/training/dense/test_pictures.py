@@ -6,7 +6,7 @@ from PIL import Image
 from hf_poolformer import PoolFormerImageProcessor
 from hf_poolformer.data.dense.annotations import Objects
 from hf_poolformer.data.dense.datasets import Truth
-from hf_poolformer.evaluation.dense import Example, predict
+from hf_poolformer.evaluation.dense import BoxJudge, EvaluatedImage, predict
 from hf_poolformer.evaluation.dense_pictures import write_curves, write_predictions
 from hf_poolformer.modeling_detection import MetaFormerObjectDetectionOutput
 
@@ -27,7 +27,7 @@ def example(labels, scores, size=(40, 50)):
         "labels": np.array(labels, np.int64),
         "masks": mask.repeat(count, axis=0),
     }
-    return Example(torch.zeros(3, 32, 40), Truth(b"", size, objects=objects), found)
+    return EvaluatedImage(torch.zeros(3, 32, 40), Truth(b"", size, objects=objects), found)
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])
@@ -48,7 +48,7 @@ def test_objects_are_drawn_in_the_colour_of_their_class_if_they_are_sure(tmp_pat
 def test_maps(tmp_path):
     classes = np.zeros((40, 50), np.int64)
     classes[:20], classes[:5] = 1, 255
-    one = Example(torch.zeros(3, 40, 50), Truth(b"", (40, 50), map=classes), np.zeros_like(classes))
+    one = EvaluatedImage(torch.zeros(3, 40, 50), Truth(b"", (40, 50), map=classes), np.zeros_like(classes))
     write_predictions(tmp_path / "picture.png", [one], ["a", "b"], MEAN, STD)
     pixels = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB")).astype(int)
     assert (pixels[..., 0] - pixels[..., 2] > 40).sum() > 1000
@@ -66,9 +66,9 @@ def test_labels_of_detections_are_whole_numbers():
     logits = torch.tensor([[[-9.0, 3.0]]])
     boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2]]])
     outputs = MetaFormerObjectDetectionOutput(logits=logits, pred_boxes=boxes)
-    truth, task = example([], []).truth, "object-detection"
+    truth = example([], []).truth
     images = [torch.zeros(3, 64, 64)]
-    (found,) = predict(lambda **_: outputs, images, [truth], task, processor, Accelerator)
+    (found,) = predict(lambda **_: outputs, images, [truth], BoxJudge(2), processor, Accelerator)
     assert found["labels"].dtype == np.int64 and found["labels"].tolist() == [1]
     np.testing.assert_allclose(found["boxes"], [[20, 16, 30, 24]], rtol=1e-5)
 

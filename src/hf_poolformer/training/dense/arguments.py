@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ...foundation.errors import UserError
 from ...foundation.settings import QuietParser, SettingsParser, as_flags, check_names, check_values, read_yaml, setting
+from ...foundation.tasks import TASKS, dense_tasks
 from ..arguments import (
     LIMITS,
     HubSettings,
@@ -22,16 +23,11 @@ from ..arguments import (
 )
 
 
-TASKS = ("semantic-segmentation", "object-detection", "instance-segmentation")
-
-
 @dataclass
 class DenseRecipeSettings:
     _argument_group_name = "recipe"
 
-    task: Literal["semantic-segmentation", "object-detection", "instance-segmentation"] | None = setting(
-        None, "What to train: Semantic FPN, RetinaNet or Mask R-CNN."
-    )
+    task: str | None = setting(None, "What to train: Semantic FPN, RetinaNet or Mask R-CNN.")
     recipe: str = setting("paper", "Where all defaults come from: paper or demo.")
     config_file: str | None = setting(None, "YAML file with settings under the names of these flags.")
 
@@ -226,14 +222,6 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-# What `--keep_best` can go by.
-_AVERAGES = [f"eval_{end}" for end in ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")]
-METRICS: dict[str, list[str]] = {
-    "semantic-segmentation": ["eval_miou", "eval_mean_accuracy", "eval_pixel_accuracy"],
-    "object-detection": _AVERAGES,
-    "instance-segmentation": [*_AVERAGES, *(name.replace("eval_", "eval_mask_") for name in _AVERAGES)],
-}
-
 DENSE_LIMITS: dict[str, tuple[float, float]] = {
     "image_size": (32, 10_000),
     "longest_edge": (32, 10_000),
@@ -279,10 +267,9 @@ class DenseSettings(
         return cls(**{**defaults_of(task, recipe, settings), "task": task, "recipe": recipe, **settings})
 
     def check(self) -> None:
-        if self.task not in TASKS:
-            raise UserError(f"say what to train: --task {', '.join(TASKS[:-1])} or {TASKS[-1]}.")
+        check_task(self.task)
         check_values(self, {**LIMITS, **DENSE_LIMITS})
-        check_keep_best(self.keep_best, METRICS[self.task])
+        check_keep_best(self.keep_best, TASKS[self.task].kept_by)
         if self.output_dir is None:
             raise UserError("say where the run is to be written: --output_dir FOLDER.")
         if self.dataset_name is None:
@@ -303,7 +290,7 @@ class DenseSettings(
             raise UserError(f"--scale_min {self.scale_min} is larger than --scale_max {self.scale_max}.")
         if self.longest_edge < self.image_size:
             raise UserError(f"--longest_edge {self.longest_edge} is smaller than --image_size {self.image_size}.")
-        if self.reduce_labels and self.task != "semantic-segmentation":
+        if self.reduce_labels and TASKS[self.task].reads != "map":
             raise UserError("--reduce_labels is about annotation maps, which only semantic segmentation has.")
         self.overrides()
         self.step_epochs()
@@ -319,6 +306,12 @@ class DenseSettings(
         if any(not 0 < epoch < float("inf") for epoch in epochs):
             raise UserError(f"--lr_steps takes epochs above 0, not {self.lr_steps!r}.")
         return epochs
+
+
+def check_task(task: str | None) -> None:
+    known = dense_tasks()
+    if task not in known:
+        raise UserError(f"say what to train: --task {', '.join(known[:-1])} or {known[-1]}.")
 
 
 def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> DenseSettings:
@@ -348,8 +341,9 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> DenseSe
     )
     flags = parser.names_in(argv) | {name for name, value in from_file.items() if value is not None}
     if task is None and not {"help", "-h"} & {text.lstrip("-") if text != "-h" else text for text in argv}:
-        raise UserError(f"say what to train: --task {', '.join(TASKS[:-1])} or {TASKS[-1]}.")
-    parser.set_defaults(**defaults_of(task or TASKS[1], recipe, flags), task=task, recipe=recipe)
+        check_task(task)
+    parser.set_defaults(**defaults_of(task or "object-detection", recipe, flags), task=task, recipe=recipe)
+    parser.set_choices("task", dense_tasks())
     # An explicit null in the file unsets what the recipe set.
     unset = [name for name, value in from_file.items() if value is None and name not in ("task", "recipe")]
     parser.set_defaults(**dict.fromkeys(unset))
@@ -360,8 +354,8 @@ def parse(argv: Sequence[str] | None = None, prog: str | None = None) -> DenseSe
 def defaults_of(task: str, recipe: str, given: Any = ()) -> dict[str, Any]:
     """What a recipe sets for a task, less what makes no sense beside the settings that were given."""
     check_names([recipe], list(RECIPES), "recipe")
-    check_names([task], list(TASKS), "task")
-    defaults = dict(RECIPES[recipe][task])
+    check_names([task], dense_tasks(), "task")
+    defaults = dict(RECIPES[recipe].get(task, {}))
     # A checkpoint replaces an architecture and the other way round; its head knows its own image size.
     if "model_name_or_path" in given:
         for name in ("config_name", "config_overrides"):

@@ -5,32 +5,19 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForInstanceSegmentation,
-    AutoModelForObjectDetection,
-    AutoModelForSemanticSegmentation,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from ...configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
 from ...data.classes import CONFIG_FIELD, Classes
 from ...foundation.errors import UserError, one_line
 from ...foundation.finite import check_weights
 from ...foundation.loading import looks_like_checkpoint, why_not_loaded
-from ...image_processing_poolformer import PoolFormerImageProcessor
+from ...foundation.tasks import TASKS
 from ..initialisation import check_overrides, shown
 from .arguments import DenseSettings
 
 
 logger = logging.getLogger(__name__)
-
-AUTO_MODELS = {
-    "semantic-segmentation": AutoModelForSemanticSegmentation,
-    "object-detection": AutoModelForObjectDetection,
-    "instance-segmentation": AutoModelForInstanceSegmentation,
-}
 
 
 def initial_dense_model(settings: DenseSettings, classes: Classes) -> tuple[PreTrainedModel, Any]:
@@ -63,10 +50,8 @@ def initial_dense_model(settings: DenseSettings, classes: Classes) -> tuple[PreT
     mean_and_std = {}
     if settings.model_name_or_path:
         mean_and_std = checkpoint_colours(settings)
-    if settings.task == "semantic-segmentation":
-        extra = {"do_reduce_labels": True} if settings.reduce_labels else {}
-        return model, PoolFormerImageProcessor.for_segmentation(size=size, **mean_and_std, **extra)
-    return model, PoolFormerImageProcessor.for_detection(size=size, **mean_and_std)
+    extra = {"do_reduce_labels": True} if settings.reduce_labels else {}
+    return model, TASKS[settings.task].new_processor(size=size, **mean_and_std, **extra)
 
 
 def from_scratch(settings: DenseSettings, changes: dict[str, Any]) -> PreTrainedModel:
@@ -82,7 +67,7 @@ def from_scratch(settings: DenseSettings, changes: dict[str, Any]) -> PreTrained
             config = AutoConfig.from_pretrained(name, **where(settings), **changes)
         else:
             raise UserError(f"--config_name {name}: neither a variant ({', '.join(VARIANTS)}) nor a folder or Hub id.")
-        return AUTO_MODELS[settings.task].from_config(config)
+        return TASKS[settings.task].auto_model().from_config(config)
     except UserError:
         raise
     except Exception as error:  # configurations validate themselves, with many kinds of exception
@@ -95,8 +80,10 @@ def from_checkpoint(settings: DenseSettings, names: list[str], changes: dict[str
     try:
         before = AutoConfig.from_pretrained(name, **source)
         check_overrides(settings.overrides(), before, name)
-        model, info = AUTO_MODELS[settings.task].from_pretrained(
-            name, **source, **changes, ignore_mismatched_sizes=True, output_loading_info=True
+        model, info = (
+            TASKS[settings.task]
+            .auto_model()
+            .from_pretrained(name, **source, **changes, ignore_mismatched_sizes=True, output_loading_info=True)
         )
     except UserError:
         raise

@@ -19,11 +19,12 @@ from torch import nn
 from ...data.dense.datasets import make_dense_loader, numbered, open_dense_datasets
 from ...data.dense.plausibility import check_annotations
 from ...data.description import describe_data
-from ...evaluation.dense import DIVISOR, Example, evaluate, named_results
+from ...evaluation.dense import DIVISOR, EvaluatedImage, evaluate, named_results
 from ...evaluation.dense_metrics import pycocotools
-from ...evaluation.dense_pictures import METRICS, write_curves, write_predictions
+from ...evaluation.dense_pictures import write_curves, write_predictions
 from ...foundation.files import best_effort, write_json
 from ...foundation.processes import Agreement, alone_in_its_folder
+from ...foundation.tasks import TASKS
 from ..checkpoints import Progress, TrainingState
 from ..emissions import EmissionsMeter
 from ..initialisation import label_order
@@ -68,7 +69,7 @@ def train(settings: DenseSettings) -> dict[str, Any]:
         UserError: what was asked for cannot be done; the message says why.
         hf_poolformer.hub.publishing.PublishError: trained and saved, but not published.
     """
-    if settings.task != "semantic-segmentation":
+    if TASKS[settings.task].gives == "objects":
         pycocotools()  # missing, it would be missed only after an epoch
     accelerator = make_accelerator(settings)
     output_dir, resume_from = prepare_output(settings, accelerator)
@@ -173,7 +174,7 @@ def model_inputs(batch: dict[str, Any], device: torch.device, memory_format: tor
     return {**inputs, "labels": collate_maps(labels, pixel_values.shape[-2:]).to(device, non_blocking=True)}
 
 
-def evaluate_now(run: Run, keep: int = 0) -> tuple[dict[str, Any], list[Example]]:
+def evaluate_now(run: Run, keep: int = 0) -> tuple[dict[str, Any], list[EvaluatedImage]]:
     """Evaluates what would be saved now: the moving average if there is one."""
     with leaving_the_model(run):
         results, examples = evaluate(
@@ -201,7 +202,8 @@ def evaluate_now(run: Run, keep: int = 0) -> tuple[dict[str, Any], list[Example]
 
 def describe(results: dict[str, Any], task: str) -> str:
     """The results of an evaluation in one line."""
-    parts = [f"{name} {results[key]:.3f}" for key, name in METRICS[task] if results.get(key) is not None]
+    shown = [figure for figure in TASKS[task].shown if results.get(figure.key) is not None]
+    parts = [f"{figure.short} {results[figure.key]:.3f}" for figure in shown]
     return (
         f"{', '.join(parts) or 'nothing to find'}, {results['eval_samples']} images at "
         f"{results['eval_samples_per_second']:.1f} images/s"
@@ -212,17 +214,16 @@ def describe(results: dict[str, Any], task: str) -> str:
 def summary(output_dir: Path, results: dict[str, Any], task: str) -> str:
     """What a finished run did and where everything is."""
     result = f"Result: {describe(results, task)}.\n" if "eval_samples" in results else ""
-    pipeline = "object-detection" if task == "object-detection" else "image-segmentation"
     return (
         f"{result}Trained {results['step']} steps in {results['train_runtime']:.0f} s, "
         f"{results['train_samples_per_second']:.1f} images/s, {results['train_data_wait_share']:.0%} of the time "
         f"waiting for data, {results['skipped_images']} broken images skipped.\n"
         f"In {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir() if path.name[0] != '.'))}.\n"
-        f'Use it: pipeline("{pipeline}", "{output_dir}")'
+        f'Use it: pipeline("{TASKS[task].pipeline_tag}", "{output_dir}")'
     )
 
 
-def save_results(run: Run, output_dir: Path, results: dict[str, Any], examples: Sequence[Example]) -> None:
+def save_results(run: Run, output_dir: Path, results: dict[str, Any], examples: Sequence[EvaluatedImage]) -> None:
     """What a finished run leaves beside its model. A picture that cannot be drawn is missing, no more."""
     write_json(output_dir / "all_results.json", results)
     with best_effort("drawing the curves"):

@@ -222,7 +222,7 @@ def test_a_running_conversion_is_not_cleared(source, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_kill_9_in_the_middle(source, tmp_path):
     code = (
-        "import os, sys\nfrom hf_poolformer.hub import conversion\nrename = conversion.Path.rename\n"
+        "import os, sys\nfrom hf_poolformer.conversion import convert as conversion\nrename = conversion.Path.rename\n"
         "def kill(path, target):\n    if path.name == 'new':\n        os.kill(os.getpid(), 9)\n"
         "    return rename(path, target)\nconversion.Path.rename = kill\n"
         "conversion.convert(sys.argv[1], sys.argv[2], to='timm', overwrite=True)\n"

@@ -10,24 +10,18 @@ from torch.nn import functional as F
 from torchvision.models._meta import _COCO_CATEGORIES
 from torchvision.ops import batched_nms, roi_align
 from transformers import (
-    AutoModelForInstanceSegmentation,
-    AutoModelForObjectDetection,
-    AutoModelForSemanticSegmentation,
     pipeline,
 )
 
 from hf_poolformer import PoolFormerBackbone, PoolFormerConfig, PoolFormerImageProcessor
 from hf_poolformer.conversion.convert import ConversionError, build_model, convert, read_checkpoint
 from hf_poolformer.conversion.key_maps import OFFICIAL_FIRST
+from hf_poolformer.foundation.tasks import BACKBONE, TASKS
+from hf_poolformer.hub.cards import folder_card
 
 
 GOLDEN = Path(__file__).resolve().parents[1] / "fixtures" / "golden" / "poolformer_v1_feat.safetensors"
 DIMS, WIDTH, LABELS = (8, 16, 32, 64), 12, 3
-AUTO = {
-    "segmenter": AutoModelForSemanticSegmentation,
-    "detector": AutoModelForObjectDetection,
-    "instance segmenter": AutoModelForInstanceSegmentation,
-}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +92,7 @@ def mask_rcnn() -> dict:
     return tensors | convolution("roi_head.mask_head.conv_logits", LABELS, WIDTH, 1)
 
 
-HEADS = {"segmenter": semantic_fpn, "detector": retinanet, "instance segmenter": mask_rcnn}
+HEADS = {"semantic-segmentation": semantic_fpn, "object-detection": retinanet, "instance-segmentation": mask_rcnn}
 
 
 def backbone_of(golden: dict, first: int = 0) -> dict:
@@ -115,7 +109,7 @@ def checkpoint_file(golden, tmp_path):
     def write(task: str, head: dict | None = None, norm0: bool = False, **meta) -> tuple[Path, dict]:
         head = HEADS[task]() if head is None else head
         path = tmp_path / "epoch_12.pth"
-        state_dict = {**backbone_of(golden, first=int(task == "detector" and not norm0)), **head}
+        state_dict = {**backbone_of(golden, first=int(task == "object-detection" and not norm0)), **head}
         optimizer = {"state": {0: {"step": 3, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-4}]}
         torch.save(
             {
@@ -286,15 +280,15 @@ def image_and_maps(golden: dict, index: int | None) -> tuple[torch.Tensor, list[
 
 def converted(path: Path, task: str, out_dir: Path):
     checkpoint = convert(path, out_dir)
-    assert checkpoint.task == task
+    assert checkpoint.task is TASKS[task]
     assert checkpoint.config.fpn_feature_size == WIDTH
-    return AUTO[task].from_pretrained(out_dir).eval()
+    return TASKS[task].auto_model().from_pretrained(out_dir).eval()
 
 
 @pytest.mark.parametrize("index", [0, 1, None])
 def test_semantic_fpn_computes_what_mmsegmentation_computes(index, golden, checkpoint_file, tmp_path):
-    path, head = checkpoint_file("segmenter")
-    model = converted(path, "segmenter", tmp_path / "out")
+    path, head = checkpoint_file("semantic-segmentation")
+    model = converted(path, "semantic-segmentation", tmp_path / "out")
     pixel_values, maps = image_and_maps(golden, index)
     with torch.no_grad():
         got = model(pixel_values).logits
@@ -321,8 +315,8 @@ def assert_same_detections(got: tuple, wanted: tuple, size: tuple[int, int]):
 
 @pytest.mark.parametrize("index", [0, 1, None])
 def test_retinanet_detects_what_mmdetection_detects(index, golden, checkpoint_file, tmp_path):
-    path, head = checkpoint_file("detector")
-    model = converted(path, "detector", tmp_path / "out")
+    path, head = checkpoint_file("object-detection")
+    model = converted(path, "object-detection", tmp_path / "out")
     pixel_values, maps = image_and_maps(golden, index)
     with torch.no_grad():
         got = found_by(model, model(pixel_values))
@@ -332,8 +326,8 @@ def test_retinanet_detects_what_mmdetection_detects(index, golden, checkpoint_fi
 
 @pytest.mark.parametrize("index", [0, 1, None])
 def test_mask_rcnn_detects_what_mmdetection_detects(index, golden, checkpoint_file, tmp_path):
-    path, head = checkpoint_file("instance segmenter")
-    model = converted(path, "instance segmenter", tmp_path / "out")
+    path, head = checkpoint_file("instance-segmentation")
+    model = converted(path, "instance-segmentation", tmp_path / "out")
     assert model.config.box_head_hidden_size == 20
     pixel_values, maps = image_and_maps(golden, index)
     with torch.no_grad():
@@ -349,7 +343,7 @@ def test_there_and_back_is_bit_equal(task, checkpoint_file, tmp_path):
     path, _ = checkpoint_file(task, CLASSES=("cat", "dog", "owl"))
     convert(path, tmp_path / "ours")
     checkpoint = convert(tmp_path / "ours", tmp_path / "theirs", to="official")
-    assert checkpoint.task == task
+    assert checkpoint.task is TASKS[task]
     (written,) = (tmp_path / "theirs").glob("*.pth")
     again, original = (torch.load(file, weights_only=True) for file in (written, path))
     assert again["meta"]["CLASSES"] == ["cat", "dog", "owl"]
@@ -362,14 +356,14 @@ def test_there_and_back_is_bit_equal(task, checkpoint_file, tmp_path):
 @pytest.mark.parametrize(
     ("task", "job", "size"),
     [
-        ("segmenter", "image-segmentation", {"shortest_edge": 512, "longest_edge": 2048}),
-        ("detector", "object-detection", {"shortest_edge": 800, "longest_edge": 1333}),
-        ("instance segmenter", "image-segmentation", {"shortest_edge": 800, "longest_edge": 1333}),
+        ("semantic-segmentation", "image-segmentation", {"shortest_edge": 512, "longest_edge": 2048}),
+        ("object-detection", "object-detection", {"shortest_edge": 800, "longest_edge": 1333}),
+        ("instance-segmentation", "image-segmentation", {"shortest_edge": 800, "longest_edge": 1333}),
     ],
 )
 def test_the_folder_is_complete(task, job, size, checkpoint_file, tmp_path):
     path, _ = checkpoint_file(task, CLASSES=("cat", "dog", "owl"))
-    convert(path, tmp_path / "out")
+    convert(path, tmp_path / "out", card=folder_card)
     run = pipeline(job, str(tmp_path / "out"))
     assert type(run.model) is type(build_model(read_checkpoint(path)))
     assert run.model.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
@@ -381,21 +375,21 @@ def test_the_folder_is_complete(task, job, size, checkpoint_file, tmp_path):
 
 
 def test_the_norm_that_retinanet_does_not_use_is_named(checkpoint_file, tmp_path):
-    path, _ = checkpoint_file("detector", norm0=True)
+    path, _ = checkpoint_file("object-detection", norm0=True)
     checkpoint = read_checkpoint(path)
     assert sorted(checkpoint.left_out) == ["backbone.norm0.bias", "backbone.norm0.weight"]
     assert any("norm0.weight" in note for note in checkpoint.notes)
 
 
 def test_eighty_classes_without_names_are_those_of_coco(checkpoint_file):
-    path, _ = checkpoint_file("detector", head=retinanet(labels=80))
+    path, _ = checkpoint_file("object-detection", head=retinanet(labels=80))
     labels = read_checkpoint(path).config.id2label
     assert [labels[0], labels[79]] == ["person", "toothbrush"]
     assert set(labels.values()) == set(_COCO_CATEGORIES) - {"__background__", "N/A"}
 
 
 def test_labels_can_be_given(checkpoint_file):
-    path, _ = checkpoint_file("segmenter")
+    path, _ = checkpoint_file("semantic-segmentation")
     assert read_checkpoint(path, labels=["a", "b", "c"]).config.id2label[2] == "c"
     with pytest.raises(ConversionError, match="2 labels were given"):
         read_checkpoint(path, labels=["a", "b"])
@@ -404,18 +398,34 @@ def test_labels_can_be_given(checkpoint_file):
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [
-        ("segmenter", lambda head: head.pop("decode_head.conv_seg.weight"), "decode_head.classifier.weight"),
-        ("segmenter", lambda head: head.pop("neck.fpn_convs.3.conv.bias"), "missing: neck.fpn_convs.3.bias"),
-        ("segmenter", lambda head: head.update({"auxiliary_head.conv_seg.bias": torch.zeros(3)}), "auxiliary_head"),
-        ("detector", lambda head: head.pop("bbox_head.cls_convs.3.conv.weight"), "missing: bbox_head"),
-        ("detector", lambda head: head.update({"bbox_head.cls_convs.0.gn.weight": torch.ones(12)}), "cls_convs.0.gn"),
         (
-            "instance segmenter",
+            "semantic-segmentation",
+            lambda head: head.pop("decode_head.conv_seg.weight"),
+            "decode_head.classifier.weight",
+        ),
+        (
+            "semantic-segmentation",
+            lambda head: head.pop("neck.fpn_convs.3.conv.bias"),
+            "missing: neck.fpn_convs.3.bias",
+        ),
+        (
+            "semantic-segmentation",
+            lambda head: head.update({"auxiliary_head.conv_seg.bias": torch.zeros(3)}),
+            "auxiliary_head",
+        ),
+        ("object-detection", lambda head: head.pop("bbox_head.cls_convs.3.conv.weight"), "missing: bbox_head"),
+        (
+            "object-detection",
+            lambda head: head.update({"bbox_head.cls_convs.0.gn.weight": torch.ones(12)}),
+            "cls_convs.0.gn",
+        ),
+        (
+            "instance-segmentation",
             lambda head: head.pop("roi_head.bbox_head.fc_cls.bias"),
             "box_predictor.cls_score.bias",
         ),
         (
-            "instance segmenter",
+            "instance-segmentation",
             lambda head: head.update(convolution("rpn_head.rpn_cls", 5, WIDTH, 1)),
             "another shape",
         ),
@@ -444,7 +454,7 @@ def test_wrapped_dense_checkpoints(task, wrap, checkpoint_file):
     expected = read_checkpoint(path).tensors
     torch.save(wrap(torch.load(path, weights_only=True)["state_dict"]), path)
     checkpoint = read_checkpoint(path)
-    assert checkpoint.task == task
+    assert checkpoint.task is TASKS[task]
     assert checkpoint.tensors.keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in checkpoint.tensors.items())
 
@@ -452,9 +462,9 @@ def test_wrapped_dense_checkpoints(task, wrap, checkpoint_file):
 def test_other_heads_leave_the_backbone(golden, checkpoint_file, tmp_path):
     """Of a method that is none of the paper's, such as UPerNet, the backbone is converted and the rest is named."""
     head = {"decode_head.psp_modules.0.1.conv.weight": torch.zeros(1), "decode_head.conv_seg.bias": torch.zeros(1)}
-    path, _ = checkpoint_file("segmenter", head=head)
+    path, _ = checkpoint_file("semantic-segmentation", head=head)
     checkpoint = convert(path, tmp_path / "out")
-    assert checkpoint.task == "backbone"
+    assert checkpoint.task is BACKBONE
     assert checkpoint.left_out == list(head)
     backbone = PoolFormerBackbone.from_pretrained(tmp_path / "out").eval()
     pixel_values, maps = image_and_maps(golden, 0)

@@ -1,0 +1,386 @@
+"""The table of tasks: what each reads, which head learns it, what an evaluation gives, what its card says.
+
+Whoever does one thing for one task and another for the next asks the row. A further task is a row here, its head among
+the models, and its mathematics in the class that `evaluation` names.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from .errors import UserError
+from .names import near_names
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that an evaluation gives.
+
+    Attributes:
+        key: in `all_results.json`, where it begins with `eval_`.
+        metric: what the Hub calls the kind of number; all but `loss` are shares, 0 to 1, of which more is better.
+        name: in cards.
+        short: in the lines and curves of a run; without, only cards show it.
+        least_classes: with fewer it says nothing.
+    """
+
+    key: str
+    metric: str
+    name: str
+    short: str = ""
+    least_classes: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of `TASKS`.
+
+    Attributes:
+        name: the Hub's, and the value of `--task`.
+        title: for people.
+        noun: what a model for it is, in cards.
+        auto_class: of transformers.
+        pipeline_tag: the Hub's, and the name of transformers' pipeline.
+        built_in: transformers has a PoolFormer with this head, which it loads without this package.
+        reads: what stands beside an image in a dataset: a class, a map of classes, boxes, or boxes with masks.
+        gives: what a model answers: scores of the classes, a map of classes, or objects.
+        figures: those for people, the one that says which of two models is better first.
+        kept_by: all figures that `--keep_best` can go by.
+        per_class: key in `all_results.json` of the figures of single classes, and the heading of their table.
+        processor: constructor among those of PoolFormerImageProcessor; empty for the class itself.
+        evaluation: `module:class` of a `Judge` of evaluation/dense.py; empty for classes, which have a way of
+            their own.
+        exported_output: class among transformers.modeling_outputs for the answer of an exported model; empty where a
+            model's steps depend on what it finds, so that it cannot be exported.
+        pipeline_code, model_code: Python for cards; `{source}` stands for the quoted name of the model and arguments
+            of loading.
+        exported_imports, exported_code: Python before and after `model = load(".")`, for cards of exports.
+        limits: paragraphs of cards; `{classes}` stands for the number of classes, in words.
+    """
+
+    name: str
+    title: str
+    noun: str
+    auto_class: str
+    pipeline_tag: str
+    reads: Literal["class", "map", "boxes", "masks"]
+    gives: Literal["scores", "map", "objects"]
+    figures: tuple[Figure, ...]
+    kept_by: tuple[str, ...]
+    per_class: tuple[str, str]
+    pipeline_code: str
+    model_code: str
+    limits: tuple[str, ...]
+    processor: str = ""
+    evaluation: str = ""
+    exported_output: str = ""
+    exported_imports: str = ""
+    exported_code: str = ""
+    built_in: bool = False
+
+    @property
+    def head(self) -> str:
+        """The end of the names of its architectures: `ForImageClassification`, say."""
+        return self.auto_class.removeprefix("Auto").removeprefix("Model") or "Model"
+
+    @property
+    def best(self) -> str:
+        """Key of the figure that says which of two models is better."""
+        return self.figures[0].key
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it says something about places of an image, as `train-dense` learns it."""
+        return self.reads != "class"
+
+    @property
+    def shown(self) -> list[Figure]:
+        """The figures in the lines and curves of a run."""
+        return [figure for figure in self.figures if figure.short]
+
+    def auto_model(self) -> Any:
+        return getattr(importlib.import_module("transformers"), self.auto_class)
+
+    def new_processor(self, **settings: Any) -> Any:
+        """An image processor with these settings, and for the rest those that fit the task."""
+        from ..image_processing_poolformer import PoolFormerImageProcessor
+
+        make = getattr(PoolFormerImageProcessor, self.processor) if self.processor else PoolFormerImageProcessor
+        return make(**settings)
+
+    def new_judge(self, num_labels: int) -> Any:
+        """The object of `evaluation` that gathers what a model says, for a dense task."""
+        module, _, name = self.evaluation.partition(":")
+        return getattr(importlib.import_module(module), name)(num_labels)
+
+
+CLASSIFICATION = "image-classification"
+
+BOX_FIGURES = (
+    Figure("eval_map", "mean_average_precision", "Box AP (IoU 0.50:0.95)", "mAP, IoU .50 to .95"),
+    Figure("eval_map_50", "mean_average_precision", "Box AP (IoU 0.50)", "mAP, IoU .50"),
+    Figure("eval_map_75", "mean_average_precision", "Box AP (IoU 0.75)"),
+)
+MASK_FIGURES = (
+    Figure("eval_mask_map", "mean_average_precision", "Mask AP (IoU 0.50:0.95)", "mask mAP, IoU .50 to .95"),
+    Figure("eval_mask_map_50", "mean_average_precision", "Mask AP (IoU 0.50)", "mask mAP, IoU .50"),
+    Figure("eval_mask_map_75", "mean_average_precision", "Mask AP (IoU 0.75)"),
+    # Beside masks, a run shows one figure of boxes, and says so.
+    replace(BOX_FIGURES[0], short=""),
+    replace(BOX_FIGURES[1], short="box mAP, IoU .50"),
+    BOX_FIGURES[2],
+)
+AVERAGES = tuple(
+    f"eval_{end}" for end in ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")
+)
+# The dense heads are this package's own, so that transformers alone has no class for them.
+IMPORT = "import hf_poolformer  # pip install hf-poolformer; or trust_remote_code=True below, without it\n"
+OTHER_DATA = (
+    "It was measured on images like those it was trained on, if at all; photographs from another camera, country or "
+    "population can fare worse. Nobody has examined this checkpoint for social bias."
+)
+SIZES = "target_sizes=[(image.height, image.width)]"
+
+
+def dense_pipeline(code: str) -> str:
+    return "from transformers import pipeline\n\n" + IMPORT + "\n" + code
+
+
+def dense_model(auto_class: str, code: str) -> str:
+    return (
+        "import torch\n"
+        "from PIL import Image\n"
+        f"from transformers import AutoImageProcessor, {auto_class}\n\n" + IMPORT + "\n"
+        'image = Image.open("photo.jpg").convert("RGB")\n'
+        "processor = AutoImageProcessor.from_pretrained({source})\n"
+        f"model = {auto_class}.from_pretrained({{source}}).eval()\n"
+        "with torch.inference_mode():\n"
+        '    outputs = model(**processor(image, return_tensors="pt"))\n' + code
+    )
+
+
+def features_code(auto_class: str, answer: str) -> str:
+    return (
+        "import torch\n"
+        "from PIL import Image\n"
+        f"from transformers import {', '.join(sorted(['AutoImageProcessor', auto_class]))}\n\n"
+        "processor = AutoImageProcessor.from_pretrained({source})\n"
+        f"model = {auto_class}.from_pretrained({{source}}).eval()\n"
+        'inputs = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")\n'
+        "with torch.inference_mode():\n"
+        f"    features = {answer}"
+    )
+
+
+_ROWS = (
+    Task(
+        name=CLASSIFICATION,
+        title="Image classification",
+        noun="image classifier",
+        auto_class="AutoModelForImageClassification",
+        built_in=True,
+        pipeline_tag="image-classification",
+        reads="class",
+        gives="scores",
+        figures=(
+            Figure("eval_accuracy", "accuracy", "Top-1 accuracy", "top-1"),
+            Figure("eval_top5_accuracy", "accuracy", "Top-5 accuracy", "top-5", least_classes=6),
+            Figure("eval_loss", "loss", "Loss", "loss"),
+        ),
+        kept_by=("eval_accuracy", "eval_loss", "eval_top5_accuracy"),
+        per_class=("eval_per_class_accuracy", "accuracy"),
+        exported_output="ImageClassifierOutput",
+        pipeline_code=(
+            "from transformers import pipeline\n\n"
+            'classify = pipeline("image-classification", model={source})\n'
+            'print(classify("photo.jpg"))'
+        ),
+        model_code=(
+            "import torch\n"
+            "from PIL import Image\n"
+            "from transformers import AutoImageProcessor, AutoModelForImageClassification\n\n"
+            "processor = AutoImageProcessor.from_pretrained({source})\n"
+            "model = AutoModelForImageClassification.from_pretrained({source}).eval()\n"
+            'inputs = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")\n'
+            "with torch.inference_mode():\n"
+            "    logits = model(**inputs).logits  # (1, number of classes)\n"
+            "print(model.config.id2label[logits.argmax(-1).item()])"
+        ),
+        exported_imports="from transformers import pipeline",
+        exported_code=(
+            'classify = pipeline("image-classification", model=model, image_processor=model.image_processor)\n'
+            'print(classify("photo.jpg"))'
+        ),
+        limits=(
+            "The model knows only the {classes} it was trained on and gives one of them to every image, whatever the "
+            "image shows.",
+            "It was measured on images like those it was trained on, if at all; a photograph from another camera, "
+            "country or population can fare worse. Nobody has examined this checkpoint for social bias.",
+        ),
+    ),
+    Task(
+        name="semantic-segmentation",
+        title="Semantic segmentation",
+        noun="semantic segmenter (Semantic FPN)",
+        auto_class="AutoModelForSemanticSegmentation",
+        pipeline_tag="image-segmentation",
+        reads="map",
+        gives="map",
+        figures=(
+            Figure("eval_miou", "mean_iou", "Mean IoU", "mean IoU"),
+            Figure("eval_pixel_accuracy", "accuracy", "Pixel accuracy", "pixel accuracy"),
+            Figure("eval_mean_accuracy", "accuracy", "Mean accuracy of the classes"),
+        ),
+        kept_by=("eval_miou", "eval_mean_accuracy", "eval_pixel_accuracy"),
+        per_class=("eval_per_class_iou", "IoU"),
+        processor="for_segmentation",
+        evaluation="hf_poolformer.evaluation.dense:MapJudge",
+        exported_output="SemanticSegmenterOutput",
+        pipeline_code=dense_pipeline(
+            'segment = pipeline("image-segmentation", model={source})\n'
+            'for part in segment("photo.jpg"):\n'
+            '    print(part["label"], part["mask"].size)'
+        ),
+        model_code=dense_model(
+            "AutoModelForSemanticSegmentation",
+            f"(classes,) = processor.post_process_semantic_segmentation(outputs, {SIZES})\n"
+            "print(classes)  # class of each pixel",
+        ),
+        exported_imports="from PIL import Image",
+        exported_code=(
+            'image = Image.open("photo.jpg")\n'
+            'outputs = model(**model.image_processor(image, return_tensors="pt"))\n'
+            "classes = model.image_processor.post_process_semantic_segmentation(outputs, [image.size[::-1]])[0]"
+        ),
+        limits=("Every pixel gets one of the classes the model was trained on, whatever it shows.", OTHER_DATA),
+    ),
+    Task(
+        name="object-detection",
+        title="Object detection",
+        noun="object detector (RetinaNet)",
+        auto_class="AutoModelForObjectDetection",
+        pipeline_tag="object-detection",
+        reads="boxes",
+        gives="objects",
+        figures=BOX_FIGURES,
+        kept_by=AVERAGES,
+        per_class=("eval_per_class_map", "box AP"),
+        processor="for_detection",
+        evaluation="hf_poolformer.evaluation.dense:BoxJudge",
+        pipeline_code=dense_pipeline(
+            'detect = pipeline("object-detection", model={source})\nprint(detect("photo.jpg"))'
+        ),
+        model_code=dense_model(
+            "AutoModelForObjectDetection",
+            f"(found,) = processor.post_process_object_detection(outputs, threshold=0.5, {SIZES})\n"
+            'for score, label, box in zip(found["scores"], found["labels"], found["boxes"]):\n'
+            "    print(model.config.id2label[label.item()], round(score.item(), 3), box.tolist())",
+        ),
+        limits=("The model finds only objects of the classes it was trained on, and misses some.", OTHER_DATA),
+    ),
+    Task(
+        name="instance-segmentation",
+        title="Instance segmentation",
+        noun="instance segmenter (Mask R-CNN)",
+        auto_class="AutoModelForInstanceSegmentation",
+        pipeline_tag="image-segmentation",
+        reads="masks",
+        gives="objects",
+        figures=MASK_FIGURES,
+        kept_by=(*AVERAGES, *(name.replace("eval_", "eval_mask_") for name in AVERAGES)),
+        per_class=("eval_mask_per_class_map", "mask AP"),
+        processor="for_detection",
+        evaluation="hf_poolformer.evaluation.dense:MaskJudge",
+        pipeline_code=dense_pipeline(
+            'segment = pipeline("image-segmentation", model={source})\n'
+            'for part in segment("photo.jpg", threshold=0.5):\n'
+            '    print(part["label"], part["score"], part["mask"].size)'
+        ),
+        model_code=dense_model(
+            "AutoModelForInstanceSegmentation",
+            f"(found,) = processor.post_process_instance_segmentation(outputs, threshold=0.5, {SIZES})\n"
+            'for part in found["segments_info"]:  # found["segmentation"] has the id of each pixel\n'
+            '    print(model.config.id2label[part["label_id"]], part["score"])',
+        ),
+        limits=("The model finds only objects of the classes it was trained on, and misses some.", OTHER_DATA),
+    ),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
+
+# Models without a head, which no task is learned with; a card, and a checkpoint of somebody else, may be of one.
+ENCODER = Task(
+    name="encoder",
+    title="Image feature extraction",
+    noun="image encoder",
+    auto_class="AutoModel",
+    built_in=True,
+    pipeline_tag="image-feature-extraction",
+    reads="class",
+    gives="scores",
+    figures=(),
+    kept_by=(),
+    per_class=("", ""),
+    pipeline_code=(
+        "from transformers import pipeline\n\n"
+        'extract = pipeline("image-feature-extraction", model={source})\n'
+        'features = extract("photo.jpg")'
+    ),
+    model_code=features_code("AutoModel", "model(**inputs).last_hidden_state  # (1, channels, height, width)"),
+    limits=("It has no head: what it gives are features, which mean nothing by themselves.", OTHER_DATA),
+)
+BACKBONE = replace(
+    ENCODER,
+    name="backbone",
+    noun="backbone",
+    auto_class="AutoBackbone",
+    built_in=False,
+    pipeline_code="",
+    model_code=features_code("AutoBackbone", "model(**inputs).feature_maps  # of each stage, largest first"),
+)
+HEADLESS = (BACKBONE, ENCODER)
+
+
+def task_named(name: str) -> Task:
+    """
+    Raises:
+        UserError: there is no such task; the message names those that were probably meant.
+    """
+    if name not in TASKS:
+        near = near_names(str(name).replace("-", "_"), [known.replace("-", "_") for known in TASKS])
+        near = [known.replace("_", "-") for known in near]
+        hint = f" Did you mean {' or '.join(near)}?" if near else f" There are {', '.join(TASKS)}."
+        raise UserError(f"unknown task {name!r}.{hint}")
+    return TASKS[name]
+
+
+def dense_tasks() -> list[str]:
+    """Names of the tasks of `train-dense`."""
+    return [name for name, task in TASKS.items() if task.is_dense]
+
+
+def exportable_tasks() -> list[str]:
+    """Names of the tasks whose models can be exported."""
+    return [name for name, task in TASKS.items() if task.exported_output]
+
+
+def tasks_of_pipeline(tag: str) -> list[Task]:
+    """The tasks whose models a pipeline of transformers runs, by its name, which is the Hub's tag."""
+    return [task for task in TASKS.values() if task.pipeline_tag == tag]
+
+
+def task_of_config(config: Any, headless: bool = False) -> Task | None:
+    """The task of a model by its configuration, an object or the content of a `config.json`.
+
+    Args:
+        headless: take `HEADLESS`, a backbone or an encoder, for tasks, too.
+
+    Returns:
+        None where the architecture has no head that is known.
+    """
+    named = config.get("architectures") if isinstance(config, Mapping) else getattr(config, "architectures", None)
+    architecture = str((named or [""])[0])
+    rows = (*TASKS.values(), *(HEADLESS if headless else ()))
+    return next((task for task in rows if architecture.endswith(task.head)), None)

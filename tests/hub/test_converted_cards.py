@@ -1,0 +1,92 @@
+"""From an official checkpoint to the Hub: the card of `make cards`, and where the weights were converted from."""
+
+import re
+
+import pytest
+import torch
+import yaml
+
+from hf_poolformer import VARIANTS, MetaFormerConfig
+from hf_poolformer.commands.convert import main as convert_command
+from hf_poolformer.configuration_poolformer import FAMILIES
+from hf_poolformer.conversion.convert import Checkpoint, empty_model, model_keys, write_checkpoint
+from hf_poolformer.conversion.key_maps import OFFICIAL_FIRST
+from hf_poolformer.foundation.tasks import CLASSIFICATION, TASKS
+from hf_poolformer.hub import published_cards
+from hf_poolformer.hub.cards import folder_card
+from hf_poolformer.hub.contents import collect
+from hf_poolformer.hub.published_cards import published_card
+from hf_poolformer.image_processing_poolformer import PoolFormerImageProcessor
+
+
+# The smallest variant of each family.
+SMALLEST = {family: next(name for name in VARIANTS if VARIANTS[name].family == family) for family in FAMILIES}
+
+
+@pytest.fixture(autouse=True)
+def uncounted(monkeypatch):
+    """Counting multiply-accumulates takes seconds, and tests/test_variants.py does it."""
+    monkeypatch.setattr(published_cards, "figures", lambda name: (10**7, 10**7, 2.0))
+
+
+@pytest.fixture
+def official_file(tmp_path):
+    """Writes random weights as the authors would, under the name they gave."""
+
+    def write(name, file=None):
+        config = MetaFormerConfig.from_variant(name)
+        model = empty_model(config, TASKS[CLASSIFICATION]).to_empty(device="cpu")
+        tensors = {
+            bare: torch.zeros(1).expand(model.state_dict()[key].shape) for bare, key in model_keys(model).items()
+        }
+        checkpoint = Checkpoint(
+            config=config,
+            tensors=tensors,
+            task=TASKS[CLASSIFICATION],
+            format=OFFICIAL_FIRST,
+            family=VARIANTS[name].family,
+            variant=name,
+            processor=PoolFormerImageProcessor(),
+            source="random",
+        )
+        write_checkpoint(checkpoint, tmp_path / "theirs", to="official")
+        (written,) = (tmp_path / "theirs").iterdir()
+        return written.rename(tmp_path / (file or VARIANTS[name].source.rpartition("/")[2]))
+
+    return write
+
+
+def without_conversion(text):
+    section = re.compile(r"## Conversion\n.*?(?=## )", re.DOTALL)
+    assert len(section.findall(text)) == 1
+    return section.sub("", text)
+
+
+@pytest.mark.parametrize("name", SMALLEST.values())
+def test_the_walk_ends_in_the_card_of_the_published_checkpoint(name, official_file, tmp_path, capsys):
+    assert convert_command([str(official_file(name)), str(tmp_path / "my-copy")]) == 0
+    card = (tmp_path / "my-copy" / "README.md").read_text()
+    assert without_conversion(card) == published_card(name, folder="my-copy")
+    assert "\n# my-copy\n" in card and 'model="my-copy"' in card
+    (tmp_path / "scratch").mkdir()
+    contents = collect(tmp_path / "my-copy", f"me/{name}", tmp_path / "scratch")
+    assert without_conversion(contents.text("README.md")) == published_card(name, repo_id=f"me/{name}")
+    # And where somebody has thrown the card away.
+    (tmp_path / "my-copy" / "README.md").unlink()
+    assert folder_card(tmp_path / "my-copy", repo_id=f"me/{name}") == contents.text("README.md")
+
+
+def test_a_checkpoint_of_ones_own_is_not_taken_for_the_authors(official_file, tmp_path, capsys):
+    assert (
+        convert_command(
+            [str(official_file("poolformer_s12", "thesis.pth")), str(tmp_path / "out"), "--variant", "poolformer_s12"]
+        )
+        == 0
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    data = yaml.safe_load(card.split("\n---\n")[0].removeprefix("---\n"))
+    assert "model-index" not in data and "datasets" not in data
+    assert "`thesis.pth`" in card and re.search("SHA-256 `[0-9a-f]{64}`", card)
+    assert "the authors' checkpoint of this architecture" in card and VARIANTS["poolformer_s12"].source in card
+    assert "How and on what it was trained is not recorded here." in card
+    assert "weights its authors published" not in card
