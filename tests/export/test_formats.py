@@ -12,7 +12,7 @@ from hf_poolformer.commands.predict import main as predict
 from hf_poolformer.export import FORMATS, ExportFormat, export_model, load
 from hf_poolformer.export.folder import Manifest
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.hub.cards import check_card
+from hf_poolformer.hub.metadata import check_card
 
 
 class Pickled(ExportFormat):
