@@ -17,7 +17,7 @@ from ..data.classes import class_key
 from ..data.transforms import input_size
 from ..foundation.errors import UserError, one_line
 from ..foundation.loading import load_checkpoint
-from .arguments import TrainingSettings
+from ..settings.classification import ClassificationSettings
 from .initialisation import shown
 
 
@@ -148,7 +148,7 @@ def colours(processor: Any, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarr
     return matrix, offset, shape[-2:]
 
 
-def label_order(teachers: Sequence[str], students: Sequence[str], name: str) -> list[int]:
+def places_of_labels(teachers: Sequence[str], students: Sequence[str], name: str) -> list[int]:
     """For each of the student's labels the number of it among the teacher's.
 
     Raises:
@@ -171,7 +171,7 @@ def label_order(teachers: Sequence[str], students: Sequence[str], name: str) -> 
 
 
 def load_teacher(
-    settings: TrainingSettings,
+    settings: ClassificationSettings,
     label_names: Sequence[str],
     student_processor: Any,
     accelerator: Accelerator,
@@ -183,13 +183,11 @@ def load_teacher(
         UserError: there is no such classifier, or it does not know these labels.
     """
     name = settings.teacher
-    model, processor, fresh = load_checkpoint(
-        name, token=settings.hub_token, cache_dir=settings.cache_dir, trust_remote_code=settings.trust_remote_code
-    )
+    model, processor, fresh = load_checkpoint(name, **settings.hub_arguments())
     if fresh:
         raise UserError(f"the teacher {name} is not a trained classifier of its own shape: it lacks {fresh[0]}.")
     if not model.config.num_labels:
         raise UserError(f"the teacher {name} has no classes: it is a feature extractor (num_labels is 0).")
     learnt = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    order = label_order(learnt, label_names, name)
+    order = places_of_labels(learnt, label_names, name)
     return Teacher(model, processor, student_processor, order, accelerator, memory_format)

@@ -11,7 +11,7 @@ from datasets import ClassLabel
 from huggingface_hub import hf_hub_download
 
 from ...foundation.errors import UserError, one_line
-from ...training.dense.arguments import DenseSettings
+from ...settings.dense import DenseSettings
 from ..classes import Classes, class_key, in_order, is_number
 
 

@@ -21,8 +21,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ...foundation.errors import UserError, one_line
+from ...foundation.tasks import TASKS
 from ...image_processing_dense import IGNORE_INDEX
-from ...training.dense.arguments import DenseSettings
+from ...settings.dense import DenseSettings
 from ..classes import Classes, UnknownClass, class_key, is_number
 from ..columns import columns_needed
 from ..decoding import BrokenImage, EncodedImage
@@ -61,20 +62,14 @@ MARGIN = 0.05
 FEW_OUT, MANY_OUT = 0.05, 0.25
 
 
-@dataclasses.dataclass
-class AnnotationReport:
-    """What was seen, in lines for a person."""
-
-    lines: list[str]
-
-
 def check_annotations(
     datasets: Mapping[str, DenseDataset], settings: DenseSettings, accelerator: Accelerator
-) -> tuple[dict[str, DenseDataset], AnnotationReport]:
+) -> tuple[dict[str, DenseDataset], list[str]]:
     """Looks at annotations of each split; every process calls it, the main process looks for all.
 
     Returns:
-        the datasets, with what only the annotations tell: whether 255 is a class, and which pixels they count.
+        the datasets, with what only the annotations tell: whether 255 is a class, and which pixels they count; and
+        what was seen, in lines for a person.
 
     Raises:
         UserError: annotations that cannot be meant as they are read.
@@ -98,10 +93,10 @@ def check_annotations(
     if fault:
         raise UserError(fault)
     changed = {
-        split: dataclasses.replace(dataset.numbered(found[split][0]), in_stored=found[split][1])
+        split: dataclasses.replace(dataset.with_classes(found[split][0]), in_stored=found[split][1])
         for split, dataset in datasets.items()
     }
-    return changed, AnnotationReport(lines)
+    return changed, lines
 
 
 def look(dataset: DenseDataset, settings: DenseSettings, seconds: float) -> MapsSeen | ObjectsSeen:
@@ -333,7 +328,7 @@ class MapsSeen(Seen):
         names, table = self.dataset.label_names, dict(self.dataset.classes.table)
         first, second = table.pop("0"), table.pop("1")
         classes = Classes(self.dataset.classes.names, {**table, "0": first, str(IGNORE_INDEX): second})
-        self.dataset, self.table = self.dataset.numbered(classes), value_table(classes)
+        self.dataset, self.table = self.dataset.with_classes(classes), value_table(classes)
         self.images = +Counter({first: self.maps[0], second: self.maps[IGNORE_INDEX]})
         return [f"the maps hold 0 and 255 only: 255 is taken for {names[second]}, 0 for {names[first]}"]
 
@@ -395,7 +390,7 @@ class ObjectsSeen(Seen):
 
     def __init__(self, dataset: DenseDataset, settings: DenseSettings):
         super().__init__(dataset, settings)
-        self.with_masks = settings.task == "instance-segmentation"
+        self.with_masks = TASKS[settings.task].reads == "masks"
         self.objects = self.empty = 0
         self.boxes: list[tuple[np.ndarray, Frame, int]] = []
         self.left_out: Counter[str] = Counter()
