@@ -82,7 +82,7 @@ def test_gradients_of_a_window_are_those_of_the_formulas(make_settings, make_che
     def checked(run, window):
         window = window[:2]
         student = copy.deepcopy(run.state.model).double()
-        teacher = copy.deepcopy(run.teacher.model).double()
+        teacher = copy.deepcopy(run.task.teacher.model).double()
         for batch in window:
             pixels = batch["pixel_values"].double()
             logits = student(pixels).logits

@@ -28,12 +28,7 @@ class DenseRecipeSettings(RecipeSettings):
 @dataclass
 class DenseModelSettings(ModelSettings):
     image_size: int | None = altered(
-        ModelSettings,
-        "image_size",
-        800,
-        "Shorter side to which images are resized, in pixels.",
-        low=32,
-        high=10_000,
+        ModelSettings, "image_size", 800, "Shorter side to which images are resized, in pixels.", low=32, high=10_000
     )
     longest_edge: int | None = setting(
         1333, "Longer side at most, in pixels; wins over --image_size.", low=32, high=10_000, shown=True
@@ -48,11 +43,7 @@ class GeometrySettings:
     scale_min: float = setting(1.0, "Images are resized to between this ...", low=0.05, high=20, shown=True)
     scale_max: float = setting(1.0, "... and this many times their size in evaluation.", low=0.05, high=20, shown=True)
     crop_size: int | None = setting(
-        None,
-        "Side of the random square crop, in pixels; smaller images are padded.",
-        low=32,
-        high=10_000,
-        shown=True,
+        None, "Side of the random square crop, in pixels; smaller images are padded.", low=32, high=10_000, shown=True
     )
     max_class_share: float = setting(
         1.0,

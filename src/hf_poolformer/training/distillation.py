@@ -17,8 +17,8 @@ from ..data.classes import class_key
 from ..data.transforms import input_size
 from ..foundation.errors import UserError, one_line
 from ..foundation.loading import load_checkpoint
+from ..foundation.names import first_few
 from ..settings.classification import ClassificationSettings
-from .initialisation import shown
 
 
 def distillation_loss(
@@ -163,8 +163,9 @@ def places_of_labels(teachers: Sequence[str], students: Sequence[str], name: str
     if sorted(theirs) != sorted(ours) or len(set(theirs)) < len(theirs):
         same = "in another order and not all different" if sorted(theirs) == sorted(ours) else "others"
         raise UserError(
-            f"the teacher {name} knows {len(teachers)} labels ({shown(teachers)}), {same} than the {len(students)} "
-            f"here ({shown(students)}). Train it on this dataset first: --model_name_or_path {name}"
+            f"the teacher {name} knows {len(teachers)} labels ({first_few(teachers, 3)}), {same} than the "
+            f"{len(students)} here ({first_few(students, 3)}). Train it on this dataset first: --model_name_or_path "
+            f"{name}"
         )
     number = {label: index for index, label in enumerate(theirs)}
     return [number[label] for label in ours]

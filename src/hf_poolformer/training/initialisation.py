@@ -14,6 +14,7 @@ from ..configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerCon
 from ..data.classes import class_key
 from ..foundation.errors import UserError, one_line
 from ..foundation.loading import belongs_to_head, load_checkpoint, looks_like_checkpoint, why_not_loaded
+from ..foundation.names import first_few
 from ..foundation.settings import check_names
 from ..foundation.tasks import TASKS
 from ..image_processing_poolformer import PoolFormerImageProcessor
@@ -126,9 +127,9 @@ def from_checkpoint(settings: ClassificationSettings, names: list[str], labels: 
         logger.warning(
             "New head: the checkpoint knows %d labels (%s), the dataset has %d (%s).",
             len(learnt),
-            shown(learnt),
+            first_few(learnt, 3),
             len(names),
-            shown(names),
+            first_few(names, 3),
         )
     return model, processor
 
@@ -161,10 +162,6 @@ def set_image_size(processor: Any, side: int) -> None:
     processor.size = {"shortest_edge": side} if size.get("shortest_edge") else square
     if getattr(processor, "crop_size", None):
         processor.crop_size = square
-
-
-def shown(names: Sequence[str]) -> str:
-    return ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def check_overrides(overrides: Mapping[str, Any], config: Any, name: str) -> None:

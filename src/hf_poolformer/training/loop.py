@@ -54,7 +54,6 @@ class Run:
     bar: tqdm
     total_steps: int
     accumulation: int
-    global_batch: int
     replica: nn.Module | None  # of a model that is distributed, to be filled when it is needed
     processor: Any  # saved beside the model
     saver: Saver = field(init=False)
@@ -161,7 +160,6 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
             bar=bar,
             total_steps=total_steps,
             accumulation=accumulation,
-            global_batch=global_batch,
             replica=replica,
             processor=processor,
         )

@@ -231,6 +231,16 @@ def test_mistakes_in_flags(flags, message):
         parse(flags, tasks=dense_tasks())
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_train_with_a_task_is_train_dense(task):
+    flags = ["--task", task, "--dataset_name", "x", "--output_dir", "y", "--crop_size", "64"]
+    assert parse(flags) == parse(flags, tasks=dense_tasks())
+    with pytest.raises(UserError, match="unknown flag: --train_dir"):
+        parse([*flags, "--train_dir", "z"])
+    with pytest.raises(UserError, match="unknown task: image-classification"):
+        parse(["--task", "image-classification", "--train_dir", "x", "--output_dir", "y"], tasks=dense_tasks())
+
+
 def test_settings_survive_their_file(make_settings, tmp_path):
     settings = make_settings("instance-segmentation", lr_steps="3,4", hub_token="hf_secret")
     settings.save(tmp_path / "settings.yaml")

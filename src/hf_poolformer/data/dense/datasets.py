@@ -18,6 +18,7 @@ from datasets import Image
 from PIL import Image as PILImage
 
 from ...foundation.errors import UserError
+from ...foundation.names import first_few
 from ...foundation.tasks import TASKS
 from ...settings.dense import DenseSettings
 from ..classes import Classes, class_key
@@ -57,14 +58,20 @@ class DenseDataset:
         fields: of the objects; None for annotation maps.
         classes: stored value -> class of the model; with `reduce_labels`, of values less one.
         void: 255 is said to be no class.
-        in_stored: annotations count the pixels of stored images, before EXIF turns these, unless their size tells
-            otherwise.
+        with_masks: masks of objects are read, too.
+        reduced: annotation maps hold values larger by one than those in `classes`, and 0 for no class.
+        pixels: what annotations of images that EXIF turns count, as `--annotation_pixels` says.
+        in_stored: with `auto`, these are the pixels of stored images, before EXIF turns them, unless the annotations'
+            size tells otherwise.
     """
 
     images: ImageDataset
     fields: ObjectFields | None
     classes: Classes
     void: bool = False
+    with_masks: bool = False
+    reduced: bool = False
+    pixels: str = "auto"
     in_stored: bool = True
 
     @property
@@ -91,17 +98,22 @@ class DenseDataset:
         if missing:
             raise UserError(
                 f"{self.images.name} has the class {missing[0]!r} ({len(missing)} such), which the model or the "
-                f"training split does not know: {', '.join(list(names)[:5])}{', ...' if len(names) > 5 else ''}."
+                f"training split does not know: {first_few(names)}."
             )
         return self.with_classes(self.classes.renumbered(names))
 
-    def frame(self, image: EncodedImage, row: Mapping[str, Any], settings: DenseSettings) -> Frame:
+    @property
+    def value_table(self) -> np.ndarray:
+        """Of annotation maps, see `annotations.value_table`."""
+        return value_table(self.classes, self.reduced)
+
+    def frame(self, image: EncodedImage, row: Mapping[str, Any]) -> Frame:
         """The pixels of a row's image, and how its annotations belong to them."""
         size = image.height, image.width
         if image.orientation == 1:
             return Frame(size)
-        told_by_size = settings.annotation_pixels == "auto"
-        in_stored = self.in_stored if told_by_size else settings.annotation_pixels == "stored"
+        told_by_size = self.pixels == "auto"
+        in_stored = self.in_stored if told_by_size else self.pixels == "stored"
         return Frame(size, image.orientation, said_size(row), in_stored, told_by_size)
 
 
@@ -138,6 +150,7 @@ def open_dense_datasets(settings: DenseSettings) -> dict[str, DenseDataset]:
 def with_annotations(images: ImageDataset, settings: DenseSettings) -> DenseDataset:
     """A split with its annotations, and their classes, found."""
     features, reads = images.stream.features, TASKS[settings.task].reads
+    read_as = {"with_masks": reads == "masks", "reduced": settings.reduce_labels, "pixels": settings.annotation_pixels}
     if reads == "map":
         column = map_column(images, settings.annotation_column_name)
         stream = images.stream.cast_column(column, Image(decode=False))
@@ -145,7 +158,7 @@ def with_annotations(images: ImageDataset, settings: DenseSettings) -> DenseData
         classes, void = known_classes(settings, None, images.name, images.class_names)
         if classes is None:
             raise unknown_classes(images.name, stored_classes(images))
-        return DenseDataset(images, None, classes, void).with_classes(classes)
+        return DenseDataset(images, None, classes, void, **read_as).with_classes(classes)
     column = object_column(images, settings.annotation_column_name)
     inside = fields_of(features[column])
     box, label, mask = (
@@ -167,7 +180,7 @@ def with_annotations(images: ImageDataset, settings: DenseSettings) -> DenseData
     if classes is None:
         raise unknown_classes(images.name, stored_classes(images, label))
     fields = ObjectFields(box=box, label=label, mask=mask, classes=classes, bbox_format=settings.bbox_format)
-    return DenseDataset(images, fields, classes).with_classes(classes)
+    return DenseDataset(images, fields, classes, **read_as).with_classes(classes)
 
 
 def stored_classes(images: ImageDataset, label: str | None = None) -> set[str]:
@@ -244,24 +257,22 @@ class DenseBatches(DecodedBatches):
     its `Truth`.
     """
 
-    def __init__(self, *arguments: Any, dense: DenseDataset, settings: DenseSettings):
+    def __init__(self, *arguments: Any, dense: DenseDataset):
         super().__init__(*arguments)
         self._dense = dense
-        self._settings = settings
-        self._with_masks = TASKS[settings.task].reads == "masks"
-        self._table = value_table(dense.classes, settings.reduce_labels) if dense.fields is None else None
+        self._table = dense.value_table if dense.fields is None else None
 
     def _read(self, row: Mapping[str, Any]) -> tuple[PILImage.Image, Any]:
         source, token = row[self._dataset.image_column], self._dataset.token
         with EncodedImage(source, token=token) as encoded:
-            frame = self._dense.frame(encoded, row, self._settings)
+            frame = self._dense.frame(encoded, row)
             image = encoded.decode()[0]
         size, value = frame.size, row[self._dataset.label_column]
         fields = self._dense.fields
         if fields is None:
             target = decode_map(value, frame, self._table, token=token)
         else:
-            target = decode_objects(value, frame, fields, with_masks=self._with_masks)
+            target = decode_objects(value, frame, fields, with_masks=self._dense.with_masks)
         if self._training:
             return image, target
         encoded = source.get("bytes") if isinstance(source, Mapping) else None

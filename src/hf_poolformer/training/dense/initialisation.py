@@ -11,9 +11,10 @@ from ...data.classes import CONFIG_FIELD, Classes
 from ...foundation.errors import UserError, one_line
 from ...foundation.finite import check_weights
 from ...foundation.loading import why_not_loaded
+from ...foundation.names import first_few
 from ...foundation.tasks import TASKS
 from ...settings.dense import DenseSettings
-from ..initialisation import both_ways, check_overrides, checkpoint_activations, from_scratch, shown
+from ..initialisation import both_ways, check_overrides, checkpoint_activations, from_scratch
 
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def from_checkpoint(settings: DenseSettings, names: list[str], labels: dict[str,
         logger.warning("%s starts afresh: %s has no weights that fit.", ", ".join(heads), name)
     elif [before.id2label[index] for index in range(len(before.id2label))] != names:
         # Equally many classes that mean something else: as good a start as any, but not the same classes.
-        logger.warning("The checkpoint's classes were others; the head now learns %s.", shown(names))
+        logger.warning("The checkpoint's classes were others; the head now learns %s.", first_few(names, 3))
     return model
 
 

@@ -132,7 +132,7 @@ def make_dense_loader(
         seed=settings.seed,
         max_skipped_shards=settings.max_skipped_shards,
         shuffle_buffer_size=settings.shuffle_buffer_size,
-        batches=functools.partial(DenseBatches, dense=dataset, settings=settings),
+        batches=functools.partial(DenseBatches, dense=dataset),
         **{**common, "pin_memory": training and common["pin_memory"]},
     )
 
