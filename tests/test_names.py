@@ -19,9 +19,9 @@ from hf_poolformer.foundation.names import near_names, printable
 from hf_poolformer.hub import contents
 from hf_poolformer.hub.rendering import plain_markdown
 from hf_poolformer.prediction.tables import table
+from hf_poolformer.settings.command_line import parse
+from hf_poolformer.settings.training import TrainingSettings
 from hf_poolformer.training import reports
-from hf_poolformer.training.arguments import TrainingSettings, parse
-from hf_poolformer.training.dense.arguments import DenseSettings
 from hf_poolformer.training.initialisation import check_overrides
 
 
@@ -194,7 +194,9 @@ def test_a_metric_that_no_evaluation_gives_is_refused_before_the_run(metric):
         TrainingSettings.from_recipe("demo", train_dir="images", output_dir="run", keep_best=metric)
     for task in ("semantic-segmentation", "object-detection"):
         with pytest.raises(UserError, match="--keep_best"):
-            DenseSettings.from_recipe(task, "demo", dataset_name="x", output_dir="run", keep_best="eval_mask_map")
+            TrainingSettings.from_recipe(
+                "demo", task=task, dataset_name="x", output_dir="run", keep_best="eval_mask_map"
+            )
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,7 @@ def test_results_and_logs_are_strict_json(tmp_path):
 ELSEWHERE = {
     "strict_json.py",
     "loader.py",
-    "arguments.py",
+    "training.py",
     "settings.py",
     "initialisation.py",
     "architecture.py",

@@ -107,7 +107,7 @@ def _run(function, arguments, log: Path, rank: int, processes: int, port: int | 
 
 def train_with(settings: str) -> None:
     """Trains with the settings in this JSON."""
-    from hf_poolformer.training.arguments import TrainingSettings
+    from hf_poolformer.settings.training import TrainingSettings
     from hf_poolformer.training.loop import train
 
     train(TrainingSettings.from_recipe("demo", **json.loads(settings)))

@@ -12,12 +12,13 @@ import yaml
 from hf_poolformer import PoolFormerConfig, PoolFormerForSemanticSegmentation
 from hf_poolformer.data.dense.datasets import Truth
 from hf_poolformer.evaluation.dense import MapJudge, evaluate
-from hf_poolformer.evaluation.dense_pictures import write_curves
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.foundation.tasks import TASKS, Figure, dense_tasks, task_named, task_of_config, tasks_of_pipeline
 from hf_poolformer.hub.cards import folder_card
-from hf_poolformer.training.dense.arguments import DenseSettings, parse
-from hf_poolformer.training.dense.loop import summary
+from hf_poolformer.settings.command_line import parse
+from hf_poolformer.settings.training import TrainingSettings
+from hf_poolformer.training.reports import summary, write_curves
+from hf_poolformer.training.task import training_of
 
 
 class MisfitJudge(MapJudge):
@@ -85,8 +86,8 @@ def test_settings_take_it(toy, tmp_path, capsys):
         "poolformer_s12",
     ]
     settings = parse([*flags, "--keep_best", "eval_fit", "--reduce_labels", "true"])
-    assert settings == DenseSettings.from_recipe(
-        toy.name,
+    assert settings == TrainingSettings.from_recipe(
+        task=toy.name,
         dataset_name="x",
         output_dir=str(tmp_path),
         config_name="poolformer_s12",
@@ -114,7 +115,11 @@ def test_it_is_evaluated_and_summed_up(toy, tmp_path):
     )
     assert 0 <= results["eval_fit"] <= 1 and results["eval_samples"] == 1
     figures = dict.fromkeys(("train_runtime", "train_samples_per_second", "train_data_wait_share"), 0.5)
-    text = summary(tmp_path, {**results, **figures, "step": 1, "skipped_images": 0}, toy.name)
+    settings = TrainingSettings.from_recipe(
+        task=toy.name, dataset_name="x", output_dir=str(tmp_path), config_name="poolformer_s12"
+    )
+    told = training_of(settings).describe(results)
+    text = summary(tmp_path, {**results, **figures, "step": 1, "skipped_images": 0}, settings, told)
     assert f"Result: fit {results['eval_fit']:.3f}, 1 images" in text and 'pipeline("image-segmentation"' in text
     write_curves(tmp_path / "curves.png", [{"step": 1, "loss": 1.0}, {"step": 1, "eval_fit": 0.5}], toy.name)
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"

@@ -18,7 +18,7 @@ from hf_poolformer import (
     PoolFormerForImageClassification,
     PoolFormerImageProcessor,
 )
-from hf_poolformer.training.arguments import TrainingSettings
+from hf_poolformer.settings.training import TrainingSettings
 
 
 NAMES = [f"digit {number}" for number in range(10)]

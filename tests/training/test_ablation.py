@@ -7,8 +7,8 @@ import pytest
 
 from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification
 from hf_poolformer.foundation.errors import Diverged, UserError
+from hf_poolformer.settings.training import TrainingSettings
 from hf_poolformer.training import ablation
-from hf_poolformer.training.arguments import TrainingSettings
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "ablate.py"
@@ -23,7 +23,7 @@ def base(tmp_path) -> TrainingSettings:
 
 @pytest.mark.parametrize("name", ablation.ROWS)
 def test_every_row_is_one_architecture(name, base, tmp_path):
-    settings = ablation.settings_of(ablation.ROWS[name], base, tmp_path, seed=3)
+    settings = ablation.settings_of_row(ablation.ROWS[name], base, tmp_path, seed=3)
     assert settings.seed == 3
     config = MetaFormerConfig.from_variant(settings.config_name, num_labels=10, **settings.overrides())
     MetaFormerForImageClassification(config)

@@ -8,7 +8,7 @@ from PIL import Image
 from hf_poolformer import PoolFormerImageProcessor
 from hf_poolformer.data.decoding import EncodedImage, decode_image
 from hf_poolformer.data.transforms import EvalTransform, input_size
-from hf_poolformer.training.arguments import TrainingSettings
+from hf_poolformer.settings.training import TrainingSettings
 from hf_poolformer.training.augmentation import BatchMixer, Box, Draws, TrainTransform, draw_erased
 
 

@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 from hf_poolformer import PoolFormerImageProcessor
 from hf_poolformer.data.decoding import BrokenImage, EncodedImage, decode_image
 from hf_poolformer.foundation.errors import UserError
+from hf_poolformer.settings.training import TrainingSettings
 from hf_poolformer.training import device_pipeline
-from hf_poolformer.training.arguments import TrainingSettings
 from hf_poolformer.training.augmentation import Box, Draws, TrainTransform
 from hf_poolformer.training.device_pipeline import (
     CropBatches,

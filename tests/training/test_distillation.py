@@ -20,9 +20,9 @@ from hf_poolformer import PoolFormerImageProcessor
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.training import loop
 from hf_poolformer.training.augmentation import TrainTransform
-from hf_poolformer.training.distillation import Teacher, colours, distillation_loss, label_order
+from hf_poolformer.training.distillation import Teacher, colours, distillation_loss, places_of_labels
 from hf_poolformer.training.loop import train
-from hf_poolformer.training.preparation import make_accelerator
+from hf_poolformer.training.preparation import training_accelerator
 
 
 NAMES = [f"digit {number}" for number in range(10)]
@@ -82,7 +82,7 @@ def test_gradients_of_a_window_are_those_of_the_formulas(make_settings, make_che
     def checked(run, window):
         window = window[:2]
         student = copy.deepcopy(run.state.model).double()
-        teacher = copy.deepcopy(run.teacher.model).double()
+        teacher = copy.deepcopy(run.task.teacher.model).double()
         for batch in window:
             pixels = batch["pixel_values"].double()
             logits = student(pixels).logits
@@ -155,17 +155,17 @@ def test_labels_in_another_order_are_mapped_by_name(make_settings, make_checkpoi
 
 
 def test_order_of_labels():
-    assert label_order(["a", "b", "c"], ["a", "b", "c"], "T") == [0, 1, 2]
-    assert label_order(["b", "c", "a"], ["a", "b", "c"], "T") == [2, 0, 1]
-    assert label_order(["LABEL_0", "LABEL_1"], ["a", "b"], "T") == [0, 1]
+    assert places_of_labels(["a", "b", "c"], ["a", "b", "c"], "T") == [0, 1, 2]
+    assert places_of_labels(["b", "c", "a"], ["a", "b", "c"], "T") == [2, 0, 1]
+    assert places_of_labels(["LABEL_0", "LABEL_1"], ["a", "b"], "T") == [0, 1]
     # ImageNet has two kinds of crane.
-    assert label_order(["crane", "crane", "owl"], ["crane", "crane", "owl"], "T") == [0, 1, 2]
+    assert places_of_labels(["crane", "crane", "owl"], ["crane", "crane", "owl"], "T") == [0, 1, 2]
     with pytest.raises(UserError, match="not all different"):
-        label_order(["crane", "crane", "owl"], ["crane", "owl", "crane"], "T")
+        places_of_labels(["crane", "crane", "owl"], ["crane", "owl", "crane"], "T")
     with pytest.raises(UserError, match=r"the teacher T knows 2 labels \(a, b\), others than the 3 here"):
-        label_order(["a", "b"], ["a", "b", "c"], "T")
+        places_of_labels(["a", "b"], ["a", "b", "c"], "T")
     with pytest.raises(UserError, match="--model_name_or_path T"):
-        label_order(["a", "b", "d"], ["a", "b", "c"], "T")
+        places_of_labels(["a", "b", "d"], ["a", "b", "c"], "T")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_the_teacher_sees_what_its_own_processor_makes(make_settings, processor,
     settings = make_settings(affine_degrees=0.0, affine_translate=0.0, affine_scale=0.0)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     example = TrainTransform(settings, students)(image)[None]
-    teacher = Teacher(torch.nn.Identity(), processor, students, range(10), make_accelerator(settings))
+    teacher = Teacher(torch.nn.Identity(), processor, students, range(10), training_accelerator(settings, fsdp=False))
     expected = processor(image, return_tensors="pt")["pixel_values"].float()
     torch.testing.assert_close(teacher.adapt(example), expected, rtol=1e-5, atol=tolerance)
     if isinstance(processor, PoolFormerImageProcessor):

@@ -10,8 +10,8 @@ from PIL import Image
 from hf_poolformer.data.fingerprints import state_of_dataset, state_of_files, state_of_path
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.prediction import parts, predict
+from hf_poolformer.settings.training import TrainingSettings
 from hf_poolformer.training import ablation
-from hf_poolformer.training.arguments import TrainingSettings
 
 
 # Files -------------------------------------------------------------------------------------------------------------

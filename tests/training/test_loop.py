@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, pipeline
 from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, PoolFormerImageProcessor
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.foundation.processes import Stopped
-from hf_poolformer.training import loop
+from hf_poolformer.training import classification, loop
 from hf_poolformer.training.loop import train
 
 
@@ -138,16 +138,16 @@ def test_a_signal_saves_leaves_and_can_be_resumed(make_settings, tmp_path, capsy
 
 def test_a_signal_while_evaluating(make_settings, monkeypatch):
     settings = make_settings(num_train_epochs=2, eval_epochs=1, checkpointing_steps="no")
-    run_evaluation = loop.evaluate
+    run_evaluation = classification.evaluate
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return run_evaluation(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "evaluate", interrupted)
+    monkeypatch.setattr(classification, "evaluate", interrupted)
     with pytest.raises(Stopped):
         train(settings)
-    monkeypatch.setattr(loop, "evaluate", run_evaluation)
+    monkeypatch.setattr(classification, "evaluate", run_evaluation)
     assert train(dataclasses.replace(settings, resume_from_checkpoint="latest"))["step"] == 20
 
 

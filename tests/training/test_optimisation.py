@@ -5,7 +5,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 
 from hf_poolformer import PoolFormerForImageClassification
-from hf_poolformer.training.arguments import TrainingSettings
+from hf_poolformer.settings.training import TrainingSettings
 from hf_poolformer.training.optimisation import (
     WeightAverage,
     learning_rate_at,

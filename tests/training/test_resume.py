@@ -16,8 +16,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from hf_poolformer.foundation.errors import UserError
+from hf_poolformer.settings.training import TrainingSettings
 from hf_poolformer.training import checkpoints, loop
-from hf_poolformer.training.arguments import TrainingSettings
 from hf_poolformer.training.loop import train
 
 
@@ -113,7 +113,7 @@ def test_killed_and_resumed_is_the_same_run(make_settings, tmp_path, num_workers
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_fully_sharded(make_settings, tmp_path, monkeypatch, ema_decay):
     """accelerate gives FSDP to accelerators only; told that it has it, it works on the CPU as well."""
-    make = loop.make_accelerator
+    make = loop.training_accelerator
 
     def distributed(settings, fsdp):
         accelerator = make(settings, fsdp)
@@ -129,7 +129,7 @@ def test_fully_sharded(make_settings, tmp_path, monkeypatch, ema_decay):
     changes = {**SETTINGS, "num_workers": 0, "ema_decay": ema_decay, "eval_epochs": 1}
     copies = make_settings(**changes, output_dir=str(tmp_path / "copies"))
     assert run(copies, 2)
-    monkeypatch.setattr(loop, "make_accelerator", distributed)
+    monkeypatch.setattr(loop, "training_accelerator", distributed)
     whole = make_settings(**changes, output_dir=str(tmp_path / "whole"))
     assert run(whole, 2)
     # Gradients are added up in another order than by DistributedDataParallel.

@@ -14,7 +14,7 @@ from hf_poolformer.data.datasets import open_datasets
 from hf_poolformer.data.description import describe_data
 from hf_poolformer.evaluation import classification as evaluation
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.training import loop
+from hf_poolformer.training import classification
 from hf_poolformer.training.loop import train
 
 
@@ -93,7 +93,7 @@ def test_a_small_training_set_is_judged_at_the_end_of_its_epoch(make_settings, t
     data = folder(tmp_path / "data" / "train", {"a": 10, "b": 10}).parent
     for index in range(4):
         (data / "train" / "a" / f"{index:03d}.png").write_bytes(b"not a picture")
-    monkeypatch.setattr(loop, "judge", lambda *_: None)  # images that break later
+    monkeypatch.setattr(classification, "judge", lambda *_: None)  # images that break later
     with pytest.raises(UserError, match=r"4 of the 20 images .* --max_skipped allows \(1.0%\)"):
         train(run_of(make_settings, data, train_val_split=0))
 

@@ -74,9 +74,9 @@ def measure_loop(case: Case, *, steps: int = 12, workers: int | None = None) -> 
         UserError: the libraries of the extra `train`, or photographs, are missing.
     """
     try:
-        from hf_poolformer.training.arguments import TrainingSettings
+        from hf_poolformer.settings.training import TrainingSettings
+        from hf_poolformer.training.classification import ClassificationTraining
         from hf_poolformer.training.loop import train
-        from hf_poolformer.training.preparation import make_loaders
     except ImportError as error:
         raise UserError(f"{error.name} missing: pip install 'hf-poolformer[train]'") from error
 
@@ -105,24 +105,27 @@ def measure_loop(case: Case, *, steps: int = 12, workers: int | None = None) -> 
                 logging_steps=1,
             )
 
-        def timed_loaders(*arguments: Any) -> tuple[Any, Any]:
-            """The real loader, after one like it was timed on its own."""
-            alone, _ = make_loaders(*arguments)
-            report.workers = alone.num_workers
-            report.rates["loader alone"] = loader_rate(alone, case.batch_size, steps)
-            return make_loaders(*arguments)
+        class Streamed(ClassificationTraining):
+            """With the real loader, after one like it was timed on its own."""
 
-        def synthetic_loaders(*arguments: Any) -> tuple[Any, Any]:
-            images, labels = case.change(device="cpu", dtype="float32").batch()
-            labels = labels % 10
-            if case.device != "cpu":
-                images, labels = images.pin_memory(), labels.pin_memory()
-                report.rates["copy alone"] = copy_rate(images, case.device, steps)
-            return Synthetic({"pixel_values": images, "labels": labels, "skipped": []}), None
+            def make_loaders(self, *arguments: Any) -> tuple[Any, Any]:
+                alone, _ = super().make_loaders(*arguments)
+                report.workers = alone.num_workers
+                report.rates["loader alone"] = loader_rate(alone, case.batch_size, steps)
+                return super().make_loaders(*arguments)
 
-        for name, loaders in (("synthetic images", synthetic_loaders), ("streamed photographs", timed_loaders)):
+        class Unstreamed(ClassificationTraining):
+            def make_loaders(self, *arguments: Any) -> tuple[Any, Any]:
+                images, labels = case.change(device="cpu", dtype="float32").batch()
+                labels = labels % 10
+                if case.device != "cpu":
+                    images, labels = images.pin_memory(), labels.pin_memory()
+                    report.rates["copy alone"] = copy_rate(images, case.device, steps)
+                return Synthetic({"pixel_values": images, "labels": labels, "skipped": []}), None
+
+        for name, kind in (("synthetic images", Unstreamed), ("streamed photographs", Streamed)):
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                train(settings(name), loaders)
+                train(settings(name), kind(settings(name)))
             points = read_log(Path(folder) / name / "training_log.jsonl")[WARMUP:]
             report.rates[f"loop, {name}"] = statistics.median(point["images_per_second"] for point in points)
             report.data_wait_share = statistics.mean(point["data_wait_share"] for point in points)

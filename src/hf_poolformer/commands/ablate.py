@@ -20,7 +20,7 @@ from . import CommandParser, UserError, command
 
 
 if TYPE_CHECKING:
-    from ..training.arguments import TrainingSettings
+    from ..settings.classification import ClassificationSettings
 
 
 def parser(prog: str | None = None) -> CommandParser:
@@ -39,12 +39,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     from accelerate import PartialState
 
     from ..foundation.processes import owned, start_cpu_processes
+    from ..foundation.tasks import CLASSIFICATION
+    from ..settings.command_line import parse
     from ..training import ablation
-    from ..training.arguments import parse
 
     logging.basicConfig(format="%(message)s")
     names = ablation.choose_rows(arguments.rows)
-    base = parse(training_flags, others=list(vars(arguments)))
+    base = parse(training_flags, tasks=[CLASSIFICATION], others=list(vars(arguments)))
     start_cpu_processes()
     folder = Path(base.output_dir)
     with owned(folder):
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     return 0
 
 
-def write_report(base: TrainingSettings, folder: Path, content: dict[str, str]) -> None:
+def write_report(base: ClassificationSettings, folder: Path, content: dict[str, str]) -> None:
     """The table of all that is measured, whichever rows this call was about."""
     from ..foundation.files import best_effort
     from ..foundation.names import printable

@@ -11,7 +11,7 @@ from . import command, quieten
 
 @command
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Evaluates; see `training.arguments.EvaluationSettings` for the flags."""
+    """Evaluates; see `evaluation.settings` for the flags."""
     from ..evaluation.settings import parse_evaluation
 
     logging.basicConfig(format="%(message)s")
@@ -22,8 +22,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     quieten()
     from accelerate import PartialState
 
-    from ..evaluation.classification import evaluate_checkpoint
-    from ..training.reports import describe
+    from ..evaluation.classification import describe_results, evaluate_checkpoint
 
     results = evaluate_checkpoint(settings)
     if not PartialState().is_main_process:
@@ -31,7 +30,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if settings.json:
         print(to_json({"model": settings.model, **results}, indent=2))
         return 0
-    print(f"{settings.model}: {describe(results)}.")
+    print(f"{settings.model}: {describe_results(results)}.")
     if settings.output_dir:
         print(f"Written to {settings.output_dir}: all_results.json, confusion_matrix.png")
     return 0

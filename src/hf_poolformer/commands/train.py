@@ -1,4 +1,4 @@
-"""`hf-poolformer train`: train or fine-tune an image classifier, on one device or many."""
+"""`hf-poolformer train`: train or fine-tune a classifier, a segmenter or a detector, on one device or many."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from . import command
 
 @command
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Trains; see `training.arguments` for the flags. A model that is trained but cannot be published gives 3."""
-    from ..training.arguments import parse
+    """Trains; see `settings` for the flags. A model that is trained but cannot be published gives 3."""
+    return run(argv, prog)
+
+
+def run(argv: Sequence[str] | None, prog: str | None, tasks: Sequence[str] | None = None) -> int:
+    """Trains one of these tasks, as `settings.command_line.parse` takes them."""
+    from ..settings.command_line import parse
 
     logging.basicConfig(format="%(message)s")
-    settings = parse(argv, prog)
+    settings = parse(argv, prog, tasks=tasks)
     from ..foundation.processes import start_cpu_processes
 
     start_cpu_processes()

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from . import command
+from .train import run
 
 
 @command
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Trains Semantic FPN, RetinaNet or Mask R-CNN; see `training.dense.arguments` for the flags."""
-    from ..training.dense.arguments import parse
+    """As `train`, of a task that has to be named; see `settings.dense` for the flags."""
+    from ..foundation.tasks import dense_tasks
 
-    logging.basicConfig(format="%(message)s")
-    settings = parse(argv, prog)
-    from ..foundation.processes import start_cpu_processes
-
-    start_cpu_processes()
-    from ..training.dense.loop import train
-
-    train(settings)
-    return 0
+    return run(argv, prog, dense_tasks())

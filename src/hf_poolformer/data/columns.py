@@ -9,6 +9,7 @@ import datasets
 from datasets import ClassLabel, Image, IterableDataset, Value
 
 from ..foundation.errors import UserError
+from ..foundation.names import first_few
 from .classes import Classes
 
 
@@ -174,6 +175,5 @@ def columns_of(features: Mapping[str, Any]) -> str:
 
 
 def few(items: list[str], limit: int = 5) -> str:
-    """The first few of a list, and how many there are in all."""
-    shown = ", ".join(map(str, items[:limit])) or "none"
-    return shown if len(items) <= limit else f"{shown}, ... ({len(items)} in all)"
+    """`first_few`, and how many there are in all."""
+    return (first_few(items, limit) or "none") + (f" ({len(items)} in all)" if len(items) > limit else "")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..data import datasets as data
 from ..data.classes import Classes
 from ..data.description import describe_data
-from ..data.loader import data_workers, skip_limit
+from ..data.opening import loader_arguments, open_splits
 from ..data.transforms import EvalTransform
 from ..foundation.errors import UserError, one_line
 from ..foundation.exported import is_exported
@@ -179,7 +179,17 @@ def named_results(results: dict[str, Any], label_names: Sequence[str]) -> dict[s
     return plain
 
 
-def make_accelerator(settings: EvaluationSettings) -> Accelerator:
+def describe_results(results: dict[str, Any]) -> str:
+    """The results of an evaluation in one line."""
+    return (
+        f"top-1 {results['eval_accuracy']:.2%}, top-5 {results['eval_top5_accuracy']:.2%}, "
+        f"loss {results['eval_loss']:.4f}, {results['eval_samples']} images at "
+        f"{results['eval_samples_per_second']:.0f} images/s"
+        + (f", {results['eval_skipped_images']} broken images left out" if results["eval_skipped_images"] else "")
+    )
+
+
+def accelerator_on_device(settings: EvaluationSettings) -> Accelerator:
     """An Accelerator on the device that was asked for.
 
     Raises:
@@ -226,7 +236,7 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
     Raises:
         UserError: not a model, not a labelled dataset, or labels that do not belong together.
     """
-    accelerator = make_accelerator(settings)
+    accelerator = accelerator_on_device(settings)
     fraction = held_out_fraction(settings)
     if is_exported(settings.model):
         from ..export.runtime import load_classifier
@@ -239,21 +249,16 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
     if not model.config.num_labels:
         raise UserError(f"{settings.model} has no classes: it is a feature extractor (num_labels is 0).")
     label_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    dataset = data.open_datasets(
-        dataset_name=settings.dataset_name,
-        dataset_config_name=settings.dataset_config_name,
-        # What is divided is a training folder; a validation folder is one as a whole.
-        **{"train_dir" if fraction else "validation_dir": settings.validation_dir},
+    folder = {"train_dir": None, "validation_dir": settings.validation_dir}
+    if fraction:  # what is divided is a training folder; a validation folder is one as a whole
+        folder = {"train_dir": settings.validation_dir, "validation_dir": None}
+    dataset = open_splits(
+        settings,
+        **folder,
         train_split=None,
         validation_split=settings.split,
         train_val_split=fraction,
-        image_column_name=settings.image_column_name,
-        label_column_name=settings.label_column_name,
         classes=Classes.of_config(model.config),
-        revision=settings.dataset_revision,
-        token=settings.hub_token,
-        cache_dir=settings.cache_dir,
-        streaming=settings.streaming,
     )["validation"]
     check_classification(dataset)
     if accelerator.is_main_process:
@@ -269,11 +274,7 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
         EvalTransform(processor),
         batch_size=settings.per_device_eval_batch_size,
         training=False,
-        num_workers=data_workers(settings.num_workers, accelerator),
-        max_skipped=skip_limit(settings.max_skipped),
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        pin_memory=accelerator.device.type == "cuda",
+        **loader_arguments(settings, accelerator),
     )
     memory_format = torch.channels_last
     model.to(accelerator.device, memory_format=memory_format)

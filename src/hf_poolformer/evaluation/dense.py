@@ -14,11 +14,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from tqdm import tqdm
 
+from ..data.dense.batches import collate
 from ..data.dense.datasets import Truth
 from ..foundation.errors import UserError
 from ..foundation.finite import check_finite, check_weights
 from ..foundation.tasks import task_named
-from ..training.dense.augmentation import collate
 from .dense_metrics import DetectionMetric, SegmentationMetric
 
 

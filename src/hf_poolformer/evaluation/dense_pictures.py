@@ -1,4 +1,4 @@
-"""What a run leaves for the eyes: curves, and predictions beside the truth."""
+"""What an evaluation leaves for the eyes: predictions beside the truth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image
 
 from ..foundation.figures import add_legend, new_figure, save_figure
-from ..foundation.tasks import task_named
 from ..image_processing_dense import IGNORE_INDEX
 
 
@@ -30,25 +29,6 @@ def colours(count: int) -> np.ndarray:
     if count <= 10:
         return np.array(colormaps["tab10"].colors[:count])
     return colormaps["gist_rainbow"](np.linspace(0, 1, count))[:, :3]
-
-
-def write_curves(path: Path, rows: Sequence[dict[str, Any]], task: str) -> None:
-    """PNG of the training loss (left) and the task's metrics (right) over optimiser steps."""
-    training = [row for row in rows if "loss" in row]
-    shown = task_named(task).shown
-    evaluations = [row for row in rows if shown[0].key in row]
-    figure, (left, right) = new_figure((10, 4), columns=2)
-    left.plot([row["step"] for row in training], [row["loss"] for row in training], linewidth=1)
-    left.set(xlabel="optimiser step", ylabel="training loss", title="Loss")
-    for score in shown:
-        points = [(row["step"], row[score.key]) for row in evaluations if row.get(score.key) is not None]
-        right.plot(*zip(*points, strict=True), "o-", label=score.short) if points else None
-    right.set(xlabel="optimiser step", title="Evaluation split", ylim=(0, 1))
-    if evaluations:
-        right.legend(loc="best")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    save_figure(figure, path)
 
 
 def write_predictions(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 # Join letters and emoji; the other characters of their category hide, or turn the direction of what follows.
@@ -119,3 +119,8 @@ def near_names(name: str, known: Iterable[str], most: int = 2) -> list[str]:
     meant = [other for other in ELSEWHERE.get(name.lower(), ()) if other in known][:1]
     alike = difflib.get_close_matches(name, known, n=most, cutoff=0.7)
     return (meant + [other for other in alike if other not in meant])[:most]
+
+
+def first_few(names: Sequence[object], most: int = 5) -> str:
+    """Names for a message, the first of them where they are many."""
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -18,22 +19,65 @@ from .errors import UserError
 from .names import near_names
 
 
-def setting(default: Any, help: str, aliases: Sequence[str] = ()) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "aliases": list(aliases)})
+def setting(
+    default: Any,
+    help: str,
+    aliases: Sequence[str] = (),
+    *,
+    low: float | None = None,
+    high: float = math.inf,
+    shown: bool = False,
+    path: bool = False,
+    decides: bool = True,
+    in_file: Literal["value", "list", "mapping"] = "value",
+) -> Any:
+    """A field of a dataclass of settings, and all that is to be known about it.
+
+    Args:
+        aliases: other flags that mean it.
+        low, high: of a number, both included.
+        shown: the model card of a run shows it.
+        path: it may hold a place on this machine, which is nobody else's business.
+        decides: the result of a run depends on it, and not only on what it names.
+        in_file: what a YAML file may give in its place: a list of names, for names with commas between them, or a
+            mapping, for a text of JSON.
+    """
+    marks = {"shown": shown, "path": path, "decides": decides, "in_file": in_file}
+    known = {"help": help, "aliases": list(aliases), "low": low, "high": high, **marks}
+    return dataclasses.field(default=default, metadata=known)
 
 
-def check_values(settings: Any, limits: Mapping[str, tuple[float, float]]) -> None:
+def altered(settings: type, name: str, default: Any, help: str | None = None, **changes: Any) -> Any:
+    """A setting of these with another default and, where they are given, another help or limits."""
+    known = settings.__dataclass_fields__[name].metadata
+    return dataclasses.field(default=default, metadata={**known, "help": help or known["help"], **changes})
+
+
+def names_of(settings: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(settings)]
+
+
+def names_marked(settings: Iterable[type], mark: Literal["shown", "path", "decides"]) -> list[str]:
+    """The settings of these dataclasses that have this mark, in the order of their fields."""
+    marked = [field.name for kind in settings for field in dataclasses.fields(kind) if field.metadata.get(mark)]
+    return list(dict.fromkeys(marked))
+
+
+def check_values(settings: Any) -> None:
     """
     Raises:
         UserError: a setting has no value and needs one, or lies outside of its limits.
     """
-    for name, kinds in kinds_of(type(settings)).items():
-        if getattr(settings, name) is None and type(None) not in kinds:
-            raise UserError(f"--{name} has no value: give one, or leave it out for the default.")
-    for name, (low, high) in limits.items():
-        value = getattr(settings, name, None)
+    kinds = kinds_of(type(settings))
+    for field in dataclasses.fields(settings):
+        name, value, low = field.name, getattr(settings, field.name), field.metadata.get("low")
         if value is None:
+            if type(None) not in kinds[name]:
+                raise UserError(f"--{name} has no value: give one, or leave it out for the default.")
             continue
+        if low is None:
+            continue
+        high = field.metadata["high"]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise UserError(f"--{name} takes a number, not {value!r}.")
         if not (math.isfinite(value) and low <= value <= high):
@@ -43,10 +87,26 @@ def check_values(settings: Any, limits: Mapping[str, tuple[float, float]]) -> No
 
 def kinds_of(settings: type) -> dict[str, tuple[Any, ...]]:
     """The types that each setting can have."""
-    hints = get_type_hints(settings)
-    fields = [field.name for field in dataclasses.fields(settings) if field.name in hints]
-    unions = (Union, UnionType)
-    return {name: get_args(hints[name]) if get_origin(hints[name]) in unions else (hints[name],) for name in fields}
+    hints, unions = get_type_hints(settings), (Union, UnionType)
+    return {
+        name: get_args(hints[name]) if get_origin(hints[name]) in unions else (hints[name],)
+        for name in names_of(settings)
+    }
+
+
+def in_groups(settings: type) -> list[type]:
+    """The settings as dataclasses, one for each group of the help; a setting stands where it is said first."""
+    hints, groups = get_type_hints(settings), {}
+    for field in dataclasses.fields(settings):
+        if field.init:
+            first = next(kind for kind in reversed(settings.__mro__) if field.name in inspect.get_annotations(kind))
+            flag = {key: field.metadata[key] for key in ("help", "aliases")}  # what argparse knows, too
+            alone = dataclasses.field(default=field.default, metadata=flag)
+            groups.setdefault(first._argument_group_name, []).append((field.name, hints[field.name], alone))
+    return [
+        dataclasses.make_dataclass("Group", fields, namespace={"_argument_group_name": name})
+        for name, fields in groups.items()
+    ]
 
 
 def check_names(given: Any, known: Sequence[str], what: str, dashes: str = "") -> None:
@@ -86,7 +146,7 @@ def as_flags(values: dict[str, Any], settings: type) -> list[str]:
     Raises:
         UserError: several values where one is wanted.
     """
-    flags, kinds = [], kinds_of(settings)
+    flags, kinds, fields = [], kinds_of(settings), settings.__dataclass_fields__
     for name, value in values.items():
         if value is None:
             continue
@@ -94,12 +154,12 @@ def as_flags(values: dict[str, Any], settings: type) -> list[str]:
             value = "yes" if value else "no"  # YAML takes these words for booleans
         elif isinstance(value, bool):
             value = str(value).lower()
-        elif isinstance(value, list) and name in ("label_names", "lr_steps", "report_to"):
+        elif isinstance(value, list) and fields[name].metadata["in_file"] == "list":
             if any("," in str(item) for item in value):
                 raise UserError(f"{name} takes names without commas in them, not {value}.")
             value = ",".join(map(str, value))
         elif isinstance(value, (dict, list)):
-            if name != "config_overrides" and str in kinds[name]:
+            if fields[name].metadata["in_file"] != "mapping" and str in kinds[name]:
                 raise UserError(f"{name} takes one value, not {value}.")
             value = json.dumps(value)
         flags.append(f"--{name}={value}")
@@ -137,10 +197,15 @@ class SettingsFormatter(argparse.HelpFormatter):
 class SettingsParser(HfArgumentParser, QuietParser):
     """HfArgumentParser that shows its help in groups and reports mistakes as UserError."""
 
-    def __init__(self, groups: Sequence[type], **kwargs: Any) -> None:
+    def __init__(self, settings: type, **kwargs: Any) -> None:
         super().__init__(
-            list(groups), formatter_class=SettingsFormatter, allow_abbrev=False, usage="%(prog)s [FLAGS]", **kwargs
+            in_groups(settings),
+            formatter_class=SettingsFormatter,
+            allow_abbrev=False,
+            usage="%(prog)s [FLAGS]",
+            **kwargs,
         )
+        self.settings = settings
 
     def set_choices(self, name: str, choices: Sequence[str]) -> None:
         """Of a setting whose values stand in a table, and not in its type."""
@@ -149,13 +214,19 @@ class SettingsParser(HfArgumentParser, QuietParser):
     def names_in(self, argv: Sequence[str]) -> set[str]:
         return {text[2:].split("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
 
-    def parse(self, argv: Sequence[str] | None, names: Sequence[str]) -> tuple[Any, ...]:
+    def parse(self, argv: Sequence[str] | None, others: Sequence[str] = ()) -> dict[str, Any]:
+        """What flags say, by their names.
+
+        Args:
+            others: flags that the caller has taken out of `argv`; they may be meant by a misspelt one.
+        """
         *parts, unknown = self.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
         flags = [text.split("=")[0] for text in unknown if text.startswith("--")]
         known = {text[2:] for text in self._option_string_actions if text.startswith("--") and "-" not in text[2:]}
-        check_names([flag[2:].replace("-", "_") for flag in flags], sorted(known.union(names)), "flag", "--")
+        known = known.union(names_of(self.settings), others)
+        check_names([flag[2:].replace("-", "_") for flag in flags], sorted(known), "flag", "--")
         if unknown:
             raise UserError(f"what is {' '.join(unknown)!r} for? Values follow a flag: --name value.")
-        return tuple(parts)
+        return {name: value for part in parts for name, value in vars(part).items()}

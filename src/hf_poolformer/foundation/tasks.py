@@ -7,6 +7,7 @@ the models, and its mathematics in the class that `evaluation` names.
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -53,6 +54,8 @@ class Task:
         processor: constructor among those of PoolFormerImageProcessor; empty for the class itself.
         evaluation: `module:class` of a `Judge` of evaluation/dense.py; empty for classes, which have a way of
             their own.
+        settings: `module:class` of what its training can be told.
+        training: `module:class` of what its training does its own way, as `training.loop` asks it.
         exported_output: class among transformers.modeling_outputs for the answer of an exported model; empty where a
             model's steps depend on what it finds, so that it cannot be exported.
         pipeline_code, model_code: Python for cards; `{source}` stands for the quoted name of the model and arguments
@@ -76,6 +79,8 @@ class Task:
     limits: tuple[str, ...]
     processor: str = ""
     evaluation: str = ""
+    settings: str = "hf_poolformer.settings.dense:DenseSettings"
+    training: str = "hf_poolformer.training.dense.task:DenseTraining"
     exported_output: str = ""
     exported_imports: str = ""
     exported_code: str = ""
@@ -113,8 +118,7 @@ class Task:
 
     def new_judge(self, num_labels: int) -> Any:
         """The object of `evaluation` that gathers what a model says, for a dense task."""
-        module, _, name = self.evaluation.partition(":")
-        return getattr(importlib.import_module(module), name)(num_labels)
+        return pkgutil.resolve_name(self.evaluation)(num_labels)
 
 
 CLASSIFICATION = "image-classification"
@@ -192,6 +196,8 @@ _ROWS = (
         ),
         kept_by=("eval_accuracy", "eval_loss", "eval_top5_accuracy"),
         per_class=("eval_per_class_accuracy", "accuracy"),
+        settings="hf_poolformer.settings.classification:ClassificationSettings",
+        training="hf_poolformer.training.classification:ClassificationTraining",
         exported_output="ImageClassifierOutput",
         pipeline_code=(
             "from transformers import pipeline\n\n"

@@ -23,6 +23,7 @@ from ..configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerCon
 from ..conversion.note import ConversionNote
 from ..foundation.files import replace_text
 from ..foundation.tasks import CLASSIFICATION, TASKS, Figure, Task, task_of_config
+from ..settings.training import shown_settings
 from .metadata import CardError, finite_number, hub_id
 from .published_cards import architecture_rows, original_names, published_card
 from .rendering import (
@@ -41,62 +42,6 @@ __all__ = ["folder_card", "training_card", "write_training_card"]
 # More rows than this make a table nobody reads.
 MAX_CLASSES_IN_TABLE = 50
 
-# What a reader needs to repeat the run, in this order. A list of what is shown, and not of what is hidden: a
-# setting that somebody adds later (a token, a path) stays out of the card until it is named here.
-SETTINGS_SHOWN = (
-    "task",
-    "recipe",
-    "config_overrides",
-    "image_size",
-    "longest_edge",
-    "num_train_epochs",
-    "max_train_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "scale_learning_rate",
-    "lr_scheduler_type",
-    "lr_power",
-    "lr_steps",
-    "lr_gamma",
-    "num_warmup_steps",
-    "num_warmup_epochs",
-    "warmup_learning_rate",
-    "min_learning_rate",
-    "num_cooldown_epochs",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "layer_decay",
-    "max_grad_norm",
-    "ema_decay",
-    "distillation",
-    "distillation_alpha",
-    "distillation_temperature",
-    "lora",
-    "lora_alpha",
-    "lora_dropout",
-    "freeze_backbone",
-    "drop_path_rate",
-    "label_smoothing",
-    "crop_min_scale",
-    "scale_min",
-    "scale_max",
-    "crop_size",
-    "max_class_share",
-    "photometric_distortion",
-    "horizontal_flip",
-    "affine_degrees",
-    "affine_translate",
-    "affine_scale",
-    "rand_augment_magnitude",
-    "random_erasing",
-    "mixup_alpha",
-    "cutmix_alpha",
-    "mixed_precision",
-    "seed",
-)
 
 # Keys of all_results.json -> what they are called in the card.
 RUN_FIGURES = {
@@ -167,7 +112,7 @@ def training_card(
         results: the content of `all_results.json`; the figures of the task become the `model-index`, those of single
             classes (class name -> figure, or a list in label order) a table, `energy_kwh` and `co2_eq_g`, if they
             were measured, the emissions.
-        settings: the settings of the run; those named in `SETTINGS_SHOWN` are printed, all others ignored.
+        settings: the settings of the run; those marked as `shown` are printed, all others ignored.
         dataset_name: Hub id of the dataset, or the path of a local one (None: the setting `train_dir`). Only an id
             becomes metadata; of a path, only the last component is printed.
         base_model: Hub id or path of the checkpoint the training started from; None when it started from scratch.
@@ -248,7 +193,7 @@ def training_card(
         ),
         settings=[
             (key, _plain(settings[key]))
-            for key in SETTINGS_SHOWN
+            for key in shown_settings(settings.get("task"))
             if settings.get(key) is not None and _in_force(key, settings)
         ],
         figures=[

@@ -21,7 +21,9 @@ from safetensors import SafetensorError, safe_open
 
 from ..foundation.exported import is_exported, no_model
 from ..foundation.files import digest
+from ..foundation.settings import names_marked
 from ..foundation.strict_json import to_json
+from ..settings.training import all_settings
 from .dataset_cards import dataset_card
 from .metadata import check_card
 from .rendering import local_names, with_repo_id
@@ -69,13 +71,8 @@ STRUCTURED = (".json", ".jsonl", ".yaml", ".yml")
 PROSE = (".md", ".txt", ".csv", ".html", ".py", ".ipynb", ".cfg", ".toml", ".xml")
 SEARCHED_BYTES = 32 * 2**20
 
-# Settings that hold a place on this machine, whatever it looks like.
-PATH_SETTINGS = frozenset(
-    {
-        "_name_or_path", "cache_dir", "config_file", "config_name", "dataset_name", "logging_dir",
-        "model_name_or_path", "output_dir", "resume_from_checkpoint", "teacher", "train_dir", "validation_dir",
-    }
-)  # fmt: skip
+# Keys under which a place on this machine stands, whatever it looks like: settings, and what configurations call it.
+PATH_KEYS = frozenset({"_name_or_path", "logging_dir", *names_marked(all_settings(), "path")})
 # Words of the user's own, which may look like anything.
 LABELS = frozenset({"id2label", "label2id", "eval_per_class_accuracy", "label_names", "labels"})
 
@@ -387,7 +384,7 @@ def without_paths(value: Any, private: Sequence[str], key: str = "") -> Any:
 
 def is_path(text: str, private: Sequence[str], key: str) -> bool:
     absolute = re.match(r"/|~|\.\.|[A-Za-z]:[\\/]|\\\\", text) is not None
-    if key in PATH_SETTINGS:
+    if key in PATH_KEYS:
         return absolute
     if not absolute or len(text) > 4096 or "\n" in text:
         return False

@@ -21,9 +21,10 @@ from ..foundation.errors import Diverged, UserError, one_line
 from ..foundation.figures import new_figure, save_figure
 from ..foundation.files import replace_text, write_json
 from ..foundation.processes import processes
+from ..foundation.settings import names_marked
 from ..foundation.strict_json import to_json
 from ..hub.rendering import plain_markdown
-from .arguments import TrainingSettings
+from ..settings.classification import ClassificationSettings
 from .checkpoints import free_name
 from .loop import train
 
@@ -81,7 +82,7 @@ ROWS: dict[str, Row] = {
 }
 
 
-def settings_of(row: Row, base: TrainingSettings, output_dir: Path, seed: int) -> TrainingSettings:
+def settings_of_row(row: Row, base: ClassificationSettings, output_dir: Path, seed: int) -> ClassificationSettings:
     """The base settings with the row's architecture. MetaFormerConfig can say all of them, the baseline included."""
     values = {**base.to_dict(), "hub_token": base.hub_token, "config_file": None}
     overrides = {
@@ -93,46 +94,13 @@ def settings_of(row: Row, base: TrainingSettings, output_dir: Path, seed: int) -
     # A MetaFormer of v1's dimensions; its mixer is always overridden.
     values |= {"config_name": "metaformer_id_s12", "model_name_or_path": None, "config_overrides": overrides}
     values |= {"output_dir": str(output_dir), "seed": seed, "checkpointing_steps": "no"}
-    return TrainingSettings(**values)
+    return ClassificationSettings(**values)
 
 
-# Settings that decide nothing about a result: where things lie, what is told and kept, how many help.
-INDIFFERENT = frozenset(
-    [
-        "output_dir",
-        "overwrite_output_dir",
-        "config_file",
-        "resume_from_checkpoint",
-        "cache_dir",
-        "num_workers",
-        "logging_steps",
-        "eval_epochs",
-        "per_device_eval_batch_size",
-        "checkpointing_steps",
-        "save_total_limit",
-        "keep_best",
-        "checkpoint_failure",
-        "async_checkpointing",
-        "with_tracking",
-        "report_to",
-        "emissions_country",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_private_repo",
-        "hub_token",
-        "trust_remote_code",
-        # Their content stands for them.
-        "dataset_name",
-        "dataset_revision",
-        "train_dir",
-        "validation_dir",
-        "teacher",
-    ]
-)
 RECORD = "ablation.json"
 
 
-def content_of(base: TrainingSettings) -> dict[str, str]:
+def content_of(base: ClassificationSettings) -> dict[str, str]:
     """The state of the data and, if there is one, of the teacher; see `fingerprints`."""
     content = {}
     for name in ("dataset_name", "train_dir", "validation_dir"):
@@ -143,9 +111,9 @@ def content_of(base: TrainingSettings) -> dict[str, str]:
     return content
 
 
-def key_of(settings: TrainingSettings, content: Mapping[str, str]) -> dict[str, Any]:
+def key_of(settings: ClassificationSettings, content: Mapping[str, str]) -> dict[str, Any]:
     """All that decides the result of a run, fit for JSON. A result belongs to the run that has the same key."""
-    chosen = {name: value for name, value in settings.to_dict().items() if name not in INDIFFERENT}
+    chosen = {name: getattr(settings, name) for name in names_marked([type(settings)], "decides")}
     chosen["config_overrides"] = settings.overrides()
     if settings.mixed_precision is None:
         chosen["mixed_precision"] = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -155,7 +123,7 @@ def key_of(settings: TrainingSettings, content: Mapping[str, str]) -> dict[str, 
 
 
 def measure(
-    name: str, base: TrainingSettings, output_dir: Path, seed: int, content: Mapping[str, str] | None = None
+    name: str, base: ClassificationSettings, output_dir: Path, seed: int, content: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """
     Trains one row with one seed, or reads its result if it is there already; every process must call it.
@@ -165,7 +133,7 @@ def measure(
     Args:
         content: as `content_of` gives it, which is asked if it is None.
     """
-    settings = settings_of(ROWS[name], base, output_dir, seed)
+    settings = settings_of_row(ROWS[name], base, output_dir, seed)
     key = key_of(settings, content_of(base) if content is None else content)
     main = processes().is_main_process
     [found] = broadcast_object_list([find_record(output_dir, key, tell=True) if main else None])
@@ -227,14 +195,14 @@ def differences(theirs: Any, mine: Mapping[str, Any]) -> str:
     return ", ".join(words).replace("another content", "other data")
 
 
-def all_results(base: TrainingSettings, folder: Path, content: Mapping[str, str]) -> list[dict[str, Any]]:
+def all_results(base: ClassificationSettings, folder: Path, content: Mapping[str, str]) -> list[dict[str, Any]]:
     """Every finished result of these settings and data, whichever call of the command measured it."""
     results = []
     for name, row in ROWS.items():
         for path in (folder / "rows" / name).glob("seed-*"):
             seed = path.name.removeprefix("seed-")
             if seed.isdecimal():
-                result = find_record(path, key_of(settings_of(row, base, path, int(seed)), content))
+                result = find_record(path, key_of(settings_of_row(row, base, path, int(seed)), content))
                 results += [result] if result is not None else []
     return results
 

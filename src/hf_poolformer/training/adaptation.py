@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from ..foundation.errors import UserError
 from ..foundation.loading import belongs_to_head
-from .arguments import TrainingSettings
+from ..settings.classification import ClassificationSettings
 
 
-def adapt(model: PreTrainedModel, settings: TrainingSettings) -> None:
+def adapt(model: PreTrainedModel, settings: ClassificationSettings) -> None:
     """Freezes what the settings say is not to be trained, and puts adapters in if they are wanted.
 
     Raises:
@@ -137,7 +137,7 @@ def describe_parameters(model: nn.Module) -> str:
     return f"{total / 1e6:.2f}M parameters" + (f", {trained:,} of them trained" if trained < total else "")
 
 
-def method(settings: TrainingSettings, teacher: str | None) -> dict[str, Any]:
+def method(settings: ClassificationSettings, teacher: str | None) -> dict[str, Any]:
     """What a run must go on with as it began: how it distils and adapts.
 
     Args:

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ..data.decoding import EncodedImage
 from ..data.transforms import input_size
-from .arguments import TrainingSettings
+from ..settings.classification import ClassificationSettings
 from .operations import Affine, DrawnOperation, RandAugment, chance, change, move, uniform
 
 
@@ -67,7 +67,7 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Example:
+class ExampleHeader:
     """What must be known about a training example beside its pixels.
 
     Attributes:
@@ -109,7 +109,7 @@ class TrainTransform:
     Calling it with a `PIL.Image` does all three and returns a float32 tensor (3, height, width).
     """
 
-    def __init__(self, settings: TrainingSettings, processor: Any):
+    def __init__(self, settings: ClassificationSettings, processor: Any):
         self.height, self.width = input_size(processor)
         mean, std = (np.asarray(values, dtype=np.float64) for values in (processor.image_mean, processor.image_std))
         # (x / 255 - mean) / std is one product and one sum. The same for every pixel, channels last as decoded images
@@ -147,14 +147,14 @@ class TrainTransform:
         draws = self.draw(image.height, image.width)
         return self.augment(self.crop(image, draws)[None], [draws])[0]
 
-    def load(self, image: EncodedImage) -> tuple[Example, torch.Tensor | bytes]:
+    def load(self, image: EncodedImage) -> tuple[ExampleHeader, torch.Tensor | bytes]:
         """The worker's part: an image, decoded no finer than its crop needs, as that crop, uint8 (3, height, width).
 
         Raises:
             BrokenImage: its pixels cannot be read.
         """
         draws = self.draw(image.height, image.width)
-        return Example(draws), self.decode_crop(image, draws)
+        return ExampleHeader(draws), self.decode_crop(image, draws)
 
     def draw(self, height: int, width: int) -> Draws:
         """What is to happen to an image of this size, from torch's global generator."""

@@ -23,8 +23,8 @@ from PIL import Image
 from ..data.decoding import BrokenImage, EncodedImage, decode_image
 from ..data.loader import DecodedBatches
 from ..foundation.errors import UserError, one_line
-from .arguments import TrainingSettings
-from .augmentation import Draws, Example, TrainTransform
+from ..settings.classification import ClassificationSettings
+from .augmentation import Draws, ExampleHeader, TrainTransform
 
 
 # As many pixels as are decoded at once: 200 MB of RGB.
@@ -36,12 +36,12 @@ AUGMENTED_AT_ONCE = 1 << 17
 class EncodedTransform(TrainTransform):
     """The worker's part of `decode`: `load` gives JPEGs as they are, and what is no plain JPEG as a crop."""
 
-    def load(self, image: EncodedImage) -> tuple[Example, torch.Tensor | bytes]:
+    def load(self, image: EncodedImage) -> tuple[ExampleHeader, torch.Tensor | bytes]:
         data = image.plain_jpeg()
         if data is None:
             return super().load(image)
         draws = self.draw(image.height, image.width)
-        return Example(draws, len(data), image.orientation, image.height * image.width, image.name), data
+        return ExampleHeader(draws, len(data), image.orientation, image.height * image.width, image.name), data
 
 
 class CropBatches(DecodedBatches):
@@ -89,7 +89,7 @@ class TrainingBatches(CropBatches):
         return self._images(images, labels)
 
 
-def make_pipeline(settings: TrainingSettings, processor: Any, device: torch.device) -> dict[str, Any]:
+def make_pipeline(settings: ClassificationSettings, processor: Any, device: torch.device) -> dict[str, Any]:
     """What `--device_preprocessing` asks for, as arguments of `make_loader`: `transform`, `batches` and `finish`.
 
     Raises:
@@ -164,7 +164,7 @@ class DevicePipeline:
         return {**message, "pixel_values": self.transform.augment(pixels, draws), "labels": labels}
 
     def crops(
-        self, examples: Sequence[Example], pixels: torch.Tensor, encoded: torch.Tensor
+        self, examples: Sequence[ExampleHeader], pixels: torch.Tensor, encoded: torch.Tensor
     ) -> list[torch.Tensor | BrokenImage]:
         """The crop of each example, uint8 (3, height, width): those that came as such and those decoded here."""
         ready = iter(pixels)
@@ -173,7 +173,7 @@ class DevicePipeline:
         return [next(jpegs) if example.bytes else next(ready) for example in examples]
 
     def decode(
-        self, examples: Sequence[Example], encoded: Sequence[torch.Tensor]
+        self, examples: Sequence[ExampleHeader], encoded: Sequence[torch.Tensor]
     ) -> Iterator[torch.Tensor | BrokenImage]:
         for start, end in portions([example.pixels for example in examples], MAX_DECODED_PIXELS):
             part = examples[start:end]

@@ -17,9 +17,8 @@ from ..data.classes import class_key
 from ..data.transforms import input_size
 from ..foundation.errors import UserError, one_line
 from ..foundation.loading import load_checkpoint
-from ..foundation.origin import Origin
-from .arguments import TrainingSettings
-from .initialisation import shown
+from ..foundation.names import first_few
+from ..settings.classification import ClassificationSettings
 
 
 def distillation_loss(
@@ -149,7 +148,7 @@ def colours(processor: Any, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarr
     return matrix, offset, shape[-2:]
 
 
-def label_order(teachers: Sequence[str], students: Sequence[str], name: str) -> list[int]:
+def places_of_labels(teachers: Sequence[str], students: Sequence[str], name: str) -> list[int]:
     """For each of the student's labels the number of it among the teacher's.
 
     Raises:
@@ -164,15 +163,16 @@ def label_order(teachers: Sequence[str], students: Sequence[str], name: str) -> 
     if sorted(theirs) != sorted(ours) or len(set(theirs)) < len(theirs):
         same = "in another order and not all different" if sorted(theirs) == sorted(ours) else "others"
         raise UserError(
-            f"the teacher {name} knows {len(teachers)} labels ({shown(teachers)}), {same} than the {len(students)} "
-            f"here ({shown(students)}). Train it on this dataset first: --model_name_or_path {name}"
+            f"the teacher {name} knows {len(teachers)} labels ({first_few(teachers, 3)}), {same} than the "
+            f"{len(students)} here ({first_few(students, 3)}). Train it on this dataset first: --model_name_or_path "
+            f"{name}"
         )
     number = {label: index for index, label in enumerate(theirs)}
     return [number[label] for label in ours]
 
 
 def load_teacher(
-    settings: TrainingSettings,
+    settings: ClassificationSettings,
     label_names: Sequence[str],
     student_processor: Any,
     accelerator: Accelerator,
@@ -184,12 +184,11 @@ def load_teacher(
         UserError: there is no such classifier, or it does not know these labels.
     """
     name = settings.teacher
-    origin = Origin("main", settings.hub_token, settings.cache_dir, settings.trust_remote_code)
-    model, processor, fresh = load_checkpoint(name, origin)
+    model, processor, fresh = load_checkpoint(name, settings.origin_of_others())
     if fresh:
         raise UserError(f"the teacher {name} is not a trained classifier of its own shape: it lacks {fresh[0]}.")
     if not model.config.num_labels:
         raise UserError(f"the teacher {name} has no classes: it is a feature extractor (num_labels is 0).")
     learnt = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    order = label_order(learnt, label_names, name)
+    order = places_of_labels(learnt, label_names, name)
     return Teacher(model, processor, student_processor, order, accelerator, memory_format)

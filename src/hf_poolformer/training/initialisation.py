@@ -8,102 +8,111 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from ..configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
 from ..data.classes import class_key
 from ..foundation.errors import UserError, one_line
 from ..foundation.loading import belongs_to_head, load_checkpoint, looks_like_checkpoint, why_not_loaded
-from ..foundation.origin import Origin
+from ..foundation.names import first_few
 from ..foundation.settings import check_names
+from ..foundation.tasks import TASKS
 from ..image_processing_poolformer import PoolFormerImageProcessor
-from .arguments import TrainingSettings
+from ..settings.classification import ClassificationSettings
+from ..settings.training import TrainingSettings
 
 
 logger = logging.getLogger(__name__)
 
 
-def initial_model(settings: TrainingSettings, label_names: Sequence[str]) -> tuple[PreTrainedModel, Any]:
+def initial_model(settings: ClassificationSettings, label_names: Sequence[str]) -> tuple[PreTrainedModel, Any]:
     """The model of a run, with a head for these labels, and its image processor.
 
     A checkpoint whose labels are another set gets a new head, and says so. A checkpoint with the same set in another
-    order keeps its order; see `label_order`.
+    order keeps its order; see `labels_in_model_order`.
 
     Raises:
         UserError: the checkpoint does not fit and `ignore_mismatched_sizes` is off; unknown names or overrides.
     """
     names = list(label_names)
-    labels = {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-        "problem_type": "single_label_classification",
-    }
+    labels = {**both_ways(names), "problem_type": "single_label_classification"}
     if settings.model_name_or_path:
         model, processor = from_checkpoint(settings, names, labels)
     else:
-        model, processor = from_scratch(settings, labels)
+        model, processor = from_scratch(settings, labels), processor_of_architecture(settings)
     if settings.image_size:
         set_image_size(processor, settings.image_size)
     if settings.gradient_checkpointing:
-        # The newer name of the same switch; transformers 5.17 knows the older one only.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
+        checkpoint_activations(model)
     return model, processor
 
 
-def from_scratch(settings: TrainingSettings, labels: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
-    overrides = settings.overrides()
-    where = {"token": settings.hub_token, "cache_dir": settings.cache_dir}
-    variant = VARIANTS.get(settings.config_name)
-    rate = settings.drop_path_rate
+def both_ways(names: Sequence[str]) -> dict[str, Any]:
+    """Names of classes as a configuration has them."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+
+def from_scratch(settings: TrainingSettings, labels: dict[str, Any]) -> PreTrainedModel:
+    """A model of the architecture `config_name` for the settings' task, with random weights."""
+    name, overrides, rate = settings.config_name, settings.overrides(), settings.drop_path_rate
+    variant, where = VARIANTS.get(name), settings.origin_of_others().arguments()
     try:
         if variant is not None:
-            kind = PoolFormerConfig if variant.model_type == "poolformer" else MetaFormerConfig
-            check_overrides(overrides, kind, settings.config_name)
+            check_overrides(
+                overrides, PoolFormerConfig if variant.model_type == "poolformer" else MetaFormerConfig, name
+            )
             if rate is None:
                 rate = variant.drop_path_rate or 0.0  # not published for every checkpoint
-            config = MetaFormerConfig.from_variant(
-                settings.config_name,
-                **{**labels, "num_labels": len(labels["id2label"]), "drop_path_rate": rate, **overrides},
-            )
-            processor = new_processor(variant.image_size, variant.crop_pct)
-            if settings.image_size and settings.image_size != variant.image_size:
-                processor.crop_pct = 1.0  # small images have no margin to crop away
-        else:
-            if not looks_like_checkpoint(settings.config_name):
-                known = ", ".join(VARIANTS)
-                raise UserError(
-                    f"--config_name {settings.config_name}: neither a variant ({known}) nor a folder or Hub id."
-                )
+            chosen = {"num_labels": len(labels["id2label"]), "drop_path_rate": rate}
+            config = MetaFormerConfig.from_variant(name, **{**labels, **chosen, **overrides})
+        elif looks_like_checkpoint(name):
+            check_overrides(overrides, AutoConfig.from_pretrained(name, **where), name)
             chosen = {} if rate is None else {"drop_path_rate": rate}
-            where["trust_remote_code"] = settings.trust_remote_code
-            check_overrides(overrides, AutoConfig.from_pretrained(settings.config_name, **where), settings.config_name)
-            config = AutoConfig.from_pretrained(settings.config_name, **where, **labels, **chosen, **overrides)
-            processor = AutoImageProcessor.from_pretrained(settings.config_name, **where)
-        return AutoModelForImageClassification.from_config(config), processor
+            config = AutoConfig.from_pretrained(name, **where, **{**labels, **chosen, **overrides})
+        else:
+            raise UserError(f"--config_name {name}: neither a variant ({', '.join(VARIANTS)}) nor a folder or Hub id.")
+        return TASKS[settings.task].auto_model().from_config(config)
     except UserError:
         raise
     except Exception as error:  # configurations validate themselves, with many kinds of exception
-        raise UserError(f"cannot build {settings.config_name} with these overrides: {one_line(error)}") from error
+        raise UserError(f"cannot build {name} with these overrides: {one_line(error)}") from error
 
 
-def from_checkpoint(settings: TrainingSettings, names: list[str], labels: dict[str, Any]) -> tuple[Any, Any]:
+def processor_of_architecture(settings: ClassificationSettings) -> Any:
+    """The image processor of a classifier that is trained from scratch."""
+    name, variant = settings.config_name, VARIANTS.get(settings.config_name)
+    if variant is None:
+        try:
+            return AutoImageProcessor.from_pretrained(name, **settings.origin_of_others().arguments())
+        except Exception as error:
+            raise UserError(f"{name} has no image processor: {one_line(error)}") from error
+    # Small images have no margin to crop away.
+    crop_pct = variant.crop_pct if settings.image_size in (None, variant.image_size) else 1.0
+    return PoolFormerImageProcessor(
+        size={"shortest_edge": variant.image_size},
+        crop_size={"height": variant.image_size, "width": variant.image_size},
+        crop_pct=crop_pct,
+    )
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Has activations recomputed in the backward pass; transformers 5.17 knows the older name of the switch only."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+
+def from_checkpoint(settings: ClassificationSettings, names: list[str], labels: dict[str, Any]) -> tuple[Any, Any]:
     overrides = settings.overrides()
-    source = {
-        "revision": settings.model_revision,
-        "token": settings.hub_token,
-        "cache_dir": settings.cache_dir,
-        "trust_remote_code": settings.trust_remote_code,
-    }
+    origin = settings.origin()
     try:
-        before = AutoConfig.from_pretrained(settings.model_name_or_path, **source)
+        before = AutoConfig.from_pretrained(settings.model_name_or_path, **origin.arguments())
     except Exception as error:
         raise UserError(why_not_loaded(settings.model_name_or_path, error)) from error
     check_overrides(overrides, before, settings.model_name_or_path)
     if settings.drop_path_rate is not None:
         overrides["drop_path_rate"] = settings.drop_path_rate
     learnt = [before.id2label[index] for index in range(len(before.id2label))]
-    model, processor, fresh = load_checkpoint(settings.model_name_or_path, Origin(**source), **overrides, **labels)
+    model, processor, fresh = load_checkpoint(settings.model_name_or_path, origin, **overrides, **labels)
     head = {name for name, _ in model.named_parameters() if belongs_to_head(name, model)}
     body = [name for name in fresh if name not in head]
     if body and not settings.ignore_mismatched_sizes:
@@ -118,25 +127,19 @@ def from_checkpoint(settings: TrainingSettings, names: list[str], labels: dict[s
         logger.warning(
             "New head: the checkpoint knows %d labels (%s), the dataset has %d (%s).",
             len(learnt),
-            shown(learnt),
+            first_few(learnt, 3),
             len(names),
-            shown(names),
+            first_few(names, 3),
         )
     return model, processor
 
 
-def label_order(settings: TrainingSettings, dataset_names: Sequence[str]) -> list[str]:
+def labels_in_model_order(settings: TrainingSettings, dataset_names: Sequence[str]) -> list[str]:
     """The labels in the order of the model to be: the checkpoint's, if it has the same set, else the dataset's."""
     names = list(dataset_names)
     if settings.model_name_or_path:
         try:
-            config = AutoConfig.from_pretrained(
-                settings.model_name_or_path,
-                revision=settings.model_revision,
-                token=settings.hub_token,
-                cache_dir=settings.cache_dir,
-                trust_remote_code=settings.trust_remote_code,
-            )
+            config = AutoConfig.from_pretrained(settings.model_name_or_path, **settings.origin().arguments())
         except Exception as error:
             raise UserError(why_not_loaded(settings.model_name_or_path, error)) from error
         learnt = [config.id2label[index] for index in range(len(config.id2label))]
@@ -152,14 +155,6 @@ def renew_head(model: PreTrainedModel) -> None:
             parameter.data.copy_(fresh[name].data)
 
 
-def new_processor(image_size: int, crop_pct: float) -> Any:
-    return PoolFormerImageProcessor(
-        size={"shortest_edge": image_size},
-        crop_size={"height": image_size, "width": image_size},
-        crop_pct=crop_pct,
-    )
-
-
 def set_image_size(processor: Any, side: int) -> None:
     """Makes a processor produce squares of `side` pixels, in whatever terms it states its size."""
     square = {"height": side, "width": side}
@@ -167,10 +162,6 @@ def set_image_size(processor: Any, side: int) -> None:
     processor.size = {"shortest_edge": side} if size.get("shortest_edge") else square
     if getattr(processor, "crop_size", None):
         processor.crop_size = square
-
-
-def shown(names: Sequence[str]) -> str:
-    return ", ".join(list(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def check_overrides(overrides: Mapping[str, Any], config: Any, name: str) -> None:

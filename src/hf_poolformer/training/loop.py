@@ -8,7 +8,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,31 +17,24 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from ..data.description import describe_data, judge
-from ..data.loader import skip_limit
-from ..data.transforms import input_size
-from ..evaluation.classification import check_labels, evaluate, named_results
-from ..evaluation.pictures import write_confusion_matrix
 from ..foundation.errors import Diverged, UserError
 from ..foundation.files import best_effort, write_json
 from ..foundation.processes import Agreement, Stopped, StopSignal, alone_in_its_folder, telling_of_lost_processes
 from ..foundation.tasks import CLASSIFICATION
 from ..hub.cards import write_training_card
 from ..hub.publishing import publish
+from ..settings.training import TrainingSettings
 from . import checkpoints
-from .adaptation import LinearProbe, adapt, describe_parameters, merged, method
-from .arguments import TrainingSettings
-from .augmentation import BatchMixer
+from .adaptation import describe_parameters
 from .checkpoints import Progress, Saver, TrainingState, whole
-from .distillation import Teacher, distillation_loss, load_teacher
 from .emissions import EmissionsMeter, device_name
-from .initialisation import initial_model, label_order
 from .optimisation import WeightAverage, make_optimizer, make_schedule, scaled_learning_rate
-from .preparation import begin, due, make_accelerator, make_loaders, open_data, plan, prepare_output
-from .reports import RunLog, describe, note_skipped, resume_command, summary, write_curves
+from .preparation import length_of_training, prepare_output, start_or_resume, training_accelerator
+from .reports import RunLog, note_skipped, resume_command, summary, write_curves
+from .task import TaskTraining, training_of
 
 
 @dataclass
@@ -49,6 +42,7 @@ class Run:
     """What the parts of the loop share."""
 
     settings: TrainingSettings
+    task: TaskTraining
     accelerator: Accelerator
     agreement: Agreement
     stop: StopSignal
@@ -56,17 +50,13 @@ class Run:
     model: Any  # wrapped
     train_loader: Any
     eval_loader: Any
-    mixer: BatchMixer | None
     memory_format: torch.memory_format
     log: RunLog | None  # of the main process
     bar: tqdm
     total_steps: int
     accumulation: int
-    global_batch: int
-    compute_losses: Callable[[Run, dict[str, Any]], list[torch.Tensor]]  # what is minimised, then parts to be shown
-    teacher: Teacher | None = None
-    replica: nn.Module | None = None  # of a model that is distributed, to be filled when it is needed
-    processor: Any = None  # saved beside the model
+    replica: nn.Module | None  # of a model that is distributed, to be filled when it is needed
+    processor: Any  # saved beside the model
     saver: Saver = field(init=False)
     losses: list[torch.Tensor] = field(default_factory=list)  # since the last point of the curve, on the device
     images: int = 0  # of this process since the last point
@@ -90,43 +80,38 @@ class Run:
 
 
 @alone_in_its_folder
-def train(settings: TrainingSettings, make_loaders: Callable[..., tuple[Any, Any]] = make_loaders) -> dict[str, Any]:
-    """Trains a classifier as the settings say and leaves everything about it in `settings.output_dir`.
+def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[str, Any]:
+    """Trains what the settings say and leaves everything about it in `settings.output_dir`.
 
-    `make_loaders` may give other loaders than those of the settings' dataset, to measure the loop without them.
     Every process of a run calls it. Leaves by `Stopped` (a SystemExit) after SIGTERM or Ctrl-C, with a checkpoint.
+
+    Args:
+        task: in the place of the settings' own, to measure the loop without its data.
 
     Returns:
         what `all_results.json` holds: `eval_*` figures of the model that is saved, `train_loss` (mean of the last
-        epoch), `train_runtime` in seconds, `train_samples_per_second`, `train_data_wait_share`, `epoch`,
+        epoch), `train_runtime` in seconds, `train_samples_per_second`, `train_data_wait_share`, `epoch`, `step`,
         `skipped_images`.
 
     Raises:
         UserError: what was asked for cannot be done; the message says why.
         hf_poolformer.hub.publishing.PublishError: trained and saved, but not published.
     """
-    # Where hardly anything is trained there is nothing worth distributing.
-    accelerator = make_accelerator(settings, fsdp=not (settings.lora or settings.freeze_backbone))
+    task = task or training_of(settings)
+    accelerator = training_accelerator(settings, fsdp=task.may_be_distributed)
     output_dir, resume_from = prepare_output(settings, accelerator)
     # Of a resumed run only a part could be measured, which tells nothing.
     measured = settings.emissions_country and accelerator.is_main_process and resume_from is None
     meter = EmissionsMeter(settings.emissions_country) if measured else None
 
-    # Data: opened undecoded; the labels decide the model's head.
-    datasets = open_data(settings)
-    accelerator.print(describe_data(datasets))
-    judge(datasets, accelerator, skip_limit(settings.max_skipped))
-    label_names = label_order(settings, datasets["train"].label_names)
+    # The data's classes decide the model's head.
+    label_names = task.open_data(accelerator)
 
     # Model: equal on all processes, then every process goes its own random way.
-    set_seed(settings.seed)
-    model, processor = initial_model(settings, label_names)
-    adapt(model, settings)
     channels_last = settings.memory_format in ("auto", "channels_last")
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    teacher = None
-    if settings.teacher:
-        teacher = load_teacher(settings, label_names, processor, accelerator, memory_format)
+    set_seed(settings.seed)
+    model, processor = task.make_model(accelerator, memory_format)
     set_seed(settings.seed + 1 + accelerator.process_index)
     # FSDP takes the model apart, which works for contiguous weights; evaluating and saving it needs it whole.
     fsdp = accelerator.distributed_type == DistributedType.FSDP
@@ -134,36 +119,36 @@ def train(settings: TrainingSettings, make_loaders: Callable[..., tuple[Any, Any
     ema = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
     replica = copy.deepcopy(model).requires_grad_(False) if fsdp and ema is None else None
 
-    train_loader, eval_loader = make_loaders(settings, accelerator, datasets, model.config.label2id, processor)
+    train_loader, eval_loader = task.make_loaders(accelerator, model, processor)
     accumulation = accelerator.gradient_accumulation_steps
     global_batch = settings.per_device_train_batch_size * accelerator.num_processes * accumulation
-    total_steps, epochs = plan(settings, datasets["train"].num_examples, global_batch)
+    total_steps, epochs = length_of_training(settings, task.num_examples, global_batch)
 
     learning_rate = scaled_learning_rate(settings, global_batch)
     optimizer = make_optimizer(model, settings, learning_rate)
     scheduler = make_schedule(optimizer, settings, learning_rate, total_steps, epochs)
     # The loaders are not prepared: they are sharded already, and batches go to the device below.
-    trained = LinearProbe(model) if settings.freeze_backbone else model
-    wrapped, optimizer, scheduler = accelerator.prepare(trained, optimizer, scheduler)
+    wrapped, optimizer, scheduler = accelerator.prepare(task.trained_module(model), optimizer, scheduler)
 
     progress = Progress(
         num_processes=accelerator.num_processes,
         global_batch=global_batch,
         label_names=label_names,
-        method=method(settings, teacher.fingerprint() if teacher else None),
+        method=task.method(),
     )
     state = TrainingState(accelerator, model, optimizer, scheduler, ema, progress)
-    log = begin(settings, state, output_dir, resume_from, total_steps)
+    log = start_or_resume(settings, state, output_dir, resume_from, total_steps)
     accelerator.print(
-        f"{describe_parameters(model)}, {len(label_names)} labels, "
-        f"{datasets['train'].num_examples or 'unknown number of'} training images at "
-        f"{'x'.join(map(str, input_size(processor)))}, {total_steps} steps of {global_batch} images, "
-        f"learning rate {learning_rate:.2e}, {accelerator.num_processes} x {accelerator.device.type}."
+        f"{settings.task}: {describe_parameters(model)}, {len(label_names)} classes, "
+        f"{task.num_examples or 'unknown number of'} training images {task.describe_images(processor)}, "
+        f"{total_steps} steps of {global_batch} images, learning rate {learning_rate:.2e}, "
+        f"{accelerator.num_processes} x {accelerator.device.type}."
     )
 
     with running(state, total_steps) as (stop, bar):
         run = Run(
             settings=settings,
+            task=task,
             accelerator=accelerator,
             agreement=Agreement(accelerator),
             stop=stop,
@@ -171,35 +156,26 @@ def train(settings: TrainingSettings, make_loaders: Callable[..., tuple[Any, Any
             model=wrapped,
             train_loader=train_loader,
             eval_loader=eval_loader,
-            mixer=BatchMixer(
-                len(label_names),
-                settings.mixup_alpha,
-                settings.cutmix_alpha,
-                settings.mixup_switch_prob,
-                settings.label_smoothing,
-            ),
             memory_format=memory_format,
             log=log,
             bar=bar,
             total_steps=total_steps,
             accumulation=accumulation,
-            global_batch=global_batch,
-            compute_losses=classification_losses,
             replica=replica,
-            teacher=teacher,
             processor=processor,
         )
-        train_epochs(run, epochs, evaluate_now)
+        train_epochs(run, epochs)
         leave_model(run)
-        results, matrix = final_results(run)
+        evaluation, shown = evaluate_now(run, final=True) if eval_loader is not None else ({}, None)
         run.saver.finish()
+
+    results = {**evaluation, **training_figures(run)}
     if meter is not None:
         with best_effort("measuring the emissions"):
             results.update(meter.stop())
-
     if accelerator.is_main_process:
-        save_results(run, output_dir, results, matrix)
-    finish(run, lambda: summary(output_dir, results))
+        save_results(run, output_dir, results, shown)
+    finish(run, results)
     return results
 
 
@@ -220,7 +196,7 @@ def running(state: TrainingState, total_steps: int) -> Iterator[tuple[StopSignal
         yield stop, bar
 
 
-def train_epochs(run: Run, epochs: float, evaluate: Callable[[Run], Any]) -> None:
+def train_epochs(run: Run, epochs: float) -> None:
     """All that is left of a run, with the evaluations (but the last) and checkpoints between its epochs."""
     progress, settings = run.progress, run.settings
     # Resumed behind its last step, a run has still an epoch to close.
@@ -229,13 +205,14 @@ def train_epochs(run: Run, epochs: float, evaluate: Callable[[Run], Any]) -> Non
     ):
         train_epoch(run)
         done = progress.step >= run.total_steps or (not settings.max_train_steps and progress.epoch >= epochs)
-        if run.eval_loader is not None and not done and due(progress.epoch, settings.eval_epochs):
-            evaluate(run)
+        every = settings.eval_epochs
+        if run.eval_loader is not None and not done and every and progress.epoch % every == 0:
+            evaluate_now(run)
         if settings.checkpointing_steps == "epoch":
             save_checkpoint(run)
 
 
-def finish(run: Run, summary: Callable[[], str]) -> None:
+def finish(run: Run, results: dict[str, Any]) -> None:
     """The end of a run whose model is saved: says where everything is, and publishes it if that is wanted.
 
     Raises:
@@ -246,7 +223,8 @@ def finish(run: Run, summary: Callable[[], str]) -> None:
     run.accelerator.end_training()
     if not run.accelerator.is_main_process:
         return
-    print(summary())
+    evaluation = run.task.describe(results) if "eval_samples" in results else ""
+    print(summary(output_dir, results, settings, evaluation))
     if settings.push_to_hub:
         repo_id = settings.hub_model_id or output_dir.resolve().name
         url = publish(output_dir, repo_id, private=settings.hub_private_repo, token=settings.hub_token)
@@ -316,14 +294,14 @@ def optimiser_step(run: Run, window: list[dict[str, Any]]) -> torch.Tensor:
     """Gradients over a window of micro-batches and one step.
 
     Returns:
-        the mean of what `run.compute_losses` gives for each, still on the device.
+        the mean of what the task's `losses` are for each, still on the device.
     """
     accelerator, state = run.accelerator, run.state
     losses = []
     for index, batch in enumerate(window):
         last = index == len(window) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
-            parts = torch.stack(run.compute_losses(run, batch))
+            parts = torch.stack(run.task.losses(run, batch))
             # accelerate divides by the size of a full window; the last one of an epoch may be shorter.
             accelerator.backward(parts[0] * (run.accumulation / len(window)))
         losses.append(parts.detach())
@@ -336,24 +314,6 @@ def optimiser_step(run: Run, window: list[dict[str, Any]]) -> torch.Tensor:
     if state.ema is not None:
         state.ema.update(state.model)
     return torch.stack(losses).mean(0)
-
-
-def classification_losses(run: Run, batch: dict[str, Any]) -> list[torch.Tensor]:
-    """The loss of a micro-batch, a mean over its images; with a teacher followed by the labels' and the teacher's."""
-    device = run.accelerator.device
-    check_labels(batch["labels"], run.mixer.num_labels)
-    pixel_values = batch["pixel_values"].to(device, memory_format=run.memory_format, non_blocking=True)
-    pixel_values, targets = run.mixer(pixel_values, batch["labels"].to(device, non_blocking=True))
-    logits = run.model(pixel_values=pixel_values).logits.float()
-    labels = cross_entropy(logits, targets)
-    if run.teacher is None:
-        return [labels]
-    settings = run.settings
-    teachers = distillation_loss(
-        logits, run.teacher(pixel_values), settings.distillation, settings.distillation_temperature
-    )
-    part = settings.distillation_alpha
-    return [(1 - part) * labels + part * teachers, labels, teachers]
 
 
 def log_point(run: Run) -> None:
@@ -378,7 +338,7 @@ def log_point(run: Run) -> None:
         "step": progress.step,
         "epoch": progress.epoch + 1,
         "loss": loss,
-        **dict(zip(("label_loss", "distillation_loss"), parts, strict=False)),
+        **dict(zip(run.task.loss_parts, parts, strict=False)),
         "learning_rate": max(run.state.scheduler.get_last_lr()),
         "images_per_second": images / run.seconds,
         "data_wait_share": run.waited / run.seconds,
@@ -400,28 +360,20 @@ def record(run: Run, row: dict[str, Any]) -> None:
         run.accelerator.log(figures, step=row["step"])
 
 
-def evaluate_now(run: Run) -> dict[str, Any]:
-    """Evaluates what would be saved now: the moving average if there is one."""
-    plain = run.state.ema is None and run.replica is None and not run.settings.lora
+def evaluate_now(run: Run, final: bool = False) -> tuple[dict[str, Any], Any]:
+    """Evaluates what would be saved now, as the task's `evaluate` says."""
+    task = run.task
     with leaving_the_model(run):
-        results = evaluate(
-            run.model if plain else trained_model(run),
-            run.eval_loader,
-            accelerator=run.accelerator,
-            num_labels=run.mixer.num_labels,
-            memory_format=run.memory_format,
-            progress=run.accelerator.is_main_process and sys.stderr.isatty(),
-            should_stop=run.stop.check,
-        )
+        results, shown = task.evaluate(run, evaluated_model(run), final)
     if not results:
         save_and_leave(run, -run.agreement.minimum(-run.stop.check())[0])
     figures = {name: value for name, value in results.items() if isinstance(value, (int, float))}
     record(run, {"step": run.progress.step, "epoch": run.progress.epoch, **figures})
     if run.accelerator.is_main_process:
-        run.bar.write(f"epoch {run.progress.epoch}: {describe(results)}", file=sys.stderr)
+        run.bar.write(f"epoch {run.progress.epoch}: {task.describe(results)}", file=sys.stderr)
     if run.settings.keep_best:
         keep_if_best(run, figures)
-    return results
+    return results, shown
 
 
 def keep_if_best(run: Run, figures: dict[str, float]) -> None:
@@ -464,13 +416,6 @@ def save_and_leave(run: Run, number: int) -> None:
     raise Stopped(number)
 
 
-def final_results(run: Run) -> tuple[dict[str, Any], Any]:
-    """Everything for `all_results.json`, and the confusion matrix."""
-    evaluation = evaluate_now(run) if run.eval_loader is not None else {}
-    results = {**named_results(evaluation, run.progress.label_names), **training_figures(run)}
-    return results, evaluation.get("confusion_matrix")
-
-
 def training_figures(run: Run) -> dict[str, Any]:
     """What a run tells of itself in `all_results.json`."""
     progress = run.progress
@@ -489,16 +434,18 @@ def training_figures(run: Run) -> dict[str, Any]:
     }
 
 
-def trained_model(run: Run) -> nn.Module:
-    """What is evaluated and saved: the moving average if there is one, whole, and without adapters.
-
-    Every process must call it.
-    """
+def finished_model(run: Run) -> PreTrainedModel:
+    """What is saved: the moving average if there is one, whole, and without adapters. Every process must call it."""
     if run.replica is None:
-        model = run.state.model if run.state.ema is None else run.state.ema.module
-        return merged(model) if getattr(run.settings, "lora", 0) else model  # dense tasks have no adapters
+        return run.task.finished(run.state.model if run.state.ema is None else run.state.ema.module)
     run.replica.load_state_dict({name: whole(value) for name, value in run.state.model.state_dict().items()})
     return run.replica
+
+
+def evaluated_model(run: Run) -> nn.Module:
+    """The same as it is trained, which may be compiled, where that is what is saved."""
+    finished = finished_model(run)
+    return run.model if finished is run.state.model else finished
 
 
 def leave_model(run: Run) -> None:
@@ -506,7 +453,7 @@ def leave_model(run: Run) -> None:
 
     Every process must call it.
     """
-    model = trained_model(run)
+    model = finished_model(run)
     if run.accelerator.is_main_process:
         model.save_pretrained(run.settings.output_dir)
         run.processor.save_pretrained(run.settings.output_dir)
@@ -524,27 +471,20 @@ def leaving_the_model(run: Run) -> Iterator[None]:
         ) from error
 
 
-def save_results(run: Run, output_dir: Path, results: dict[str, Any], matrix: Any) -> None:
-    """What a finished run leaves beside its model."""
+def save_results(run: Run, output_dir: Path, results: dict[str, Any], shown: Any) -> None:
+    """What a finished run leaves beside its model. A picture that cannot be drawn is missing, no more."""
     write_json(output_dir / "all_results.json", results)
     with best_effort("drawing the curves"):
-        write_curves(output_dir / "curves.png", run.log.rows)
-    if matrix is not None:
-        with best_effort("drawing the confusion matrix"):
-            write_confusion_matrix(output_dir / "confusion_matrix.png", matrix, run.progress.label_names)
-    write_card(run, output_dir, results)
-
-
-def write_card(run: Run, output_dir: Path, results: dict[str, Any]) -> None:
-    """The model card, as far as it can be written."""
-    settings = run.settings
+        write_curves(output_dir / "curves.png", run.log.rows, run.settings.task)
+    if shown is not None:
+        run.task.write_pictures(output_dir, shown, run.processor)
     with best_effort("writing the model card"):
         write_training_card(
             output_dir,
             results=results,
-            settings=settings.to_dict(),
-            dataset_name=settings.dataset_name,
-            base_model=settings.model_name_or_path,
+            settings=run.settings.to_dict(),
+            dataset_name=run.settings.dataset_name,
+            base_model=run.settings.model_name_or_path,
             label_names=run.progress.label_names,
-            repo_id=settings.hub_model_id,
+            repo_id=run.settings.hub_model_id,
         )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from .arguments import TrainingSettings
+from ..settings.training import TrainingSettings
 from .checkpoints import whole
 
 
@@ -96,20 +97,31 @@ def learning_rate_at(
     warmup_start: float = 0.0,
     minimum: float = 0.0,
     kind: str = "cosine",
+    power: float = 1.0,
+    drops: Sequence[float] = (),
+    gamma: float = 0.1,
 ) -> float:
     """The learning rate of optimiser step `step` (the first is 0).
 
     Linear from `warmup_start` to `peak` during the warm-up; then the course `kind` from `peak` to `minimum`, which is
     reached when `cooldown_steps` are left and kept. As in the official recipe (timm's CosineLRScheduler) the cosine
     is counted from the first step, warm-up included; the official scheduler moves once per epoch, this one each step.
+
+    Args:
+        kind: cosine, linear, constant; or, of mmsegmentation and mmdetection, `poly`, which falls with a `power` of
+            what is left, or `step`, which is multiplied by `gamma` at each of the steps `drops`.
     """
+    factor = gamma ** sum(step >= drop for drop in drops) if kind == "step" else 1.0
     if step < warmup_steps:
-        return warmup_start + (peak - warmup_start) * step / warmup_steps
-    if kind == "constant":
-        return peak
+        return (warmup_start + (peak - warmup_start) * step / warmup_steps) * factor
+    if kind in ("constant", "step"):
+        return peak * factor
     minimum = min(minimum, peak)
     progress = min(step / max(total_steps - cooldown_steps, 1), 1.0)
-    remaining = (1 + math.cos(math.pi * progress)) / 2 if kind == "cosine" else 1 - progress
+    if kind == "cosine":
+        remaining = (1 + math.cos(math.pi * progress)) / 2
+    else:
+        remaining = (1 - progress) ** (power if kind == "poly" else 1)
     return minimum + (peak - minimum) * remaining
 
 
@@ -121,28 +133,24 @@ def make_schedule(
     Args:
         peak: the peak learning rate of the head's group.
         total_steps: optimiser steps of the whole run, cooldown included.
-        epochs: how many epochs these are; turns warm-up and cooldown from epochs into steps.
+        epochs: how many epochs these are; turns warm-up, cooldown and drops from epochs into steps.
     """
+    course = settings.course()
     steps_per_epoch = total_steps / epochs
     warmup_steps = settings.num_warmup_steps
     if warmup_steps is None:
-        warmup_steps = min(round(settings.num_warmup_epochs * steps_per_epoch), total_steps // 2)
-    cooldown_steps = min(round(settings.num_cooldown_epochs * steps_per_epoch), total_steps)
-
-    def factor(step: int) -> float:
-        rate = learning_rate_at(
-            step,
-            peak=peak,
-            total_steps=total_steps,
-            warmup_steps=warmup_steps,
-            cooldown_steps=cooldown_steps,
-            warmup_start=min(settings.warmup_learning_rate, peak),
-            minimum=settings.min_learning_rate,
-            kind=settings.lr_scheduler_type,
-        )
-        return rate / peak if peak else 0.0
-
-    return LambdaLR(optimizer, factor)
+        warmup_steps = round(settings.num_warmup_epochs * steps_per_epoch)
+    fixed = {
+        "peak": peak,
+        "total_steps": total_steps,
+        "warmup_steps": min(warmup_steps, total_steps // 2),
+        "cooldown_steps": min(round(settings.num_cooldown_epochs * steps_per_epoch), total_steps),
+        "warmup_start": min(settings.warmup_learning_rate, peak),
+        "minimum": settings.min_learning_rate,
+        "drops": [round(epoch * total_steps / epochs) for epoch in course.pop("epochs", ())],
+        **course,
+    }
+    return LambdaLR(optimizer, lambda step: learning_rate_at(step, **fixed) / peak if peak else 0.0)
 
 
 class WeightAverage:

@@ -1,4 +1,4 @@
-"""What stands before the first step: accelerate, the output folder, the data, the length of the run."""
+"""What stands before the first step: accelerate, the output folder, the length of the run, where it goes on."""
 
 from __future__ import annotations
 
@@ -10,23 +10,18 @@ from accelerate import Accelerator, DistributedType
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
-from ..data import datasets as data
-from ..data.loader import data_workers, skip_limit
-from ..data.transforms import EvalTransform
-from ..evaluation.classification import check_classification
 from ..foundation.errors import UserError
 from ..foundation.files import best_effort, make_folder
+from ..settings.training import TrainingSettings
 from . import checkpoints
-from .arguments import TrainingSettings
-from .device_pipeline import make_pipeline
 from .reports import RunLog
 
 
-def make_accelerator(settings: TrainingSettings, fsdp: bool = False) -> Accelerator:
+def training_accelerator(settings: TrainingSettings, fsdp: bool) -> Accelerator:
     """Accelerate with the settings' precision, compilation and accumulation, or its own where they say nothing.
 
     Args:
-        fsdp: the caller knows how to evaluate and save a model that is distributed over the processes.
+        fsdp: a model that is distributed over the processes can be evaluated and saved.
 
     Raises:
         UserError: a tracker that is not installed, a precision that the device lacks, a way to distribute the model
@@ -131,70 +126,7 @@ def find_checkpoint(spec: str | None, root: Path, accelerator: Accelerator) -> P
     return found
 
 
-def open_data(settings: TrainingSettings) -> dict[str, data.ImageDataset]:
-    """The splits `train` and, unless there is none, `validation`."""
-    opened = data.open_datasets(
-        dataset_name=settings.dataset_name,
-        dataset_config_name=settings.dataset_config_name,
-        train_dir=settings.train_dir,
-        validation_dir=settings.validation_dir,
-        train_split=settings.train_split,
-        validation_split=settings.validation_split,
-        train_val_split=settings.train_val_split,
-        image_column_name=settings.image_column_name,
-        label_column_name=settings.label_column_name,
-        revision=settings.dataset_revision,
-        token=settings.hub_token,
-        cache_dir=settings.cache_dir,
-        streaming=settings.streaming,
-    )
-    for dataset in opened.values():
-        check_classification(dataset)
-    return opened
-
-
-def make_loaders(
-    settings: TrainingSettings,
-    accelerator: Accelerator,
-    datasets: dict[str, data.ImageDataset],
-    label2id: dict[str, int],
-    processor: Any,
-) -> tuple[Any, Any | None]:
-    """Loaders of this process's share of the training and evaluation images, labels as the model numbers them.
-
-    Raises:
-        UserError: the device cannot do what `device_preprocessing` gives it to do.
-    """
-    common = {
-        "num_workers": data_workers(settings.num_workers, accelerator),
-        "seed": settings.seed,
-        "max_skipped": skip_limit(settings.max_skipped),
-        "max_skipped_shards": settings.max_skipped_shards,
-        "process_index": accelerator.process_index,
-        "num_processes": accelerator.num_processes,
-        "pin_memory": accelerator.device.type == "cuda",
-    }
-    training = data.make_loader(
-        data.align_labels(datasets["train"], label2id),
-        batch_size=settings.per_device_train_batch_size,
-        training=True,
-        shuffle_buffer_size=settings.shuffle_buffer_size,
-        **make_pipeline(settings, processor, accelerator.device),
-        **common,
-    )
-    if "validation" not in datasets:
-        return training, None
-    evaluation = data.make_loader(
-        data.align_labels(datasets["validation"], label2id, subset=True),
-        EvalTransform(processor),
-        batch_size=settings.per_device_eval_batch_size,
-        training=False,
-        **common,
-    )
-    return training, evaluation
-
-
-def plan(settings: TrainingSettings, num_examples: int | None, global_batch: int) -> tuple[int, float]:
+def length_of_training(settings: TrainingSettings, num_examples: int | None, global_batch: int) -> tuple[int, float]:
     """Optimiser steps of the run and how many epochs these are, cooldown included.
 
     Raises:
@@ -216,7 +148,7 @@ def plan(settings: TrainingSettings, num_examples: int | None, global_batch: int
     return math.ceil(epochs * max(math.floor(steps_per_epoch), 1)), epochs
 
 
-def begin(
+def start_or_resume(
     settings: TrainingSettings,
     state: checkpoints.TrainingState,
     output_dir: Path,
@@ -251,7 +183,3 @@ def begin(
         with best_effort("starting the experiment trackers"):
             accelerator.init_trackers("hf-poolformer", config=config)
     return log
-
-
-def due(epoch: int, every: int) -> bool:
-    return every > 0 and epoch % every == 0

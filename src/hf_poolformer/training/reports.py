@@ -1,4 +1,4 @@
-"""What a run leaves for people: the log, the curves, the confusion matrix, the results."""
+"""What a run leaves for people: the log, the curves, and what it says at its end."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from ..foundation.files import replace_text
 from ..foundation.names import printable
 from ..foundation.spelling import command_words
 from ..foundation.strict_json import to_json
+from ..foundation.tasks import TASKS
+from ..settings.training import TrainingSettings
 
 
 logger = logging.getLogger(__name__)
@@ -58,29 +60,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def describe(results: dict[str, Any]) -> str:
-    """The results of an evaluation in one line."""
-    return (
-        f"top-1 {results['eval_accuracy']:.2%}, top-5 {results['eval_top5_accuracy']:.2%}, "
-        f"loss {results['eval_loss']:.4f}, {results['eval_samples']} images at "
-        f"{results['eval_samples_per_second']:.0f} images/s"
-        + (f", {results['eval_skipped_images']} broken images left out" if results["eval_skipped_images"] else "")
-    )
+def summary(output_dir: Path, results: dict[str, Any], settings: TrainingSettings, evaluation: str) -> str:
+    """What a finished run did and where everything is.
 
-
-def summary(output_dir: Path, results: dict[str, Any]) -> str:
-    """What a finished run did and where everything is."""
-    result = f"Result: {describe(results)}.\n" if "eval_accuracy" in results else ""
+    Args:
+        evaluation: its results in one line; empty if there was none.
+    """
+    result = f"Result: {evaluation}.\n" if evaluation else ""
     damaged = "".join(f"Damaged {shard}\n" for shard in results.get("skipped_shards", ()))
     listed = f" (see {SKIPPED})" if results["skipped_images"] else ""
     waited = results["train_data_wait_share"] > MUCH_WAITING
-    slow = "Data was the bottleneck: see --num_workers and --device_preprocessing.\n" if waited else ""
+    remedies = [f"--{name}" for name in ("num_workers", "device_preprocessing") if hasattr(settings, name)]
+    slow = f"Data was the bottleneck: see {' and '.join(remedies)}.\n" if waited else ""
     return (
         f"{result}Trained {results['step']} steps in {results['train_runtime']:.0f} s, "
-        f"{results['train_samples_per_second']:.0f} images/s, {results['train_data_wait_share']:.0%} of the time "
+        f"{results['train_samples_per_second']:.1f} images/s, {results['train_data_wait_share']:.0%} of the time "
         f"waiting for data, {results['skipped_images']} broken images skipped{listed}.\n{slow}{damaged}"
         f"In {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir() if path.name[0] != '.'))}.\n"
-        f'Use it: pipeline("image-classification", "{output_dir}")'
+        f'Use it: pipeline("{TASKS[settings.task].pipeline_tag}", "{output_dir}")'
     )
 
 
@@ -101,24 +98,23 @@ def resume_command(output_dir: Path, num_processes: int, cpu: bool, command: str
     return shlex.join(words)
 
 
-def write_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """PNG of loss (left) and accuracy (right) over optimiser steps."""
-    training = [row for row in rows if "loss" in row]
-    evaluations = [row for row in rows if "eval_loss" in row]
+def write_curves(path: Path, rows: Sequence[dict[str, Any]], task: str) -> None:
+    """PNG of losses (left) and the task's figures (right) over optimiser steps, from the rows of a log."""
+
+    def draw(axes: Any, key: str, label: str, style: str = "o-") -> list[float]:
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1)
+            axes.legend()
+        return [value for _, value in points]
+
     figure, (left, right) = new_figure((10, 4), columns=2)
-    left.plot([row["step"] for row in training], [row["loss"] for row in training], label="training", linewidth=1)
-    left.plot(
-        [row["step"] for row in evaluations], [row["eval_loss"] for row in evaluations], "o-", label="evaluation"
-    )
+    draw(left, "loss", "training", "-")
+    draw(left, "eval_loss", "evaluation")
     left.set(xlabel="optimiser step", ylabel="loss", title="Loss")
-    left.legend()
-    for name, label in (("eval_accuracy", "top-1"), ("eval_top5_accuracy", "top-5")):
-        right.plot([row["step"] for row in evaluations], [row[name] for row in evaluations], "o-", label=label)
-    right.set(xlabel="optimiser step", ylabel="accuracy", title="Accuracy on the evaluation split")
-    if evaluations:
-        low = min(row["eval_accuracy"] for row in evaluations)
-        right.set_ylim(max(0.0, low - 0.1 * (1 - low) - 0.01), 1.01)
-        right.legend(loc="lower right")
+    shares = [shown for shown in TASKS[task].shown if shown.metric != "loss"]
+    low = min((value for shown in shares for value in draw(right, shown.key, shown.short)), default=0.0)
+    right.set(xlabel="optimiser step", title="Evaluation split", ylim=(max(0.0, 1.1 * low - 0.11), 1.01))
     for axes in (left, right):
         axes.grid(alpha=0.3)
     save_figure(figure, path)

@@ -12,7 +12,7 @@ from datasets.utils.logging import disable_progress_bar
 from PIL import Image as PILImage
 from pycocotools import mask as run_lengths
 
-from hf_poolformer.training.dense.arguments import DenseSettings
+from hf_poolformer.settings.training import TrainingSettings
 
 
 NAMES = ["square", "disc"]
@@ -131,7 +131,7 @@ def late_damage(shapes, tmp_path):
 def make_settings(shapes, tmp_path):
     """Settings of the demo recipe for a very small model on the shapes; keywords change them."""
 
-    def make(task, **changes) -> DenseSettings:
+    def make(task, **changes) -> TrainingSettings:
         layout = "segmentation" if task == "semantic-segmentation" else "detection"
         settings = {
             "dataset_name": str(shapes / layout),
@@ -149,6 +149,6 @@ def make_settings(shapes, tmp_path):
             "eval_epochs": 0,
             "shuffle_buffer_size": 16,
         }
-        return DenseSettings.from_recipe(task, "demo", **{**settings, **changes})
+        return TrainingSettings.from_recipe("demo", task=task, **{**settings, **changes})
 
     return make

@@ -6,7 +6,8 @@ from torchvision.ops import box_convert, masks_to_boxes
 
 from hf_poolformer import PoolFormerImageProcessor
 from hf_poolformer.data.dense.annotations import Objects
-from hf_poolformer.training.dense.augmentation import TrainTransform, collate, collate_maps
+from hf_poolformer.data.dense.batches import collate, collate_maps
+from hf_poolformer.training.dense.augmentation import DenseTrainTransform
 
 
 COLOURS = np.array([[250, 20, 20], [20, 250, 20], [20, 20, 250]], np.uint8)
@@ -31,7 +32,7 @@ def scene(height=120, width=160):
 @pytest.fixture
 def transform(make_settings):
     def make(task="instance-segmentation", **changes):
-        return TrainTransform(make_settings(task, **changes), PoolFormerImageProcessor())
+        return DenseTrainTransform(make_settings(task, **changes), PoolFormerImageProcessor())
 
     return make
 

@@ -6,8 +6,9 @@ from accelerate import Accelerator
 from datasets import ClassLabel, Features, Image, List, Value
 
 from hf_poolformer import PoolFormerImageProcessor
-from hf_poolformer.data.dense.datasets import make_dense_loader, numbered, open_dense_datasets
+from hf_poolformer.data.dense.datasets import open_dense_datasets
 from hf_poolformer.foundation.errors import UserError
+from hf_poolformer.training.dense.task import make_dense_loader
 
 from .conftest import COUNTS, MAP_FEATURES, NAMES, OBJECT_FEATURES, map_row, object_row, scene, write_shards
 
@@ -62,13 +63,13 @@ def test_lists_of_columns_other_names_and_corners(make_settings, tmp_path):
 
 def test_classes_are_numbered_by_name(make_settings):
     dataset = open_dense_datasets(make_settings("object-detection"))["train"]
-    turned = numbered(dataset, ["disc", "cross", "square"])
+    turned = dataset.with_class_order(["disc", "cross", "square"])
     assert turned.fields.classes.table == {"0": 2, "1": 0} and turned.label_names == ["disc", "cross", "square"]
     maps = open_dense_datasets(make_settings("semantic-segmentation"))["train"]
-    renumbered = numbered(maps, ["disc", "ground", "square"]).classes
+    renumbered = maps.with_class_order(["disc", "ground", "square"]).classes
     assert [renumbered.index(value) for value in (0, 1, 2)] == [1, 2, 0]
     with pytest.raises(UserError, match="the class 'square'"):
-        numbered(dataset, ["disc", "cross"])
+        dataset.with_class_order(["disc", "cross"])
 
 
 def test_without_a_validation_split_a_part_is_held_out(make_settings, shapes, tmp_path):

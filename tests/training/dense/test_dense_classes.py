@@ -11,11 +11,11 @@ from PIL import Image as PILImage
 from hf_poolformer.data.classes import CONFIG_FIELD, Classes
 from hf_poolformer.data.decoding import BrokenImage
 from hf_poolformer.data.dense.annotations import Frame, decode_map, decode_objects, value_table
-from hf_poolformer.data.dense.datasets import numbered, open_dense_datasets
+from hf_poolformer.data.dense.datasets import open_dense_datasets
 from hf_poolformer.data.dense.naming import known_classes
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.training.dense import loop
-from hf_poolformer.training.dense.arguments import DenseSettings
+from hf_poolformer.settings.training import TrainingSettings
+from hf_poolformer.training import loop
 
 from .conftest import MAP_FEATURES, TINY_MODEL, encoded, write_shards
 
@@ -35,8 +35,8 @@ def settings_of(tmp_path):
             path = tmp_path / ("id2label.json" if beside else "names.json")
             path.write_text(json.dumps(names))
             given = {} if beside else {"label_names": str(path)}
-        return DenseSettings.from_recipe(
-            task, "demo", dataset_name=str(tmp_path), output_dir=str(tmp_path / "run"), **{**given, **changes}
+        return TrainingSettings.from_recipe(
+            "demo", task=task, dataset_name=str(tmp_path), output_dir=str(tmp_path / "run"), **{**given, **changes}
         )
 
     return make
@@ -216,7 +216,7 @@ def test_another_split_is_numbered_as_training(make_settings, tmp_path):
         dataset = open_dense_datasets(make_settings("object-detection", dataset_name=str(folder)))["train"]
         if found is None:
             with pytest.raises(UserError, match="the class 'emu'"):
-                numbered(dataset, ["cat", "dog", "cow"])
+                dataset.with_class_order(["cat", "dog", "cow"])
         else:
-            classes = numbered(dataset, ["cat", "dog", "cow"]).classes
+            classes = dataset.with_class_order(["cat", "dog", "cow"]).classes
             assert [classes.index(stored) for stored in (0, 1)] == found

@@ -14,8 +14,9 @@ from hf_poolformer import PoolFormerImageProcessor
 from hf_poolformer.data.classes import Classes
 from hf_poolformer.data.decoding import BrokenImage
 from hf_poolformer.data.dense.annotations import Frame, ObjectFields, decode_map, decode_objects, value_table
-from hf_poolformer.data.dense.datasets import make_dense_loader, open_dense_datasets
+from hf_poolformer.data.dense.datasets import open_dense_datasets
 from hf_poolformer.data.dense.plausibility import check_annotations
+from hf_poolformer.training.dense.task import make_dense_loader
 
 from .conftest import MAP_FEATURES, NAMES, encoded, write_shards
 
@@ -144,7 +145,7 @@ def truths(settings):
     pairs = [
         (image, truth) for batch in loader for image, truth in zip(batch["pixel_values"], batch["labels"], strict=True)
     ]
-    return pairs, report.lines
+    return pairs, report
 
 
 def assert_on_the_squares(pairs):

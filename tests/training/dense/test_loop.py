@@ -2,7 +2,6 @@ import dataclasses
 import json
 import os
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +14,13 @@ from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, Po
 from hf_poolformer.evaluation import dense as evaluation
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.foundation.processes import Stopped
-from hf_poolformer.training import loop as steps
+from hf_poolformer.foundation.tasks import dense_tasks
+from hf_poolformer.settings.command_line import parse
+from hf_poolformer.settings.training import TrainingSettings
+from hf_poolformer.training import loop
 from hf_poolformer.training.checkpoints import best_of
-from hf_poolformer.training.dense import loop
-from hf_poolformer.training.dense.arguments import DenseSettings, parse
-from hf_poolformer.training.dense.optimisation import make_dense_schedule
+from hf_poolformer.training.dense import task as dense_task
+from hf_poolformer.training.optimisation import make_schedule
 
 from .conftest import COUNTS, NAMES, TINY_MODEL
 
@@ -85,7 +86,7 @@ def test_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(make_settings, t
 
 
 def test_a_signal_saves_and_leaves(make_settings, monkeypatch, capsys):
-    step = steps.optimiser_step
+    step = loop.optimiser_step
     count = iter(range(100))
 
     def interrupted(run, window):
@@ -93,7 +94,7 @@ def test_a_signal_saves_and_leaves(make_settings, monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGTERM)
         return step(run, window)
 
-    monkeypatch.setattr(steps, "optimiser_step", interrupted)
+    monkeypatch.setattr(loop, "optimiser_step", interrupted)
     with pytest.raises(Stopped):
         loop.train(make_settings("object-detection"))
     assert "To go on:" in capsys.readouterr().out
@@ -116,7 +117,7 @@ def test_a_failing_evaluation_leaves_the_model(make_settings, tmp_path, monkeypa
 
 def test_images_that_break_after_the_first_look_are_judged(make_settings, late_damage, tmp_path, monkeypatch):
     """However small the split is."""
-    monkeypatch.setattr(loop, "check_annotations", lambda datasets, *_: (datasets, SimpleNamespace(lines=[])))
+    monkeypatch.setattr(dense_task, "check_annotations", lambda datasets, *_: (datasets, []))
     with pytest.raises(UserError, match=r"2 of the 11 images .* are broken, more than --max_skipped .* so far is in"):
         loop.train(make_settings("semantic-segmentation", dataset_name=str(late_damage), max_skipped=0.1))
     assert weights(tmp_path / "run")
@@ -156,11 +157,11 @@ def test_a_classifier_gives_its_backbone_and_its_colours(make_settings, tmp_path
 
 def test_the_course_of_the_learning_rate():
     def course(steps, epochs, **changes):
-        settings = DenseSettings.from_recipe(
-            changes.pop("task"), dataset_name="x", output_dir="y", **{"num_warmup_steps": 10, **changes}
+        settings = TrainingSettings.from_recipe(
+            task=changes.pop("task"), dataset_name="x", output_dir="y", **{"num_warmup_steps": 10, **changes}
         )
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings.learning_rate)
-        schedule = make_dense_schedule(optimizer, settings, settings.learning_rate, steps, epochs)
+        schedule = make_schedule(optimizer, settings, settings.learning_rate, steps, epochs)
         rates = []
         for _ in range(steps):
             rates.append(optimizer.param_groups[0]["lr"])
@@ -180,7 +181,7 @@ def test_the_course_of_the_learning_rate():
 
 def test_recipes_are_the_paper_s():
     """DESIGN 5, and the official configurations."""
-    paper = {task: DenseSettings.from_recipe(task, dataset_name="x", output_dir="y") for task in TASKS}
+    paper = {task: TrainingSettings.from_recipe(task=task, dataset_name="x", output_dir="y") for task in TASKS}
     for settings in paper.values():
         assert settings.weight_decay == 1e-4 and settings.model_name_or_path == "sail/poolformer_s12"
         assert settings.horizontal_flip == 0.5 and settings.max_grad_norm == 0 and settings.layer_decay == 1
@@ -227,7 +228,17 @@ GIVEN = ["--task", TASKS[1], "--dataset_name", "x", "--output_dir", "y"]
 )
 def test_mistakes_in_flags(flags, message):
     with pytest.raises(UserError, match=message):
-        parse(flags)
+        parse(flags, tasks=dense_tasks())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_train_with_a_task_is_train_dense(task):
+    flags = ["--task", task, "--dataset_name", "x", "--output_dir", "y", "--crop_size", "64"]
+    assert parse(flags) == parse(flags, tasks=dense_tasks())
+    with pytest.raises(UserError, match="unknown flag: --train_dir"):
+        parse([*flags, "--train_dir", "z"])
+    with pytest.raises(UserError, match="unknown task: image-classification"):
+        parse(["--task", "image-classification", "--train_dir", "x", "--output_dir", "y"], tasks=dense_tasks())
 
 
 def test_settings_survive_their_file(make_settings, tmp_path):

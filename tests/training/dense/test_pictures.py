@@ -7,8 +7,9 @@ from hf_poolformer import PoolFormerImageProcessor
 from hf_poolformer.data.dense.annotations import Objects
 from hf_poolformer.data.dense.datasets import Truth
 from hf_poolformer.evaluation.dense import BoxJudge, EvaluatedImage, predict
-from hf_poolformer.evaluation.dense_pictures import write_curves, write_predictions
+from hf_poolformer.evaluation.dense_pictures import write_predictions
 from hf_poolformer.modeling_detection import MetaFormerObjectDetectionOutput
+from hf_poolformer.training.reports import write_curves
 
 
 MEAN, STD = [0.5] * 3, [0.5] * 3

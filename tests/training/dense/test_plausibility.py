@@ -15,7 +15,8 @@ from hf_poolformer.data.dense.annotations import is_crowd
 from hf_poolformer.data.dense.datasets import open_dense_datasets
 from hf_poolformer.data.dense.plausibility import check_annotations
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.training.dense import loop
+from hf_poolformer.training import loop
+from hf_poolformer.training.dense import task as dense_task
 
 from .conftest import MAP_FEATURES, NAMES, encoded, write_shards
 
@@ -29,7 +30,7 @@ def looked_at(settings):
 
 
 def lines_of(settings):
-    return looked_at(settings)[1].lines
+    return looked_at(settings)[1]
 
 
 # Annotation maps
@@ -70,7 +71,7 @@ def maps(make_settings, tmp_path):
 def test_of_two_classes_255_is_the_second(maps, validation):
     settings = maps((0, 255), validation)
     datasets, report = looked_at(settings)
-    assert "255 is taken for thing, 0 for ground" in "\n".join(report.lines)
+    assert "255 is taken for thing, 0 for ground" in "\n".join(report)
     for dataset in datasets.values():
         assert [dataset.classes.index(value) for value in (0, 255)] == [0, 1]
 
@@ -224,8 +225,8 @@ def test_boxes_that_cannot_be_meant(objects, change, changes, message):
 @pytest.mark.parametrize(("change", "name"), [(as_corners, "xyxy"), (from_the_centre, "cxcywh")])
 def test_the_format_that_is_suggested_is_right(objects, change, name):
     settings = objects(change, bbox_format=name)
-    as_coco = looked_at(objects())[1].lines
-    assert looked_at(objects(change, bbox_format=name))[1].lines == as_coco and settings.bbox_format == name
+    as_coco = looked_at(objects())[1]
+    assert looked_at(objects(change, bbox_format=name))[1] == as_coco and settings.bbox_format == name
 
 
 @pytest.mark.parametrize(
@@ -333,7 +334,7 @@ def test_the_look_is_short(objects, monkeypatch):
     clock = iter(np.arange(0, 1000, 0.1))
     monkeypatch.setattr(plausibility, "SECONDS", {"train": 1.0, "validation": 0.0})
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
-    lines = check_annotations(datasets, settings, Accelerator(cpu=True))[1].lines
+    lines = check_annotations(datasets, settings, Accelerator(cpu=True))[1]
     rows = [int(line.partition(": ")[2].split()[0]) for line in lines if "looked at" in line]
     assert 8 <= rows[0] <= 12 and rows[1] == 1
 
@@ -358,8 +359,8 @@ def test_a_failing_evaluation_leaves_the_model(make_settings, tmp_path, monkeypa
     def broken(*arguments, **keywords):
         raise UserError("there is no image to evaluate on.")
 
-    monkeypatch.setattr(loop, "evaluate", broken)
-    with pytest.raises(UserError, match=r"no image to evaluate on\. The model is trained, and saved in"):
+    monkeypatch.setattr(dense_task, "evaluate", broken)
+    with pytest.raises(UserError, match=r"no image to evaluate on\. The model as it was trained so far is in"):
         loop.train(make_settings("semantic-segmentation", max_train_steps=1, checkpointing_steps="no"))
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         assert (tmp_path / "run" / name).is_file()
@@ -369,7 +370,7 @@ def test_a_picture_that_cannot_be_drawn_is_missing(make_settings, tmp_path, monk
     def broken(*arguments, **keywords):
         raise ValueError("no such glyph")
 
-    monkeypatch.setattr(loop, "write_predictions", broken)
+    monkeypatch.setattr(dense_task, "write_predictions", broken)
     names = r"ground,a$_1$_2$,x$\foo$"
     loop.train(make_settings("semantic-segmentation", max_train_steps=1, label_names=names))
     assert "drawing the predictions failed, and the run goes on without: no such glyph" in caplog.text

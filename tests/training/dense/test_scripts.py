@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation, AutoModelForSemanticSegmentation
 
-from hf_poolformer.data.dense.datasets import make_dense_loader, open_dense_datasets
+from hf_poolformer.data.dense.datasets import open_dense_datasets
 from hf_poolformer.evaluation.dense import evaluate, named_results
+from hf_poolformer.training.dense.task import make_dense_loader
 
 from .conftest import COUNTS, NAMES, TINY_MODEL
 
@@ -66,12 +67,10 @@ def test_two_processes_train_and_evaluate_exactly(make_settings, tmp_path, task)
 
 UNSEEN = """
 import sys
-from types import SimpleNamespace
-
 from hf_poolformer.commands.train_dense import main
-from hf_poolformer.training.dense import loop
+from hf_poolformer.training.dense import task
 
-loop.check_annotations = lambda datasets, *_: (datasets, SimpleNamespace(lines=[]))
+task.check_annotations = lambda datasets, *_: (datasets, [])
 sys.exit(main())
 """
 

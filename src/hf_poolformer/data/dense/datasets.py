@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 from datasets import Image
 from PIL import Image as PILImage
 
 from ...foundation.errors import UserError
-from ...training.dense.arguments import DenseSettings
-from ...training.dense.augmentation import EvalTransform, TrainTransform
-from .. import datasets as data
+from ...foundation.names import first_few
+from ...foundation.tasks import TASKS
+from ...settings.dense import DenseSettings
 from ..classes import Classes, class_key
 from ..columns import ImageDataset, columns_of
 from ..decoding import BrokenImage, EncodedImage, describe_source
-from ..loader import DecodedBatches, ImageLoader, data_workers, make_loader, skip_limit
+from ..loader import DecodedBatches
+from ..opening import open_splits
 from ..sources import content_key
 from .annotations import (
     BOX_FIELDS,
@@ -59,33 +58,62 @@ class DenseDataset:
         fields: of the objects; None for annotation maps.
         classes: stored value -> class of the model; with `reduce_labels`, of values less one.
         void: 255 is said to be no class.
-        in_stored: annotations count the pixels of stored images, before EXIF turns these, unless their size tells
-            otherwise.
+        with_masks: masks of objects are read, too.
+        reduced: annotation maps hold values larger by one than those in `classes`, and 0 for no class.
+        pixels: what annotations of images that EXIF turns count, as `--annotation_pixels` says.
+        in_stored: with `auto`, these are the pixels of stored images, before EXIF turns them, unless the annotations'
+            size tells otherwise.
     """
 
     images: ImageDataset
     fields: ObjectFields | None
     classes: Classes
     void: bool = False
+    with_masks: bool = False
+    reduced: bool = False
+    pixels: str = "auto"
     in_stored: bool = True
 
     @property
     def label_names(self) -> list[str]:
         return self.images.label_names
 
-    def numbered(self, classes: Classes) -> DenseDataset:
-        """With other classes."""
+    def with_classes(self, classes: Classes) -> DenseDataset:
+        """The same with other classes."""
         images = dataclasses.replace(self.images, classes=classes)
         fields = None if self.fields is None else dataclasses.replace(self.fields, classes=classes)
         return dataclasses.replace(self, images=images, fields=fields, classes=classes)
 
-    def frame(self, image: EncodedImage, row: Mapping[str, Any], settings: DenseSettings) -> Frame:
+    def with_class_order(self, names: Sequence[str]) -> DenseDataset:
+        """The same with its classes in the order of `names`.
+
+        Raises:
+            UserError: it has a class that is not among them.
+        """
+        own = self.label_names
+        if own == list(names):
+            return self
+        keys = {class_key(name) for name in names}
+        missing = [name for name in own if class_key(name) not in keys]
+        if missing:
+            raise UserError(
+                f"{self.images.name} has the class {missing[0]!r} ({len(missing)} such), which the model or the "
+                f"training split does not know: {first_few(names)}."
+            )
+        return self.with_classes(self.classes.renumbered(names))
+
+    @property
+    def value_table(self) -> np.ndarray:
+        """Of annotation maps, see `annotations.value_table`."""
+        return value_table(self.classes, self.reduced)
+
+    def frame(self, image: EncodedImage, row: Mapping[str, Any]) -> Frame:
         """The pixels of a row's image, and how its annotations belong to them."""
         size = image.height, image.width
         if image.orientation == 1:
             return Frame(size)
-        told_by_size = settings.annotation_pixels == "auto"
-        in_stored = self.in_stored if told_by_size else settings.annotation_pixels == "stored"
+        told_by_size = self.pixels == "auto"
+        in_stored = self.in_stored if told_by_size else self.pixels == "stored"
         return Frame(size, image.orientation, said_size(row), in_stored, told_by_size)
 
 
@@ -112,36 +140,25 @@ def open_dense_datasets(settings: DenseSettings) -> dict[str, DenseDataset]:
     Raises:
         UserError: as `open_datasets`, and where annotations or the names of the classes cannot be found.
     """
-    opened = data.open_datasets(
-        dataset_name=settings.dataset_name,
-        dataset_config_name=settings.dataset_config_name,
-        train_split=settings.train_split,
-        validation_split=settings.validation_split,
-        train_val_split=settings.train_val_split,
-        image_column_name=settings.image_column_name,
-        revision=settings.dataset_revision,
-        token=settings.hub_token,
-        cache_dir=settings.cache_dir,
-        streaming=settings.streaming,
-        labelled=False,
-    )
-    dense = {split: understood(images, settings) for split, images in opened.items()}
+    opened = open_splits(settings, labelled=False)
+    dense = {split: with_annotations(images, settings) for split, images in opened.items()}
     if "validation" in dense:
-        dense["validation"] = numbered(dense["validation"], dense["train"].label_names)
+        dense["validation"] = dense["validation"].with_class_order(dense["train"].label_names)
     return dense
 
 
-def understood(images: ImageDataset, settings: DenseSettings) -> DenseDataset:
-    """Finds the annotations and their classes."""
-    features = images.stream.features
-    if settings.task == "semantic-segmentation":
+def with_annotations(images: ImageDataset, settings: DenseSettings) -> DenseDataset:
+    """A split with its annotations, and their classes, found."""
+    features, reads = images.stream.features, TASKS[settings.task].reads
+    read_as = {"with_masks": reads == "masks", "reduced": settings.reduce_labels, "pixels": settings.annotation_pixels}
+    if reads == "map":
         column = map_column(images, settings.annotation_column_name)
         stream = images.stream.cast_column(column, Image(decode=False))
         images = dataclasses.replace(images, stream=stream, label_column=column)
         classes, void = known_classes(settings, None, images.name, images.class_names)
         if classes is None:
             raise unknown_classes(images.name, stored_classes(images))
-        return DenseDataset(images, None, classes, void).numbered(classes)
+        return DenseDataset(images, None, classes, void, **read_as).with_classes(classes)
     column = object_column(images, settings.annotation_column_name)
     inside = fields_of(features[column])
     box, label, mask = (
@@ -152,9 +169,9 @@ def understood(images: ImageDataset, settings: DenseSettings) -> DenseDataset:
             raise UserError(
                 f"the column {column!r} of {images.name} has no field for {what}, only {', '.join(inside)}."
             )
-    if mask is None and settings.task == "instance-segmentation":
+    if mask is None and reads == "masks":
         raise UserError(
-            f"the column {column!r} of {images.name} has no masks, only {', '.join(inside)}: instance segmentation "
+            f"the column {column!r} of {images.name} has no masks, only {', '.join(inside)}: {settings.task} "
             "needs a field 'segmentation' with polygons or run lengths."
         )
     sizes = tuple(name for names in SIZE_FIELDS for name in names if name in features)
@@ -163,7 +180,7 @@ def understood(images: ImageDataset, settings: DenseSettings) -> DenseDataset:
     if classes is None:
         raise unknown_classes(images.name, stored_classes(images, label))
     fields = ObjectFields(box=box, label=label, mask=mask, classes=classes, bbox_format=settings.bbox_format)
-    return DenseDataset(images, fields, classes).numbered(classes)
+    return DenseDataset(images, fields, classes, **read_as).with_classes(classes)
 
 
 def stored_classes(images: ImageDataset, label: str | None = None) -> set[str]:
@@ -233,25 +250,6 @@ def fields_of(feature: Any) -> dict[str, Any]:
     return {}
 
 
-def numbered(dataset: DenseDataset, names: Sequence[str]) -> DenseDataset:
-    """The dataset with its classes in the order of `names`.
-
-    Raises:
-        UserError: it has a class that is not among them.
-    """
-    own = dataset.label_names
-    if own == list(names):
-        return dataset
-    keys = {class_key(name) for name in names}
-    missing = [name for name in own if class_key(name) not in keys]
-    if missing:
-        raise UserError(
-            f"{dataset.images.name} has the class {missing[0]!r} ({len(missing)} such), which the model or the "
-            f"training split does not know: {', '.join(list(names)[:5])}{', ...' if len(names) > 5 else ''}."
-        )
-    return dataset.numbered(dataset.classes.renumbered(names))
-
-
 class DenseBatches(DecodedBatches):
     """Rows with annotations instead of labels; batches are lists, since images may differ in size.
 
@@ -259,24 +257,22 @@ class DenseBatches(DecodedBatches):
     its `Truth`.
     """
 
-    def __init__(self, *arguments: Any, dense: DenseDataset, settings: DenseSettings):
+    def __init__(self, *arguments: Any, dense: DenseDataset):
         super().__init__(*arguments)
         self._dense = dense
-        self._settings = settings
-        self._with_masks = settings.task == "instance-segmentation"
-        self._table = value_table(dense.classes, settings.reduce_labels) if dense.fields is None else None
+        self._table = dense.value_table if dense.fields is None else None
 
     def _read(self, row: Mapping[str, Any]) -> tuple[PILImage.Image, Any]:
         source, token = row[self._dataset.image_column], self._dataset.token
         with EncodedImage(source, token=token) as encoded:
-            frame = self._dense.frame(encoded, row, self._settings)
+            frame = self._dense.frame(encoded, row)
             image = encoded.decode()[0]
         size, value = frame.size, row[self._dataset.label_column]
         fields = self._dense.fields
         if fields is None:
             target = decode_map(value, frame, self._table, token=token)
         else:
-            target = decode_objects(value, frame, fields, with_masks=self._with_masks)
+            target = decode_objects(value, frame, fields, with_masks=self._dense.with_masks)
         if self._training:
             return image, target
         encoded = source.get("bytes") if isinstance(source, Mapping) else None
@@ -288,35 +284,3 @@ class DenseBatches(DecodedBatches):
 
     def _batch(self, pixels: list[Any], labels: list[Any]) -> dict[str, Any]:
         return {"pixel_values": pixels, "labels": labels}
-
-
-def make_dense_loader(
-    dataset: DenseDataset,
-    settings: DenseSettings,
-    accelerator: Accelerator,
-    processor: Any,
-    *,
-    training: bool,
-) -> ImageLoader:
-    """Batches of this process's share: `pixel_values`, a list of (C, H, W), and `labels`, a list of what the model is
-    trained with, or of `Truth`.
-
-    Raises:
-        UserError: as `make_loader`.
-    """
-
-    return make_loader(
-        dataset.images,
-        TrainTransform(settings, processor) if training else EvalTransform(processor),
-        batch_size=settings.per_device_train_batch_size if training else settings.per_device_eval_batch_size,
-        training=training,
-        num_workers=data_workers(settings.num_workers, accelerator),
-        seed=settings.seed,
-        max_skipped=skip_limit(settings.max_skipped),
-        max_skipped_shards=settings.max_skipped_shards,
-        shuffle_buffer_size=settings.shuffle_buffer_size,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        pin_memory=training and accelerator.device.type == "cuda",
-        batches=functools.partial(DenseBatches, dense=dataset, settings=settings),
-    )

@@ -11,7 +11,8 @@ from datasets import ClassLabel
 from huggingface_hub import hf_hub_download
 
 from ...foundation.errors import UserError, one_line
-from ...training.dense.arguments import DenseSettings
+from ...foundation.names import first_few
+from ...settings.dense import DenseSettings
 from ..classes import Classes, class_key, in_order, is_number
 
 
@@ -59,7 +60,7 @@ def known_classes(
 def unknown_classes(name: str, seen: Iterable[str]) -> UserError:
     """What to say where nobody knows the classes; `seen` are keys of stored values."""
     values = in_order(seen)
-    found = f" The first rows hold {', '.join(values[:10])}{', ...' if len(values) > 10 else ''}." if values else ""
+    found = f" The first rows hold {first_few(values, 10)}." if values else ""
     return UserError(
         f"{name} does not name its classes: give them with --label_names background,road,... or as a JSON file with "
         f"id2label, whose keys are the stored values.{found}"

@@ -21,8 +21,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from ...foundation.errors import UserError, one_line
+from ...foundation.names import first_few
 from ...image_processing_dense import IGNORE_INDEX
-from ...training.dense.arguments import DenseSettings
+from ...settings.dense import DenseSettings
 from ..classes import Classes, UnknownClass, class_key, is_number
 from ..columns import columns_needed
 from ..decoding import BrokenImage, EncodedImage
@@ -41,7 +42,6 @@ from .annotations import (
     polygons_in,
     read_map,
     said_size,
-    value_table,
 )
 from .datasets import DenseDataset
 
@@ -61,20 +61,14 @@ MARGIN = 0.05
 FEW_OUT, MANY_OUT = 0.05, 0.25
 
 
-@dataclasses.dataclass
-class AnnotationReport:
-    """What was seen, in lines for a person."""
-
-    lines: list[str]
-
-
 def check_annotations(
     datasets: Mapping[str, DenseDataset], settings: DenseSettings, accelerator: Accelerator
-) -> tuple[dict[str, DenseDataset], AnnotationReport]:
+) -> tuple[dict[str, DenseDataset], list[str]]:
     """Looks at annotations of each split; every process calls it, the main process looks for all.
 
     Returns:
-        the datasets, with what only the annotations tell: whether 255 is a class, and which pixels they count.
+        the datasets, with what only the annotations tell: whether 255 is a class, and which pixels they count; and
+        what was seen, in lines for a person.
 
     Raises:
         UserError: annotations that cannot be meant as they are read.
@@ -98,10 +92,10 @@ def check_annotations(
     if fault:
         raise UserError(fault)
     changed = {
-        split: dataclasses.replace(dataset.numbered(found[split][0]), in_stored=found[split][1])
+        split: dataclasses.replace(dataset.with_classes(found[split][0]), in_stored=found[split][1])
         for split, dataset in datasets.items()
     }
-    return changed, AnnotationReport(lines)
+    return changed, lines
 
 
 def look(dataset: DenseDataset, settings: DenseSettings, seconds: float) -> MapsSeen | ObjectsSeen:
@@ -163,7 +157,7 @@ class Seen:
             with EncodedImage(row[images.image_column], token=images.token) as image:
                 if self.rows <= DECODED:
                     image.decode()
-                frame = self.dataset.frame(image, row, self.settings)
+                frame = self.dataset.frame(image, row)
             frame = dataclasses.replace(frame, said=said_size(row))
             if self.in_stored and frame.told_by_size:
                 frame = dataclasses.replace(frame, in_stored=self.counts_stored_pixels())
@@ -219,8 +213,8 @@ class Seen:
         if not self.turned:
             return []
         stored = self.dataset.in_stored
-        if self.settings.annotation_pixels != "auto":
-            stored, why = self.settings.annotation_pixels == "stored", "as --annotation_pixels says"
+        if self.dataset.pixels != "auto":
+            stored, why = self.dataset.pixels == "stored", "as --annotation_pixels says"
         elif self.in_stored[stored]:
             why = f"as {self.in_stored[stored]} of them show by size or place"
         else:
@@ -245,7 +239,7 @@ class Seen:
         elif self.images:
             absent = [name for index, name in enumerate(names) if index not in self.images]
             if absent:
-                lines.append(f"{counted(len(absent), 'class', 'classes')} not seen among them: {few(absent)}")
+                lines.append(f"{counted(len(absent), 'class', 'classes')} not seen among them: {first_few(absent)}")
         if self.broken:
             lines.append(f"{counted(len(self.broken), 'row')} that cannot be used: {self.broken[0]}")
         if self.trouble:
@@ -263,7 +257,7 @@ class MapsSeen(Seen):
 
     def __init__(self, dataset: DenseDataset, settings: DenseSettings):
         super().__init__(dataset, settings)
-        self.table = value_table(dataset.classes, settings.reduce_labels)
+        self.table = dataset.value_table
         self.pixels: Counter[int] = Counter()
         self.maps: Counter[int] = Counter()
         self.unknown = 0  # maps with a value that no class has
@@ -308,7 +302,7 @@ class MapsSeen(Seen):
             first += f"; {ignored / total:.1%} of the pixels have no class"
         if self.nulls:
             first += f"; {counted(self.nulls, 'row')} without a map"
-        if self.settings.reduce_labels:
+        if self.dataset.reduced:
             stored_as = {index: int(key) + 1 for key, index in dataset.classes.table.items() if is_number(key)}
             stands = [f"{stored_as[index]} is {name}" for index, name in enumerate(dataset.label_names[:3])]
             lines.append(f"0 is ignored, {', '.join(stands)}{', ...' if len(dataset.label_names) > 3 else ''}")
@@ -322,7 +316,7 @@ class MapsSeen(Seen):
     def is_binary(self, trained: Seen | None) -> bool:
         """Whether 255 has to be the second of two classes: no map holds 1, and nobody has said otherwise."""
         classes, values = self.dataset.classes, set(self.pixels)
-        if keys(classes) != {0, 1} or len(classes.names) != 2 or self.dataset.void or self.settings.reduce_labels:
+        if keys(classes) != {0, 1} or len(classes.names) != 2 or self.dataset.void or self.dataset.reduced:
             return False
         # The splits of a dataset are stored alike, and in the smaller one a class may not occur.
         if trained is not None:
@@ -333,7 +327,8 @@ class MapsSeen(Seen):
         names, table = self.dataset.label_names, dict(self.dataset.classes.table)
         first, second = table.pop("0"), table.pop("1")
         classes = Classes(self.dataset.classes.names, {**table, "0": first, str(IGNORE_INDEX): second})
-        self.dataset, self.table = self.dataset.numbered(classes), value_table(classes)
+        self.dataset = self.dataset.with_classes(classes)
+        self.table = self.dataset.value_table
         self.images = +Counter({first: self.maps[0], second: self.maps[IGNORE_INDEX]})
         return [f"the maps hold 0 and 255 only: 255 is taken for {names[second]}, 0 for {names[first]}"]
 
@@ -355,7 +350,7 @@ class MapsSeen(Seen):
             hint = f" If these stand for the classes in order, give their names as a JSON file: {{{pairs}}}."
         elif unknown == [0]:
             hint = " If 0 is no class, say so with --reduce_labels."
-        elif unknown and len(unknown) == 1 and unknown[0] == len(names) and not self.settings.reduce_labels:
+        elif unknown and len(unknown) == 1 and unknown[0] == len(names) and not self.dataset.reduced:
             hint = " Do the classes count from 1? Then --reduce_labels ignores 0, or id2label names the stored values."
         if self.unknown > MANY * self.rows:
             self.refuse(
@@ -395,7 +390,6 @@ class ObjectsSeen(Seen):
 
     def __init__(self, dataset: DenseDataset, settings: DenseSettings):
         super().__init__(dataset, settings)
-        self.with_masks = settings.task == "instance-segmentation"
         self.objects = self.empty = 0
         self.boxes: list[tuple[np.ndarray, Frame, int]] = []
         self.left_out: Counter[str] = Counter()
@@ -428,10 +422,10 @@ class ObjectsSeen(Seen):
                 self.dataset.classes.index(entry.get(fields.label))
             except UnknownClass:
                 self.unknown[shown_key(entry.get(fields.label))] += 1
-            if self.with_masks:
+            if self.dataset.with_masks:
                 self.look_at_mask(entry.get(fields.mask))
         left_out: Counter[str] = Counter()
-        objects = decode_objects(value, frame, fields, with_masks=self.with_masks, left_out=left_out)
+        objects = decode_objects(value, frame, fields, with_masks=self.dataset.with_masks, left_out=left_out)
         self.left_out += left_out
         self.found.update(objects.labels.tolist())
         self.images.update(set(objects.labels.tolist()))
@@ -442,7 +436,7 @@ class ObjectsSeen(Seen):
         if frame.size == frame.stored_size:
             return None
         stored, upright = (
-            not misfits(boxes, np.array([size] * len(boxes)), self.settings.bbox_format).any()
+            not misfits(boxes, np.array([size] * len(boxes)), self.dataset.fields.bbox_format).any()
             for size in (frame.stored_size, frame.size)
         )
         return None if stored == upright else stored
@@ -470,7 +464,7 @@ class ObjectsSeen(Seen):
             lines += self.judge_boxes()
         self.refuse_unknown()
         self.refuse_masks()
-        if len(self.contradicted) > self.rows / 2 and self.settings.annotation_pixels == "auto":
+        if len(self.contradicted) > self.rows / 2 and self.dataset.pixels == "auto":
             self.refuse(
                 f"{len(self.contradicted)} of {self.rows} rows of {self.name} give other widths and heights than the "
                 f"images have ({self.contradicted[0]}): scale boxes and masks to the images, or say with "
@@ -510,7 +504,7 @@ class ObjectsSeen(Seen):
                 f"all {len(raw)} boxes of {self.name} that were looked at are at most 1: they are given in parts of "
                 "the image's size (normalised). Multiply them by width and height, to have pixels."
             )
-        used = self.settings.bbox_format
+        used = self.dataset.fields.bbox_format
         wrong = {name: misfits(raw, sizes, name) for name in ("xywh", "xyxy", "cxcywh")}
         share = wrong[used].mean()
         others = [name for name in wrong if name != used and wrong[name].mean() <= min(0.005, share / 20)]
@@ -613,10 +607,6 @@ def shown_key(value: Any) -> str:
         return class_key(value) or "none"
     except UnknownClass:
         return type(value).__name__
-
-
-def few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:

@@ -1,13 +1,12 @@
 """Geometry and colours: image, annotation map, boxes and masks go through torchvision.transforms.v2 together.
 
-`TrainTransform` is mmsegmentation's and mmdetection's pipeline under the paper's configurations: resize with the
-aspect ratio kept, random crop, flip, photometric distortion, normalisation. `EvalTransform` is the image processor
-that is saved with the model.
+`DenseTrainTransform` is mmsegmentation's and mmdetection's pipeline under the paper's configurations: resize with the
+aspect ratio kept, random crop, flip, photometric distortion, normalisation. `DenseEvalTransform` is the processor that
+is saved with the model.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ...data.dense.annotations import Objects
 from ...image_processing_dense import IGNORE_INDEX, rescaled_size
-from .arguments import DenseSettings
+from ...settings.dense import DenseSettings
 
 
 Sample = dict[str, Any]
@@ -30,7 +29,7 @@ def random_scale(low: float, high: float) -> float:
     return low if low == high else torch.empty(()).uniform_(low, high).item()
 
 
-class TrainTransform:
+class DenseTrainTransform:
     """An image and what is annotated on it, as tensors for training.
 
     Args:
@@ -144,7 +143,7 @@ def object_labels(sample: Sample) -> dict[str, torch.Tensor]:
     return labels
 
 
-class EvalTransform:
+class DenseEvalTransform:
     """The image processor's view of an image, without the padding of a batch; the annotations stay as they are."""
 
     def __init__(self, processor: Any):
@@ -153,32 +152,3 @@ class EvalTransform:
     def __call__(self, image: Image.Image, target: Any) -> tuple[torch.Tensor, Any]:
         features = self.processor(images=image, do_pad=False, return_tensors="pt")
         return features["pixel_values"][0], target
-
-
-def collate(
-    pixel_values: list[torch.Tensor] | torch.Tensor, divisor: int, *, always: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Images of any sizes as one batch, padded with zeros at the bottom and on the right to a multiple of `divisor`.
-
-    Returns:
-        (B, C, H, W), and (B, H, W) with 1 on the images and 0 on the padding; None if there is no padding, unless
-        `always`.
-    """
-    sizes = [tuple(image.shape[-2:]) for image in pixel_values]
-    height, width = (math.ceil(max(edges) / divisor) * divisor for edges in zip(*sizes, strict=True))
-    if not always and set(sizes) == {(height, width)}:
-        return torch.stack(list(pixel_values)), None
-    batch = pixel_values[0].new_zeros(len(sizes), pixel_values[0].shape[0], height, width)
-    mask = torch.zeros(len(sizes), height, width, dtype=torch.int64)
-    for index, (image, (rows, columns)) in enumerate(zip(pixel_values, sizes, strict=True)):
-        batch[index, :, :rows, :columns] = image
-        mask[index, :rows, :columns] = 1
-    return batch, mask
-
-
-def collate_maps(maps: list[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
-    """Annotation maps as one batch (B, height, width); what is beyond an image has no class."""
-    batch = torch.full((len(maps), *size), IGNORE_INDEX, dtype=torch.int64)
-    for index, values in enumerate(maps):
-        batch[index, : values.shape[0], : values.shape[1]] = values
-    return batch

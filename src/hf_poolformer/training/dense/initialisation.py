@@ -7,14 +7,14 @@ from typing import Any
 
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
-from ...configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
 from ...data.classes import CONFIG_FIELD, Classes
 from ...foundation.errors import UserError, one_line
 from ...foundation.finite import check_weights
-from ...foundation.loading import looks_like_checkpoint, why_not_loaded
+from ...foundation.loading import why_not_loaded
+from ...foundation.names import first_few
 from ...foundation.tasks import TASKS
-from ..initialisation import check_overrides, shown
-from .arguments import DenseSettings
+from ...settings.dense import DenseSettings
+from ..initialisation import both_ways, check_overrides, checkpoint_activations, from_scratch
 
 
 logger = logging.getLogger(__name__)
@@ -30,22 +30,13 @@ def initial_dense_model(settings: DenseSettings, classes: Classes) -> tuple[PreT
         UserError: there is no such checkpoint or variant, or the backbone of the checkpoint does not fit.
     """
     names = list(classes.names)
-    changes = {
-        **settings.overrides(),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
-    if settings.drop_path_rate is not None:
-        changes["drop_path_rate"] = settings.drop_path_rate
-    model = (
-        from_checkpoint(settings, names, changes) if settings.model_name_or_path else from_scratch(settings, changes)
-    )
+    labels = both_ways(names)
+    model = from_checkpoint(settings, names, labels) if settings.model_name_or_path else from_scratch(settings, labels)
     table = classes.for_config()
     if table is not None or getattr(model.config, CONFIG_FIELD, None):
         setattr(model.config, CONFIG_FIELD, table)  # not that of a checkpoint's dataset
     if settings.gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
+        checkpoint_activations(model)
     size = {"shortest_edge": settings.image_size, "longest_edge": settings.longest_edge}
     mean_and_std = {}
     if settings.model_name_or_path:
@@ -54,37 +45,16 @@ def initial_dense_model(settings: DenseSettings, classes: Classes) -> tuple[PreT
     return model, TASKS[settings.task].new_processor(size=size, **mean_and_std, **extra)
 
 
-def from_scratch(settings: DenseSettings, changes: dict[str, Any]) -> PreTrainedModel:
-    name = settings.config_name
-    try:
-        if name in VARIANTS:
-            kind = PoolFormerConfig if VARIANTS[name].model_type == "poolformer" else MetaFormerConfig
-            check_overrides(settings.overrides(), kind, name)
-            labels = {"num_labels": len(changes["id2label"])}
-            config = MetaFormerConfig.from_variant(name, **{**labels, **changes})
-        elif looks_like_checkpoint(name):
-            check_overrides(settings.overrides(), AutoConfig.from_pretrained(name, **where(settings)), name)
-            config = AutoConfig.from_pretrained(name, **where(settings), **changes)
-        else:
-            raise UserError(f"--config_name {name}: neither a variant ({', '.join(VARIANTS)}) nor a folder or Hub id.")
-        return TASKS[settings.task].auto_model().from_config(config)
-    except UserError:
-        raise
-    except Exception as error:  # configurations validate themselves, with many kinds of exception
-        raise UserError(f"cannot build {name} with these overrides: {one_line(error)}") from error
-
-
-def from_checkpoint(settings: DenseSettings, names: list[str], changes: dict[str, Any]) -> PreTrainedModel:
-    name = settings.model_name_or_path
-    source = {**where(settings), "revision": settings.model_revision}
+def from_checkpoint(settings: DenseSettings, names: list[str], labels: dict[str, Any]) -> PreTrainedModel:
+    name, source, changes = settings.model_name_or_path, settings.origin().arguments(), settings.overrides()
     try:
         before = AutoConfig.from_pretrained(name, **source)
-        check_overrides(settings.overrides(), before, name)
-        model, info = (
-            TASKS[settings.task]
-            .auto_model()
-            .from_pretrained(name, **source, **changes, ignore_mismatched_sizes=True, output_loading_info=True)
-        )
+        check_overrides(changes, before, name)
+        if settings.drop_path_rate is not None:
+            changes["drop_path_rate"] = settings.drop_path_rate
+        load = TASKS[settings.task].auto_model().from_pretrained
+        changes = {**changes, **labels}
+        model, info = load(name, **source, **changes, ignore_mismatched_sizes=True, output_loading_info=True)
     except UserError:
         raise
     except Exception as error:  # whatever a foreign folder provokes
@@ -104,24 +74,14 @@ def from_checkpoint(settings: DenseSettings, names: list[str], changes: dict[str
         logger.warning("%s starts afresh: %s has no weights that fit.", ", ".join(heads), name)
     elif [before.id2label[index] for index in range(len(before.id2label))] != names:
         # Equally many classes that mean something else: as good a start as any, but not the same classes.
-        logger.warning("The checkpoint's classes were others; the head now learns %s.", shown(names))
+        logger.warning("The checkpoint's classes were others; the head now learns %s.", first_few(names, 3))
     return model
 
 
 def checkpoint_colours(settings: DenseSettings) -> dict[str, Any]:
     """Mean and standard deviation of the pixels that a checkpoint was trained with."""
     try:
-        processor = AutoImageProcessor.from_pretrained(
-            settings.model_name_or_path, **where(settings), revision=settings.model_revision
-        )
+        processor = AutoImageProcessor.from_pretrained(settings.model_name_or_path, **settings.origin().arguments())
     except Exception as error:
         raise UserError(f"{settings.model_name_or_path} has no image processor: {one_line(error)}") from error
     return {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
-
-
-def where(settings: DenseSettings) -> dict[str, Any]:
-    return {
-        "token": settings.hub_token,
-        "cache_dir": settings.cache_dir,
-        "trust_remote_code": settings.trust_remote_code,
-    }

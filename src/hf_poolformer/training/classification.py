@@ -1,0 +1,151 @@
+"""What training a classifier does its own way: see `task.TaskTraining`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from ..data.datasets import align_labels, make_loader
+from ..data.description import describe_data, judge
+from ..data.loader import skip_limit
+from ..data.opening import loader_arguments, open_splits
+from ..data.transforms import EvalTransform, input_size
+from ..evaluation.classification import check_classification, check_labels, describe_results, evaluate, named_results
+from ..evaluation.pictures import write_confusion_matrix
+from ..foundation.files import best_effort
+from ..settings.classification import ClassificationSettings
+from .adaptation import LinearProbe, adapt, merged, method
+from .augmentation import BatchMixer
+from .device_pipeline import make_pipeline
+from .distillation import distillation_loss, load_teacher
+from .initialisation import initial_model, labels_in_model_order
+from .task import TaskTraining
+
+
+if TYPE_CHECKING:
+    from .loop import Run
+
+
+class ClassificationTraining(TaskTraining):
+    loss_parts = ("label_loss", "distillation_loss")
+
+    def __init__(self, settings: ClassificationSettings):
+        super().__init__(settings)
+        # Where hardly anything is trained there is nothing worth distributing.
+        self.may_be_distributed = not (settings.lora or settings.freeze_backbone)
+
+    def open_data(self, accelerator: Accelerator) -> list[str]:
+        settings = self.settings
+        self.datasets = open_splits(settings)
+        for dataset in self.datasets.values():
+            check_classification(dataset)
+        accelerator.print(describe_data(self.datasets))
+        judge(self.datasets, accelerator, skip_limit(settings.max_skipped))
+        self.label_names = labels_in_model_order(settings, self.datasets["train"].label_names)
+        return self.label_names
+
+    @property
+    def num_examples(self) -> int | None:
+        return self.datasets["train"].num_examples
+
+    def make_model(self, accelerator: Accelerator, memory_format: torch.memory_format) -> tuple[PreTrainedModel, Any]:
+        settings = self.settings
+        model, processor = initial_model(settings, self.label_names)
+        adapt(model, settings)
+        self.teacher = None
+        if settings.teacher:
+            self.teacher = load_teacher(settings, self.label_names, processor, accelerator, memory_format)
+        self.mixer = BatchMixer(
+            len(self.label_names),
+            settings.mixup_alpha,
+            settings.cutmix_alpha,
+            settings.mixup_switch_prob,
+            settings.label_smoothing,
+        )
+        return model, processor
+
+    def make_loaders(self, accelerator: Accelerator, model: PreTrainedModel, processor: Any) -> tuple[Any, Any | None]:
+        """As `TaskTraining.make_loaders`, with the labels numbered as the model does.
+
+        Raises:
+            UserError: the device cannot do what `device_preprocessing` gives it to do.
+        """
+        settings, label2id = self.settings, model.config.label2id
+        common = {
+            **loader_arguments(settings, accelerator),
+            "seed": settings.seed,
+            "max_skipped_shards": settings.max_skipped_shards,
+        }
+        training = make_loader(
+            align_labels(self.datasets["train"], label2id),
+            batch_size=settings.per_device_train_batch_size,
+            training=True,
+            shuffle_buffer_size=settings.shuffle_buffer_size,
+            **make_pipeline(settings, processor, accelerator.device),
+            **common,
+        )
+        if "validation" not in self.datasets:
+            return training, None
+        evaluation = make_loader(
+            align_labels(self.datasets["validation"], label2id, subset=True),
+            EvalTransform(processor),
+            batch_size=settings.per_device_eval_batch_size,
+            training=False,
+            **common,
+        )
+        return training, evaluation
+
+    def trained_module(self, model: PreTrainedModel) -> nn.Module:
+        return LinearProbe(model) if self.settings.freeze_backbone else model
+
+    def method(self) -> dict[str, Any]:
+        return method(self.settings, self.teacher.fingerprint() if self.teacher else None)
+
+    def describe_images(self, processor: Any) -> str:
+        return f"at {'x'.join(map(str, input_size(processor)))}"
+
+    def losses(self, run: Run, batch: dict[str, Any]) -> list[torch.Tensor]:
+        """With a teacher the parts are the labels' loss and the teacher's."""
+        device = run.accelerator.device
+        check_labels(batch["labels"], self.mixer.num_labels)
+        pixel_values = batch["pixel_values"].to(device, memory_format=run.memory_format, non_blocking=True)
+        pixel_values, targets = self.mixer(pixel_values, batch["labels"].to(device, non_blocking=True))
+        logits = run.model(pixel_values=pixel_values).logits.float()
+        labels = cross_entropy(logits, targets)
+        if self.teacher is None:
+            return [labels]
+        settings = self.settings
+        teachers = distillation_loss(
+            logits, self.teacher(pixel_values), settings.distillation, settings.distillation_temperature
+        )
+        part = settings.distillation_alpha
+        return [(1 - part) * labels + part * teachers, labels, teachers]
+
+    def finished(self, model: PreTrainedModel) -> PreTrainedModel:
+        return merged(model) if self.settings.lora else model
+
+    def evaluate(self, run: Run, model: nn.Module, final: bool) -> tuple[dict[str, Any], Any]:
+        results = evaluate(
+            model,
+            run.eval_loader,
+            accelerator=run.accelerator,
+            num_labels=len(self.label_names),
+            memory_format=run.memory_format,
+            progress=run.accelerator.is_main_process and sys.stderr.isatty(),
+            should_stop=run.stop.check,
+        )
+        return named_results(results, self.label_names), results.get("confusion_matrix") if final else None
+
+    def describe(self, results: dict[str, Any]) -> str:
+        return describe_results(results)
+
+    def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
+        with best_effort("drawing the confusion matrix"):
+            write_confusion_matrix(folder / "confusion_matrix.png", shown, self.label_names)

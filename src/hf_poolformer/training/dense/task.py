@@ -1,0 +1,151 @@
+"""What training a segmenter or detector does its own way: see `training.task.TaskTraining`."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...data.datasets import make_loader
+from ...data.dense.batches import collate, collate_maps
+from ...data.dense.datasets import DenseBatches, DenseDataset, open_dense_datasets
+from ...data.dense.plausibility import check_annotations
+from ...data.description import describe_data
+from ...data.loader import ImageLoader
+from ...data.opening import loader_arguments
+from ...evaluation.dense import DIVISOR, evaluate, named_results
+from ...evaluation.dense_metrics import pycocotools
+from ...evaluation.dense_pictures import write_predictions
+from ...foundation.files import best_effort
+from ...foundation.tasks import TASKS
+from ...settings.dense import DenseSettings
+from ..initialisation import labels_in_model_order
+from ..task import TaskTraining
+from .augmentation import DenseEvalTransform, DenseTrainTransform
+from .initialisation import initial_dense_model
+
+
+if TYPE_CHECKING:
+    from ..loop import Run
+
+
+PICTURES = 8  # predictions in the picture
+
+
+class DenseTraining(TaskTraining):
+    def __init__(self, settings: DenseSettings):
+        super().__init__(settings)
+        self.task = TASKS[settings.task]
+        if self.task.gives == "objects":
+            pycocotools()  # missing, it would be missed only after an epoch
+
+    def open_data(self, accelerator: Accelerator) -> list[str]:
+        datasets = open_dense_datasets(self.settings)
+        self.label_names = labels_in_model_order(self.settings, datasets["train"].label_names)
+        datasets = {split: dataset.with_class_order(self.label_names) for split, dataset in datasets.items()}
+        self.datasets, seen = check_annotations(datasets, self.settings, accelerator)
+        accelerator.print(describe_data({split: dataset.images for split, dataset in datasets.items()}))
+        accelerator.print("\n".join(seen))
+        return self.label_names
+
+    @property
+    def num_examples(self) -> int | None:
+        return self.datasets["train"].images.num_examples
+
+    def make_model(self, accelerator: Accelerator, memory_format: torch.memory_format) -> tuple[PreTrainedModel, Any]:
+        model, processor = initial_dense_model(self.settings, self.datasets["train"].classes)
+        if accelerator.distributed_type == DistributedType.MULTI_GPU:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return model, processor
+
+    def make_loaders(self, accelerator: Accelerator, model: PreTrainedModel, processor: Any) -> tuple[Any, Any | None]:
+        loaders = {
+            split: make_dense_loader(dataset, self.settings, accelerator, processor, training=split == "train")
+            for split, dataset in self.datasets.items()
+        }
+        return loaders["train"], loaders.get("validation")
+
+    def describe_images(self, processor: Any) -> str:
+        return f"of at most {self.settings.crop_size or self.settings.longest_edge} pixels a side"
+
+    def losses(self, run: Run, batch: dict[str, Any]) -> list[torch.Tensor]:
+        """What the model computes itself, without parts."""
+        return [run.model(**model_inputs(batch, run.accelerator.device, run.memory_format)).loss]
+
+    def evaluate(self, run: Run, model: nn.Module, final: bool) -> tuple[dict[str, Any], Any]:
+        main = run.accelerator.is_main_process
+        results, examples = evaluate(
+            model,
+            run.eval_loader,
+            task=self.task.name,
+            processor=run.processor,
+            accelerator=run.accelerator,
+            num_labels=len(self.label_names),
+            keep=PICTURES if final and main else 0,
+            progress=main and sys.stderr.isatty(),
+            should_stop=run.stop.check,
+        )
+        return named_results(results, self.label_names), examples or None
+
+    def describe(self, results: dict[str, Any]) -> str:
+        shown = [figure for figure in self.task.shown if results.get(figure.key) is not None]
+        parts = [f"{figure.short} {results[figure.key]:.3f}" for figure in shown]
+        skipped = results["eval_skipped_images"]
+        return (
+            f"{', '.join(parts) or 'nothing to find'}, {results['eval_samples']} images at "
+            f"{results['eval_samples_per_second']:.1f} images/s"
+            + (f", {skipped} broken images left out" if skipped else "")
+        )
+
+    def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
+        colours = processor.image_mean, processor.image_std
+        with best_effort("drawing the predictions"):
+            write_predictions(folder / "predictions.png", shown, self.label_names, *colours)
+
+
+def make_dense_loader(
+    dataset: DenseDataset,
+    settings: DenseSettings,
+    accelerator: Accelerator,
+    processor: Any,
+    *,
+    training: bool,
+) -> ImageLoader:
+    """Batches of this process's share: `pixel_values`, a list of (C, H, W), and `labels`, a list of what the model is
+    trained with, or of `Truth`.
+
+    Raises:
+        UserError: as `make_loader`.
+    """
+    common = loader_arguments(settings, accelerator)
+    return make_loader(
+        dataset.images,
+        DenseTrainTransform(settings, processor) if training else DenseEvalTransform(processor),
+        batch_size=settings.per_device_train_batch_size if training else settings.per_device_eval_batch_size,
+        training=training,
+        seed=settings.seed,
+        max_skipped_shards=settings.max_skipped_shards,
+        shuffle_buffer_size=settings.shuffle_buffer_size,
+        batches=functools.partial(DenseBatches, dense=dataset),
+        **{**common, "pin_memory": training and common["pin_memory"]},
+    )
+
+
+def model_inputs(batch: dict[str, Any], device: torch.device, memory_format: torch.memory_format) -> dict[str, Any]:
+    """A batch of the loader as arguments of the model, on its device."""
+    labels = batch["labels"]
+    of_objects = isinstance(labels[0], dict)
+    pixel_values, pixel_mask = collate(batch["pixel_values"], DIVISOR if of_objects else 1)
+    inputs: dict[str, Any] = {"pixel_values": pixel_values.to(device, memory_format=memory_format, non_blocking=True)}
+    if of_objects:
+        if pixel_mask is not None:
+            inputs["pixel_mask"] = pixel_mask.to(device, non_blocking=True)
+        moved = [{name: value.to(device, non_blocking=True) for name, value in label.items()} for label in labels]
+        return {**inputs, "labels": moved}
+    return {**inputs, "labels": collate_maps(labels, pixel_values.shape[-2:]).to(device, non_blocking=True)}

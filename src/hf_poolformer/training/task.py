@@ -1,0 +1,100 @@
+"""What the loop asks of a task: its data, its model, what is minimised, what is measured, and what is drawn."""
+
+from __future__ import annotations
+
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..foundation.tasks import TASKS
+from ..settings.training import TrainingSettings
+
+
+if TYPE_CHECKING:
+    from .loop import Run
+
+
+class TaskTraining(ABC):
+    """The training of one task. `training.loop.train` calls the methods in the order in which they stand here.
+
+    Attributes:
+        loss_parts: names of what `losses` gives beside what is minimised, for the log.
+        may_be_distributed: whether each process may hold but a part of the model (FSDP).
+    """
+
+    loss_parts: Sequence[str] = ()
+    may_be_distributed = False
+
+    def __init__(self, settings: TrainingSettings):
+        self.settings = settings
+
+    @abstractmethod
+    def open_data(self, accelerator: Accelerator) -> list[str]:
+        """Opens the data undecoded, says what was understood of it and refuses what cannot be meant.
+
+        Returns:
+            the names of the classes in the order of the model to be.
+        """
+
+    @property
+    @abstractmethod
+    def num_examples(self) -> int | None:
+        """Training images, if their number is known."""
+
+    @abstractmethod
+    def make_model(self, accelerator: Accelerator, memory_format: torch.memory_format) -> tuple[PreTrainedModel, Any]:
+        """The model that the run starts with, the same in every process, and its image processor."""
+
+    @abstractmethod
+    def make_loaders(self, accelerator: Accelerator, model: PreTrainedModel, processor: Any) -> tuple[Any, Any | None]:
+        """Loaders of this process's share of the training and, if there are any, of the evaluation images."""
+
+    def trained_module(self, model: PreTrainedModel) -> nn.Module:
+        """What computes the losses."""
+        return model
+
+    def method(self) -> dict[str, Any]:
+        """Settings with which a run must go on as it began."""
+        return {}
+
+    def describe_images(self, processor: Any) -> str:
+        """The size in which images are trained on."""
+        return ""
+
+    @abstractmethod
+    def losses(self, run: Run, batch: dict[str, Any]) -> list[torch.Tensor]:
+        """Of a micro-batch what is minimised, a mean over its images, then its parts."""
+
+    def finished(self, model: PreTrainedModel) -> PreTrainedModel:
+        """What is evaluated and saved of a model that was trained; a copy where it has to be changed."""
+        return model
+
+    @abstractmethod
+    def evaluate(self, run: Run, model: nn.Module, final: bool) -> tuple[dict[str, Any], Any]:
+        """Evaluates on what `run.eval_loader` gives; every process calls it.
+
+        Args:
+            final: nothing is trained after this.
+
+        Returns:
+            results fit for JSON, none if the run was told to stop; and, if `final`, what `write_pictures` draws.
+        """
+
+    @abstractmethod
+    def describe(self, results: dict[str, Any]) -> str:
+        """The results of an evaluation in one line."""
+
+    @abstractmethod
+    def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
+        """What the last evaluation leaves for the eyes. A picture that cannot be drawn is missing, no more."""
+
+
+def training_of(settings: TrainingSettings) -> TaskTraining:
+    return pkgutil.resolve_name(TASKS[settings.task].training)(settings)
