@@ -12,6 +12,7 @@ PACKAGE = Path(hf_poolformer.__file__).parent
 # Each room may import from those before it. Flat files come first: they import each other only.
 ROOMS = [
     "foundation",
+    "settings",
     "data",
     "conversion",
     "hub",
