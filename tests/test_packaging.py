@@ -1,5 +1,6 @@
 """What a user gets from `pip install`, and whether the repository's own commands are what they say."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -35,7 +36,7 @@ def dist(tmp_path_factory):
     tree.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "Makefile", "MANIFEST.in"):
         shutil.copy(ROOT / name, tree)
-    for name in ("src", "scripts", "tests", "examples", "docs", "benchmarks"):
+    for name in ("src", "scripts", "tests", "examples", "docs", "benchmarks", "model_cards"):
         shutil.copytree(
             ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "outputs")
         )
@@ -52,12 +53,14 @@ def wheel(dist):
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     source = ROOT / "src"
-    ours = {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()}
+    walked = os.walk(source, followlinks=True)  # the texts of the cards are a link
+    ours = {Path(folder, name).relative_to(source).as_posix() for folder, _, names in walked for name in names}
     ours = {name for name in ours if name.startswith(("hf_poolformer/", "hf_poolformer_cli")) and "__pyc" not in name}
     names = set(wheel.namelist())
     info = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     assert names - info == ours
-    assert {"hf_poolformer/py.typed", "hf_poolformer/hub/card_template.md", "hf_poolformer_cli.py"} <= ours
+    cards = {"hf_poolformer/hub/card_template.md", "hf_poolformer/hub/model_cards/caformer.yaml"}
+    assert {"hf_poolformer/py.typed", "hf_poolformer_cli.py", *cards} <= ours
     (entry_points,) = (wheel.read(name).decode() for name in info if name.endswith("entry_points.txt"))
     assert "hf-poolformer = hf_poolformer_cli:main" in entry_points
     assert any(name.endswith("licenses/LICENSE") for name in info)

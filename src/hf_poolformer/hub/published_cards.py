@@ -1,6 +1,7 @@
-"""Cards of the published checkpoints: `VARIANTS` holds the facts, `FAMILY_TEXTS` here the few words that differ.
+"""Cards of the published checkpoints.
 
-Parameters and multiply-accumulates are not written down but counted, on the model itself.
+`VARIANTS` holds the facts, and the folder `model_cards` the few words that differ from family to family. Parameters
+and multiply-accumulates are not written down but counted, on the model itself.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -82,79 +85,13 @@ class FamilyTexts:
     sail: bool = False
 
 
-ROW = "a row of the paper's ablation table"
-FIXED = "Its {what} one size, so it takes images of {pixels} x {pixels} pixels only."
-TRAINED_AT = "Its position embedding was trained at {pixels} x {pixels} pixels, and it is meant for that size."
-FAMILY_TEXTS = {
-    "poolformer": FamilyTexts(
-        "PoolFormer-{size}", FIRST, "Its token mixer is average pooling, which has no parameters.", sail=True
-    ),
-    "metaformer_id": FamilyTexts(
-        "MetaFormer with identity mapping, size {size}",
-        FIRST,
-        f"Its blocks do not mix tokens at all (identity mapping): {ROW}, of interest for research more than for use.",
-        ablation=True,
-    ),
-    "metaformer_pppa": FamilyTexts(
-        "MetaFormer hybrid (pooling x 3, attention), size {size}",
-        FIRST,
-        f"Pooling mixes the tokens of the first three stages, self-attention those of the last: {ROW}.",
-        sizes=TRAINED_AT,
-        ablation=True,
-    ),
-    "metaformer_ppaa": FamilyTexts(
-        "MetaFormer hybrid (pooling x 2, attention x 2), size {size}",
-        FIRST,
-        f"Pooling mixes the tokens of the first two stages, self-attention those of the last two: {ROW}.",
-        sizes=TRAINED_AT,
-        ablation=True,
-    ),
-    "metaformer_pppf": FamilyTexts(
-        "MetaFormer hybrid (pooling x 3, spatial MLP), size {size}",
-        FIRST,
-        "Pooling mixes the tokens of the first three stages, a fully connected layer over the positions those of the "
-        f"last: {ROW}.",
-        sizes=FIXED.replace("{what}", "layers over the positions have"),
-        ablation=True,
-    ),
-    "metaformer_ppff": FamilyTexts(
-        "MetaFormer hybrid (pooling x 2, spatial MLP x 2), size {size}",
-        FIRST,
-        "Pooling mixes the tokens of the first two stages, fully connected layers over the positions those of the "
-        f"last two: {ROW}.",
-        sizes=FIXED.replace("{what}", "layers over the positions have"),
-        ablation=True,
-    ),
-    "identityformer": FamilyTexts(
-        "IdentityFormer-{size}",
-        SECOND,
-        "Its blocks do not mix tokens at all (identity mapping): a lower bound for the architecture, of interest for "
-        "research more than for use.",
-    ),
-    "randformer": FamilyTexts(
-        "RandFormer-{size}",
-        SECOND,
-        "Its last two stages mix tokens with random matrices that were never trained: a demonstration that the "
-        "architecture works with nearly any mixer, of interest for research more than for use.",
-        sizes=FIXED.replace("{what}", "random matrices have"),
-    ),
-    "poolformerv2": FamilyTexts(
-        "PoolFormerV2-{size}",
-        SECOND,
-        "Its token mixer is average pooling, which has no parameters; the rest of the block is that of the second "
-        "paper (StarReLU, scaled shortcuts, no biases).",
-    ),
-    "convformer": FamilyTexts(
-        "ConvFormer-{size}",
-        SECOND,
-        "Its token mixer is a separable convolution in all stages, so it is a purely convolutional network.",
-    ),
-    "caformer": FamilyTexts(
-        "CAFormer-{size}",
-        SECOND,
-        "Its token mixers are separable convolutions in the first two stages and self-attention in the last two.",
-    ),
-}
+@cache
+def texts_of(family: str) -> FamilyTexts:
+    """What `model_cards` says of a family."""
+    path = Path(__file__).with_name("model_cards") / f"{family}.yaml"
+    texts = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return FamilyTexts(**{**texts, "paper": {"first": FIRST, "second": SECOND}[texts["paper"]]})
+
 
 # Suffix of a variant's name -> the data it was trained on in turn, how, and the suffix of what it was fine-tuned from.
 SMALL, LARGE = "ImageNet-1K", "ImageNet-21K"
@@ -223,7 +160,7 @@ def same_weights(name: str) -> list[str]:
     """Where else on the Hub they are."""
     row = VARIANTS[name]
     return [
-        *([f"sail/{name}"] if FAMILY_TEXTS[row.family].sail else []),
+        *([f"sail/{name}"] if texts_of(row.family).sail else []),
         *([f"timm/{row.timm_name}"] if row.timm_name else []),
     ]
 
@@ -256,7 +193,7 @@ def published_card(
         raise CardError(f"{name} is no row of VARIANTS")
     row, task = VARIANTS[name], TASKS[CLASSIFICATION]
     family, size, training = parts_of(name)
-    texts = FAMILY_TEXTS[family]
+    texts = texts_of(family)
     data_names, how, base_suffix = TRAININGS[training]
     base = None if base_suffix is None else f"timm/{VARIANTS[f'{family}_{size}{base_suffix}'].timm_name}"
     paper = texts.paper
@@ -329,7 +266,7 @@ def published_card(
 
 def intended_use(name: str) -> list[str]:
     row = VARIANTS[name]
-    texts = FAMILY_TEXTS[row.family]
+    texts = texts_of(row.family)
     told = (
         "A starting point for training on images of your own, with a new head."
         if row.top1 is None
@@ -382,7 +319,7 @@ def facts(name: str, data_names: Sequence[str], base: str | None, license: str) 
             ", ".join(f"[{place}](https://huggingface.co/{place})" for place in same_weights(name)),
         ),
         ("original file", f"[{row.source.rpartition('/')[2]}]({row.source})"),
-        ("licence", f"[{license}]({FAMILY_TEXTS[row.family].paper.license_source})"),
+        ("licence", f"[{license}]({texts_of(row.family).paper.license_source})"),
     ]
     return [(text, value) for text, value in rows if value]
 
