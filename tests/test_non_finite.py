@@ -350,7 +350,6 @@ ELSEWHERE = {
     "initialisation.py",
     "architecture.py",
     "inference.py",
-    "card.py",
 }
 
 

@@ -11,6 +11,7 @@ either.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     from ..conversion.convert import convert
     from ..hub.cards import folder_card
 
+    # A plain installation converts as well; publishing writes the card that is missing then.
+    card = folder_card if importlib.util.find_spec("jinja2") else None
+
     quieten()
     checkpoint = convert(
         arguments.checkpoint,
@@ -61,11 +65,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         overwrite=arguments.overwrite,
         overrides=overrides,
         weights=arguments.weights,
-        card=folder_card,
+        card=card,
     )
     for note in checkpoint.notes:
         # Keys come from the file, which may put anything into them.
         print("note:", "".join(c if c.isprintable() else " " for c in note))
+    if card is None and arguments.to == "hf":
+        print("note: there is no README.md, a card needs jinja2: pip install 'hf-poolformer[train]'")
     what = checkpoint.variant or checkpoint.family or "an architecture of its own"
     count = sum(tensor.numel() for tensor in checkpoint.tensors.values())
     print(f"{checkpoint.source}: {checkpoint.format.name} format, {what}, {count} numbers -> {arguments.out_dir}")
