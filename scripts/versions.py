@@ -47,7 +47,16 @@ TEST_PACKAGES = (
     "torchmetrics",
 )
 # Model and processor: every file that lies flat in tests, but these. Then kernels, conversion, data and training.
-OTHER_FILES = ("demo", "demo_dense", "fuzzing", "hf_poolformer_cli", "packaging", "prediction", "versions")
+OTHER_FILES = (
+    "demo",
+    "demo_dense",
+    "documentation",
+    "fuzzing",
+    "hf_poolformer_cli",
+    "packaging",
+    "prediction",
+    "versions",
+)
 ROOMS = (
     "tests/kernels",
     "tests/conversion/test_conversion.py",

@@ -73,6 +73,10 @@ def test_tables_take_every_name(tmp_path, suffix):
     if suffix == "jsonl":
         lines = (tmp_path / "t.jsonl").read_text(encoding="utf-8").splitlines()
         assert json.loads(lines[0])["label"] == r"caf\xe9" and len(lines) == len(STRANGE) + 1
+    if suffix == "csv":
+        with open(tmp_path / "t.csv", newline="", encoding="utf-8") as file:
+            labels = [row["label"] for row in csv.DictReader(file)]
+        assert r"nul\x00" in labels and "two\nlines" in labels and len(labels) == len(STRANGE) + 1
 
 
 @pytest.mark.parametrize(

@@ -552,6 +552,9 @@ def test_avif_without_a_decoder(monkeypatch):
 
 
 def test_other_files_are_still_no_images():
-    for data in (AVIF_SEQUENCE, b"ftyp" * 20, b"\0\0\0\x18ftypisom\0\0\0\0isommp42" + b"\0" * 64, b"abc"):
+    from PIL import features
+
+    sequences = [AVIF_SEQUENCE] if features.check("avif") else []  # older than that, Pillow reads none of its kind
+    for data in (*sequences, b"ftyp" * 20, b"\0\0\0\x18ftypisom\0\0\0\0isommp42" + b"\0" * 64, b"abc"):
         with pytest.raises(BrokenImage, match="not an image in a format"):
             decode_image(data)

@@ -30,10 +30,11 @@ from pathlib import Path
 from typing import Any
 
 from ..foundation.errors import UserError, one_line
+from ..foundation.files import put_in_place
 from ..foundation.strict_json import to_json
 from .inference import Predictor
 from .inputs import Position, Shard
-from .tables import put_in_place, table, unwritable
+from .tables import cell, table, unwritable
 
 
 logger = logging.getLogger(__name__)
@@ -332,7 +333,7 @@ def _broken_rows(paths: Sequence[Path]) -> str:
     for path in paths:
         rows = pq.read_table(path, columns=["path", "error"])
         for row in rows.filter(rows["error"].is_valid()).to_pylist():
-            writer.writerow([row["path"], row["error"]])
+            writer.writerow([cell(row["path"]), cell(row["error"])])
     return buffer.getvalue()
 
 

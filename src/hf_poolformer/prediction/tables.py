@@ -132,6 +132,11 @@ def _parquet(path: Path, columns: Sequence[str], embedding_size: int | None, met
             writer.add_key_value_metadata(metadata())
 
 
+def cell(value: Any) -> Any:
+    """For a CSV, which no reader takes with a NUL in it, nor the writer of Python 3.10."""
+    return value.replace("\0", r"\x00") if isinstance(value, str) else value
+
+
 @contextmanager
 def _csv(path: Path, columns: Sequence[str], embedding_size: int | None, metadata: Any) -> Iterator[Write]:
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -141,7 +146,7 @@ def _csv(path: Path, columns: Sequence[str], embedding_size: int | None, metadat
         def write(rows: Iterable[dict[str, Any]]) -> None:
             for row in map(_plain, rows):
                 lists = {key: to_json(row[key], ensure_ascii=False) for key in _LISTS if row.get(key)}
-                writer.writerow({**row, **lists})
+                writer.writerow({key: cell(value) for key, value in {**row, **lists}.items()})
 
         yield write
 
