@@ -1,6 +1,7 @@
 """Prediction as a person runs it: a folder of anything in, a table out."""
 
 import csv
+import functools
 import io
 import json
 import os
@@ -248,6 +249,8 @@ def test_interrupted_it_leaves_nothing_behind(model, tmp_path, name):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ,
+        # A shell starts jobs in the background deaf to SIGINT, and so would be all that they start.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not any(file.stat().st_size for file in output.parent.glob(".*partial")) and time.monotonic() < deadline:
