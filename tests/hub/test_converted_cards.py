@@ -1,10 +1,12 @@
 """From an official checkpoint to the Hub: the card of `make cards`, and where the weights were converted from."""
 
+import json
 import re
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from hf_poolformer import VARIANTS, MetaFormerConfig
 from hf_poolformer.commands.convert import main as convert_command
@@ -90,3 +92,57 @@ def test_a_checkpoint_of_ones_own_is_not_taken_for_the_authors(official_file, tm
     assert "the authors' checkpoint of this architecture" in card and VARIANTS["poolformer_s12"].source in card
     assert "How and on what it was trained is not recorded here." in card
     assert "weights its authors published" not in card
+
+
+@pytest.fixture
+def converted(official_file, tmp_path, capsys):
+    assert convert_command([str(official_file("poolformer_s12")), str(tmp_path / "copy")]) == 0
+    assert "model-index" in folder_card(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("changed", ["weights", "labels"])
+def test_what_was_changed_after_the_conversion_is_no_longer_the_authors(converted, changed):
+    if changed == "weights":
+        weights = load_file(converted / "model.safetensors")
+        weights["classifier.bias"] = weights["classifier.bias"] + 1
+        save_file(weights, converted / "model.safetensors", metadata={"format": "pt"})
+    else:
+        config = json.loads((converted / "config.json").read_text())
+        config["id2label"]["0"] = "another"
+        (converted / "config.json").write_text(json.dumps(config))
+    card = folder_card(converted)
+    assert "model-index" not in card and "Conversion" not in card
+
+
+BAD = {
+    "source": [{"a": 1}, ["x"], 5, None],
+    "format": [3, None],
+    "sha256": [5, "| [a](b) |", ["a"], "AB" * 32],
+    "variant": [7, ["a"], {"a": 1}],
+    "notes": [5, None, "text", [1], {"a": 1}],
+    "files": [None, {}, {"model.safetensors": "0" * 64}],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BAD.items() for value in values], ids=repr)
+def test_a_note_that_nobody_here_wrote_is_none(converted, key, value):
+    path = converted / "conversion.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    assert "Conversion" not in folder_card(converted)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000], ids=range(6))
+def test_a_damaged_note_is_none(converted, content):
+    (converted / "conversion.json").write_bytes(content)
+    assert "Conversion" not in folder_card(converted)
+
+
+def test_what_a_note_says_is_text(converted):
+    path, hostile = converted / "conversion.json", "`<b>|![x](//elsewhere/x.png)\n# head"
+    note = {**json.loads(path.read_text()), "source": hostile, "format": hostile, "notes": [hostile]}
+    path.write_text(json.dumps(note))
+    section = folder_card(converted).split("## Conversion")[1].split("\n## ")[0]
+    assert section.count("elsewhere") == 3 and "\n# head" not in section
+    outside = re.sub(r"`[^`]*`", "", section)  # of code
+    assert "![" not in outside and "<b>" not in outside

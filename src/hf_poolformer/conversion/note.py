@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from ..foundation.files import digest
 from ..foundation.strict_json import to_json
 
 
 NAME = "conversion.json"
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,37 @@ class ConversionNote:
     notes: tuple[str, ...]
 
     def write(self, folder: Path) -> None:
-        (folder / NAME).write_text(to_json(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Beside the model that was written there, of which alone it tells."""
+        content = {**asdict(self), "files": _files(folder)}
+        (folder / NAME).write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> ConversionNote | None:
-        """That of a folder; None where there is none, or none that can be read."""
+        """That of a folder; None where there is none, none that can be read, or one of another model than the folder
+        holds by now: trained on, or with other labels."""
         try:
             content = json.loads((folder / NAME).read_text(encoding="utf-8"))
-            return cls(**{field.name: content[field.name] for field in fields(cls)})
-        except (OSError, ValueError, KeyError, TypeError):
+            values = {field.name: content[field.name] for field in fields(cls)}
+            if not _is_sound(values) or content["files"] != _files(folder):
+                return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
+        return cls(**{**values, "notes": tuple(values["notes"])})
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Digests of what makes a model."""
+    return {path.name: digest(path) for path in sorted([folder / "config.json", *folder.glob("*.safetensors")])}
+
+
+def _is_sound(values: dict[str, Any]) -> bool:
+    """Whether they are of the types that were written: whoever passes a folder on may have put anything there."""
+    sha256, variant, notes = values["sha256"], values["variant"], values["notes"]
+    return (
+        isinstance(values["source"], str)
+        and isinstance(values["format"], str)
+        and (sha256 is None or (isinstance(sha256, str) and SHA256.fullmatch(sha256) is not None))
+        and (variant is None or isinstance(variant, str))
+        and isinstance(notes, list)
+        and all(isinstance(note, str) for note in notes)
+    )

@@ -268,7 +268,8 @@ def _converted_facts(config: Mapping[str, Any], conversion: ConversionNote) -> l
 def _conversion_section(conversion: ConversionNote, official: bool) -> list[tuple[str, str]]:
     source = "`" + clean_line(conversion.source).replace("`", "") + "`"
     sha256 = f" (SHA-256 `{conversion.sha256}`)" if conversion.sha256 else ""
-    text = f"Converted without change from {source}, a checkpoint in the {conversion.format} format{sha256}."
+    form = plain_markdown(conversion.format)
+    text = f"Converted without change from {source}, a checkpoint in the {form} format{sha256}."
     if official:
         text += (
             " By its name and its architecture that is the authors' file; its content was not compared with theirs."
