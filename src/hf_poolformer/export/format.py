@@ -7,6 +7,7 @@ the methods that need them: `--help` lists the formats at once, and a library th
 
 from __future__ import annotations
 
+import abc
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Layer:
     spatial: bool
 
 
-class ExportFormat:
+class ExportFormat(abc.ABC):
     """
     A format of exports. Of the methods a new one needs `write` and `open`, and for int8 the last four.
 
@@ -69,7 +70,7 @@ class ExportFormat:
     holds_code: ClassVar[bool] = False
     has_providers: ClassVar[bool] = False
 
-    def check_options(self, **options: Any) -> None:
+    def check_options(self, **options: Any) -> None:  # noqa: B027, a format need not have any
         """
         Raises:
             UserError: a value of one of `options` that there is not.
@@ -113,9 +114,10 @@ class ExportFormat:
         """What the graph that `write` gets computes in."""
         return "float32"
 
-    def adapt(self, model: nn.Module, precision: str) -> None:
+    def adapt(self, model: nn.Module, precision: str) -> None:  # noqa: B027, nor change anything
         """Changes a folded model, before it is written, to what suits the runtime."""
 
+    @abc.abstractmethod
     def write(self, module: nn.Module, example: torch.Tensor, path: Path, manifest: Manifest) -> None:
         """
         Writes the graph, in floating point.
@@ -126,12 +128,12 @@ class ExportFormat:
             manifest: which axes may vary (see `deployable.dynamic_shapes`), what input and output are called, and this
                 format's options.
         """
-        raise NotImplementedError
 
     def write_from_onnx(self, source: Path, path: Path, precision: str) -> None:
         """Writes an ONNX graph in float32, for formats that are made by way of one."""
         raise NotImplementedError
 
+    @abc.abstractmethod
     def open(self, path: Path, manifest: Manifest, threads: int, providers: Sequence[str] | None = None) -> Run:
         """
         The graph as a function of a tensor on the CPU, as `write` says, but of any number of images.
@@ -139,7 +141,6 @@ class ExportFormat:
         Raises:
             Exception: whatever a runtime says to a damaged file.
         """
-        raise NotImplementedError
 
     def open_whole(self, path: Path, manifest: Manifest, threads: int) -> Run | None:
         """The same without cutting batches into pieces; None for a runtime that does not cut them."""

@@ -6,6 +6,7 @@ only the result says nothing. Here is what gives them away.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import itertools
 import json
@@ -129,7 +130,7 @@ def sample(dataset: DenseDataset, settings: DenseSettings) -> Iterator[dict[str,
         yield from itertools.islice(stream.shard(num_shards=count, index=place), math.ceil(ROWS / min(count, SHARDS)))
 
 
-class Seen:
+class Seen(abc.ABC):
     """What the annotations of a split look like, counted.
 
     Attributes:
@@ -166,9 +167,11 @@ class Seen:
         except BrokenImage as reason:
             self.broken.append(str(reason))
 
+    @abc.abstractmethod
     def look_at(self, value: Any, frame: Frame) -> None:
-        raise NotImplementedError
+        """Counts one annotation."""
 
+    @abc.abstractmethod
     def judge(self, trained: Seen | None) -> list[str]:
         """Completes `dataset` by what its annotations show of their meaning.
 
@@ -181,7 +184,6 @@ class Seen:
         Raises:
             UserError: they cannot be meant as they are read.
         """
-        raise NotImplementedError
 
     def counts_stored_pixels(self, trained: Seen | None = None) -> bool:
         if self.in_stored:
