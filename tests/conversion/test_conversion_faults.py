@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
 from hf_poolformer.conversion import convert as conversion
-from hf_poolformer.conversion.convert import ConversionError, convert, read_checkpoint, write_checkpoint
+from hf_poolformer.conversion.convert import ConversionError, convert, read_checkpoint
+from hf_poolformer.foundation import folders
+from hf_poolformer.foundation.errors import UserError
 
 
 TARGETS = ["hf", "official", "timm"]
@@ -57,7 +59,7 @@ def full_disk(request, monkeypatch, tmp_path):
             monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: usage._replace(free=12_000))
             message = r"the disk is full: it needs 0\.\d\d MB, 0\.01 MB are free"
         elif request.param == "at the end":
-            monkeypatch.setattr(conversion, "replace", no_space)
+            monkeypatch.setattr(folders, "_move", no_space)
             message = r"the disk is full: it needs"
         else:
             resource = pytest.importorskip("resource")
@@ -104,7 +106,7 @@ def test_a_last_rename_that_fails_puts_the_old_folder_back(source, tmp_path, mon
     rename = type(out).rename
 
     def refuse(path, target):
-        if path.name == "new":
+        if path.name.startswith("new-"):
             no_space()
         return rename(path, target)
 
@@ -134,41 +136,36 @@ def test_a_link_stays_one(source, tmp_path):
 
 
 @pytest.mark.parametrize("there", [None, "empty", "full"])
-@pytest.mark.parametrize("meet", [True, False])
-def test_of_several_conversions_to_one_place_one_succeeds(there, meet, source, tmp_path, monkeypatch):
-    """They have all looked at the place before the first one writes to it; with `meet` they also end together."""
+def test_of_several_conversions_to_one_place_one_succeeds(there, source, tmp_path, monkeypatch):
     out, count = tmp_path / "out", 4
-    checkpoint = read_checkpoint(source)
-    if there:
+    if there == "empty":
         out.mkdir()
     if there == "full":
-        write_checkpoint(checkpoint, tmp_path / "old", to="official")
-        out.rmdir()
-        (tmp_path / "old").rename(out)
-    start, end = threading.Barrier(count), threading.Barrier(count)
-    replace = conversion.replace
+        convert(source, out, to="timm")
+    results, refused = [], threading.Semaphore(0)
+    write = conversion.write_official
 
-    def together(*arguments):
-        if meet:
-            end.wait(timeout=60)
-        return replace(*arguments)
+    def slow(checkpoint, folder):
+        """Nobody is through before all have tried."""
+        for _ in range(count - 1):
+            assert refused.acquire(timeout=60)
+        write(checkpoint, folder)
 
-    def one(index):
-        start.wait(timeout=60)
-        seen = seens[index]
+    def one(_):
         try:
-            conversion.write_folder(checkpoint, out, "official", seen)
-        except ConversionError as error:
-            return str(error)
-        return None
+            convert(source, out, to="official", overwrite=True)
+        except UserError as error:
+            results.append(str(error))
+            refused.release()
+        else:
+            results.append(None)
 
-    monkeypatch.setattr(conversion, "replace", together)
-    seens = [conversion.check_target(out, overwrite=True) for _ in range(count)]
+    monkeypatch.setattr(conversion, "write_official", slow)
     with ThreadPoolExecutor(count) as pool:
-        results = list(pool.map(one, range(count)))
+        list(pool.map(one, range(count)))
     assert results.count(None) == 1
-    assert all("was written by another program meanwhile" in text for text in results if text)
-    assert read_checkpoint(out).family == "poolformerv2"
+    assert all("another conversion to" in text and "is at work" in text for text in results if text)
+    assert files(out).keys() == {"poolformerv2.pth"}
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
 
 
@@ -182,48 +179,37 @@ def test_a_folder_that_came_meanwhile_stays(source, tmp_path, monkeypatch):
         (out / "thesis.tex").write_text("dear")
 
     monkeypatch.setattr(conversion, "write_official", slow)
-    with pytest.raises(ConversionError, match="was written by another program meanwhile"):
+    with pytest.raises(ConversionError, match=r"is not replaced: thesis\.tex"):
         convert(source, out, to="official", overwrite=True)
     assert files(out) == {"thesis.tex": b"dear"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
 
 
 @pytest.mark.parametrize("moved", [True, False])
 def test_what_a_killed_conversion_left_is_cleared(moved, source, tmp_path):
     pytest.importorskip("fcntl")
-    out, left = tmp_path / "out", tmp_path / ".out.abcd1234"
+    out, left = tmp_path / "out", tmp_path / ".out.conversion"
     convert(source, out, to="official")
     before = files(out)
-    (left / "new").mkdir(parents=True)
-    (left / "new" / "model.safetensors").write_bytes(b"half")
+    (left / "new-x").mkdir(parents=True)
+    (left / "new-x" / "model.safetensors").write_bytes(b"half")
     if moved:  # killed between its two renames
-        out.rename(left / "old")
-    (tmp_path / ".out.notes").mkdir()  # of somebody else
+        (left / "old-x").mkdir()
+        out.rename(left / "old-x" / "out")
     with pytest.raises(ConversionError, match="is not empty; give another folder, or --overwrite"):
         convert(source, out, to="official")
     assert files(out) == before
-    assert {path.name for path in tmp_path.iterdir()} == {"in", "out", ".out.notes"}
     convert(source, out, to="timm", overwrite=True)
     assert files(out).keys() == {"model.safetensors"}
-
-
-def test_a_running_conversion_is_not_cleared(source, tmp_path, monkeypatch):
-    pytest.importorskip("fcntl")
-    write = conversion.write_official
-
-    def meanwhile(checkpoint, folder):
-        conversion.clear_up(tmp_path / "out")
-        write(checkpoint, folder)
-
-    monkeypatch.setattr(conversion, "write_official", meanwhile)
-    convert(source, tmp_path / "out", to="official")
-    assert files(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
 
 
 @pytest.mark.slow
 def test_kill_9_in_the_middle(source, tmp_path):
     code = (
         "import os, sys\nfrom hf_poolformer.conversion import convert as conversion\nrename = conversion.Path.rename\n"
-        "def kill(path, target):\n    if path.name == 'new':\n        os.kill(os.getpid(), 9)\n"
+        "def kill(path, target):\n    if path.name[:4] == 'new-' and not target.exists():\n"
+        "        os.kill(os.getpid(), 9)\n"
         "    return rename(path, target)\nconversion.Path.rename = kill\n"
         "conversion.convert(sys.argv[1], sys.argv[2], to='timm', overwrite=True)\n"
     )

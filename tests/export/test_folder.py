@@ -14,7 +14,7 @@ from hf_poolformer.commands.explain import main as explain
 from hf_poolformer.commands.publish import main as publish
 from hf_poolformer.conversion.convert import ConversionError, convert
 from hf_poolformer.export import export_model, load
-from hf_poolformer.export.folder import Manifest, clear, new_folder
+from hf_poolformer.export.folder import Manifest, new_folder
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.foundation.exported import no_model
 from hf_poolformer.foundation.loading import load_checkpoint
@@ -134,7 +134,7 @@ def test_killed_while_replacing(now, tmp_path, caplog):
         out.mkdir()
         (out / "thesis.txt").write_text("years of work")
         with pytest.raises(UserError, match="something else"):
-            clear(place, out)
+            put(out, "third", overwrite=True)
         assert (place / "old-x" / "out" / "export.json").exists() and (out / "thesis.txt").exists()
         return
     with pytest.raises(UserError, match="--overwrite"):

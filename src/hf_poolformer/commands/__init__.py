@@ -199,7 +199,7 @@ def reason(error: BaseException) -> str | None:
     if is_a(error, "PublishError"):
         return str(error)  # has the command that goes on in a line of its own
     text = printable(" ".join(str(error).split()))
-    if isinstance(error, UserError) or is_a(error, "ConversionError", "CardError"):
+    if isinstance(error, UserError):
         return text
     if isinstance(error, ModuleNotFoundError) and error.name:
         library, importer = error.name.partition(".")[0], importer_of(error)

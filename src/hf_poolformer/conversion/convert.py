@@ -7,15 +7,12 @@ What shapes cannot tell (norm type, epsilons, the order of the head) is a fact o
 
 import errno
 import functools
-import glob
 import io
 import os
 import re
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from transformers.image_utils import PILImageResampling
 
 from ..configuration_poolformer import FAMILIES, VARIANTS, MetaFormerConfig, Variant
 from ..foundation.errors import one_line
+from ..foundation.folders import new_folder
 from ..foundation.strict_json import to_json
 from ..foundation.tasks import CLASSIFICATION, HEADLESS, Task
 from ..image_processing_poolformer import PoolFormerImageProcessor
@@ -51,11 +49,6 @@ from .key_maps import FORMATS, OFFICIAL_FIRST, OFFICIAL_SECOND, POINTWISE, TIMM,
 from .note import ConversionNote
 from .weights import ConversionError, FoundCheckpoint, listed, open_checkpoint
 
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 __all__ = ["Checkpoint", "ConversionError", "build_model", "convert", "read_checkpoint", "write_checkpoint"]
 
@@ -129,11 +122,11 @@ def convert(
     if to not in TARGETS:
         raise ConversionError(f"cannot convert to {to!r}: choose one of {', '.join(TARGETS)}")
     out_dir = Path(out_dir).resolve()
-    seen = check_target(out_dir, overwrite)
-    if seen is not None and Path(source).exists() and Path(source).resolve().is_relative_to(out_dir):
+    if out_dir.exists() and Path(source).exists() and Path(source).resolve().is_relative_to(out_dir):
         raise ConversionError(f"{out_dir} holds the checkpoint itself, which would be lost; give another folder")
+    check_target(out_dir, overwrite)  # before work is put into it
     checkpoint = read_checkpoint(source, variant=variant, labels=labels, overrides=overrides, weights=weights)
-    write_folder(checkpoint, out_dir, to, seen, card)
+    write_checkpoint(checkpoint, out_dir, to=to, overwrite=overwrite, card=card)
     return checkpoint
 
 
@@ -260,111 +253,22 @@ def write_checkpoint(
 
     Raises:
         ConversionError: the folder is there already, or the format has no name for some weight.
+        UserError: another conversion to it is at work.
     """
-    out_dir = Path(out_dir).resolve()
-    return write_folder(checkpoint, out_dir, to, check_target(out_dir, overwrite), card)
-
-
-def write_folder(
-    checkpoint: Checkpoint, out_dir: Path, to: str, seen: tuple[int, ...] | None, card: CardWriter | None = None
-) -> Path:
-    """Writes beside `out_dir`, which must still be what `check_target` saw there when the new one takes its place."""
     write = {"hf": write_hf, "official": write_official, "timm": write_timm}[to]
     needed = sum(tensor.nbytes for tensor in checkpoint.tensors.values()) + (CODE_SIZE if to == "hf" else 0)
-    free = 0
-    missing = [parent for parent in out_dir.parents if not parent.exists()]
-    part = None
+    out_dir, free = Path(out_dir).resolve(), 0
     try:
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out_dir.parent).free
-        if free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        part = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-        with held(part):
-            new = part / "new"
-            new.mkdir()
-            write(checkpoint, new)
+        with new_folder(out_dir, overwrite, check_target, "conversion") as folder:
+            free = shutil.disk_usage(folder).free
+            if free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write(checkpoint, folder)
             if to == "hf" and card is not None:
-                (new / "README.md").write_text(card(new, name=out_dir.name), encoding="utf-8", newline="\n")
-            replace(out_dir, new, part / "old", seen)
-        missing = []
+                (folder / "README.md").write_text(card(folder, name=out_dir.name), encoding="utf-8", newline="\n")
     except (OSError, SafetensorError) as error:
         raise ConversionError(f"cannot write to {out_dir}: {disk_reason(error, needed, free)}") from error
-    finally:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
-        for parent in missing:
-            with suppress(OSError):  # somebody else has put something there meanwhile, or it never came to be
-                parent.rmdir()
     return out_dir
-
-
-def replace(out_dir: Path, new: Path, old: Path, seen: tuple[int, ...] | None) -> None:
-    """
-    Moves the folder `new` to `out_dir` and what was there to `old`; nothing if anything else than `seen` is there.
-    """
-    meanwhile = ConversionError(f"{out_dir} was written by another program meanwhile, and stays as that left it")
-    if folder_identity(out_dir) != seen:
-        raise meanwhile
-    if seen is not None:
-        try:
-            out_dir.rename(old)
-        except FileNotFoundError:
-            raise meanwhile from None
-    try:
-        if seen is not None and folder_identity(old) != seen:
-            raise meanwhile
-        # Onto a folder that is not empty no system moves another.
-        new.rename(out_dir)
-    except (OSError, ConversionError) as error:
-        if seen is not None and not out_dir.exists():
-            old.rename(out_dir)
-        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise meanwhile from error
-        raise
-
-
-def folder_identity(path: Path) -> tuple[int, ...] | None:
-    """What tells a folder from another that takes its place; `None` if there is none."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return (found.st_dev, found.st_ino, found.st_mtime_ns)
-
-
-@contextmanager
-def held(part: Path) -> Iterator[None]:
-    """Marks a folder as that of a running conversion; the system takes the mark away however the process ends."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(part, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # file systems without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def clear_up(out_dir: Path) -> None:
-    """Removes what conversions to `out_dir` left that were killed, and puts back what one of them had moved away."""
-    if fcntl is None:
-        return
-    for part in out_dir.parent.glob(f".{glob.escape(out_dir.name)}.????????"):
-        with suppress(OSError):  # it is held, or gone meanwhile
-            content = {path.name for path in part.iterdir()}
-            if not content or not content <= {"new", "old"}:
-                continue  # of a conversion that has just begun, or of somebody else
-            descriptor = os.open(part, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if "old" in content and not out_dir.exists():
-                    (part / "old").rename(out_dir)
-                shutil.rmtree(part)
-            finally:
-                os.close(descriptor)
 
 
 def disk_reason(error: BaseException, needed: int, free: int) -> str:
@@ -602,12 +506,13 @@ def classification_processor(
 # Writing ----------------------------------------------------------------------------------------------------
 
 
-def check_target(out_dir: Path, overwrite: bool) -> tuple[int, ...] | None:
-    """Refuses what a conversion may not replace; else says what is there, as `folder_identity` does."""
-    clear_up(out_dir)
-    seen = folder_identity(out_dir)
-    if seen is None:
-        return None
+def check_target(out_dir: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        ConversionError: something is there that a conversion may not replace.
+    """
+    if not out_dir.exists():
+        return
     if not out_dir.is_dir():
         raise ConversionError(f"{out_dir} is a file; give a folder")
     content = sorted(path.name for path in out_dir.iterdir())
@@ -616,7 +521,6 @@ def check_target(out_dir: Path, overwrite: bool) -> tuple[int, ...] | None:
     strange = [name for name in content if not OWN_FILES.fullmatch(name)]
     if strange:
         raise ConversionError(f"{out_dir} holds more than a conversion writes, and is not replaced: {listed(strange)}")
-    return seen
 
 
 def write_hf(checkpoint: Checkpoint, folder: Path) -> None:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..foundation.errors import one_line
+from ..foundation.errors import UserError, one_line
 from ..foundation.exported import is_exported, no_model
 from ..foundation.files import digest
 from .dense_key_maps import IN_BACKBONE
@@ -54,7 +54,7 @@ STATEMENTS = ("args", "hyper_parameters", "hparams", "config", "cfg", "model_arg
 NAMES = ("arch", "architecture", "model", "model_name", "variant", "backbone", "encoder")
 
 
-class ConversionError(ValueError):
+class ConversionError(UserError):
     """A checkpoint that cannot be read or written; the message, one line, says why and what to do."""
 
     def __init__(self, message: str):

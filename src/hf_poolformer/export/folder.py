@@ -1,34 +1,26 @@
-"""The folder of an exported model: what is in it, how it appears under its name only when it is complete."""
+"""The folder of an exported model: what is in it, and what it may replace."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..foundation import folders
 from ..foundation.errors import UserError, one_line
 from ..foundation.exported import MANIFEST, is_exported
 from ..foundation.files import digest, write_json
-from ..foundation.folders import Taken, give_back, take
 from ..foundation.tasks import exportable_tasks
 from .format import PRECISIONS
 from .formats import FORMATS
 
 
-logger = logging.getLogger(__name__)
-
 REPORT = "verification.json"
 # What the graph's answers are read with; of another one they would be another model's.
 SETTINGS = ("config.json", "preprocessor_config.json")
-# Prefixes of what is made, and what it replaces, in the workplace of an export.
-NEW, OLD = "new-", "old-"
 
 
 @dataclass
@@ -162,97 +154,9 @@ def _writer(facts: dict[str, Any]) -> str:
     return f" and {version} wrote" if version else ""
 
 
-@contextlib.contextmanager
-def new_folder(output: str | os.PathLike, overwrite: bool) -> Iterator[Path]:
-    """
-    A folder beside `output` to write into, which takes its place in the end; of what fails, nothing is left.
-
-    Of two at once for one place, the second is refused. What one that was killed left is cleared away by the next.
-
-    Raises:
-        UserError: `output` exists, and is not to be replaced or holds something else than an exported model; another
-            export to it is at work.
-    """
-    output = Path(os.path.realpath(output))  # one lock for one place, whatever link leads there
-    check_output(output, overwrite)
-    missing = [parent for parent in (output.parent, *output.parent.parents) if not parent.exists()]
-    try:
-        with workplace(output) as place:
-            check_output(output, overwrite)
-            scratch = Path(tempfile.mkdtemp(prefix=NEW, dir=place))
-            try:
-                yield scratch
-                scratch.chmod(0o777 & ~_umask())
-                put_in_place(scratch, output, place, overwrite)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
-    finally:
-        for parent in missing:
-            with contextlib.suppress(OSError):  # the export is in it, or somebody else's
-                parent.rmdir()
-
-
-def put_in_place(scratch: Path, output: Path, place: Path, overwrite: bool) -> None:
-    """By renaming; what lies at `output` comes back if that fails."""
-    try:
-        scratch.rename(output)  # onto nothing or an empty folder, never onto what somebody has put there meanwhile
-        return
-    except OSError:
-        check_output(output, overwrite)
-        if not output.exists():
-            raise
-    old = Path(tempfile.mkdtemp(prefix=OLD, dir=place))
-    output.rename(old / output.name)
-    try:
-        scratch.rename(output)
-    except BaseException:
-        (old / output.name).rename(output)
-        old.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def workplace(output: Path) -> Iterator[Path]:
-    """
-    The hidden folder `.NAME.export` beside `output`, in which one process at a time makes an export.
-
-    A lock of the operating system says whose it is, so that nobody's is left by whom was killed. Where there are no
-    such locks (a file system without them, Windows), the renames alone decide who comes first.
-
-    Raises:
-        UserError: it is another's.
-    """
-    place = output.with_name(f".{output.name}.export")
-    try:
-        file, locked = take(place / "lock")
-    except Taken as owner:
-        raise UserError(
-            f"another export to {output} is at work ({owner}): wait for it, or choose another place"
-        ) from None
-    try:
-        if locked:
-            clear(place, output)
-        yield place
-    finally:
-        give_back(place / "lock", file)
-        with contextlib.suppress(OSError):  # what could not be put back stays
-            place.rmdir()
-
-
-def clear(place: Path, output: Path) -> None:
-    """Removes what a killed export left; what it was just replacing goes back."""
-    left = sorted(path for path in place.iterdir() if path.name.startswith((NEW, OLD)))
-    for path in left:
-        for old in path.iterdir() if path.name.startswith(OLD) else ():
-            if not output.exists():
-                old.rename(output)
-                logger.warning("An export was killed while it replaced %s, which is back.", output)
-            elif not is_exported(output):
-                raise UserError(f"{old} was at {output}, where something else is now: move one of them away")
-        shutil.rmtree(path, ignore_errors=True)
-    if left:
-        logger.warning("Removed what an export to %s left when it was killed.", output)
+def new_folder(output: str | os.PathLike, overwrite: bool) -> contextlib.AbstractContextManager[Path]:
+    """`folders.new_folder` for an export."""
+    return folders.new_folder(Path(output), overwrite, check_output, "export")
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -260,20 +164,12 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         UserError: `output` exists, and is not to be replaced or holds something else than an exported model.
     """
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if not output.exists():
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
         raise UserError(f"{output} exists; --overwrite replaces it")
     if not is_exported(output):
         raise UserError(f"{output} is not an exported model, so it is not replaced; choose another place")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def folder_size(folder: Path) -> int:

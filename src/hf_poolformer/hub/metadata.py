@@ -14,6 +14,8 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..foundation.errors import UserError
+
 
 __all__ = ["LICENSES", "CardError", "check_card", "check_license", "check_metadata", "finite_number", "hub_id"]
 
@@ -38,7 +40,7 @@ LICENSES = frozenset(
 # fmt: on
 
 
-class CardError(ValueError):
+class CardError(UserError):
     """A model card whose metadata the Hub would refuse; the message lists every fault."""
 
 
