@@ -21,7 +21,6 @@ from safetensors import safe_open
 
 from ..configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
 from ..conversion.note import ConversionNote
-from ..foundation.files import replace_text
 from ..foundation.tasks import CLASSIFICATION, TASKS, Figure, Task, task_of_config
 from ..settings.training import shown_settings
 from .metadata import CardError, finite_number, hub_id
@@ -37,7 +36,7 @@ from .rendering import (
 )
 
 
-__all__ = ["folder_card", "training_card", "write_training_card"]
+__all__ = ["folder_card"]
 
 # More rows than this make a table nobody reads.
 MAX_CLASSES_IN_TABLE = 50
@@ -60,75 +59,55 @@ ENVIRONMENT = {"device": "device", "num_processes": "processes", "mixed_precisio
 VERSIONED = ("hf-poolformer", "transformers", "torch", "torchvision", "accelerate", "datasets", "huggingface_hub")
 
 
-def write_training_card(
-    model_dir: str | os.PathLike,
-    *,
-    results: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    dataset_name: str | None,
-    base_model: str | None,
-    label_names: Sequence[str],
-    repo_id: str | None = None,
-    license: str = "apache-2.0",
-) -> Path:
-    """Write `model_dir/README.md`, the model card of a training run, and return its path.
-
-    Arguments and errors are those of `training_card`; nothing is written when it raises.
-    """
-    card = training_card(
-        model_dir,
-        results=results,
-        settings=settings,
-        dataset_name=dataset_name,
-        base_model=base_model,
-        label_names=label_names,
-        repo_id=repo_id,
-        license=license,
-    )
-    path = Path(model_dir) / "README.md"
-    replace_text(path, card)
-    return path
-
-
-def training_card(
-    model_dir: str | os.PathLike,
-    *,
-    results: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    dataset_name: str | None,
-    base_model: str | None,
-    label_names: Sequence[str],
-    repo_id: str | None = None,
-    license: str = "apache-2.0",
-    name: str | None = None,
-    trained: bool = True,
-    conversion: ConversionNote | None = None,
+def folder_card(
+    model_dir: str | os.PathLike, *, repo_id: str | None = None, license: str | None = None, name: str | None = None
 ) -> str:
-    """The model card of a training run.
+    """The card of a model's folder, from what a run or a conversion left there, or else from the model alone.
+
+    Of a run these are `all_results.json`, `training_settings.yaml`, `curves.png`, `confusion_matrix.png` and the
+    pictures in `examples/`; each is made use of where it is present.
 
     Args:
-        model_dir: folder of the trained model. `config.json`, `curves.png`, `confusion_matrix.png` and the pictures
-            in `examples/` are made use of where present.
-        results: the content of `all_results.json`; the figures of the task become the `model-index`, those of single
-            classes (class name -> figure, or a list in label order) a table, `energy_kwh` and `co2_eq_g`, if they
-            were measured, the emissions.
-        settings: the settings of the run; those marked as `shown` are printed, all others ignored.
-        dataset_name: Hub id of the dataset, or the path of a local one (None: the setting `train_dir`). Only an id
-            becomes metadata; of a path, only the last component is printed.
-        base_model: Hub id or path of the checkpoint the training started from; None when it started from scratch.
-        label_names: class names in the order of the logits.
         repo_id: where the model will be published, if that is known.
         license: a licence identifier of the Hub.
         name: what the model is called while it is in no repository, if not as its folder.
-        trained: False for a model of which nothing but the folder is known; the card then says so.
-        conversion: where it was converted from.
 
     Raises:
-        CardError: the metadata would not pass the Hub's validation.
+        CardError: a file there is damaged, or the metadata would not pass the Hub's validation.
     """
     model_dir = Path(model_dir)
-    config = _read_config(model_dir)
-    dataset_name = dataset_name or settings.get("train_dir")
+    settings = _read_mapping(model_dir / "training_settings.yaml", yaml.safe_load)
+    conversion = None if settings else ConversionNote.read(model_dir)
+    if conversion and conversion.variant in VARIANTS and conversion.source in original_names(conversion.variant):
+        folder = _place(None, name or model_dir.resolve().name)
+        section = _conversion_section(conversion, official=True)
+        return published_card(conversion.variant, repo_id=repo_id, folder=folder, license=license, sections=section)
+    return model_card(model_dir, settings, conversion, repo_id, license or "apache-2.0", name)
+
+
+def model_card(
+    model_dir: Path,
+    settings: Mapping[str, Any],
+    conversion: ConversionNote | None,
+    repo_id: str | None,
+    license: str,
+    name: str | None,
+) -> str:
+    """As `folder_card`, of a model that is not the authors'.
+
+    Args:
+        settings: of the run that trained it, empty if that is not known: the card then says so. Those marked as
+            `shown` are printed. `dataset_name` and `model_name_or_path` may be ids on the Hub, which become metadata,
+            or paths, of which only the last component is printed.
+        conversion: where it was converted from.
+    """
+    config = _read_mapping(model_dir / "config.json", json.loads)
+    results = _read_mapping(model_dir / "all_results.json", json.loads)
+    labels = config.get("id2label") or {}
+    label_names = [str(labels[key]) for key in sorted(labels, key=int)]
+    trained = bool(settings)
+    dataset_name = settings.get("dataset_name") or settings.get("train_dir")
+    base_model = settings.get("model_name_or_path")
     family = "PoolFormer" if config.get("model_type", "poolformer") == "poolformer" else "MetaFormer"
     dataset_id = hub_id(dataset_name)
     base_id = hub_id(base_model, with_namespace=True)
@@ -209,43 +188,6 @@ def training_card(
         emissions=_emissions_text(results),
         limits=[paragraph.replace("{classes}", classes) for paragraph in task.limits],
         citations=citations_of(config.get("model_type", "poolformer")),
-    )
-
-
-def folder_card(
-    model_dir: str | os.PathLike, *, repo_id: str | None = None, license: str | None = None, name: str | None = None
-) -> str:
-    """The card of a model's folder, from what a run or a conversion left there, or else from the model alone.
-
-    Args:
-        name: what the model is called while it is in no repository, if not as its folder.
-
-    Raises:
-        CardError: as for `training_card`.
-    """
-    model_dir = Path(model_dir)
-    results, settings = {}, {}
-    for path, values in ((model_dir / "all_results.json", results), (model_dir / "training_settings.yaml", settings)):
-        if path.is_file():
-            values.update(_read_mapping(path, yaml.safe_load))
-    conversion = None if settings else ConversionNote.read(model_dir)
-    if conversion and conversion.variant in VARIANTS and conversion.source in original_names(conversion.variant):
-        folder = _place(None, name or model_dir.resolve().name)
-        section = _conversion_section(conversion, official=True)
-        return published_card(conversion.variant, repo_id=repo_id, folder=folder, license=license, sections=section)
-    labels = _read_config(model_dir).get("id2label") or {}
-    return training_card(
-        model_dir,
-        results=results,
-        settings=settings,
-        dataset_name=settings.get("dataset_name"),
-        base_model=settings.get("model_name_or_path"),
-        label_names=[str(labels[key]) for key in sorted(labels, key=int)],
-        repo_id=repo_id,
-        license=license or "apache-2.0",
-        name=name,
-        trained=bool(settings),
-        conversion=conversion,
     )
 
 
@@ -427,8 +369,6 @@ def _per_class(accuracies: Any, label_names: Sequence[str]) -> list[tuple[str, s
     """Rows of the per-class table. A class that had no image (NaN or None) shows a dash."""
     if not accuracies or len(label_names) > MAX_CLASSES_IN_TABLE:
         return []
-    if not isinstance(accuracies, Mapping):
-        accuracies = dict(zip(label_names, accuracies, strict=True))
     rows = []
     for name in label_names:
         value = finite_number(accuracies.get(name))
@@ -449,16 +389,14 @@ def _versions() -> list[tuple[str, str]]:
 # The model's folder -----------------------------------------------------------------------------------------
 
 
-def _read_config(model_dir: Path) -> dict[str, Any]:
-    path = model_dir / "config.json"
-    return _read_mapping(path, json.loads) if path.is_file() else {}
-
-
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """
+    """Empty if there is no such file.
+
     Raises:
         CardError: it is in another encoding, damaged, or no mapping.
     """
+    if not path.is_file():
+        return {}
     try:
         values = parse(path.read_text(encoding="utf-8")) or {}
     except (ValueError, yaml.YAMLError) as error:

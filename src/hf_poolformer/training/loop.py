@@ -21,10 +21,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..foundation.errors import Diverged, UserError
-from ..foundation.files import best_effort, write_json
+from ..foundation.files import best_effort, replace_text, write_json
 from ..foundation.processes import Agreement, Stopped, StopSignal, alone_in_its_folder, telling_of_lost_processes
 from ..foundation.tasks import CLASSIFICATION
-from ..hub.cards import write_training_card
+from ..hub.cards import folder_card
 from ..hub.publishing import publish
 from ..settings.training import TrainingSettings
 from . import checkpoints
@@ -479,12 +479,4 @@ def save_results(run: Run, output_dir: Path, results: dict[str, Any], shown: Any
     if shown is not None:
         run.task.write_pictures(output_dir, shown, run.processor)
     with best_effort("writing the model card"):
-        write_training_card(
-            output_dir,
-            results=results,
-            settings=run.settings.to_dict(),
-            dataset_name=run.settings.dataset_name,
-            base_model=run.settings.model_name_or_path,
-            label_names=run.progress.label_names,
-            repo_id=run.settings.hub_model_id,
-        )
+        replace_text(output_dir / "README.md", folder_card(output_dir, repo_id=run.settings.hub_model_id))
