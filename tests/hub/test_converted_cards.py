@@ -102,7 +102,13 @@ def converted(official_file, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("changed", ["weights", "labels"])
-def test_what_was_changed_after_the_conversion_is_no_longer_the_authors(converted, changed):
+def test_what_was_changed_after_the_conversion_is_no_longer_the_authors(converted, changed, tmp_path):
+    def warning():
+        (tmp_path / "scratch").mkdir(exist_ok=True)
+        notes = collect(converted, "me/copy", tmp_path / "scratch").notes
+        return [note for note in notes if "changed since" in note]
+
+    assert warning() == []
     if changed == "weights":
         weights = load_file(converted / "model.safetensors")
         weights["classifier.bias"] = weights["classifier.bias"] + 1
@@ -113,6 +119,11 @@ def test_what_was_changed_after_the_conversion_is_no_longer_the_authors(converte
         (converted / "config.json").write_text(json.dumps(config))
     card = folder_card(converted)
     assert "model-index" not in card and "Conversion" not in card
+    file = "model.safetensors" if changed == "weights" else "config.json"
+    (said,) = warning()
+    assert f"README.md was written when the model was converted, and {file} changed since" in said
+    (converted / "README.md").unlink()
+    assert warning() == []
 
 
 BAD = {

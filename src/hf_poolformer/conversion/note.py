@@ -42,14 +42,27 @@ class ConversionNote:
     def read(cls, folder: Path) -> ConversionNote | None:
         """That of a folder; None where there is none, none that can be read, or one of another model than the folder
         holds by now: trained on, or with other labels."""
-        try:
-            content = json.loads((folder / NAME).read_text(encoding="utf-8"))
-            values = {field.name: content[field.name] for field in fields(cls)}
-            if not _is_sound(values) or content["files"] != _files(folder):
-                return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        content = _read(folder)
+        if content is None or content["files"] != _files(folder):
             return None
-        return cls(**{**values, "notes": tuple(values["notes"])})
+        return cls(**{field.name: content[field.name] for field in fields(cls)})
+
+
+def changed_since_conversion(folder: Path) -> list[str]:
+    """Names of the files that make the model in a converted folder and are others by now; none in other folders."""
+    content = _read(folder)
+    return [] if content is None else [n for n, sha256 in _files(folder).items() if content["files"].get(n) != sha256]
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """What the note says, with `files`; None where there is none, or whoever passed the folder on put other things
+    there."""
+    try:
+        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        content["notes"] = tuple(content["notes"]) if isinstance(content["notes"], list) else None
+        return content if _is_sound(content) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _files(folder: Path) -> dict[str, str]:
@@ -58,13 +71,14 @@ def _files(folder: Path) -> dict[str, str]:
 
 
 def _is_sound(values: dict[str, Any]) -> bool:
-    """Whether they are of the types that were written: whoever passes a folder on may have put anything there."""
+    """Whether they are of the types that were written."""
     sha256, variant, notes = values["sha256"], values["variant"], values["notes"]
     return (
         isinstance(values["source"], str)
         and isinstance(values["format"], str)
         and (sha256 is None or (isinstance(sha256, str) and SHA256.fullmatch(sha256) is not None))
         and (variant is None or isinstance(variant, str))
-        and isinstance(notes, list)
+        and isinstance(values["files"], dict)
+        and isinstance(notes, tuple)
         and all(isinstance(note, str) for note in notes)
     )

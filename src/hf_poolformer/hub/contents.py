@@ -19,6 +19,7 @@ import yaml
 from huggingface_hub.serialization import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 
+from ..conversion.note import changed_since_conversion
 from ..foundation.exported import is_exported, no_model
 from ..foundation.files import digest
 from ..foundation.settings import names_marked
@@ -280,6 +281,12 @@ def write_card(contents: Contents, folder: Path, repo_id: str, license: str | No
                 contents.notes.append(f"in README.md, the folder's name becomes {repo_id} where code loads it")
                 contents.files["README.md"] = card.encode()
             check_card(card, contents.repo_type)
+            trained = "training_settings.yaml" in contents.files  # here, and the card is the run's
+            if not trained and (changed := changed_since_conversion(folder)):
+                contents.notes.append(
+                    f"README.md was written when the model was converted, and {', '.join(changed)} changed since: is "
+                    "it still true? Without it, a new one is written"
+                )
             return
         if contents.repo_type == "model":
             from .cards import folder_card  # torch and the models, which an upload as such does not need
