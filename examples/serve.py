@@ -36,6 +36,7 @@ from PIL import Image
 
 from hf_poolformer.commands import CommandParser, add_model_arguments, command, complain, quieten
 from hf_poolformer.foundation.errors import UserError
+from hf_poolformer.foundation.origin import Origin
 
 
 try:
@@ -501,7 +502,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
         quieten()
         shown = Path(name).resolve().name if Path(name).is_dir() else name
-        service = Service(Predictor(name, **options), shown, limits)
+        origin = Origin(*(options.pop(part) for part in ("revision", "token", "cache_dir", "trust_remote_code")))
+        service = Service(Predictor(name, origin=origin, **options), shown, limits)
         service.warm_up()
         config = uvicorn.Config(
             create_app(service),

@@ -12,7 +12,8 @@ ASK = """
 import json, sys
 from hf_poolformer.app.models import Models
 from hf_poolformer.foundation.errors import UserError
-models = Models([sys.argv[1]], allow_any_model=True, device="cpu", trust_remote_code=True)
+from hf_poolformer.foundation.origin import Origin
+models = Models([sys.argv[1]], allow_any_model=True, device="cpu", origin=Origin(trust_remote_code=True))
 said = {}
 for name in sys.argv[2:]:
     try:

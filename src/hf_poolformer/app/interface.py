@@ -20,6 +20,7 @@ import gradio as gr
 from ..data.files import is_image, list_files
 from ..foundation.errors import UserError
 from ..foundation.names import printable
+from ..foundation.origin import Origin
 from .answers import TOP_K, Answer, answer, open_image
 from .models import Models
 
@@ -75,10 +76,7 @@ def serve(
         models,
         allow_any_model=allow_any_model,
         device=device,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        trust_remote_code=trust_remote_code,
+        origin=Origin(revision, token, cache_dir, trust_remote_code),
     )
     page = build_page(shelf, find_examples(examples), max_pixels)
     page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1)

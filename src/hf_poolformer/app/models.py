@@ -16,13 +16,12 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ..foundation.errors import UserError, one_line
-from ..foundation.exported import is_exported, no_model
-from ..foundation.finite import check_weights
-from ..foundation.loading import why_not_loaded
-from ..foundation.tasks import CLASSIFICATION, TASKS, Task, task_of_config
+from ..foundation.loading import HERE, load_trained, task_of_checkpoint
+from ..foundation.origin import Origin
+from ..foundation.tasks import Task
 from ..prediction.inference import Predictor, find_device
 
 
@@ -56,8 +55,7 @@ class Models:
 
     Args:
         sources: folders or Hub ids, the first being shown first.
-        trust_remote_code: for `sources`, never for what visitors name.
-        revision, token, cache_dir: for loading `sources`; the cache also for what visitors name.
+        origin: of `sources`; of what visitors name, only its cache.
 
     Raises:
         UserError: there is no such model among `sources`; the first is loaded at once, of the others the
@@ -70,27 +68,19 @@ class Models:
         *,
         allow_any_model: bool = False,
         device: str = "auto",
-        revision: str = "main",
-        token: str | None = None,
-        cache_dir: str | None = None,
-        trust_remote_code: bool = False,
+        origin: Origin = HERE,
     ):
         if not sources:
             raise UserError("there is no model to show: name a folder or a Hub id")
         self.allow_any_model = allow_any_model
         self.device = find_device(device)
-        self._where = {
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "trust_remote_code": trust_remote_code,
-        }
+        self._origin = origin
         self._sources = dict(zip(shown_names(sources), sources, strict=True))
         self._loaded: OrderedDict[str, Predictor | DenseModel] = OrderedDict()
         self._lock = threading.Lock()
-        self.tasks = {name: read_task(source, self._where) for name, source in self._sources.items()}
+        self.tasks = {name: task_of_checkpoint(source, origin) for name, source in self._sources.items()}
         first = self.names[0]
-        self._loaded[first] = self._load(self._sources[first], self._where)
+        self._loaded[first] = self._load(self._sources[first], origin)
 
     @property
     def names(self) -> list[str]:
@@ -114,19 +104,18 @@ class Models:
     def _fetch(self, name: str) -> Predictor | DenseModel:
         if name in self._sources:
             try:
-                return self._load(self._sources[name], self._where)
+                return self._load(self._sources[name], self._origin)
             except UserError as error:
                 logger.error("%s", error)  # which may name a folder of this machine
                 raise UserError(f"The model {name} cannot be loaded; whoever runs this page sees why.") from None
         if not self.allow_any_model:
             raise UserError(f"This page has no model {name!r}, but: {', '.join(self.names)}.")
         folder = self._download(name)
-        where = {"revision": "main", "token": None, "cache_dir": None, "trust_remote_code": False}
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             if config.model_type not in OUR_TYPES:
                 raise UserError(f"it is a {config.model_type}, not a PoolFormer or MetaFormer")
-            return self._load(str(folder), where)
+            return self._load(str(folder), HERE)
         except Exception as error:  # whatever a foreign repository provokes
             said = one_line(error).replace(str(folder), name)
             raise UserError(f"The model {name} cannot be loaded: {said}") from None
@@ -155,7 +144,7 @@ class Models:
                     repo_id,
                     revision=commit,
                     token=False,
-                    cache_dir=self._where["cache_dir"],
+                    cache_dir=self._origin.cache_dir,
                     allow_patterns=list(DOWNLOADED),
                 )
             )
@@ -165,21 +154,11 @@ class Models:
             logger.error("%s: %s", repo_id, one_line(error))
             raise UserError(f"The Hub does not give {repo_id}: {type(error).__name__}.") from None
 
-    def _load(self, source: str, where: dict[str, Any]) -> Predictor | DenseModel:
-        task = read_task(source, where)
+    def _load(self, source: str, origin: Origin) -> Predictor | DenseModel:
+        task = task_of_checkpoint(source, origin)
         if task.gives == "scores":
-            return Predictor(source, device=self.device, **where)
-        if is_exported(source):
-            raise UserError(no_model(source))
-        try:
-            model, info = task.auto_model().from_pretrained(source, **where, output_loading_info=True)
-            processor = AutoImageProcessor.from_pretrained(source, **where)
-        except Exception as error:  # whatever a foreign folder provokes
-            raise UserError(f"cannot load a model for {task.name} from {source}: {one_line(error)}") from error
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"])[:3])
-            raise UserError(f"{source} is not a trained model for {task.name}: it has no weights for {missing}")
-        check_weights(model, source)
+            return Predictor(source, device=self.device, origin=origin)
+        model, processor = load_trained(source, origin, task)
         model.to(self.device, memory_format=torch.channels_last).eval()
         return DenseModel(task, model, processor, self.device)
 
@@ -193,16 +172,3 @@ def shown_names(sources: Sequence[str]) -> list[str]:
         taken = sum(name == plain or name.startswith(f"{plain} (") for name in names)
         names.append(f"{plain} ({taken + 1})" if taken else plain)
     return names
-
-
-def read_task(source: str, where: dict[str, Any]) -> Task:
-    """What a model does, by its configuration; one of no known task is taken for a classifier, which says so if not.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    try:
-        config = AutoConfig.from_pretrained(source, **where)
-    except Exception as error:
-        raise UserError(why_not_loaded(source, error, "a model")) from error
-    return task_of_config(config) or TASKS[CLASSIFICATION]

@@ -9,12 +9,12 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..foundation.machine import processor_name, versions_of
 from ..foundation.strict_json import to_json
 from .comparison import Comparison, Result
 from .floor import Ceilings
@@ -116,18 +116,12 @@ class Report:
 
 def environment(device: str, allocator: str, started: float) -> dict[str, Any]:
     """What the figures depend on."""
-    versions = {}
-    for library in LIBRARIES:
-        try:
-            versions[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "allocator": allocator,
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions_of(LIBRARIES),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.localtime(started)),
         "minutes": round((time.time() - started) / 60, 1),
@@ -137,16 +131,8 @@ def environment(device: str, allocator: str, started: float) -> dict[str, Any]:
 def device_name(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-        else:
-            name = platform.machine()
-    except OSError:
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    return f"{processor_name()}, {threads}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def commit() -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+from ..foundation.machine import cores, processor_name, version_of
 from ..foundation.strict_json import to_json
 from . import CommandParser, command
 
@@ -88,20 +89,12 @@ def lack(requirement: Any) -> str | None:
     return None if requirement.specifier.contains(found, prereleases=True) else f"{requirement} (has {found})"
 
 
-def version_of(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def describe_devices() -> dict[str, str]:
     """The CPU and every accelerator that PyTorch sees."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     devices = {
-        "cpu": f"{processor_name()}, {cores} cores, {torch.get_num_threads()} threads, "
+        "cpu": f"{processor_name()}, {cores()} cores, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}"
     }
     for index in range(torch.cuda.device_count()):
@@ -111,14 +104,6 @@ def describe_devices() -> dict[str, str]:
     if torch.backends.mps.is_available():
         devices["mps"] = "Apple GPU"
     return devices
-
-
-def processor_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def describe_kernels() -> dict[str, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..foundation.errors import UserError
+from ..foundation.origin import Origin
 from ..foundation.strict_json import to_json
 from . import CommandParser, add_model_arguments, command, quieten
 
@@ -70,8 +71,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         image = decode_image(arguments.image)
     except BrokenImage as error:
         raise UserError(f"{arguments.image}: {error}") from error
-    names = ("device", "dtype", "revision", "token", "cache_dir", "trust_remote_code")
-    predictor = Predictor(arguments.model, **{name: getattr(arguments, name) for name in names})
+    origin = Origin(arguments.revision, arguments.token, arguments.cache_dir, arguments.trust_remote_code)
+    predictor = Predictor(arguments.model, device=arguments.device, dtype=arguments.dtype, origin=origin)
     stages = len(getattr(predictor.model.config, "depths", ()))
     if stages and arguments.stage is not None and arguments.stage > stages:
         raise UserError(f"there is no stage {arguments.stage}: the model has {stages}, numbered from 1")

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor
 
 from .. import __version__
 from ..foundation.errors import UserError
-from ..foundation.exported import is_exported, no_model
 from ..foundation.files import digest, write_json
-from ..foundation.finite import check_weights
-from ..foundation.loading import why_not_loaded
+from ..foundation.loading import load_trained, task_of_checkpoint
+from ..foundation.machine import versions_of
 from ..foundation.origin import Origin
-from ..foundation.tasks import CLASSIFICATION, TASKS, task_of_config
 from ..token_mixers import Attention
 from .card import export_card
 from .deployable import DTYPES, Deployable, has_fixed_tokens, smallest_size, write_graph
@@ -155,7 +150,10 @@ def export_model(
         compiled=options.get("compile", False),
         opset=options.get("opset"),
         source=describe_source(os.fspath(model), revision, original),
-        versions=library_versions(*target.libraries_for(precision)),
+        versions={
+            "hf-poolformer": __version__,
+            **versions_of(("torch", "transformers", *target.libraries_for(precision))),
+        },
     )
     progress("reading images")
     if calibration_dataset is None:
@@ -219,30 +217,13 @@ def load_source(name: str, origin: Origin) -> tuple[nn.Module, Any, str]:
     Raises:
         UserError: no such model, none that can be exported, or one without trained, finite weights.
     """
-    folder, where = Path(name), origin.arguments()
-    if is_exported(folder):
-        raise UserError(no_model(name))
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{name} is not a model: it has no config.json")
-    try:
-        config = AutoConfig.from_pretrained(name, **where)
-        task = task_of_config(config) or TASKS[CLASSIFICATION]
-        if not task.exported_output:
-            raise UserError(
-                f"{name} is a detector, which cannot be exported: it ends in steps whose number depends on the image "
-                "(non-maximum suppression). Image classifiers and semantic segmenters can"
-            )
-        model, info = task.auto_model().from_pretrained(name, **where, output_loading_info=True)
-        processor = AutoImageProcessor.from_pretrained(name, **where)
-    except UserError:
-        raise
-    except Exception as error:
-        # Whatever a foreign folder provokes: missing files, wrong types, a truncated safetensors file, no network.
-        raise UserError(why_not_loaded(name, error, "a model to export")) from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(f"{name} is not a trained model of its kind: it has no weights for {missing}")
-    check_weights(model, name)
+    task = task_of_checkpoint(name, origin)
+    if not task.exported_output:
+        raise UserError(
+            f"{name} is a detector, which cannot be exported: it ends in steps whose number depends on the image "
+            "(non-maximum suppression). Image classifiers and semantic segmenters can"
+        )
+    model, processor = load_trained(name, origin, task)
     check_channels(name, processor, getattr(model.config, "num_channels", 3))
     return model.float().eval(), processor, task.name
 
@@ -302,11 +283,3 @@ def describe_source(name: str, revision: str, model: nn.Module) -> dict[str, Any
     if not local:
         source |= {"revision": revision, "commit": getattr(model.config, "_commit_hash", None)}
     return source
-
-
-def library_versions(*others: str) -> dict[str, str]:
-    versions = {"hf-poolformer": __version__}
-    for name in ("torch", "transformers", *others):
-        with contextlib.suppress(metadata.PackageNotFoundError):  # part of Python, or installed by another name
-            versions[name] = metadata.version(name)
-    return versions

@@ -1,4 +1,4 @@
-"""Classifiers and image processors out of a folder or a repository, and one line on why that failed."""
+"""Models and image processors out of a folder or a repository, and one line on why that failed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 from huggingface_hub import constants
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from .errors import UserError, one_line
 from .exported import is_exported, no_model
 from .finite import check_weights
 from .origin import Origin
+from .tasks import CLASSIFICATION, TASKS, Task, task_of_config
 
 
 HERE = Origin()
@@ -32,19 +33,53 @@ def load_checkpoint(name: str, origin: Origin = HERE, **config: Any) -> tuple[Pr
     Raises:
         UserError: there is no such checkpoint, it is not an image classifier, or its weights are not finite.
     """
+    config["ignore_mismatched_sizes"] = True
+    model, processor, missing = _load(name, origin, AutoModelForImageClassification, "an image classifier", config)
+    check_colours(name, model.config, processor)
+    return model, processor, missing
+
+
+def load_trained(name: str, origin: Origin, task: Task) -> tuple[PreTrainedModel, Any]:
+    """Loads a model for a task, and its image processor.
+
+    Raises:
+        UserError: there is no such checkpoint, it is for another task, or its weights are not all there or not finite.
+    """
+    model, processor, missing = _load(name, origin, task.auto_model(), f"a model for {task.name}", {})
+    if missing:
+        raise UserError(
+            f"{name} is not a trained model for {task.name}: it has no weights for {', '.join(missing[:3])}"
+        )
+    return model, processor
+
+
+def _load(
+    name: str, origin: Origin, auto_class: Any, what: str, options: dict[str, Any]
+) -> tuple[PreTrainedModel, Any, list[str]]:
+    """Model, processor, and the names of the weights that did not come from the checkpoint."""
     where = origin.arguments()
     try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            name, **where, **config, ignore_mismatched_sizes=True, output_loading_info=True
-        )
+        model, info = auto_class.from_pretrained(name, **where, **options, output_loading_info=True)
         processor = AutoImageProcessor.from_pretrained(name, **where)
     except Exception as error:
         # Whatever a foreign folder provokes: missing files, wrong types, a truncated safetensors file, no network.
-        raise UserError(why_not_loaded(name, error)) from error
+        raise UserError(why_not_loaded(name, error, what)) from error
     check_weights(model, name)
-    check_colours(name, model.config, processor)
     mismatched = [item[0] for item in info["mismatched_keys"]]
     return model, processor, sorted({*info["missing_keys"], *mismatched})
+
+
+def task_of_checkpoint(name: str, origin: Origin) -> Task:
+    """What a model does, by its configuration; one of no known task is taken for a classifier, which says so if not.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, **origin.arguments())
+    except Exception as error:  # as in `_load`
+        raise UserError(why_not_loaded(name, error, "a model")) from error
+    return task_of_config(config) or TASKS[CLASSIFICATION]
 
 
 def check_colours(name: str, config: Any, processor: Any) -> None:

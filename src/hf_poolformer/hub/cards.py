@@ -10,7 +10,6 @@ import os
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,6 +20,7 @@ from safetensors import safe_open
 
 from ..configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
 from ..conversion.note import ConversionNote
+from ..foundation.machine import versions_of
 from ..foundation.tasks import CLASSIFICATION, TASKS, Figure, Task, task_of_config
 from ..settings.training import shown_settings
 from .metadata import CardError, finite_number, hub_id
@@ -184,7 +184,8 @@ def model_card(
         environment=[
             (text, _plain(machine[key])) for key, text in ENVIRONMENT.items() if machine.get(key) is not None
         ],
-        versions=_versions() if trained else [],  # those that trained it, of which a folder alone tells nothing
+        # Those that trained it, of which a folder alone tells nothing.
+        versions=[("Python", platform.python_version()), *versions_of(VERSIONED).items()] if trained else [],
         emissions=_emissions_text(results),
         limits=[paragraph.replace("{classes}", classes) for paragraph in task.limits],
         citations=citations_of(config.get("model_type", "poolformer")),
@@ -374,16 +375,6 @@ def _per_class(accuracies: Any, label_names: Sequence[str]) -> list[tuple[str, s
         value = finite_number(accuracies.get(name))
         rows.append((name, "-" if value is None else _percent(value)))
     return rows
-
-
-def _versions() -> list[tuple[str, str]]:
-    found = [("Python", platform.python_version())]
-    for name in VERSIONED:
-        try:
-            found.append((name, metadata.version(name)))
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 # The model's folder -----------------------------------------------------------------------------------------

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import PackageNotFoundError, version
 
 import yaml
 
+from ..foundation.machine import version_of
 from .contents import Contents
 
 
@@ -60,23 +60,17 @@ def space_contents(model: Contents, repo_id: str) -> Contents:
         {name: value for name, value in card.items() if value is not None}, sort_keys=False, allow_unicode=True
     )
     examples = {name: content for name, content in model.files.items() if name.startswith("examples/")}
+    version = version_of("hf-poolformer")  # None if it is run from its source, not installed
+    minimum = f">={version}" if version else ""  # so that the Space has what its app.py needs
     return Contents(
         repo_type="space",
         files={
             "README.md": f"---\n{front_matter}---\n{TEXT.format(model=repo_id)}".encode(),
             "app.py": APP.format(model=repo_id).encode(),
-            "requirements.txt": f"hf-poolformer[app]{minimum()}\n".encode(),
+            "requirements.txt": f"hf-poolformer[app]{minimum}\n".encode(),
             **examples,
         },
     )
-
-
-def minimum() -> str:
-    """`>=` this package's version, so that the Space has what its app.py needs."""
-    try:
-        return f">={version('hf-poolformer')}"
-    except PackageNotFoundError:  # run from its source, not installed
-        return ""
 
 
 def licence(model: Contents) -> str | None:

@@ -17,7 +17,8 @@ from ..data.decoding import BrokenImage, decode_image
 from ..foundation.errors import UserError, one_line
 from ..foundation.exported import is_exported
 from ..foundation.finite import finite_answers, refuse_not_finite
-from ..foundation.loading import belongs_to_head, load_checkpoint
+from ..foundation.loading import HERE, belongs_to_head, load_checkpoint
+from ..foundation.machine import cores
 from ..foundation.origin import Origin
 from ..foundation.workers import prepare_worker
 
@@ -67,10 +68,7 @@ class Predictor:
         embeddings: bool = False,
         device: str | torch.device = "auto",
         dtype: str = "float32",
-        revision: str = "main",
-        token: str | None = None,
-        cache_dir: str | None = None,
-        trust_remote_code: bool = False,
+        origin: Origin = HERE,
     ):
         """
         Args:
@@ -85,13 +83,11 @@ class Predictor:
         if is_exported(name):
             from ..export.runtime import load_classifier
 
-            self.model, self.processor, fresh = *load_classifier(name, trust_remote_code), []
+            self.model, self.processor, fresh = *load_classifier(name, origin.trust_remote_code), []
             if dtype != "float32" or (embeddings and self.model.config.num_labels):
                 raise UserError(f"{name} is an export, which gives no features and has the precision it was given")
         else:
-            self.model, self.processor, fresh = load_checkpoint(
-                name, Origin(revision, token, cache_dir, trust_remote_code)
-            )
+            self.model, self.processor, fresh = load_checkpoint(name, origin)
         head_only = all(belongs_to_head(weight, self.model) or weight.startswith("norm.") for weight in fresh)
         headless = bool(embeddings and fresh and head_only)
         if fresh and not headless:
@@ -245,9 +241,8 @@ def make_loader(
         num_workers: chosen by the number of images and cores if None.
     """
     if num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        num_workers = 0 if total is not None and total <= batch_size else min(8, max(1, cores - 1))
+        mine = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        num_workers = 0 if total is not None and total <= batch_size else min(8, max(1, mine - 1))
     return DataLoader(
         Decoder(predictor.processor),
         batch_sampler=batches,

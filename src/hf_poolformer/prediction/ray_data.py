@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ..foundation.errors import UserError
+from ..foundation.origin import Origin
 from .inference import Predictor, decode
 from .tables import parquet_schema
 
@@ -68,7 +69,7 @@ def predict_dataset(
             num_cpus,
             cores,
         )
-    options = {"top_k": top_k, "embeddings": embeddings, "dtype": dtype, **where}
+    options = {"top_k": top_k, "embeddings": embeddings, "dtype": dtype, "origin": Origin(**where)}
     Predictor(os.fspath(model), **options, device="cpu")  # a mistake is told here, before the cluster starts to work
     options["device"] = "auto" if num_gpus else "cpu"
     return dataset.map_batches(

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..foundation.errors import UserError
 from ..foundation.files import make_folder
 from ..foundation.folders import hold
+from ..foundation.origin import Origin
 from .inference import Predictor, make_loader
 from .inputs import HubDataset, Images, Position, find_images
 from .parts import BROKEN, Parts, claim_folder, clear_folder, describe_run, is_claimed, remove_left_overs
@@ -141,8 +142,8 @@ def predict(
         images.append(HubDataset(dataset_name, {**options, "token": token, "cache_dir": cache_dir}))
     if not images:
         raise UserError("there is nothing to predict: give files, folders or a dataset")
-    where = {"revision": revision, "token": token, "cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
-    predictor = Predictor(str(model), top_k=top_k, embeddings=embeddings, device=device, dtype=dtype, **where)
+    origin = Origin(revision, token, cache_dir, trust_remote_code)
+    predictor = Predictor(str(model), top_k=top_k, embeddings=embeddings, device=device, dtype=dtype, origin=origin)
     job = Job(predictor, images, output, batch_size, num_workers, progress and index == 0, should_stop)
     if not to_folder:
         return job.fill_table()
