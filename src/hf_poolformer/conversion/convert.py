@@ -316,22 +316,26 @@ def check_keys(name: str, format_name: str, names: Mapping[str, str | None]) -> 
             raise ConversionError(f"{name}: {owners[ours]} and {theirs} both are our {ours}")
 
 
+# What weights may not be, looked at in this order.
+FAULTS: tuple[tuple[str, Callable[[str, torch.Tensor], bool]], ...] = (
+    (
+        ": weights that are no floating-point numbers:",
+        lambda key, tensor: not (tensor.is_floating_point() or key.endswith("num_batches_tracked")),
+    ),
+    (
+        ": weights in 8 bits, which say nothing without their scales:",
+        lambda key, tensor: tensor.is_floating_point() and tensor.element_size() < 2,
+    ),
+    (": weights without numbers, of the device meta:", lambda key, tensor: tensor.is_meta),
+    (": weights that are stored sparsely:", lambda key, tensor: tensor.layout is not torch.strided),
+    (" is damaged: NaN or infinity in", lambda key, tensor: not tensor.isfinite().all()),
+)
+
+
 def check_tensors(name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    whole = [k for k, v in tensors.items() if not v.is_floating_point() and not k.endswith("num_batches_tracked")]
-    if whole:
-        raise ConversionError(f"{name}: weights that are no floating-point numbers: {listed(whole)}")
-    scaled = [key for key, tensor in tensors.items() if tensor.is_floating_point() and tensor.element_size() < 2]
-    if scaled:
-        raise ConversionError(f"{name}: weights in 8 bits, which say nothing without their scales: {listed(scaled)}")
-    empty = [key for key, tensor in tensors.items() if tensor.is_meta]
-    if empty:
-        raise ConversionError(f"{name}: weights without numbers, of the device meta: {listed(empty)}")
-    sparse = [key for key, tensor in tensors.items() if tensor.layout is not torch.strided]
-    if sparse:
-        raise ConversionError(f"{name}: weights that are stored sparsely: {listed(sparse)}")
-    broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
-    if broken:
-        raise ConversionError(f"{name} is damaged: NaN or infinity in {listed(broken)}")
+    for what, has_fault in FAULTS:
+        if faulty := [key for key, tensor in tensors.items() if has_fault(key, tensor)]:
+            raise ConversionError(f"{name}{what} {listed(faulty)}")
 
 
 def fit(

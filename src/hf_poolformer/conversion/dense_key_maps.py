@@ -5,14 +5,12 @@ A rule pairs their key with ours, as in `key_maps.py`. No tensor is turned, cut 
 box, anchor then x, y, width, height; background last; fully connected layers read channel, row, column).
 """
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
-from .key_maps import STAGES, Rule, pattern, rename
+from .key_maps import STAGES, KeyMap, Rule
 
 
 IN_BACKBONE = "backbone."
@@ -21,41 +19,21 @@ Shape = Callable[[str], torch.Size]
 
 
 @dataclass(frozen=True)
-class DenseHead:
+class DenseHead(KeyMap):
     """
     A neck and head of mmdetection or mmsegmentation.
 
     Attributes:
         task: its name in `TASKS`.
-        name: of the method, for messages and cards.
         publisher: whose format it is.
         markers: (their key, our key); all checkpoints of this head have it, and those of no other.
-        rules: (their key, our key) templates.
         facts: the fields of a configuration that the shapes of our keys tell.
     """
 
     task: str
-    name: str
     publisher: str
     markers: Rule
-    rules: tuple[Rule, ...]
     facts: Callable[[Shape], dict[str, int]]
-
-    @cached_property
-    def readers(self) -> list[tuple[re.Pattern, str]]:
-        return [(pattern(theirs), ours) for theirs, ours in self.rules]
-
-    @cached_property
-    def writers(self) -> list[tuple[re.Pattern, str]]:
-        return [(pattern(ours), theirs) for theirs, ours in self.rules]
-
-    def to_ours(self, keys: Iterable[str]) -> dict[str, str | None]:
-        """Each of their keys with ours; `None` where this head has no such key."""
-        return {key: rename(key, self.readers) for key in keys}
-
-    def to_theirs(self, keys: Iterable[str]) -> dict[str, str | None]:
-        """Each of our keys with theirs; `None` where this head has no such key."""
-        return {key: rename(key, self.writers) for key in keys}
 
 
 def semantic_fpn_facts(shape: Shape) -> dict[str, int]:

@@ -40,25 +40,15 @@ def blocks(prefix: str, *rules: Rule) -> tuple[Rule, ...]:
 
 
 @dataclass(frozen=True)
-class Format:
+class KeyMap:
     """
-    The naming of one publisher.
-
     Attributes:
-        name: for messages.
-        marker: a pattern that at least one key of every checkpoint matches, and none of other formats.
+        name: for messages and cards.
         rules: (foreign key, our key) templates.
-        stores_matrices: whether the 1x1 convolutions of a stage with this mixer are stored as (out, in) matrices.
-        numbers_network: whether stages, downsamplings and position embeddings share the numbers of one module list.
-        token_mixers: mixers its code has.
     """
 
     name: str
-    marker: str
     rules: tuple[Rule, ...]
-    stores_matrices: Callable[[str], bool]
-    numbers_network: bool = False
-    token_mixers: tuple[str, ...] = tuple(TOKEN_MIXERS)
 
     @cached_property
     def readers(self) -> list[tuple[re.Pattern, str]]:
@@ -68,23 +58,46 @@ class Format:
     def writers(self) -> list[tuple[re.Pattern, str]]:
         return [(pattern(ours), theirs) for theirs, ours in self.rules]
 
+    def to_ours(self, keys: Iterable[str]) -> dict[str, str | None]:
+        """Each foreign key with our bare one; `None` where there is no such key."""
+        return {key: rename(key, self.readers) for key in keys}
+
+    def to_theirs(self, keys: Iterable[str]) -> dict[str, str | None]:
+        """Each of our bare keys with the foreign one; `None` where there is no such key."""
+        return {key: rename(key, self.writers) for key in keys}
+
+
+@dataclass(frozen=True)
+class Format(KeyMap):
+    """
+    The naming of one publisher.
+
+    Attributes:
+        marker: a pattern that at least one key of every checkpoint matches, and none of other formats.
+        stores_matrices: whether the 1x1 convolutions of a stage with this mixer are stored as (out, in) matrices.
+        numbers_network: whether stages, downsamplings and position embeddings share the numbers of one module list.
+        token_mixers: mixers its code has.
+    """
+
+    marker: str
+    stores_matrices: Callable[[str], bool] = lambda mixer: False
+    numbers_network: bool = False
+    token_mixers: tuple[str, ...] = tuple(TOKEN_MIXERS)
+
     def recognises(self, keys: Iterable[str]) -> bool:
         return any(re.match(self.marker, key) for key in keys)
 
     def to_ours(self, keys: Iterable[str]) -> dict[str, str | None]:
-        """Each foreign key with our bare one; `None` where the format has no such key."""
-        keys = list(keys)
-        plain = {key: key for key in keys}
-        if self.numbers_network:
-            parts = network_parts(keys)
-            for key in keys:
-                if found := re.match(r"network\.(\d+)\.", key):
-                    plain[key] = f"{parts[int(found[1])]}.{key[found.end() :]}"
-        return {key: rename(plain[key], self.readers) for key in keys}
+        if not self.numbers_network:
+            return super().to_ours(keys)
+        plain, parts = {key: key for key in keys}, network_parts(keys)
+        for key in keys:
+            if found := re.match(r"network\.(\d+)\.", key):
+                plain[key] = f"{parts[int(found[1])]}.{key[found.end() :]}"
+        return {key: rename(name, self.readers) for key, name in plain.items()}
 
     def to_theirs(self, keys: Iterable[str], position_embeddings: Iterable[bool]) -> dict[str, str | None]:
-        """Each of our bare keys with the foreign one; `None` where the format has no such key."""
-        renamed = {key: rename(key, self.writers) for key in keys}
+        renamed = super().to_theirs(keys)
         if self.numbers_network:
             numbers = {part: number for number, part in enumerate(network_order(position_embeddings))}
             for key, theirs in renamed.items():
@@ -138,7 +151,6 @@ OFFICIAL_FIRST = Format(
         *FEATURE_NORMS,
         *HEAD,
     ),
-    stores_matrices=lambda mixer: False,
     numbers_network=True,
 )
 # sail-sg/metaformer: metaformer_baselines.py.
@@ -179,7 +191,6 @@ TRANSFORMERS = Format(
         *((f"{prefix}.{part}.{{p}}", f"{part}.{{p}}") for prefix in PREFIXES for part in BACKBONE_PARTS),
         ("{p}", "{p}"),
     ),
-    stores_matrices=lambda mixer: False,
 )
 
 FORMATS = (OFFICIAL_FIRST, OFFICIAL_SECOND, TIMM, TRANSFORMERS)

@@ -86,7 +86,8 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 class Standardise(nn.Module):
-    """`(x - mean) / sqrt(variance + eps)` of (B, C, H, W), over each sample ("group") or each token ("layer")."""
+    """`(x - mean) / sqrt(variance + eps)` over each sample of (B, C, H, W) ("group"), each token of it ("layer"), or
+    each row of features (B, C) ("features")."""
 
     def __init__(self, over: str, eps: float):
         super().__init__()
@@ -95,21 +96,12 @@ class Standardise(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.over == "group":
             return F.group_norm(x, 1, eps=self.eps)
+        if self.over == "features":
+            return F.layer_norm(x, x.shape[1:], eps=self.eps)
         return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], eps=self.eps).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         return f"{self.over}, eps={self.eps}"
-
-
-class StandardiseFeatures(nn.Module):
-    """The same of features (B, C)."""
-
-    def __init__(self, eps: float):
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[1:], eps=self.eps)
 
 
 class ChannelAffine(nn.Module):
@@ -186,26 +178,15 @@ class PoolingDifference(nn.Module):
         return mixed if self.scale is None else mixed * self.scale
 
 
-class KeptMixer(nn.Module):
-    """The first branch of a block as it was."""
+class Kept(nn.Module):
+    """A branch of a block as it was: its method `mix_tokens` or `mix_channels`."""
 
-    def __init__(self, block: MetaFormerBlock):
+    def __init__(self, block: MetaFormerBlock, branch: str):
         super().__init__()
-        self.block = block
+        self.block, self.branch = block, branch
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block.mix_tokens(x)
-
-
-class KeptMLP(nn.Module):
-    """The second branch of a block as it was."""
-
-    def __init__(self, block: MetaFormerBlock):
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block.mix_channels(x)
+        return getattr(self.block, self.branch)(x)
 
 
 def fold_block(block: nn.Module) -> nn.Module:
@@ -221,14 +202,14 @@ def fold_block(block: nn.Module) -> nn.Module:
 def fold_mixer(block: MetaFormerBlock) -> nn.Module:
     mixer, parts = block.token_mixer, split(block.before_norm)
     if parts is None or not all(map(is_plain, mixer.modules())):
-        return KeptMixer(block)
+        return Kept(block, "mix_tokens")
     norm, gamma, beta = parts
     scale = block.layer_scale_1
     shift = None if beta is None else product(beta, scale)
     kind = type(mixer)
     if kind is Pooling:
         if mixer.fused_pool_size is None:  # another window than the formula's, which would not leave beta as it is
-            return KeptMixer(block)
+            return Kept(block, "mix_tokens")
         # beta cancels, and so does the mean.
         factor = product(gamma, scale)
         if isinstance(norm, Standardise) and norm.over == "group":
@@ -253,7 +234,7 @@ def fold_mixer(block: MetaFormerBlock) -> nn.Module:
         affine = ChannelAffine(per_channel(product(gamma, scale)), token_shift(mixer, shift))
         body = nn.Sequential(mixer, affine)
     else:
-        return KeptMixer(block)
+        return Kept(block, "mix_tokens")
     return Branch(norm, body, block, 1)
 
 
@@ -268,7 +249,7 @@ def token_shift(mixer: FixedTokens, shift: Scale) -> Scale:
 def fold_mlp(block: MetaFormerBlock) -> nn.Module:
     mlp, parts = block.output, split(block.after_norm)
     if parts is None or not is_plain(mlp, MetaFormerMLP) or not (is_pointwise(mlp.conv1) and is_pointwise(mlp.conv2)):
-        return KeptMLP(block)
+        return Kept(block, "mix_channels")
     norm, gamma, beta = parts
     act, conv2 = mlp.act_fn, mlp.conv2
     if is_plain(act, StarReLU) and act.scale.shape == act.bias.shape == (1,):
@@ -296,7 +277,7 @@ def fold_classifier(model: MetaFormerForImageClassification) -> None:
     if type(first) is not nn.Linear or not all(map(is_plain, (first, head, model.norm))):
         return
     if type(model.norm) is nn.LayerNorm:
-        norm, gamma, beta = StandardiseFeatures(model.norm.eps), model.norm.weight, model.norm.bias
+        norm, gamma, beta = Standardise("features", model.norm.eps), model.norm.weight, model.norm.bias
     else:
         parts = split(model.norm)
         if parts is None:

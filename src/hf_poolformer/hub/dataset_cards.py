@@ -20,6 +20,8 @@ TEMPLATE = Path(__file__).with_name("dataset_card_template.md")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SHARD = re.compile(r"(?:(?P<folder>.*)/)?(?P<split>[\w.]+?)[-_](?P<number>\d+)(?:-of-\d+)?\.(?:parquet|tar)")
 
+SPLITS = {"train": "train", "valid": "validation", "validation": "validation", "val": "validation", "test": "test"}
+
 # More classes than this make a table nobody reads.
 MAX_CLASSES_IN_TABLE = 100
 
@@ -60,7 +62,7 @@ def dataset_card(folder: str | Path, files: Mapping[str, Any], *, repo_id: str, 
             classes, counts = describe_parquet(folder, shards, data)
     else:
         unit = "images"
-        shards = group_by_folder([name for name in files if Path(name).suffix.lower() in IMAGES])
+        shards = group_by_split([name for name in files if Path(name).suffix.lower() in IMAGES])
         counts = {split: len(names) for split, names in shards.items()}
         classes = sorted(
             {parts[-2] for names in shards.values() for name in names if len(parts := Path(name).parts) > 1}
@@ -102,29 +104,14 @@ def dataset_card(folder: str | Path, files: Mapping[str, Any], *, repo_id: str, 
 
 
 def group_by_split(names: Sequence[str]) -> dict[str, list[str]]:
-    """Shards by the split that their names begin with; `train` where they do not say."""
+    """Files by the split that the names of shards begin with or that a folder is called after; else `train`."""
     splits: dict[str, list[str]] = {}
     for name in sorted(names):
-        found = SHARD.fullmatch(name)
-        splits.setdefault(found["split"] if found else split_in(Path(name).parts[:-1]), []).append(name)
-    return splits_in_order(splits)
-
-
-def group_by_folder(names: Sequence[str]) -> dict[str, list[str]]:
-    splits: dict[str, list[str]] = {}
-    for name in sorted(names):
-        splits.setdefault(split_in(Path(name).parts[:-1]), []).append(name)
-    return splits_in_order(splits)
-
-
-def split_in(parts: Sequence[str]) -> str:
-    known = {"train": "train", "valid": "validation", "validation": "validation", "val": "validation", "test": "test"}
-    return next((known[part.lower()] for part in parts if part.lower() in known), "train")
-
-
-def splits_in_order(splits: dict[str, list[str]]) -> dict[str, list[str]]:
-    first = ("train", "validation", "test")
-    return dict(sorted(splits.items(), key=lambda item: (first.index(item[0]) if item[0] in first else 3, item[0])))
+        shard = SHARD.fullmatch(name)
+        folders = (SPLITS[part.lower()] for part in Path(name).parts[:-1] if part.lower() in SPLITS)
+        splits.setdefault(shard["split"] if shard else next(folders, "train"), []).append(name)
+    order = list(dict.fromkeys([*SPLITS.values(), *sorted(splits)]))
+    return {split: splits[split] for split in order if split in splits}
 
 
 def describe_parquet(
