@@ -6,8 +6,8 @@ of the peer, which shows what is the graph's merit and what is that of running s
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from hf_poolformer.image_processing_poolformer import PoolFormerImageProcessor
 
 from . import gate
 from .case import Case
-from .report import Report, environment, heading, table
 from .rows import Entry, Weights, build, export_manifest, make_weights, transformers_model
 from .timing import Deadline, take_turns
 
@@ -42,32 +41,34 @@ EXPORTS = (
 )
 # The largest difference relative to the largest logit; of int8 the root of the mean squares relative to theirs.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 0.25}
-# Entry, the row it is held against, the least ratio of their speeds, and the batch.
-TARGETS = (
-    ("export openvino float32", "OpenVINO float32", 1.05, 16),
-    ("export openvino bfloat16", "OpenVINO bfloat16", 1.2, 16),
-    ("export openvino int8", "OpenVINO float32", 2.0, 16),
-    ("export openvino float32", "OpenVINO float32", 1 / 0.9, 1),
-    ("export openvino bfloat16", "OpenVINO bfloat16", 1 / 0.9, 1),
-    ("export openvino int8", "OpenVINO float32", 1 / 0.9, 1),
-)
 
 
-@dataclasses.dataclass
+@dataclass
 class ExportResult:
     """`error` is as TOLERANCES says; `size` is bytes of the folder; `seconds` of one batch, the median."""
 
     name: str
     error: float | None = None
     status: str = "passed"
+    note: str = ""
     size: int | None = None
     seconds: float | None = None
     spread: float | None = None
 
 
-def measure_exports(
-    base: Case, folder: Path, deadline: Deadline, seconds: float, rounds: int
-) -> dict[int, list[ExportResult]]:
+@dataclass
+class Exports:
+    """Results for one number of images."""
+
+    case: Case
+    results: list[ExportResult]
+
+    @property
+    def title(self) -> str:
+        return f"{self.case.variant}, batch {self.case.batch_size}, {self.case.image_size} px"
+
+
+def measure_exports(base: Case, folder: Path, deadline: Deadline, seconds: float, rounds: int) -> list[Exports]:
     """
     Rows for a batch of `base.batch_size` and of one image.
 
@@ -85,12 +86,11 @@ def measure_exports(
     processor = PoolFormerImageProcessor(size={"shortest_edge": base.image_size}, crop_size=square)
     pixel_values = sample_photographs(processor, max(CALIBRATION, base.batch_size)).pixel_values
     paths = write_exports(base, weights, pixel_values[:CALIBRATION], folder)
-    tables = {}
-    for batch_size in dict.fromkeys((base.batch_size, 1)):
-        tables[batch_size] = compare(
-            base.change(batch_size=batch_size), weights, pixel_values[:batch_size], paths, deadline, seconds, rounds
-        )
-    return tables
+    cases = [base.change(batch_size=batch_size) for batch_size in dict.fromkeys((base.batch_size, 1))]
+    return [
+        Exports(case, compare(case, weights, pixel_values[: case.batch_size], paths, deadline, seconds, rounds))
+        for case in cases
+    ]
 
 
 def write_exports(
@@ -128,13 +128,13 @@ def compare(
 
     def admit(name: str, precision: str, size: int | None, step: Callable[[], Any]) -> None:
         if deadline.left <= 0:
-            rows.append(ExportResult(name, status="skipped, no time left"))
+            rows.append(ExportResult(name, status="skipped", note="no time left in the budget"))
             return
         row = ExportResult(name, gate_error(torch.as_tensor(step()), right, precision), size=size)
         if row.error <= TOLERANCES[precision]:  # which NaN is not
             steps[name] = step
         else:
-            row.status = f"failed, allowed {TOLERANCES[precision]:.0e}"
+            row.status, row.note = "failed", f"off by {row.error:.0e}, allowed {TOLERANCES[precision]:.0e}"
         rows.append(row)
 
     for library, precision in PEERS:
@@ -161,54 +161,3 @@ def gate_error(got: torch.Tensor, right: torch.Tensor, precision: str) -> float:
     if precision == "int8":
         return ((got - right).square().mean().sqrt() / right.square().mean().sqrt()).item()
     return gate.logits_error(got, right)
-
-
-def render(report: Report, base: Case, tables: dict[int, list[ExportResult]]) -> tuple[str, dict[str, Any]]:
-    """Markdown, and the same for JSON."""
-    parts = [heading(report)]
-    for batch_size, rows in tables.items():
-        case = base.change(batch_size=batch_size)
-        peer = next(row.seconds for row in rows if row.name == "OpenVINO float32")
-        lines = []
-        for row in rows:
-            done = row.seconds is not None
-            lines.append(
-                [
-                    row.name if row.status == "passed" else f"{row.name} ({row.status})",
-                    f"{batch_size / row.seconds:.1f}" if done else "",
-                    f"{1e3 * row.seconds:.1f}" if done else "",
-                    f"{row.spread:.0%}" if done else "",
-                    f"{peer / row.seconds:.2f}" if done and peer else "",
-                    "" if row.size is None else f"{row.size / 1e6:.1f} MB",
-                    "" if row.error is None else f"{row.error:.0e}",
-                ]
-            )
-        header = ["", "images/s", "ms", "spread", "x OpenVINO float32", "folder", "error"]
-        title = f"**{case.variant}, batch {batch_size}, {case.image_size} px**"
-        parts.append(f"{title}\n\n{table(header, lines)}")
-    reached = targets(tables)
-    if reached:
-        lines = [[t["row"], t["against"], str(t["batch"]), f"{t['wanted']:.2f}", f"{t['got']:.2f}"] for t in reached]
-        parts.append(table(["", "against", "batch", "wanted", "reached"], lines))
-    named = {str(size): [dataclasses.asdict(row) for row in rows] for size, rows in tables.items()}
-    return "\n\n".join(parts) + "\n", {
-        "command": report.command,
-        "environment": environment("cpu", report.allocator, report.started),
-        "rows": named,
-        "targets": reached,
-    }
-
-
-def targets(tables: dict[int, list[ExportResult]]) -> list[dict[str, Any]]:
-    found = []
-    for name, against, wanted, batch_size in TARGETS:
-        seconds = {row.name: row.seconds for row in tables.get(batch_size, ()) if row.seconds is not None}
-        if name in seconds and against in seconds:
-            got = seconds[against] / seconds[name]
-            found.append({"row": name, "against": against, "batch": batch_size, "wanted": wanted, "got": got})
-    return found
-
-
-def failures(tables: dict[int, list[ExportResult]]) -> list[str]:
-    rows = [(size, row) for size, found in tables.items() for row in found]
-    return [f"batch {size}: {row.name}: {row.status}" for size, row in rows if row.status.startswith("failed")]

@@ -17,6 +17,7 @@ import torch
 from ..foundation.machine import processor_name, versions_of
 from ..foundation.strict_json import to_json
 from .comparison import Comparison, Result
+from .exports import Exports
 from .floor import Ceilings
 from .growth import Growth
 from .loop import LoopReport
@@ -65,6 +66,15 @@ TARGETS = (
     Target("cuda", "latency", "bfloat16", "fastest peer", 0.7, "seconds"),
 )
 PROCESSING_TARGET = 1.5
+# Export, the row it is held against, the least ratio of their speeds, and the batch.
+EXPORT_TARGETS = (
+    ("export openvino float32", "OpenVINO float32", 1.05, 16),
+    ("export openvino bfloat16", "OpenVINO bfloat16", 1.2, 16),
+    ("export openvino int8", "OpenVINO float32", 2.0, 16),
+    ("export openvino float32", "OpenVINO float32", 1 / 0.9, 1),
+    ("export openvino bfloat16", "OpenVINO bfloat16", 1 / 0.9, 1),
+    ("export openvino int8", "OpenVINO float32", 1 / 0.9, 1),
+)
 
 
 @dataclasses.dataclass
@@ -76,6 +86,7 @@ class Report:
     deadline: Deadline
     comparisons: list[Comparison] = dataclasses.field(default_factory=list)
     processing: list[Processing] = dataclasses.field(default_factory=list)
+    exports: list[Exports] = dataclasses.field(default_factory=list)
     growth: Growth | None = None
     loop: LoopReport | None = None
     ceilings: dict[str, Ceilings] = dataclasses.field(default_factory=dict)
@@ -84,7 +95,8 @@ class Report:
 
     def failures(self) -> list[str]:
         """One line for each row that did not pass its gate, or ended in an error."""
-        rows = [(part.title, row) for part in (*self.comparisons, *self.processing) for row in part.results]
+        parts = (*self.comparisons, *self.processing, *self.exports)
+        rows = [(part.title, row) for part in parts for row in part.results]
         if self.growth:
             rows += [("growth", row) for row in self.growth.failures()]
         return [f"{title}: {row.name}: {row.note}" for title, row in rows if row.status == "failed"]
@@ -96,6 +108,7 @@ class Report:
             "ceilings": {dtype: dataclasses.asdict(ceilings) for dtype, ceilings in self.ceilings.items()},
             "comparisons": [dataclasses.asdict(comparison) for comparison in self.comparisons],
             "processing": [dataclasses.asdict(processing) for processing in self.processing],
+            "exports": [dataclasses.asdict(exports) for exports in self.exports],
             "growth": dataclasses.asdict(self.growth) if self.growth else None,
             "loop": dataclasses.asdict(self.loop) if self.loop else None,
             "targets": targets(self),
@@ -105,6 +118,7 @@ class Report:
         parts = [heading(self)]
         parts += [comparison_table(comparison) for comparison in self.comparisons]
         parts += [processing_table(processing) for processing in self.processing]
+        parts += [exports_table(exports) for exports in self.exports]
         if self.growth:
             parts.append(growth_table(self.growth))
         if self.loop:
@@ -221,6 +235,30 @@ def processing_table(processing: Processing) -> str:
     return f"**{processing.title}**\n\n" + table(header, rows)
 
 
+def exports_table(exports: Exports) -> str:
+    peer = next((row.seconds for row in exports.results if row.name == "OpenVINO float32"), None)
+    rows = []
+    for row in exports.results:
+        size = "" if row.size is None else f"{row.size / 1e6:.1f} MB"
+        error = "" if row.error is None else f"{row.error:.0e}"
+        if row.seconds is None:
+            rows.append((row.name, f"{row.status}: {row.note}", "", "", "", size, error))
+            continue
+        rows.append(
+            (
+                row.name,
+                f"{exports.case.batch_size / row.seconds:.1f}",
+                f"{1e3 * row.seconds:.1f}",
+                f"{row.spread:.0%}",
+                _ratio(peer and peer / row.seconds),
+                size,
+                error,
+            )
+        )
+    header = ("", "images/s", "ms", "spread", "x OpenVINO float32", "folder", "error")
+    return f"**{exports.title}**\n\n" + table(header, rows)
+
+
 def growth_table(growth: Growth) -> str:
     """Images per second along each axis, and how our best row stands to the fastest peer."""
     parts = []
@@ -302,6 +340,20 @@ def targets(report: Report) -> list[dict[str, Any]]:
                         "wanted": f">= {PROCESSING_TARGET}",
                         "reached": result.times_built_in,
                         "ok": result.times_built_in >= PROCESSING_TARGET,
+                    }
+                )
+    for exports in report.exports:
+        seconds = {row.name: row.seconds for row in exports.results if row.seconds is not None}
+        for name, against, wanted, batch_size in EXPORT_TARGETS:
+            if batch_size == exports.case.batch_size and name in seconds and against in seconds:
+                reached = seconds[against] / seconds[name]
+                found.append(
+                    {
+                        "case": f"{exports.title}, {name}",
+                        "what": f"speed against {against}",
+                        "wanted": f">= {wanted:.3g}",
+                        "reached": reached,
+                        "ok": reached >= wanted,
                     }
                 )
     return found

@@ -14,11 +14,10 @@ import torch
 from tqdm import tqdm
 
 from ..foundation.errors import UserError
-from ..foundation.strict_json import to_json
-from . import exports
 from . import report as reports
 from .case import Case
 from .comparison import Runner
+from .exports import measure_exports
 from .floor import measure_ceilings
 from .growth import VARIANTS, measure_growth
 from .loop import measure_loop
@@ -49,7 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.command == "export":
-        return run_exports(arguments)
+        if arguments.device == "cuda" or arguments.dtype:
+            raise UserError(
+                "export compares on the CPU, in float32, bfloat16 and int8: leave --device and --dtype out."
+            )
+        arguments.device = "cpu"
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU here.")
@@ -81,11 +84,11 @@ def measure(arguments: argparse.Namespace) -> Report:
         deadline=deadline,
         allocator=arguments.allocator,
     )
-    if arguments.command == "process":
-        run_processors(arguments, report)
-        return report
+    alone = {"process": run_processors, "export": run_exports}.get(arguments.command)
     if getattr(arguments, "loop", False):
-        run_loop(arguments, report)
+        alone = run_loop
+    if alone is not None:
+        alone(arguments, report)
         return report
     # Before anything is measured, so that a mistake shows at once.
     if arguments.command == "growth":
@@ -153,29 +156,11 @@ def run_processors(arguments: argparse.Namespace, report: Report) -> None:
         show(reports.processing_table(report.processing[-1]))
 
 
-def run_exports(arguments: argparse.Namespace) -> int:
-    """Measures, writes and prints by itself: its rows are formats and precisions, not implementations."""
-    if arguments.device == "cuda" or arguments.dtype:
-        raise UserError("export compares on the CPU, in float32, bfloat16 and int8: leave --device and --dtype out.")
-    deadline = Deadline(arguments.budget)
-    report = Report(shlex.join(arguments.call), "cpu", deadline, allocator=arguments.allocator)
+def run_exports(arguments: argparse.Namespace, report: Report) -> None:
     base = Case("infer", arguments.variant, "float32", arguments.batch_size or 16, arguments.image_size)
     with tempfile.TemporaryDirectory(prefix="hf-poolformer-exports-") as folder:
-        tables = exports.measure_exports(base, Path(folder), deadline, arguments.seconds, arguments.rounds)
-    text, figures = exports.render(report, base, tables)
-    written = {arguments.json: "json"} if arguments.json else {}
-    if arguments.output:
-        written |= {arguments.output.with_suffix(f".{kind}"): kind for kind in ("json", "md")}
-    for path, kind in written.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_json(figures, indent=2) + "\n" if kind == "json" else text, encoding="utf-8")
-    print(text)
-    failed = exports.failures(tables)
-    if failed:
-        print("Failed:", *failed, sep="\n  ")
-    if written:
-        print(f"Written: {', '.join(map(str, written))}")
-    return 1 if failed else 0
+        how = report.deadline, arguments.seconds, arguments.rounds
+        report.exports = measure_exports(base, Path(folder), *how)
 
 
 def run_loop(arguments: argparse.Namespace, report: Report) -> None:
