@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ LIBRARIES = ("torch", "torchvision", "triton", "transformers", "timm", "onnxrunt
 # Ours; PyTorch peers; other runtimes.
 COLOURS = {"ours": "#c2410c", "built-in": "#64748b", "timm": "#94a3b8"}
 RUNTIME_COLOUR = "#334155"
+# Columns of what is known of a row without timing it.
+KNOWN = ("error", "folder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,37 +181,31 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
 
 
-def comparison_table(comparison: Comparison) -> str:
-    latency = comparison.case.mode == "latency"
-    header = (
-        "",
-        "ms" if latency else "images/s",
-        "spread",
-        "x built-in eager",
-        "x fastest peer",
-        "of the floor",
-        "memory",
-        "error",
-    )
+def results_table(results: Sequence[Any], columns: dict[str, Callable[[Any], str]]) -> str:
+    """A row for each result, a column for each header; of what was not timed, why, and what is known of it."""
     rows = []
-    for result in comparison.results:
-        if result.seconds is None:
-            rows.append((result.name, f"{result.status}: {result.note}", *[""] * 5, _error(result)))
-            continue
-        speed = f"{result.seconds * 1e3:.2f}" if latency else f"{result.images_per_second:.1f}"
-        rows.append(
-            (
-                result.name,
-                speed,
-                f"{result.spread:.0%}",
-                _ratio(result.times_built_in_eager),
-                _ratio(result.times_fastest_peer),
-                "" if result.floor_share is None else f"{result.floor_share:.0%}",
-                "" if result.working_memory is None else f"{result.working_memory / 2**20:.0f} MB",
-                _error(result),
-            )
-        )
-    text = f"**{comparison.title}**\n\n" + table(header, rows)
+    for result in results:
+        cells = {header: cell(result) for header, cell in columns.items() if result.seconds or header in KNOWN}
+        if not result.seconds:
+            cells[next(iter(columns))] = f"{result.status}: {result.note}"
+        rows.append([result.name, *(cells.get(header, "") for header in columns)])
+    return table(["", *columns], rows)
+
+
+def comparison_table(comparison: Comparison) -> str:
+    speed = {"images/s": lambda row: f"{row.images_per_second:.1f}"}
+    if comparison.case.mode == "latency":
+        speed = {"ms": lambda row: f"{row.seconds * 1e3:.2f}"}
+    columns = {
+        **speed,
+        "spread": _spread,
+        "x built-in eager": lambda row: _ratio(row.times_built_in_eager),
+        "x fastest peer": lambda row: _ratio(row.times_fastest_peer),
+        "of the floor": lambda row: "" if row.floor_share is None else f"{row.floor_share:.0%}",
+        "memory": lambda row: "" if row.working_memory is None else f"{row.working_memory / 2**20:.0f} MB",
+        "error": lambda row: " / ".join(filter(None, (_error(row.logits_error), _error(row.gradient_error)))),
+    }
+    text = f"**{comparison.title}**\n\n" + results_table(comparison.results, columns)
     if comparison.floor_seconds is not None:
         rate = comparison.case.batch_size / comparison.floor_seconds
         text += f"\n\nFloor: {comparison.floor_seconds * 1e3:.3g} ms, {rate:.4g} images/s."
@@ -217,46 +213,26 @@ def comparison_table(comparison: Comparison) -> str:
 
 
 def processing_table(processing: Processing) -> str:
-    header = ("", "images/s", "spread", "x built-in", "error (of 255)")
-    rows = []
-    for result in processing.results:
-        if result.images_per_second is None:
-            rows.append((result.name, f"{result.status}: {result.note}", "", "", ""))
-        else:
-            rows.append(
-                (
-                    result.name,
-                    f"{result.images_per_second:.1f}",
-                    f"{result.spread:.0%}",
-                    _ratio(result.times_built_in),
-                    f"{result.error:.1f}",
-                )
-            )
-    return f"**{processing.title}**\n\n" + table(header, rows)
+    columns = {
+        "images/s": lambda row: f"{row.images_per_second:.1f}",
+        "spread": _spread,
+        "x built-in": lambda row: _ratio(row.times_built_in),
+        "error (of 255)": lambda row: f"{row.error:.1f}",
+    }
+    return f"**{processing.title}**\n\n" + results_table(processing.results, columns)
 
 
 def exports_table(exports: Exports) -> str:
     peer = next((row.seconds for row in exports.results if row.name == "OpenVINO float32"), None)
-    rows = []
-    for row in exports.results:
-        size = "" if row.size is None else f"{row.size / 1e6:.1f} MB"
-        error = "" if row.error is None else f"{row.error:.0e}"
-        if row.seconds is None:
-            rows.append((row.name, f"{row.status}: {row.note}", "", "", "", size, error))
-            continue
-        rows.append(
-            (
-                row.name,
-                f"{exports.case.batch_size / row.seconds:.1f}",
-                f"{1e3 * row.seconds:.1f}",
-                f"{row.spread:.0%}",
-                _ratio(peer and peer / row.seconds),
-                size,
-                error,
-            )
-        )
-    header = ("", "images/s", "ms", "spread", "x OpenVINO float32", "folder", "error")
-    return f"**{exports.title}**\n\n" + table(header, rows)
+    columns = {
+        "images/s": lambda row: f"{exports.case.batch_size / row.seconds:.1f}",
+        "ms": lambda row: f"{1e3 * row.seconds:.1f}",
+        "spread": _spread,
+        "x OpenVINO float32": lambda row: _ratio(peer and peer / row.seconds),
+        "folder": lambda row: "" if row.size is None else f"{row.size / 1e6:.1f} MB",
+        "error": lambda row: _error(row.error),
+    }
+    return f"**{exports.title}**\n\n" + results_table(exports.results, columns)
 
 
 def growth_table(growth: Growth) -> str:
@@ -313,49 +289,32 @@ def loop_table(loop: LoopReport) -> str:
 def targets(report: Report) -> list[dict[str, Any]]:
     """Each target that this run can judge: what was wanted and what was reached."""
     found = []
+
+    def judge(case: str, what: str, wanted: float, reached: float | None, at_least: bool = True) -> None:
+        if reached is not None:
+            text = f"{'>=' if at_least else '<='} {wanted:.3g}"
+            ok = reached >= wanted if at_least else reached <= wanted
+            found.append({"case": case, "what": what, "wanted": text, "reached": reached, "ok": ok})
+
     for comparison in report.comparisons:
         for target in TARGETS:
-            reached = _reached(target, comparison)
-            if reached is not None:
-                at_least = target.quantity == "speed"
-                wanted = target.wanted if _is_plain(comparison) else target.wanted * (0.9 if at_least else 1.1)
-                found.append(
-                    {
-                        "case": comparison.title,
-                        "what": f"{target.quantity.replace('_', ' ')} against {target.against}"
-                        if target.against != "floor"
-                        else "share of the floor",
-                        "wanted": f"{'>=' if at_least else '<='} {wanted:.3g}",
-                        "reached": reached,
-                        "ok": reached >= wanted if at_least else reached <= wanted,
-                    }
-                )
+            at_least = target.quantity == "speed"
+            wanted = target.wanted if _is_plain(comparison) else target.wanted * (0.9 if at_least else 1.1)
+            what = f"{target.quantity.replace('_', ' ')} against {target.against}"
+            if target.against == "floor":
+                what = "share of the floor"
+            judge(comparison.title, what, wanted, _reached(target, comparison), at_least)
     for processing in report.processing:
         for result in processing.results:
-            if result.name.startswith("ours") and result.times_built_in is not None:
-                found.append(
-                    {
-                        "case": f"{processing.title}, {result.name}",
-                        "what": "speed against built-in",
-                        "wanted": f">= {PROCESSING_TARGET}",
-                        "reached": result.times_built_in,
-                        "ok": result.times_built_in >= PROCESSING_TARGET,
-                    }
-                )
+            if result.library == "ours":
+                case = f"{processing.title}, {result.name}"
+                judge(case, "speed against built-in", PROCESSING_TARGET, result.times_built_in)
     for exports in report.exports:
         seconds = {row.name: row.seconds for row in exports.results if row.seconds is not None}
         for name, against, wanted, batch_size in EXPORT_TARGETS:
             if batch_size == exports.case.batch_size and name in seconds and against in seconds:
-                reached = seconds[against] / seconds[name]
-                found.append(
-                    {
-                        "case": f"{exports.title}, {name}",
-                        "what": f"speed against {against}",
-                        "wanted": f">= {wanted:.3g}",
-                        "reached": reached,
-                        "ok": reached >= wanted,
-                    }
-                )
+                speed = seconds[against] / seconds[name]
+                judge(f"{exports.title}, {name}", f"speed against {against}", wanted, speed)
     return found
 
 
@@ -543,6 +502,9 @@ def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _error(result: Result) -> str:
-    errors = [error for error in (result.logits_error, result.gradient_error) if error is not None]
-    return " / ".join(f"{error:.0e}" for error in errors)
+def _spread(result: Any) -> str:
+    return f"{result.spread:.0%}"
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.0e}"
