@@ -7,9 +7,10 @@ from accelerate import Accelerator
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
 from hf_poolformer import PoolFormerForImageClassification, PoolFormerImageProcessor
-from hf_poolformer.evaluation import classification as evaluation
-from hf_poolformer.evaluation.classification import evaluate, evaluate_checkpoint, named_results
+from hf_poolformer.evaluation import processes
+from hf_poolformer.evaluation.classification import evaluate, evaluate_checkpoint
 from hf_poolformer.evaluation.pictures import write_confusion_matrix
+from hf_poolformer.evaluation.processes import named_results
 from hf_poolformer.evaluation.settings import EvaluationSettings
 from hf_poolformer.foundation.errors import UserError
 
@@ -74,10 +75,10 @@ def test_what_fails_on_one_process_fails_on_all(model, images, monkeypatch):
     def gathered(mine):
         return [*mine, {**mine[0], "fault": "an image of the other process has label 7"}]
 
-    monkeypatch.setattr(evaluation, "gather_object", gathered)
+    monkeypatch.setattr(processes, "gather_object", gathered)
     with pytest.raises(UserError, match="other process has label 7"):
         evaluate(model, batches(images, labels), accelerator=Accelerator(), num_labels=10)
-    monkeypatch.setattr(evaluation, "gather_object", lambda mine: mine)
+    monkeypatch.setattr(processes, "gather_object", lambda mine: mine)
     model.train()
     with pytest.raises(UserError, match="label"):
         evaluate(model, batches(images, labels + 100), accelerator=Accelerator(), num_labels=10)

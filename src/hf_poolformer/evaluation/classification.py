@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
@@ -30,6 +29,7 @@ from ..foundation.loading import load_checkpoint
 from ..foundation.settings import read_yaml
 from .metrics import Accuracy, ConfusionMatrix, PerClassAccuracy, TopKAccuracy
 from .pictures import write_confusion_matrix
+from .processes import count_images, gather, named_results
 from .settings import EvaluationSettings
 
 
@@ -77,11 +77,11 @@ def evaluate(
     device, depth = accelerator.device, min(max(topk), num_labels)
     loss_sum = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     unusable = torch.zeros((), device=device, dtype=torch.int64)
-    rankings, references, skipped, stopped, fault = [], [], [], False, None
+    rankings, references, skipped, stopped, fault = [], [], 0, False, None
     start = time.perf_counter()
     try:
         for batch in tqdm(loader, desc="evaluating", unit="batch", disable=not progress, leave=False):
-            skipped += batch.get("skipped", ())
+            skipped += len(batch.get("skipped", ()))
             labels = batch["labels"]
             if not len(labels):
                 continue
@@ -104,33 +104,26 @@ def evaluate(
         "labels": torch.cat(references).numpy() if references else np.zeros(0, dtype=np.int64),
         "loss": loss_sum.item(),
         "unusable": unusable.item(),
-        "skipped": len(skipped),
+        "count": sum(map(len, references)),
+        "skipped": skipped,
     }
-    parts = gather_object([mine])
-    seconds = time.perf_counter() - start
     bare.train(was_training)
-    for part in parts:
-        if part["fault"]:
-            raise UserError(part["fault"])
-    if any(part["stopped"] for part in parts):
+    parts = gather(mine)
+    seconds = time.perf_counter() - start
+    if not parts:
         return {}
-
+    count, missed = count_images(parts, loader)
     ranked = np.concatenate([part["ranked"] for part in parts])
     labels = np.concatenate([part["labels"] for part in parts])
-    missed = sum(part["skipped"] for part in parts)
-    if not len(labels):
-        raise UserError("there is no image to evaluate on: the split is empty, or every image in it is broken.")
-    if hasattr(loader, "judge"):  # a list of batches has none
-        loader.judge(len(labels) + missed, missed)
-    refuse_not_finite(sum(part["unusable"] for part in parts), len(labels), "the model")
+    refuse_not_finite(sum(part["unusable"] for part in parts), count, "the model")
     best = {"predictions": ranked[:, 0], "references": labels}
     results = {
         "eval_accuracy": metric(Accuracy).compute(**best)["accuracy"],
-        "eval_loss": sum(part["loss"] for part in parts) / len(labels),
-        "eval_samples": len(labels),
+        "eval_loss": sum(part["loss"] for part in parts) / count,
+        "eval_samples": count,
         "eval_skipped_images": missed,
         "eval_runtime": seconds,
-        "eval_samples_per_second": len(labels) / seconds,
+        "eval_samples_per_second": count / seconds,
     }
     for k in sorted(set(topk) - {1}):
         top = metric(TopKAccuracy).compute(predictions=ranked, references=labels, k=k)
@@ -167,16 +160,6 @@ def check_classification(dataset: data.ImageDataset) -> None:
             f"{dataset.name} is no classification dataset: its labels are {kind}. "
             "Choose the column with --label_column_name."
         )
-
-
-def named_results(results: dict[str, Any], label_names: Sequence[str]) -> dict[str, Any]:
-    """Results fit for JSON: the accuracy of each class under its name, without the confusion matrix."""
-    plain = {name: value for name, value in results.items() if name != "confusion_matrix"}
-    per_class = plain.get("eval_per_class_accuracy")
-    if isinstance(per_class, list):
-        known = [None if np.isnan(value) else value for value in per_class]
-        plain["eval_per_class_accuracy"] = dict(zip(label_names, known, strict=True))
-    return plain
 
 
 def describe_results(results: dict[str, Any]) -> str:

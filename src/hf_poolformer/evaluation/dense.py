@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 
@@ -20,6 +20,7 @@ from ..foundation.errors import UserError
 from ..foundation.finite import check_finite, check_weights
 from ..foundation.tasks import task_named
 from .dense_metrics import DetectionMetric, SegmentationMetric
+from .processes import count_images, gather
 
 
 DIVISOR = 32  # of the sides of a batch; the stride of the last stage
@@ -172,19 +173,11 @@ def evaluate(
     except UserError as error:  # the others would wait for this process
         fault = str(error)
     mine = {"fault": fault, "stopped": stopped, "skipped": skipped, "count": count, "state": judge.state()}
-    parts = gather_object([mine])
     bare.train(was_training)
-    for part in parts:
-        if part["fault"]:
-            raise UserError(part["fault"])
-    if any(part["stopped"] for part in parts):
+    parts = gather(mine)
+    if not parts:
         return {}, []
-    samples = sum(part["count"] for part in parts)
-    if not samples:
-        raise UserError("there is no image to evaluate on: the split is empty, or every image in it is broken.")
-    missed = sum(part["skipped"] for part in parts)
-    if hasattr(loader, "judge"):  # a list of batches has none
-        loader.judge(samples + missed, missed)
+    samples, missed = count_images(parts, loader)
     # Once, not in every process: COCO's evaluation of a large split takes its time and memory.
     results = [type(judge).compute([part["state"] for part in parts]) if accelerator.is_main_process else None]
     broadcast_object_list(results)
@@ -224,17 +217,3 @@ def predict(
         outputs = model(**inputs)
     check_finite(outputs.logits, "the model")
     return judge.found(outputs, processor, [truth.size for truth in truths])
-
-
-def named_results(results: dict[str, Any], label_names: list[str]) -> dict[str, Any]:
-    """Results fit for JSON: figures of single classes under the classes' names, and None for what is not a number."""
-    plain = {}
-    for name, value in results.items():
-        if isinstance(value, list):
-            value = {label: known(number) for label, number in zip(label_names, value, strict=True)}
-        plain[name] = known(value) if isinstance(value, float) else value
-    return plain
-
-
-def known(value: float) -> float | None:
-    return None if np.isnan(value) else value

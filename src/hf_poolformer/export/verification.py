@@ -12,7 +12,6 @@ the model's varies, the error is 1. Units have floors where the spread says noth
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -95,7 +94,6 @@ class Report:
         agreement: over all real images; `agreement_is` says of what.
         accuracy, accuracy_before: of the export and of the model, where the images have a class each.
         size, size_before: bytes of the graph and of the model's weights in float32.
-        seconds, seconds_before: of one image in a batch, on this machine, as it was while verifying: a rough figure.
     """
 
     precision: str
@@ -109,8 +107,6 @@ class Report:
     accuracy_before: float | None = None
     size: int = 0
     size_before: int = 0
-    seconds: float | None = None
-    seconds_before: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -280,7 +276,7 @@ def verify(
 
     Args:
         model: in inference mode, on the CPU.
-        samples: real images; all of one size, and in the first FEWEST at least.
+        samples: real images; all of one size, in the first FEWEST at least, and at most one with labels.
         arithmetic: for the report.
         emulated: the same graph in the arithmetic that other machines compute it in, where this one's is another.
 
@@ -291,8 +287,6 @@ def verify(
     report = Report(precision, kind, arithmetic, tolerance_of(kind, exported.manifest), AGREEMENT[kind])
     report.size_before = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
     agreements: list[tuple[float | None, float, int]] = []
-    correct = correct_before = labelled = total = 0
-    spent = spent_before = 0.0
     compare = None
     for sample in samples:
         pairs = []
@@ -300,14 +294,8 @@ def verify(
         for start in range(0, len(sample.pixel_values), chunk):
             progress(f"comparing on images: {start} of {len(sample.pixel_values)}")
             pixel_values = sample.pixel_values[start : start + chunk]
-            began = time.perf_counter()
             right = reference(model, pixel_values)
-            middle = time.perf_counter()
             got = answer(exported, pixel_values, sample.name)
-            if start:  # the first batch compiles
-                total += len(pixel_values)
-                spent_before += middle - began
-                spent += time.perf_counter() - middle
             pairs.append((got, right))
         if kind != "pixels":  # whose maps are large, and have enough in a batch
             pairs = [tuple(torch.cat(parts) for parts in zip(*pairs, strict=True))]
@@ -318,18 +306,13 @@ def verify(
             agreements.append((check.agreement, lenient, len(right)))
         if sample.labels is not None and kind == "classes":
             ((got, right),) = pairs
-            labelled += len(right)
-            correct += int((got.argmax(1) == sample.labels).sum())
-            correct_before += int((right.argmax(1) == sample.labels).sum())
+            shares = ((part.argmax(1) == sample.labels).double().mean().item() for part in (got, right))
+            report.accuracy, report.accuracy_before = shares
     known = [(agreement, number) for agreement, _, number in agreements if agreement is not None]
     if kind == "numbers":
         report.agreement = min((agreement for agreement, _ in known), default=None)
     else:
         report.agreement = sum(agreement * number for agreement, number in known) / sum(n for _, n in known)
-    if labelled:
-        report.accuracy, report.accuracy_before = correct / labelled, correct_before / labelled
-    if total:
-        report.seconds, report.seconds_before = spent / total, spent_before / total
     pixel_values = samples[0].pixel_values
     if emulated is not None:
         progress(f"comparing in {precision} arithmetic")

@@ -17,8 +17,9 @@ from ..data.description import describe_data, judge
 from ..data.loader import skip_limit
 from ..data.opening import loader_arguments, open_splits
 from ..data.transforms import EvalTransform, input_size
-from ..evaluation.classification import check_classification, check_labels, describe_results, evaluate, named_results
+from ..evaluation.classification import check_classification, check_labels, describe_results, evaluate
 from ..evaluation.pictures import write_confusion_matrix
+from ..evaluation.processes import named_results
 from ..foundation.files import best_effort
 from ..settings.classification import ClassificationSettings
 from .adaptation import LinearProbe, adapt, merged, method

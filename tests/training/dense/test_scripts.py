@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation, AutoModelForSemanticSegmentation
 
 from hf_poolformer.data.dense.datasets import open_dense_datasets
-from hf_poolformer.evaluation.dense import evaluate, named_results
+from hf_poolformer.evaluation.dense import evaluate
+from hf_poolformer.evaluation.processes import named_results
 from hf_poolformer.training.dense.task import make_dense_loader
 
 from .conftest import COUNTS, NAMES, TINY_MODEL

@@ -19,9 +19,10 @@ from ...data.dense.plausibility import check_annotations
 from ...data.description import describe_data
 from ...data.loader import ImageLoader
 from ...data.opening import loader_arguments
-from ...evaluation.dense import DIVISOR, evaluate, named_results
+from ...evaluation.dense import DIVISOR, evaluate
 from ...evaluation.dense_metrics import pycocotools
 from ...evaluation.dense_pictures import write_predictions
+from ...evaluation.processes import named_results
 from ...foundation.files import best_effort
 from ...foundation.tasks import TASKS
 from ...settings.dense import DenseSettings
