@@ -150,33 +150,31 @@ SIZES = "target_sizes=[(image.height, image.width)]"
 
 
 def dense_pipeline(code: str) -> str:
+    """How a card uses a model by a pipeline."""
     return "from transformers import pipeline\n\n" + IMPORT + "\n" + code
 
 
-def dense_model(auto_class: str, code: str) -> str:
+def model_code(auto_class: str, code: str, start: str = "") -> str:
+    """The same one step lower.
+
+    Args:
+        code: what becomes of `model`, `inputs` and `image`, from inside `with torch.inference_mode()` on.
+        start: what comes behind the imports.
+    """
     return (
         "import torch\n"
         "from PIL import Image\n"
-        f"from transformers import AutoImageProcessor, {auto_class}\n\n" + IMPORT + "\n"
+        f"from transformers import {', '.join(sorted(['AutoImageProcessor', auto_class]))}\n\n{start}"
+        "processor = AutoImageProcessor.from_pretrained({source})\n"
+        f"model = {auto_class}.from_pretrained({{source}}).eval()\n"
         'image = Image.open("photo.jpg").convert("RGB")\n'
-        "processor = AutoImageProcessor.from_pretrained({source})\n"
-        f"model = {auto_class}.from_pretrained({{source}}).eval()\n"
-        "with torch.inference_mode():\n"
-        '    outputs = model(**processor(image, return_tensors="pt"))\n' + code
+        'inputs = processor(image, return_tensors="pt")\n'
+        "with torch.inference_mode():\n" + code
     )
 
 
-def features_code(auto_class: str, answer: str) -> str:
-    return (
-        "import torch\n"
-        "from PIL import Image\n"
-        f"from transformers import {', '.join(sorted(['AutoImageProcessor', auto_class]))}\n\n"
-        "processor = AutoImageProcessor.from_pretrained({source})\n"
-        f"model = {auto_class}.from_pretrained({{source}}).eval()\n"
-        'inputs = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")\n'
-        "with torch.inference_mode():\n"
-        f"    features = {answer}"
-    )
+def dense_model(auto_class: str, code: str) -> str:
+    return model_code(auto_class, "    outputs = model(**inputs)\n" + code, IMPORT + "\n")
 
 
 _ROWS = (
@@ -204,16 +202,10 @@ _ROWS = (
             'classify = pipeline("image-classification", model={source})\n'
             'print(classify("photo.jpg"))'
         ),
-        model_code=(
-            "import torch\n"
-            "from PIL import Image\n"
-            "from transformers import AutoImageProcessor, AutoModelForImageClassification\n\n"
-            "processor = AutoImageProcessor.from_pretrained({source})\n"
-            "model = AutoModelForImageClassification.from_pretrained({source}).eval()\n"
-            'inputs = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")\n'
-            "with torch.inference_mode():\n"
+        model_code=model_code(
+            "AutoModelForImageClassification",
             "    logits = model(**inputs).logits  # (1, number of classes)\n"
-            "print(model.config.id2label[logits.argmax(-1).item()])"
+            "print(model.config.id2label[logits.argmax(-1).item()])",
         ),
         exported_imports="from transformers import pipeline",
         exported_code=(
@@ -334,7 +326,9 @@ ENCODER = Task(
         'extract = pipeline("image-feature-extraction", model={source})\n'
         'features = extract("photo.jpg")'
     ),
-    model_code=features_code("AutoModel", "model(**inputs).last_hidden_state  # (1, channels, height, width)"),
+    model_code=model_code(
+        "AutoModel", "    features = model(**inputs).last_hidden_state  # (1, channels, height, width)"
+    ),
     limits=("It has no head: what it gives are features, which mean nothing by themselves.", OTHER_DATA),
 )
 BACKBONE = replace(
@@ -344,7 +338,9 @@ BACKBONE = replace(
     auto_class="AutoBackbone",
     built_in=False,
     pipeline_code="",
-    model_code=features_code("AutoBackbone", "model(**inputs).feature_maps  # of each stage, largest first"),
+    model_code=model_code(
+        "AutoBackbone", "    features = model(**inputs).feature_maps  # of each stage, largest first"
+    ),
 )
 HEADLESS = (BACKBONE, ENCODER)
 
