@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from hf_poolformer.commands.env import main, without_password
+from hf_poolformer.commands.env import main
+from hf_poolformer.foundation.redaction import redact
 
 
 def facts(capsys, *words):
@@ -44,5 +45,5 @@ def test_text_can_be_pasted_anywhere(capsys, monkeypatch):
 
 
 def test_passwords_in_addresses():
-    assert without_password("http://a:b@host:80/x") == "http://host:80/x"
-    assert without_password("http://host/a@b") == "http://host/a@b"
+    assert redact("http://a:b@host:80/x") == "http://host:80/x"
+    assert redact("http://host/a@b") == "http://host/a@b"

@@ -28,6 +28,7 @@ from types import FrameType
 
 from ..foundation.errors import UserError
 from ..foundation.names import near_names, printable
+from ..foundation.redaction import redact
 
 
 __all__ = ["CommandParser", "add_model_arguments", "command", "complain", "quieten", "reason"]
@@ -183,10 +184,7 @@ def complain(message: str, argv: Sequence[str] | None = None, status: int = 2) -
     given = list(sys.argv[1:] if argv is None else argv)
     secrets = [following for flag, following in itertools.pairwise(given) if is_token_flag(flag)]
     secrets += [text.partition("=")[2] for text in given if "=" in text and is_token_flag(text.partition("=")[0])]
-    for secret in filter(None, [*secrets, os.environ.get("HF_TOKEN")]):
-        message = message.replace(secret, "<token>")
-    message = re.sub(r"\bhf_[A-Za-z0-9]{30,}", "<token>", message)
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {redact(message, [*secrets, os.environ.get('HF_TOKEN')])}", file=sys.stderr)
     return status
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
 from ..foundation.machine import cores, processor_name, version_of
+from ..foundation.redaction import redact
 from ..foundation.strict_json import to_json
 from . import CommandParser, command
 
@@ -55,7 +55,7 @@ def describe_environment() -> dict[str, Any]:
         "extras": extras,
         "devices": describe_devices(),
         "kernels": describe_kernels(),
-        "variables": {name: without_password(os.environ[name]) for name in VARIABLES if name in os.environ},
+        "variables": {name: redact(os.environ[name]) for name in VARIABLES if name in os.environ},
     }
 
 
@@ -132,10 +132,6 @@ def describe_kernels() -> dict[str, str]:
             kernels[f"{device} {str(dtype)[6:]}"] = text
     kernels["oneDNN"] = "available" if torch.backends.mkldnn.is_available() else "missing"
     return kernels
-
-
-def without_password(text: str) -> str:
-    return re.sub(r"(https?://)[^/@\s]+@", r"\1", text)
 
 
 def as_text(facts: dict[str, Any]) -> str:

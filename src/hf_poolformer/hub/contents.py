@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from ..conversion.note import changed_since_conversion
 from ..foundation.exported import is_exported, no_model
 from ..foundation.files import digest
+from ..foundation.redaction import HUB_TOKEN
 from ..foundation.settings import names_marked
 from ..foundation.strict_json import to_json
 from ..settings.training import all_settings
@@ -76,8 +77,6 @@ SEARCHED_BYTES = 32 * 2**20
 PATH_KEYS = frozenset({"_name_or_path", "logging_dir", *names_marked(all_settings(), "path")})
 # Words of the user's own, which may look like anything.
 LABELS = frozenset({"id2label", "label2id", "eval_per_class_accuracy", "label_names", "labels"})
-
-HUB_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 
 
 class PublishError(RuntimeError):
@@ -408,7 +407,7 @@ def refuse_secrets(contents: Contents, secret: str | None) -> None:
             raise PublishError(f"{where} contains your Hub token; remove it there, then publish again")
         if Path(name).suffix.lower() in STRUCTURED + PROSE and contents.size(name) <= SEARCHED_BYTES:
             data = content if isinstance(content, bytes) else content.read_bytes()
-            if HUB_TOKEN.search(data):
+            if re.search(HUB_TOKEN.encode(), data):
                 raise PublishError(
                     f"{where} contains what looks like a Hub token; remove it there, then publish again"
                 )

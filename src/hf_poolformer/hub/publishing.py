@@ -1,9 +1,7 @@
 """Publishing: one commit that carries a model's or a dataset's folder to the Hub, and errors a person can act on."""
 
-import dataclasses
 import inspect
 import os
-import re
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +23,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from ..foundation.redaction import redact
 from ..foundation.spelling import command_words
 from .contents import Contents, PublishError, collect
 from .spaces import space_contents
@@ -37,7 +36,7 @@ __all__ = ["Publication", "PublishError", "publish", "publish_command", "upload"
 ATTEMPTS = 3
 
 
-@dataclass(frozen=True)
+@dataclass
 class Publication:
     """What has been published. `str()` of it is the URL of the repository.
 
@@ -58,7 +57,7 @@ class Publication:
     pull_request: str | None
     files: tuple[str, ...]
     size: int
-    notes: tuple[str, ...]
+    notes: list[str]
     space: str | None = None
 
     def __str__(self) -> str:
@@ -148,25 +147,22 @@ def publish(
                 endpoint=endpoint,
             )
             if verify:
-                notes = verification(contents, published, folder, Path(scratch), token, endpoint)
-                published = dataclasses.replace(published, notes=(*published.notes, *notes))
+                published.notes += verification(contents, published, folder, Path(scratch), token, endpoint)
             if space:
-                published = dataclasses.replace(
-                    published,
-                    space=upload_space(
-                        contents,
-                        published.repo_id,
-                        space if isinstance(space, str) else published.repo_id,
-                        private=private,
-                        token=token,
-                        verify=verify,
-                        scratch=Path(scratch),
-                        endpoint=endpoint,
-                    ),
+                published.space = upload_space(
+                    contents,
+                    published.repo_id,
+                    space if isinstance(space, str) else published.repo_id,
+                    private=private,
+                    token=token,
+                    verify=verify,
+                    scratch=Path(scratch),
+                    endpoint=endpoint,
                 )
                 if private or gated:
-                    note = "the Space needs the secret HF_TOKEN, of a token that may read the model (in its settings)"
-                    published = dataclasses.replace(published, notes=(*published.notes, note))
+                    published.notes.append(
+                        "the Space needs the secret HF_TOKEN, of a token that may read the model (in its settings)"
+                    )
         except Exception as error:  # the Hub, the network, the disk or the storage client: all end in the same advice
             failure = explanation(error, endpoint or HfApi().endpoint)
     if failure is not None:
@@ -193,7 +189,7 @@ def publish(
             else f"published to {published}, but"
         )
         text = f"{what}: {failure} It is complete in {folder}." if published is None else f"{what} {failure}"
-        raise PublishError(f"{redact(text, secret)}\nTo go on: {command}")
+        raise PublishError(f"{redact(text, [secret])}\nTo go on: {command}")
     return published
 
 
@@ -289,7 +285,7 @@ def upload(
         pull_request=pull_request,
         files=tuple(sorted(contents.files)),
         size=contents.total,
-        notes=tuple(notes),
+        notes=notes,
     )
 
 
@@ -370,15 +366,6 @@ def verification(
 
 
 # What went wrong --------------------------------------------------------------------------------------------
-
-
-def redact(text: str, secret: str | None) -> str:
-    """`text` without the token, without signatures of storage addresses and without passwords in addresses."""
-    if secret:
-        text = text.replace(secret, "<token>")
-    text = re.sub(r"\bhf_[A-Za-z0-9]{30,}", "<token>", text)
-    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", text)
-    return re.sub(r"(https?://)[^/@\s]+@", r"\1", text)
 
 
 def explanation(error: Exception, endpoint: str) -> str:
