@@ -21,7 +21,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from hf_poolformer.data.classes import Classes
-from hf_poolformer.data.datasets import align_labels, make_loader, open_datasets, open_images
+from hf_poolformer.data.datasets import align_labels, open_datasets, open_images
+from hf_poolformer.data.loader import make_loader
 from hf_poolformer.foundation.errors import UserError
 
 
@@ -584,7 +585,8 @@ def test_workers_survive_signals_to_the_group_and_end_with_their_parent(tmp_path
     root = write_folder(tmp_path / "data")
     script = textwrap.dedent("""
         import os, signal, subprocess, sys, time, numpy, torch
-        from hf_poolformer.data.datasets import make_loader, open_datasets
+        from hf_poolformer.data.datasets import open_datasets
+        from hf_poolformer.data.loader import make_loader
         transform = lambda image: torch.from_numpy(numpy.array(image))
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGINT, lambda *_: None)

@@ -16,8 +16,9 @@ from datasets import Dataset, Image
 from PIL import Image as PILImage
 
 from hf_poolformer.data import files
-from hf_poolformer.data.datasets import make_loader, open_datasets
+from hf_poolformer.data.datasets import open_datasets
 from hf_poolformer.data.layouts import open_source
+from hf_poolformer.data.loader import make_loader
 from hf_poolformer.foundation.errors import UserError
 
 

@@ -12,7 +12,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from hf_poolformer.data.datasets import make_loader, open_datasets
+from hf_poolformer.data.datasets import open_datasets
+from hf_poolformer.data.loader import make_loader
 
 
 COUNT = 70

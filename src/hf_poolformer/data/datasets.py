@@ -26,19 +26,8 @@ from .columns import (
     refuse_columns,
 )
 from .layouts import open_source
-from .loader import DecodedBatches, ImageLoader, make_loader
 from .sources import Source
 
-
-__all__ = [
-    "DecodedBatches",
-    "ImageDataset",
-    "ImageLoader",
-    "align_labels",
-    "make_loader",
-    "open_datasets",
-    "open_images",
-]
 
 logger = logging.getLogger(__name__)
 

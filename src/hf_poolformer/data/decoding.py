@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ..foundation.errors import one_line
 from ..image_pixels import changes_colours, open_encoded, pil_to_rgb
@@ -25,8 +25,8 @@ MAX_ASPECT_RATIO = 500
 # End of image, and how far from the end of the file it is looked for: some programs write notes behind it.
 _JPEG_END = b"\xff\xd9"
 _JPEG_TAIL = 4096
-_ORIENTATION_TAG = 0x0112
-_ORIENTATIONS = {
+# EXIF's orientations that are not upright already, and how Pillow turns the image.
+TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -86,7 +86,7 @@ class EncodedImage:
                 self._scalable = self._file is not None and image.format in ("JPEG", "MPO")
                 if not self._scalable:
                     image.load()  # of an animation, the first frame; some formats tell their orientation only now
-                self.orientation = _orientation(image)
+                self.orientation = orientation_of(image)
                 width, height = image.size
                 self.height, self.width = (width, height) if self.orientation >= 5 else (height, width)
         except BaseException:
@@ -120,7 +120,7 @@ class EncodedImage:
                 reduced = 1 if scaled is None else round(width / scaled[1][2])
             image.load()
             rgb = pil_to_rgb(image)
-            transpose = _ORIENTATIONS.get(self.orientation)
+            transpose = TURNS.get(self.orientation)
             return (rgb if transpose is None else rgb.transpose(transpose)), reduced
 
     def plain_jpeg(self) -> bytes | None:
@@ -199,10 +199,11 @@ def _judge_size(width: int, height: int, max_pixels: int, max_aspect_ratio: floa
         raise BrokenImage(f"{width}x{height} pixels, beyond an aspect ratio of {max_aspect_ratio:g}")
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
+    """EXIF's, 1 to 8: how the stored image must be turned to be upright. Some formats tell it only when loaded."""
     try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
-        return orientation if orientation in _ORIENTATIONS else 1
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return orientation if orientation in TURNS else 1
     except Exception:  # EXIF is a format of its own to be broken in; the pixels are fine
         return 1
 

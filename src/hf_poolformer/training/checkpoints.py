@@ -41,8 +41,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..data.columns import few
 from ..foundation.errors import UserError
-from ..foundation.files import digest, make_folder, put_in_place, sync
+from ..foundation.files import digest, make_folder, sync, write_json
 from ..foundation.strict_json import to_json
 
 
@@ -275,7 +276,7 @@ def write(root: Path, taken: Snapshot, keep: int = 0) -> Path:
     target = root / f"step-{taken.step}"
     temporary = root / f".writing-step-{taken.step}"
     try:
-        if target.is_dir() and is_complete(target):
+        if is_complete(target):
             return target
         for left_over in root.glob(".writing-step-*"):
             shutil.rmtree(left_over, ignore_errors=True)
@@ -404,8 +405,8 @@ def like(values: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
 def check_fits(path: Path, state: TrainingState, progress: Progress) -> None:
     if progress.label_names != state.progress.label_names:
         raise UserError(
-            f"{path} was trained on other labels ({summary(progress.label_names)}) than the dataset has "
-            f"({summary(state.progress.label_names)})."
+            f"{path} was trained on other labels ({few(progress.label_names)}) than the dataset has "
+            f"({few(state.progress.label_names)})."
         )
     check_method(path, progress.method, state.progress.method)
     expected = {name: tuple(tensor.shape) for name, tensor in state.model.state_dict().items()}
@@ -527,9 +528,7 @@ def best_of(root: Path) -> tuple[int, float] | None:
 
 def mark_best(root: Path, step: int, value: float) -> None:
     """Makes `step-N` the one that stays; the one before it loses this privilege."""
-    temporary = root / f".{BEST}"
-    temporary.write_text(to_json({"step": step, "value": value}), encoding="utf-8")
-    put_in_place(temporary, root / BEST)
+    write_json(root / BEST, {"step": step, "value": value})
 
 
 def set_aside(root: Path, after: int = -1) -> None:
@@ -572,7 +571,3 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def summary(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f", ... {len(names)} in all" if len(names) > 5 else "")

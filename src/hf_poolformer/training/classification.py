@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from ..data.datasets import align_labels, make_loader
+from ..data.datasets import align_labels
 from ..data.description import describe_data, judge
-from ..data.loader import skip_limit
+from ..data.loader import make_loader, skip_limit
 from ..data.opening import loader_arguments, open_splits
 from ..data.transforms import EvalTransform, input_size
 from ..evaluation.classification import check_classification, check_labels, describe_results, evaluate, named_results
@@ -47,7 +47,7 @@ class ClassificationTraining(TaskTraining):
         for dataset in self.datasets.values():
             check_classification(dataset)
         accelerator.print(describe_data(self.datasets))
-        judge(self.datasets, accelerator, skip_limit(settings.max_skipped))
+        judge(self.datasets, skip_limit(settings.max_skipped))
         self.label_names = labels_in_model_order(settings, self.datasets["train"].label_names)
         return self.label_names
 

@@ -139,7 +139,7 @@ def written(folder, orientation, turn, features=FEATURES, sizes=True, count=12):
 
 def truths(settings):
     accelerator = Accelerator(cpu=True)
-    datasets, report = check_annotations(open_dense_datasets(settings), settings, accelerator)
+    datasets, report = check_annotations(open_dense_datasets(settings), settings)
     processor = PoolFormerImageProcessor.for_detection(size={"shortest_edge": 24, "longest_edge": 36}, do_pad=False)
     loader = make_dense_loader(datasets["validation"], settings, accelerator, processor, training=False)
     pairs = [

@@ -5,7 +5,6 @@ import time
 
 import numpy as np
 import pytest
-from accelerate import Accelerator
 from datasets import ClassLabel, Features, Image, List, Value
 from shapes import MAP_FEATURES, NAMES
 from shards import encoded, write_shards
@@ -25,7 +24,7 @@ SPLITS = ("train", "validation")
 
 
 def looked_at(settings):
-    return check_annotations(open_dense_datasets(settings), settings, Accelerator(cpu=True))
+    return check_annotations(open_dense_datasets(settings), settings)
 
 
 def lines_of(settings):
@@ -333,7 +332,7 @@ def test_the_look_is_short(objects, monkeypatch):
     clock = iter(np.arange(0, 1000, 0.1))
     monkeypatch.setattr(plausibility, "SECONDS", {"train": 1.0, "validation": 0.0})
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
-    lines = check_annotations(datasets, settings, Accelerator(cpu=True))[1]
+    lines = check_annotations(datasets, settings)[1]
     rows = [int(line.partition(": ")[2].split()[0]) for line in lines if "looked at" in line]
     assert 8 <= rows[0] <= 12 and rows[1] == 1
 
