@@ -8,7 +8,13 @@ from typing import Any
 
 from huggingface_hub import constants
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from .errors import UserError, one_line
 from .exported import is_exported, no_model
@@ -45,6 +51,33 @@ def load_checkpoint(name: str, origin: Origin = HERE, **config: Any) -> tuple[Pr
     check_colours(name, model.config, processor)
     mismatched = [item[0] for item in info["mismatched_keys"]]
     return model, processor, sorted({*info["missing_keys"], *mismatched})
+
+
+def load_config(name: str, origin: Origin = HERE, what: str = "an image classifier") -> PreTrainedConfig:
+    """The configuration of a checkpoint.
+
+    Args:
+        what: it is wanted for, in the message.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, **origin.arguments())
+    except Exception as error:  # whatever a foreign folder provokes
+        raise UserError(why_not_loaded(name, error, what)) from error
+
+
+def load_processor(name: str, origin: Origin = HERE) -> Any:
+    """The image processor of a checkpoint.
+
+    Raises:
+        UserError: it has none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(name, **origin.arguments())
+    except Exception as error:  # whatever a foreign folder provokes
+        raise UserError(f"{name} has no image processor: {one_line(error)}") from error
 
 
 def check_colours(name: str, config: Any, processor: Any) -> None:

@@ -207,14 +207,7 @@ class Saver:
             self._fault = f"cannot write the checkpoint step-{taken.step} to {self.root}: {error!r}."
 
 
-def save(root: Path, state: TrainingState, keep: int = 0) -> Path:
-    """Writes the checkpoint `root/step-N`; every process must call it. See `Saver`."""
-    saver = Saver(root, state.accelerator, keep)
-    saver.save(state)
-    return root / f"step-{state.progress.step}"
-
-
-def snapshot(state: TrainingState, copy: bool = False, into: Snapshot | None = None) -> Snapshot | None:
+def snapshot(state: TrainingState, copy: bool, into: Snapshot | None) -> Snapshot | None:
     """The state brought to the main process, None in the others; every process must call it.
 
     Args:
@@ -267,7 +260,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def write(root: Path, taken: Snapshot, keep: int = 0) -> Path:
+def write(root: Path, taken: Snapshot, keep: int) -> None:
     """Writes a snapshot as `root/step-N`; the main process alone.
 
     Raises:
@@ -277,7 +270,7 @@ def write(root: Path, taken: Snapshot, keep: int = 0) -> Path:
     temporary = root / f".writing-step-{taken.step}"
     try:
         if is_complete(target):
-            return target
+            return
         for left_over in root.glob(".writing-step-*"):
             shutil.rmtree(left_over, ignore_errors=True)
         make_folder(temporary)
@@ -306,7 +299,6 @@ def write(root: Path, taken: Snapshot, keep: int = 0) -> Path:
             f"cannot write the checkpoint {target.name} to {root}: {reason}. Those before it are as they were."
         ) from error
     prune(root, keep)
-    return target
 
 
 def save_tensors(value: Any, path: Path) -> None:
