@@ -43,7 +43,9 @@ def augment(image):
 def loader_of(dataset, rank=0, count=1, **changes):
     arguments = {"batch_size": 4, "training": True, "shuffle_buffer_size": 10, "seed": 5, "max_skipped": 1.0}
     arguments |= changes
-    return make_loader(dataset, augment, process_index=rank, num_processes=count, epoch=2, **arguments)
+    loader = make_loader(dataset, augment, process_index=rank, num_processes=count, **arguments)
+    loader.set_epoch(2)
+    return loader
 
 
 def taken(batches):

@@ -52,7 +52,6 @@ class EncodedImage:
         source: encoded bytes, a path, the `{"bytes", "path"}` of an undecoded `datasets.Image`, whose path may be
             remote (`hf://`, `https://`, `zip://...::`), or a `PIL.Image.Image`.
         max_pixels: images of more pixels are refused before they are decoded.
-        max_aspect_ratio: images longer than this many times their width (or the reverse) are refused.
         token: Hub token for a remote path.
 
     Attributes:
@@ -69,7 +68,6 @@ class EncodedImage:
         source: bytes | str | os.PathLike | Mapping[str, Any] | Image.Image | None,
         *,
         max_pixels: int = MAX_PIXELS,
-        max_aspect_ratio: float = MAX_ASPECT_RATIO,
         token: str | bool | None = None,
     ):
         self.name = describe_source(source)
@@ -81,7 +79,7 @@ class EncodedImage:
                 else:
                     self._file = self._files.enter_context(_open_source(source, token))
                     image = self._files.enter_context(open_encoded(self._file))
-                _judge_size(*image.size, max_pixels, max_aspect_ratio)
+                _judge_size(*image.size, max_pixels)
                 self._image = image
                 self._scalable = self._file is not None and image.format in ("JPEG", "MPO")
                 if not self._scalable:
@@ -145,13 +143,12 @@ def decode_image(
     source: bytes | str | os.PathLike | Mapping[str, Any] | Image.Image | None,
     *,
     max_pixels: int = MAX_PIXELS,
-    max_aspect_ratio: float = MAX_ASPECT_RATIO,
     token: str | bool | None = None,
 ) -> Image.Image:
     """Decodes one image to RGB, upright, first frame; arguments and errors as of `EncodedImage`.
 
     What becomes of alpha, profiles, 16 bits and floats is in `image_pixels.py`."""
-    with EncodedImage(source, max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio, token=token) as encoded:
+    with EncodedImage(source, max_pixels=max_pixels, token=token) as encoded:
         return encoded.decode()[0]
 
 
@@ -190,13 +187,13 @@ def read_bytes(path: str, token: str | bool | None = None) -> bytes:
         return file.read()
 
 
-def _judge_size(width: int, height: int, max_pixels: int, max_aspect_ratio: float) -> None:
+def _judge_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise BrokenImage(f"{width}x{height} pixels, more than the limit of {max_pixels}")
     if width * height == 0:
         raise BrokenImage(f"{width}x{height} pixels")
-    if max(width, height) > max_aspect_ratio * min(width, height):
-        raise BrokenImage(f"{width}x{height} pixels, beyond an aspect ratio of {max_aspect_ratio:g}")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise BrokenImage(f"{width}x{height} pixels, beyond an aspect ratio of {MAX_ASPECT_RATIO}")
 
 
 def orientation_of(image: Image.Image) -> int:
