@@ -21,7 +21,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from hf_poolformer.data.classes import Classes
-from hf_poolformer.data.datasets import align_labels, make_loader, open_datasets, open_images
+from hf_poolformer.data.datasets import align_labels, open_datasets, open_images
+from hf_poolformer.data.loader import make_loader
 from hf_poolformer.foundation.errors import UserError
 
 
@@ -94,7 +95,9 @@ def source(request, tmp_path):
 
 
 def batches(dataset, *, batch_size=8, training=False, epoch=0, **arguments):
-    return list(make_loader(dataset, to_tensor, batch_size=batch_size, training=training, epoch=epoch, **arguments))
+    loader = make_loader(dataset, to_tensor, batch_size=batch_size, training=training, **arguments)
+    loader.set_epoch(epoch)
+    return list(loader)
 
 
 def values_of(found) -> list[int]:
@@ -114,7 +117,7 @@ def test_every_source_is_read_whole_and_labelled(source):
     dataset = open_datasets(dataset_name=source, train_val_split=0)["train"]
     assert dataset.num_examples == COUNT
     assert dataset.label_names == (["0", "1", "2"] if source.name == "tars" else NAMES)
-    assert dataset.num_labels == 3 and dataset.problem_type == "single_label_classification"
+    assert len(dataset.label_names) == 3 and dataset.problem_type == "single_label_classification"
     found = batches(dataset)
     assert sorted(values_of(found)) == list(range(COUNT))
     assert all(value % 3 == label for value, label in zip(values_of(found), labels_of(found), strict=True))
@@ -211,9 +214,9 @@ def test_augmentation_repeats_and_leaves_global_generators_alone(tmp_path, num_w
             lambda image: torch.rand(2) + float(np.random.rand()),
             batch_size=8,
             training=True,
-            epoch=epoch,
             num_workers=num_workers,
         )
+        loader.set_epoch(epoch)
         drawn = torch.cat([batch["pixel_values"] for batch in loader])
         if num_workers == 0:
             assert torch.equal(torch.get_rng_state(), before)
@@ -317,7 +320,7 @@ def test_globs_and_files(tmp_path):
 def test_webdataset_forms(tmp_path, image, label):
     root = write_tars(tmp_path / "tars", label=lambda value: (label[0], label[1].format(value % 3)), image=image)
     dataset = open_datasets(dataset_name=root, train_val_split=0)["train"]
-    assert dataset.num_labels == 3
+    assert len(dataset.label_names) == 3
     assert Counter(labels_of(batches(dataset))) == {0: 20, 1: 20, 2: 20}
 
 
@@ -338,7 +341,7 @@ def test_labels_without_names(tmp_path, streaming):
     )
     floats = write_parquet(tmp_path / "floats", names=None, label=lambda value: value / 60)
     dataset = open_datasets(dataset_name=floats, train_val_split=0)["train"]
-    assert dataset.problem_type == "regression" and dataset.num_labels == 1
+    assert dataset.problem_type == "regression" and dataset.label_names is None
     found = batches(dataset)
     assert found[0]["labels"].dtype == torch.float32 and found[0]["labels"][3] == pytest.approx(3 / 60)
 
@@ -584,7 +587,8 @@ def test_workers_survive_signals_to_the_group_and_end_with_their_parent(tmp_path
     root = write_folder(tmp_path / "data")
     script = textwrap.dedent("""
         import os, signal, subprocess, sys, time, numpy, torch
-        from hf_poolformer.data.datasets import make_loader, open_datasets
+        from hf_poolformer.data.datasets import open_datasets
+        from hf_poolformer.data.loader import make_loader
         transform = lambda image: torch.from_numpy(numpy.array(image))
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGINT, lambda *_: None)

@@ -16,8 +16,9 @@ from datasets import Dataset, Image
 from PIL import Image as PILImage
 
 from hf_poolformer.data import files
-from hf_poolformer.data.datasets import make_loader, open_datasets
+from hf_poolformer.data.datasets import open_datasets
 from hf_poolformer.data.layouts import open_source
+from hf_poolformer.data.loader import make_loader
 from hf_poolformer.foundation.errors import UserError
 
 
@@ -525,7 +526,7 @@ def test_tars_with_images_of_several_suffixes(tmp_path, label):
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
     dataset = open_datasets(dataset_name=tmp_path, train_val_split=0)["train"]
-    assert (dataset.image_column, dataset.num_examples, dataset.num_labels) == ("image", 18, 2)
+    assert (dataset.image_column, dataset.num_examples, len(dataset.label_names)) == ("image", 18, 2)
     loader = make_loader(dataset, lambda image: np_tensor(image), batch_size=6, training=False)
     batches = list(loader)
     assert sum(len(batch["labels"]) for batch in batches) == 18 and loader.skipped == 0

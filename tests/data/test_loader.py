@@ -12,7 +12,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from hf_poolformer.data.datasets import make_loader, open_datasets
+from hf_poolformer.data.datasets import open_datasets
+from hf_poolformer.data.loader import make_loader
 
 
 COUNT = 70
@@ -42,7 +43,9 @@ def augment(image):
 def loader_of(dataset, rank=0, count=1, **changes):
     arguments = {"batch_size": 4, "training": True, "shuffle_buffer_size": 10, "seed": 5, "max_skipped": 1.0}
     arguments |= changes
-    return make_loader(dataset, augment, process_index=rank, num_processes=count, epoch=2, **arguments)
+    loader = make_loader(dataset, augment, process_index=rank, num_processes=count, **arguments)
+    loader.set_epoch(2)
+    return loader
 
 
 def taken(batches):

@@ -9,7 +9,8 @@ from datasets import Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
 
 from hf_poolformer.data import layouts
-from hf_poolformer.data.datasets import make_loader, open_datasets
+from hf_poolformer.data.datasets import open_datasets
+from hf_poolformer.data.loader import make_loader
 from hf_poolformer.data.sources import Source, Split
 
 

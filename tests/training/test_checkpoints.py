@@ -33,6 +33,11 @@ def step(state):
     state.progress.step += 1
 
 
+def save(root, state, keep=0):
+    checkpoints.Saver(root, state.accelerator, keep).save(state)
+    return root / f"step-{state.progress.step}"
+
+
 def weights(state):
     return torch.cat([parameter.detach().flatten() for parameter in state.model.parameters()])
 
@@ -41,7 +46,7 @@ def test_a_loaded_run_goes_on_as_the_saved_one(tmp_path):
     state = make_state(ema=True)
     step(state)
     state.stream = {"position": 17}
-    path = checkpoints.save(tmp_path, state)
+    path = save(tmp_path, state)
     after = [random.random(), np.random.rand()]
     step(state)
 
@@ -60,7 +65,7 @@ def test_a_loaded_run_goes_on_as_the_saved_one(tmp_path):
 def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch, where):
     state = make_state()
     step(state)
-    first = checkpoints.save(tmp_path, state)
+    first = save(tmp_path, state)
     step(state)
 
     class Crash(BaseException):
@@ -72,9 +77,9 @@ def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, where, crash)
         with pytest.raises(Crash):
-            checkpoints.save(tmp_path, state)
+            save(tmp_path, state)
     assert checkpoints.find("latest", tmp_path) == first
-    second = checkpoints.save(tmp_path, state)
+    second = save(tmp_path, state)
     assert checkpoints.find("latest", tmp_path) == second
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
 
@@ -83,15 +88,15 @@ def test_a_crash_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch,
 def test_no_room_for_a_file_is_reported(tmp_path, which):
     resource = pytest.importorskip("resource")
     state = make_state()
-    first = checkpoints.save(tmp_path, state)
+    first = save(tmp_path, state)
     step(state)
-    limit = (checkpoints.save(tmp_path, state) / which).stat().st_size - 100
+    limit = (save(tmp_path, state) / which).stat().st_size - 100
     step(state)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(UserError, match=r"larger than is allowed here: it needs [\d.]+ MB, [\d,.]+ MB are free"):
-            checkpoints.save(tmp_path, state)
+            save(tmp_path, state)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0", "step-1"]
@@ -101,12 +106,12 @@ def test_no_room_for_a_file_is_reported(tmp_path, which):
 def test_a_full_disk(tmp_path, monkeypatch, caplog):
     state = make_state()
     for _ in range(3):
-        checkpoints.save(tmp_path, state)
+        save(tmp_path, state)
         step(state)
     usage = checkpoints.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"the disk is full: it needs 1.\d MB, 0.0 MB are free. Those before"):
-        checkpoints.save(tmp_path, state)
+        save(tmp_path, state)
     saver = checkpoints.Saver(tmp_path, state.accelerator, keep=3, carry_on=True)
     saver.save(state)
     assert "the disk is full" in caplog.text and "goes on without it" in caplog.text
@@ -147,7 +152,7 @@ def test_the_best_stays(tmp_path):
     state = make_state()
     for number in range(5):
         state.progress.step = number
-        checkpoints.save(tmp_path, state, keep=2)
+        save(tmp_path, state, keep=2)
         if number == 1:
             checkpoints.mark_best(tmp_path, 1, 0.9)
     assert [path.name for path in checkpoints.all_steps(tmp_path)] == ["step-1", "step-3", "step-4"]
@@ -159,9 +164,9 @@ def test_the_best_stays(tmp_path):
 @pytest.mark.parametrize("damage", ["marker", "bytes", "short", "missing", "garbage"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
     state = make_state()
-    first = checkpoints.save(tmp_path, state)
+    first = save(tmp_path, state)
     step(state)
-    second = checkpoints.save(tmp_path, state)
+    second = save(tmp_path, state)
     file = second / "model.safetensors"
     content = bytearray(file.read_bytes())
     if damage == "marker":
@@ -180,7 +185,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
     with pytest.raises(UserError, match="not a complete checkpoint"):
         checkpoints.find(str(second), tmp_path)
     # The run that goes on reaches that step again and keeps the damaged one for inspection.
-    assert checkpoints.save(tmp_path, state) == second and checkpoints.is_complete(second)
+    assert save(tmp_path, state) == second and checkpoints.is_complete(second)
     assert (tmp_path / "broken-step-1-1").is_dir()
 
 
@@ -188,7 +193,7 @@ def test_newest_is_by_number_and_old_ones_go(tmp_path):
     state = make_state()
     for number in (8, 9, 10, 100):
         state.progress.step = number
-        checkpoints.save(tmp_path, state, keep=2)
+        save(tmp_path, state, keep=2)
     assert [path.name for path in checkpoints.all_steps(tmp_path)] == ["step-10", "step-100"]
     assert checkpoints.find("latest", tmp_path).name == "step-100"
     assert checkpoints.find("latest", tmp_path / "nowhere") is None
@@ -208,13 +213,13 @@ def test_newest_is_by_number_and_old_ones_go(tmp_path):
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, changes, message):
-    path = checkpoints.save(tmp_path, make_state())
+    path = save(tmp_path, make_state())
     with pytest.raises(UserError, match=message):
         checkpoints.load(path, make_state(**changes))
 
 
 def test_unreadable_contents_are_reported(tmp_path):
-    path = checkpoints.save(tmp_path, make_state())
+    path = save(tmp_path, make_state())
     (path / "progress.json").write_text(json.dumps({"steps": 3}))
     with pytest.raises(UserError, match="cannot be read"):
         checkpoints.load(path, make_state())

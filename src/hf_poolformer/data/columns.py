@@ -63,13 +63,6 @@ class ImageDataset:
         """Class names by index."""
         return None if self.classes is None else list(self.classes.names)
 
-    @property
-    def num_labels(self) -> int | None:
-        """Outputs a model needs for these labels: classes, or 1 for regression."""
-        if self.classes is not None:
-            return len(self.classes.names)
-        return 1 if self.problem_type == "regression" else None
-
 
 def find_image_column(features: datasets.Features, wanted: str | None, name: str) -> str:
     if wanted is not None:

@@ -26,19 +26,8 @@ from .columns import (
     refuse_columns,
 )
 from .layouts import open_source
-from .loader import DecodedBatches, ImageLoader, make_loader
 from .sources import Source
 
-
-__all__ = [
-    "DecodedBatches",
-    "ImageDataset",
-    "ImageLoader",
-    "align_labels",
-    "make_loader",
-    "open_datasets",
-    "open_images",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -113,27 +102,21 @@ def open_datasets(
 
     columns = {"image_column_name": image_column_name, "label_column_name": label_column_name, "token": token}
     columns["labelled"] = labelled
-    opened: dict[str, ImageDataset] = {}
     if held_out_from is not None:
         whole = _open_split(*held_out_from, **columns)
         if labelled:
             whole = _with_labels(whole, *held_out_from, classes)
-        parts = _divide(whole, *held_out_from, fraction)
-        opened = dict(zip(("train", "validation"), parts, strict=True))
-        if train is None:
-            del opened["train"]
-        return opened
+        parts = dict(zip(("train", "validation"), _divide(whole, *held_out_from, fraction), strict=True))
+        return parts if train is not None else {"validation": parts["validation"]}
+    parts = {name: part for name, part in (("train", train), ("validation", validation)) if part is not None}
+    opened = {name: _open_split(*part, **columns) for name, part in parts.items()}
     if not labelled:
-        parts = {"train": train, "validation": validation}
-        return {name: _open_split(*part, **columns) for name, part in parts.items() if part is not None}
-    if train is not None:
-        opened["train"] = _with_labels(_open_split(*train, **columns), *train, classes)
-    if validation is not None:
-        dataset = _open_split(*validation, **columns)
-        if "train" in opened:
-            opened["validation"] = _with_labels_of(dataset, *validation, opened["train"])
+        return opened
+    for name, dataset in opened.items():
+        if name == "validation" and train is not None:
+            opened[name] = _with_labels_of(dataset, *validation, opened["train"])
         else:
-            opened["validation"] = _with_labels(dataset, *validation, classes)
+            opened[name] = _with_labels(dataset, *parts[name], classes)
     return opened
 
 

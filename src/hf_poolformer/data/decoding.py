@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ..foundation.errors import one_line
 from ..image_pixels import changes_colours, open_encoded, pil_to_rgb
@@ -25,8 +25,8 @@ MAX_ASPECT_RATIO = 500
 # End of image, and how far from the end of the file it is looked for: some programs write notes behind it.
 _JPEG_END = b"\xff\xd9"
 _JPEG_TAIL = 4096
-_ORIENTATION_TAG = 0x0112
-_ORIENTATIONS = {
+# EXIF's orientations that are not upright already, and how Pillow turns the image.
+TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -52,7 +52,6 @@ class EncodedImage:
         source: encoded bytes, a path, the `{"bytes", "path"}` of an undecoded `datasets.Image`, whose path may be
             remote (`hf://`, `https://`, `zip://...::`), or a `PIL.Image.Image`.
         max_pixels: images of more pixels are refused before they are decoded.
-        max_aspect_ratio: images longer than this many times their width (or the reverse) are refused.
         token: Hub token for a remote path.
 
     Attributes:
@@ -69,7 +68,6 @@ class EncodedImage:
         source: bytes | str | os.PathLike | Mapping[str, Any] | Image.Image | None,
         *,
         max_pixels: int = MAX_PIXELS,
-        max_aspect_ratio: float = MAX_ASPECT_RATIO,
         token: str | bool | None = None,
     ):
         self.name = describe_source(source)
@@ -81,12 +79,12 @@ class EncodedImage:
                 else:
                     self._file = self._files.enter_context(_open_source(source, token))
                     image = self._files.enter_context(open_encoded(self._file))
-                _judge_size(*image.size, max_pixels, max_aspect_ratio)
+                _judge_size(*image.size, max_pixels)
                 self._image = image
                 self._scalable = self._file is not None and image.format in ("JPEG", "MPO")
                 if not self._scalable:
                     image.load()  # of an animation, the first frame; some formats tell their orientation only now
-                self.orientation = _orientation(image)
+                self.orientation = orientation_of(image)
                 width, height = image.size
                 self.height, self.width = (width, height) if self.orientation >= 5 else (height, width)
         except BaseException:
@@ -120,7 +118,7 @@ class EncodedImage:
                 reduced = 1 if scaled is None else round(width / scaled[1][2])
             image.load()
             rgb = pil_to_rgb(image)
-            transpose = _ORIENTATIONS.get(self.orientation)
+            transpose = TURNS.get(self.orientation)
             return (rgb if transpose is None else rgb.transpose(transpose)), reduced
 
     def plain_jpeg(self) -> bytes | None:
@@ -145,13 +143,12 @@ def decode_image(
     source: bytes | str | os.PathLike | Mapping[str, Any] | Image.Image | None,
     *,
     max_pixels: int = MAX_PIXELS,
-    max_aspect_ratio: float = MAX_ASPECT_RATIO,
     token: str | bool | None = None,
 ) -> Image.Image:
     """Decodes one image to RGB, upright, first frame; arguments and errors as of `EncodedImage`.
 
     What becomes of alpha, profiles, 16 bits and floats is in `image_pixels.py`."""
-    with EncodedImage(source, max_pixels=max_pixels, max_aspect_ratio=max_aspect_ratio, token=token) as encoded:
+    with EncodedImage(source, max_pixels=max_pixels, token=token) as encoded:
         return encoded.decode()[0]
 
 
@@ -190,19 +187,20 @@ def read_bytes(path: str, token: str | bool | None = None) -> bytes:
         return file.read()
 
 
-def _judge_size(width: int, height: int, max_pixels: int, max_aspect_ratio: float) -> None:
+def _judge_size(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise BrokenImage(f"{width}x{height} pixels, more than the limit of {max_pixels}")
     if width * height == 0:
         raise BrokenImage(f"{width}x{height} pixels")
-    if max(width, height) > max_aspect_ratio * min(width, height):
-        raise BrokenImage(f"{width}x{height} pixels, beyond an aspect ratio of {max_aspect_ratio:g}")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise BrokenImage(f"{width}x{height} pixels, beyond an aspect ratio of {MAX_ASPECT_RATIO}")
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
+    """EXIF's, 1 to 8: how the stored image must be turned to be upright. Some formats tell it only when loaded."""
     try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
-        return orientation if orientation in _ORIENTATIONS else 1
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return orientation if orientation in TURNS else 1
     except Exception:  # EXIF is a format of its own to be broken in; the pixels are fine
         return 1
 

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from ..foundation.errors import UserError
 from ..foundation.names import printable
+from ..foundation.processes import found_by_main
 from .columns import ImageDataset, feature_of, kind_of
 from .decoding import BrokenImage, decode_image, describe_source
 from .loader import MIN_SEEN, too_many_broken
@@ -27,36 +25,24 @@ _SHOWN = 8
 _WIDTH = 116
 
 
-def judge(
-    datasets: Mapping[str, ImageDataset],
-    accelerator: Accelerator,
-    max_skipped: float | int,
-    *extra: Callable[[], None],
-) -> None:
+def judge(datasets: Mapping[str, ImageDataset], max_skipped: float | int) -> None:
     """Ends a run that its data would end later: too many rows without label, too many broken images.
 
     The main process looks, for all, at the labels that were counted and at the first images of each split.
 
     Args:
         max_skipped: as `make_loader` takes it.
-        extra: what else has to be judged; raises UserError.
 
     Raises:
         UserError: on every process.
     """
-    fault = None
-    if accelerator.is_main_process:
-        try:
-            for dataset in datasets.values():
-                judge_labels(dataset, max_skipped)
-                judge_images(dataset, max_skipped)
-            for check in extra:
-                check()
-        except UserError as error:
-            fault = str(error)
-    (fault,) = broadcast_object_list([fault])
-    if fault:
-        raise UserError(fault)
+
+    def look() -> None:
+        for dataset in datasets.values():
+            judge_labels(dataset, max_skipped)
+            judge_images(dataset, max_skipped)
+
+    found_by_main(look)
 
 
 def judge_labels(dataset: ImageDataset, max_skipped: float | int) -> None:

@@ -69,7 +69,6 @@ def make_loader(
     training: bool,
     num_workers: int = 0,
     seed: int = 0,
-    epoch: int = 0,
     shuffle_buffer_size: int = 1000,
     process_index: int = 0,
     num_processes: int = 1,
@@ -77,7 +76,6 @@ def make_loader(
     max_skipped_shards: int = 0,
     drop_last: bool | None = None,
     pin_memory: bool = False,
-    prefetch_factor: int = 2,
     batches: "Callable[..., DecodedBatches] | None" = None,
     finish: Callable[[Message], Message] | None = None,
 ) -> "ImageLoader":
@@ -140,7 +138,7 @@ def make_loader(
             num_workers,
         )
     images = (batches or DecodedBatches)(dataset, order, transform, batch_size, training)
-    loader = ImageLoader(
+    return ImageLoader(
         images,
         max_skipped=max_skipped,
         max_skipped_shards=max_skipped_shards,
@@ -149,10 +147,8 @@ def make_loader(
         num_workers=order.num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(seed),  # else every epoch draws from the model's
-        **({"prefetch_factor": prefetch_factor, "persistent_workers": True} if order.num_workers else {}),
+        persistent_workers=order.num_workers > 0,
     )
-    loader.set_epoch(epoch)
-    return loader
 
 
 def too_many_broken(broken: int, seen: int, limit: float | int) -> bool:

@@ -14,10 +14,10 @@ import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -62,6 +62,7 @@ class Source(abc.ABC):
     Attributes:
         local_bytes: size of its files here, None for a remote one.
         reads_columns: a column can be had without reading the images, and is at hand.
+        origins: split -> where it comes from, in words, where the source can tell.
         left_out: files and rows that are there and are not read: kind (".heic", "without suffix") -> how many.
         local: its bytes are on this machine.
         label_column: the column that must hold the labels, where its name does not tell; else None.
@@ -74,6 +75,7 @@ class Source(abc.ABC):
     local: bool = True
     local_bytes: int | None = None
     reads_columns: bool = True
+    origins: Mapping[str, str] = MappingProxyType({})
     left_out: Mapping[str, int] = MappingProxyType({})
     label_column: str | None = None
     class_names: Mapping[int, str] | None = None
@@ -109,7 +111,8 @@ class Source(abc.ABC):
 
     def split_origin(self, split: str) -> str:
         """Where a split comes from, in words."""
-        return f"its own split {split}" if len(self.splits) > 1 else "everything there is"
+        own = f"its own split {split}" if len(self.splits) > 1 else "everything there is"
+        return self.origins.get(split, own)
 
     def split_named(self, wanted: str) -> str | None:
         """The split that a person means by `wanted`: itself, or one by an alias (`val` for `validation`)."""
@@ -190,30 +193,26 @@ class SavedSource(Source):
         yield from self._opened[split].select_columns([column])[column]
 
 
+@dataclass
 class FileSource(Source):
-    """Local Parquet files, or others of which each holds many images, read by a builder of `datasets`."""
+    """Local Parquet files, or others of which each holds many images, read by a builder of `datasets`.
 
-    builder = "parquet"
+    Args:
+        files: of each split.
+        cache_dir: where `datasets` keeps what it makes of them.
+    """
 
-    def __init__(
-        self,
-        name: str,
-        files: dict[str, list[Path]],
-        *,
-        origins: dict[str, str] | None = None,
-        left_out: dict[str, int] | None = None,
-        cache_dir: str | None = None,
-    ):
-        self.name = name
-        self.splits = list(files)
-        self.left_out = left_out or {}
-        self.local_bytes = sum(file.stat().st_size for paths in files.values() for file in paths)
-        self._files = files
-        self._origins = origins or {}
-        self._cache_dir = cache_dir
+    builder: ClassVar[str] = "parquet"
 
-    def split_origin(self, split: str) -> str:
-        return self._origins.get(split, super().split_origin(split))
+    name: str
+    files: dict[str, list[Path]]
+    origins: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        self.splits = list(self.files)
+        self.local_bytes = sum(file.stat().st_size for paths in self.files.values() for file in paths)
 
     def open(self, split: str) -> Split:
         stream = self._load(split)
@@ -223,23 +222,23 @@ class FileSource(Source):
             raise UserError(f"{self.name} has a damaged file: {one_line(error)}") from error
 
     def column(self, split: str, column: str) -> Iterator[Any]:
-        for path in self._files[split]:
+        for path in self.files[split]:
             with pyarrow.parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches(columns=[column]):
                     yield from batch.column(0).to_pylist()
 
     def _load(self, split: str, **arguments: Any) -> IterableDataset:
-        paths = [glob.escape(str(path)) for path in self._files[split]]
+        paths = [glob.escape(str(path)) for path in self.files[split]]
         try:
             opened = load_dataset(
-                self.builder, data_files={"data": paths}, streaming=True, cache_dir=self._cache_dir, **arguments
+                self.builder, data_files={"data": paths}, streaming=True, cache_dir=self.cache_dir, **arguments
             )
         except Exception as error:
             raise UserError(f"{self.name} cannot be read as {self.builder}: {one_line(error)}") from error
         return opened["data"]
 
     def _count(self, split: str) -> int:
-        return sum(pyarrow.parquet.read_metadata(path).num_rows for path in self._files[split])
+        return sum(pyarrow.parquet.read_metadata(path).num_rows for path in self.files[split])
 
 
 class TarSource(FileSource):
@@ -248,8 +247,8 @@ class TarSource(FileSource):
     builder = "webdataset"
     reads_columns = False
 
-    def __init__(self, name: str, files: dict[str, list[Path]], **others: Any):
-        super().__init__(name, files, **others)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._contents: dict[str, TarContents] = {}
 
     def column(self, split: str, column: str) -> Iterator[Any]:
@@ -278,7 +277,7 @@ class TarSource(FileSource):
 
     def _look(self, split: str) -> "TarContents":
         if split not in self._contents:
-            self._contents[split] = TarContents(self._files[split])
+            self._contents[split] = TarContents(self.files[split])
         return self._contents[split]
 
 
@@ -388,54 +387,38 @@ class Listed:
         return Listed(files, None if self.table is None else self.table.take(indices), self.features)
 
 
+@dataclass
 class FolderSource(Source):
     """Image files, and what is known of each: its class, its annotations, the columns of a table.
 
     Args:
-        origins: split -> where it comes from.
-        left_out: files that are not read: kind -> how many.
-        local: its bytes are on this machine.
-        label_column: the column that must hold the labels, where its name does not tell.
-        class_names: names of stored class ids, where the folder has them.
-        unlabelled: what to say to somebody who needs labels, where there are none.
+        rows: of each split.
     """
 
-    def __init__(
-        self,
-        name: str,
-        rows: dict[str, Listed],
-        *,
-        origins: dict[str, str] | None = None,
-        left_out: dict[str, int] | None = None,
-        label_column: str | None = None,
-        class_names: dict[int, str] | None = None,
-        unlabelled: str | None = None,
-    ):
-        self.name = name
-        self.splits = list(rows)
-        self.left_out = left_out or {}
-        self.label_column = label_column
-        self.class_names = class_names
-        self.unlabelled = unlabelled
-        self._rows = rows
-        self._origins = origins or {}
+    name: str
+    rows: dict[str, Listed]
+    origins: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    label_column: str | None = None
+    class_names: Mapping[int, str] | None = None
+    unlabelled: str | None = None
+
+    def __post_init__(self) -> None:
+        self.splits = list(self.rows)
 
     def open(self, split: str) -> Split:
-        return _stream(self._rows[split])
+        return _stream(self.rows[split])
 
     def column(self, split: str, column: str) -> Iterator[Any]:
-        table = self._rows[split].table
+        table = self.rows[split].table
         if table is None or column not in table.column_names:
             yield from super().column(split, column)
         else:
             yield from table[column].to_pylist()
 
-    def split_origin(self, split: str) -> str:
-        return self._origins.get(split, super().split_origin(split))
-
     def divide(self, split: str, images: ImageDataset, fraction: float) -> tuple[Split, Split]:
         """As of any source; but the files are read once, here, not at every pass."""
-        rows = self._rows[split]
+        rows = self.rows[split]
         with ThreadPoolExecutor(16) as pool:
             keys = pool.map(file_content_key, rows.images)
             held_out = np.array([is_held_out(key, fraction) for key in keys], dtype=bool)

@@ -16,9 +16,11 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from ..data import datasets as data
 from ..data.classes import Classes
+from ..data.columns import ImageDataset
+from ..data.datasets import HELD_OUT, align_labels
 from ..data.description import describe_data
+from ..data.loader import make_loader
 from ..data.opening import loader_arguments, open_splits
 from ..data.transforms import EvalTransform
 from ..foundation.errors import UserError, one_line
@@ -152,7 +154,7 @@ def check_labels(labels: torch.Tensor, num_labels: int) -> None:
         )
 
 
-def check_classification(dataset: data.ImageDataset) -> None:
+def check_classification(dataset: ImageDataset) -> None:
     """Raises a UserError unless the dataset has one class per image."""
     if dataset.classes is None:
         kind = "numbers, for regression" if dataset.problem_type == "regression" else "none"
@@ -246,14 +248,14 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
     check_classification(dataset)
     if accelerator.is_main_process:
         print(describe_data({"evaluation": dataset}), file=sys.stderr)
-    if settings.train_val_split is None and dataset.name.endswith(data.HELD_OUT) and accelerator.is_main_process:
+    if settings.train_val_split is None and dataset.name.endswith(HELD_OUT) and accelerator.is_main_process:
         logger.warning(
             "%s was trained on the other images of %s: --train_val_split 0 would take all.",
             settings.model,
             dataset.name,
         )
-    loader = data.make_loader(
-        data.align_labels(dataset, model.config.label2id, subset=True),
+    loader = make_loader(
+        align_labels(dataset, model.config.label2id, subset=True),
         EvalTransform(processor),
         batch_size=settings.per_device_eval_batch_size,
         training=False,

@@ -8,7 +8,13 @@ from typing import Any
 
 from huggingface_hub import constants
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from .errors import UserError, one_line
 from .exported import is_exported, no_model
@@ -69,17 +75,40 @@ def _load(
     return model, processor, sorted({*info["missing_keys"], *mismatched})
 
 
+def load_config(name: str, origin: Origin = HERE, what: str = "an image classifier") -> PreTrainedConfig:
+    """The configuration of a checkpoint.
+
+    Args:
+        what: it is wanted for, in the message.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, **origin.arguments())
+    except Exception as error:  # whatever a foreign folder provokes
+        raise UserError(why_not_loaded(name, error, what)) from error
+
+
+def load_processor(name: str, origin: Origin = HERE) -> Any:
+    """The image processor of a checkpoint.
+
+    Raises:
+        UserError: it has none.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(name, **origin.arguments())
+    except Exception as error:  # whatever a foreign folder provokes
+        raise UserError(f"{name} has no image processor: {one_line(error)}") from error
+
+
 def task_of_checkpoint(name: str, origin: Origin) -> Task:
     """What a model does, by its configuration; one of no known task is taken for a classifier, which says so if not.
 
     Raises:
         UserError: there is no such model.
     """
-    try:
-        config = AutoConfig.from_pretrained(name, **origin.arguments())
-    except Exception as error:  # as in `_load`
-        raise UserError(why_not_loaded(name, error, "a model")) from error
-    return task_of_config(config) or TASKS[CLASSIFICATION]
+    return task_of_config(load_config(name, origin, "a model")) or TASKS[CLASSIFICATION]
 
 
 def check_colours(name: str, config: Any, processor: Any) -> None:

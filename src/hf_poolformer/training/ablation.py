@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
 from .. import __version__
 from ..data.fingerprints import state_of_dataset, state_of_path
 from ..foundation.errors import Diverged, UserError, one_line
 from ..foundation.figures import new_figure, save_figure
 from ..foundation.files import replace_text, write_json
-from ..foundation.processes import processes
+from ..foundation.processes import found_by_main, processes
 from ..foundation.settings import names_marked
 from ..foundation.strict_json import to_json
 from ..hub.rendering import plain_markdown
@@ -135,8 +133,7 @@ def measure(
     """
     settings = settings_of_row(ROWS[name], base, output_dir, seed)
     key = key_of(settings, content_of(base) if content is None else content)
-    main = processes().is_main_process
-    [found] = broadcast_object_list([find_record(output_dir, key, tell=True) if main else None])
+    found = found_by_main(lambda: find_record(output_dir, key, tell=True))
     if found is not None:
         return found
     settings.overwrite_output_dir = True  # what an interrupted attempt left there
@@ -152,7 +149,7 @@ def measure(
         "seconds": results.get("train_runtime"),
         "diverged": diverged,
     }
-    if main:
+    if processes().is_main_process:
         record = output_dir / RECORD
         if record.is_file():  # of other settings, with which somebody may come back
             record.rename(free_name(record))

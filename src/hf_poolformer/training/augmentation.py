@@ -31,10 +31,6 @@ from .operations import Affine, DrawnOperation, RandAugment, chance, change, mov
 OVERSAMPLING = 1.5
 
 
-def interpolation_mode(bicubic: bool) -> InterpolationMode:
-    return InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
-
-
 class Box(NamedTuple):
     """A rectangle in pixels."""
 
@@ -199,7 +195,8 @@ class TrainTransform:
     def resize(self, pixels: torch.Tensor, draws: Draws) -> torch.Tensor:
         """From a crop to uint8 (3, height, width); where none was drawn, from an image to its centre."""
         # Antialiased, on 8 bits: on the CPU three times as fast as Pillow, equal up to rounding.
-        size, mode = [self.height, self.width], interpolation_mode(draws.bicubic)
+        size = [self.height, self.width]
+        mode = InterpolationMode.BICUBIC if draws.bicubic else InterpolationMode.BILINEAR
         if draws.crop is not None:
             return F.resize(pixels, size, mode)
         return F.center_crop(F.resize(pixels, [max(size)], mode), size)

@@ -41,8 +41,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..data.columns import few
 from ..foundation.errors import UserError
-from ..foundation.files import digest, make_folder, put_in_place, sync
+from ..foundation.files import digest, make_folder, sync, write_json
 from ..foundation.strict_json import to_json
 
 
@@ -206,14 +207,7 @@ class Saver:
             self._fault = f"cannot write the checkpoint step-{taken.step} to {self.root}: {error!r}."
 
 
-def save(root: Path, state: TrainingState, keep: int = 0) -> Path:
-    """Writes the checkpoint `root/step-N`; every process must call it. See `Saver`."""
-    saver = Saver(root, state.accelerator, keep)
-    saver.save(state)
-    return root / f"step-{state.progress.step}"
-
-
-def snapshot(state: TrainingState, copy: bool = False, into: Snapshot | None = None) -> Snapshot | None:
+def snapshot(state: TrainingState, copy: bool, into: Snapshot | None) -> Snapshot | None:
     """The state brought to the main process, None in the others; every process must call it.
 
     Args:
@@ -266,7 +260,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def write(root: Path, taken: Snapshot, keep: int = 0) -> Path:
+def write(root: Path, taken: Snapshot, keep: int) -> None:
     """Writes a snapshot as `root/step-N`; the main process alone.
 
     Raises:
@@ -275,8 +269,8 @@ def write(root: Path, taken: Snapshot, keep: int = 0) -> Path:
     target = root / f"step-{taken.step}"
     temporary = root / f".writing-step-{taken.step}"
     try:
-        if target.is_dir() and is_complete(target):
-            return target
+        if is_complete(target):
+            return
         for left_over in root.glob(".writing-step-*"):
             shutil.rmtree(left_over, ignore_errors=True)
         make_folder(temporary)
@@ -305,7 +299,6 @@ def write(root: Path, taken: Snapshot, keep: int = 0) -> Path:
             f"cannot write the checkpoint {target.name} to {root}: {reason}. Those before it are as they were."
         ) from error
     prune(root, keep)
-    return target
 
 
 def save_tensors(value: Any, path: Path) -> None:
@@ -404,8 +397,8 @@ def like(values: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:
 def check_fits(path: Path, state: TrainingState, progress: Progress) -> None:
     if progress.label_names != state.progress.label_names:
         raise UserError(
-            f"{path} was trained on other labels ({summary(progress.label_names)}) than the dataset has "
-            f"({summary(state.progress.label_names)})."
+            f"{path} was trained on other labels ({few(progress.label_names)}) than the dataset has "
+            f"({few(state.progress.label_names)})."
         )
     check_method(path, progress.method, state.progress.method)
     expected = {name: tuple(tensor.shape) for name, tensor in state.model.state_dict().items()}
@@ -431,19 +424,21 @@ def check_method(path: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> No
         raise UserError(f"{path} was made {made}; go on with the same setting.")
 
 
-def find(spec: str, root: Path) -> Path | None:
+def find(spec: str | None, root: Path) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means.
 
     Args:
-        spec: `latest`, or a checkpoint's folder.
+        spec: `latest`, or a checkpoint's folder; None to begin anew.
         root: where `latest` looks. Checkpoints that are incomplete or damaged are passed over with a warning.
 
     Returns:
-        the folder, or None if `latest` finds none.
+        the folder, or None if there is none to go on from.
 
     Raises:
         UserError: the given folder is not a complete checkpoint.
     """
+    if not spec:
+        return None
     if spec != "latest":
         path = Path(spec)
         if not path.is_dir():
@@ -525,9 +520,7 @@ def best_of(root: Path) -> tuple[int, float] | None:
 
 def mark_best(root: Path, step: int, value: float) -> None:
     """Makes `step-N` the one that stays; the one before it loses this privilege."""
-    temporary = root / f".{BEST}"
-    temporary.write_text(to_json({"step": step, "value": value}), encoding="utf-8")
-    put_in_place(temporary, root / BEST)
+    write_json(root / BEST, {"step": step, "value": value})
 
 
 def set_aside(root: Path, after: int = -1) -> None:
@@ -570,7 +563,3 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def summary(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f", ... {len(names)} in all" if len(names) > 5 else "")

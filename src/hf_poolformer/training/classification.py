@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from ..data.datasets import align_labels, make_loader
+from ..data.datasets import align_labels
 from ..data.description import describe_data, judge
-from ..data.loader import skip_limit
+from ..data.loader import make_loader, skip_limit
 from ..data.opening import loader_arguments, open_splits
 from ..data.transforms import EvalTransform, input_size
 from ..evaluation.classification import check_classification, check_labels, describe_results, evaluate
@@ -22,7 +22,7 @@ from ..evaluation.pictures import write_confusion_matrix
 from ..evaluation.processes import named_results
 from ..foundation.files import best_effort
 from ..settings.classification import ClassificationSettings
-from .adaptation import LinearProbe, adapt, merged, method
+from .adaptation import LinearProbe, adapt, merged
 from .augmentation import BatchMixer
 from .device_pipeline import make_pipeline
 from .distillation import distillation_loss, load_teacher
@@ -48,7 +48,7 @@ class ClassificationTraining(TaskTraining):
         for dataset in self.datasets.values():
             check_classification(dataset)
         accelerator.print(describe_data(self.datasets))
-        judge(self.datasets, accelerator, skip_limit(settings.max_skipped))
+        judge(self.datasets, skip_limit(settings.max_skipped))
         self.label_names = labels_in_model_order(settings, self.datasets["train"].label_names)
         return self.label_names
 
@@ -107,7 +107,16 @@ class ClassificationTraining(TaskTraining):
         return LinearProbe(model) if self.settings.freeze_backbone else model
 
     def method(self) -> dict[str, Any]:
-        return method(self.settings, self.teacher.fingerprint() if self.teacher else None)
+        """How a run distils and adapts."""
+        names: list[str] = []
+        if self.settings.teacher:
+            names += ["distillation", "distillation_alpha", "distillation_temperature"]
+        if self.settings.lora:
+            names += ["lora", "lora_alpha", "lora_dropout"]
+        if self.settings.freeze_backbone:
+            names.append("freeze_backbone")
+        teacher = {"teacher": self.teacher.fingerprint()} if self.teacher else {}
+        return {**teacher, **{name: getattr(self.settings, name) for name in names}}
 
     def describe_images(self, processor: Any) -> str:
         return f"at {'x'.join(map(str, input_size(processor)))}"

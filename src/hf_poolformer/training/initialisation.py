@@ -8,12 +8,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
 from ..data.classes import class_key
 from ..foundation.errors import UserError, one_line
-from ..foundation.loading import belongs_to_head, load_checkpoint, looks_like_checkpoint, why_not_loaded
+from ..foundation.loading import belongs_to_head, load_checkpoint, load_config, load_processor, looks_like_checkpoint
 from ..foundation.names import first_few
 from ..foundation.settings import check_names
 from ..foundation.tasks import TASKS
@@ -82,10 +82,7 @@ def processor_of_architecture(settings: ClassificationSettings) -> Any:
     """The image processor of a classifier that is trained from scratch."""
     name, variant = settings.config_name, VARIANTS.get(settings.config_name)
     if variant is None:
-        try:
-            return AutoImageProcessor.from_pretrained(name, **settings.origin_of_others().arguments())
-        except Exception as error:
-            raise UserError(f"{name} has no image processor: {one_line(error)}") from error
+        return load_processor(name, settings.origin_of_others())
     # Small images have no margin to crop away.
     crop_pct = variant.crop_pct if settings.image_size in (None, variant.image_size) else 1.0
     return PoolFormerImageProcessor(
@@ -102,22 +99,15 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def from_checkpoint(settings: ClassificationSettings, names: list[str], labels: dict[str, Any]) -> tuple[Any, Any]:
-    overrides = settings.overrides()
-    origin = settings.origin()
-    try:
-        before = AutoConfig.from_pretrained(settings.model_name_or_path, **origin.arguments())
-    except Exception as error:
-        raise UserError(why_not_loaded(settings.model_name_or_path, error)) from error
-    check_overrides(overrides, before, settings.model_name_or_path)
-    if settings.drop_path_rate is not None:
-        overrides["drop_path_rate"] = settings.drop_path_rate
-    learnt = [before.id2label[index] for index in range(len(before.id2label))]
-    model, processor, fresh = load_checkpoint(settings.model_name_or_path, origin, **overrides, **labels)
-    head = {name for name, _ in model.named_parameters() if belongs_to_head(name, model)}
-    body = [name for name in fresh if name not in head]
+    name, origin = settings.model_name_or_path, settings.origin()
+    before = load_config(name, origin)
+    overrides = overrides_of(settings, before)
+    learnt = learnt_labels(before)
+    model, processor, fresh = load_checkpoint(name, origin, **overrides, **labels)
+    body = [weight for weight in fresh if not belongs_to_head(weight, model)]
     if body and not settings.ignore_mismatched_sizes:
         raise UserError(
-            f"the checkpoint {settings.model_name_or_path} has another shape than the model asked for: {body[0]} and "
+            f"the checkpoint {name} has another shape than the model asked for: {body[0]} and "
             f"{len(body) - 1} more weights do not fit. Change --config_overrides, or give --ignore_mismatched_sizes "
             "to start those afresh."
         )
@@ -138,14 +128,27 @@ def labels_in_model_order(settings: TrainingSettings, dataset_names: Sequence[st
     """The labels in the order of the model to be: the checkpoint's, if it has the same set, else the dataset's."""
     names = list(dataset_names)
     if settings.model_name_or_path:
-        try:
-            config = AutoConfig.from_pretrained(settings.model_name_or_path, **settings.origin().arguments())
-        except Exception as error:
-            raise UserError(why_not_loaded(settings.model_name_or_path, error)) from error
-        learnt = [config.id2label[index] for index in range(len(config.id2label))]
+        learnt = learnt_labels(load_config(settings.model_name_or_path, settings.origin()))
         if sorted(map(str, map(class_key, learnt))) == sorted(map(str, map(class_key, names))):
             return learnt
     return names
+
+
+def learnt_labels(config: PreTrainedConfig) -> list[str]:
+    """The names of a checkpoint's classes, in its order."""
+    return [config.id2label[index] for index in range(len(config.id2label))]
+
+
+def overrides_of(settings: TrainingSettings, config: PreTrainedConfig) -> dict[str, Any]:
+    """What the settings change in the configuration of their checkpoint.
+
+    Raises:
+        UserError: as `check_overrides`.
+    """
+    overrides = settings.overrides()
+    check_overrides(overrides, config, settings.model_name_or_path)
+    rate = settings.drop_path_rate
+    return overrides if rate is None else {**overrides, "drop_path_rate": rate}
 
 
 def renew_head(model: PreTrainedModel) -> None:

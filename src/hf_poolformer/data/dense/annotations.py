@@ -22,7 +22,7 @@ from PIL import Image
 from ...foundation.errors import one_line
 from ...image_processing_dense import IGNORE_INDEX, decode_segmentation
 from ..classes import Classes, UnknownClass, is_number
-from ..decoding import MAX_PIXELS, BrokenImage, read_bytes
+from ..decoding import MAX_PIXELS, TURNS, BrokenImage, orientation_of, read_bytes
 
 
 BOX_FIELDS = ("bbox", "box", "bboxes", "boxes")
@@ -35,11 +35,9 @@ SIZE_FIELDS = (("height", "width"), ("image_height", "image_width"), ("img_heigh
 # pycocotools turns coordinates into 32-bit integers, unchecked.
 MAX_COORDINATE = 1e6
 
-
 # Why objects are left out, as `decode_objects` counts them.
 EMPTY_BOX, NO_CLASS, EMPTY_MASK = "without area within the image", "without a class", "with a mask of no pixel"
 
-_ORIENTATION_TAG = 0x0112
 # EXIF's orientations: after rows and columns are exchanged (from 5 on), whether left and right, top and bottom are.
 _FLIPS = {1: "", 2: "x", 3: "xy", 4: "y", 5: "", 6: "x", 7: "xy", 8: "y"}
 _WORDS = {"": False, "nan": False, "false": False, "no": False, "true": True, "yes": True}
@@ -242,17 +240,13 @@ def _pixels(source: Any, token: str | bool | None, what: str) -> tuple[np.ndarra
                 image = files.enter_context(Image.open(io.BytesIO(data)))
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenImage(f"its {what} has more than {MAX_PIXELS} pixels")
-            values = np.asarray(image)
-            orientation = image.getexif().get(_ORIENTATION_TAG)
+            image.load()
+            orientation = orientation_of(image)
+            return np.array(image.transpose(TURNS[orientation]) if orientation > 1 else image), orientation > 1
     except BrokenImage:
         raise
     except Exception as error:  # parsers of foreign bytes raise anything at all
         raise BrokenImage(f"its {what} cannot be read: {one_line(error)}") from None
-    if orientation not in _FLIPS or orientation == 1:
-        return values, False
-    channels_first = values if values.ndim == 2 else np.moveaxis(values, -1, 0)
-    values = turned(channels_first, orientation)
-    return values if values.ndim == 2 else np.moveaxis(values, 0, -1), True
 
 
 def said_size(values: Mapping[str, Any]) -> tuple[int, int] | None:

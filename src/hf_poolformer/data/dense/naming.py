@@ -69,27 +69,21 @@ def unknown_classes(name: str, seen: Iterable[str]) -> UserError:
 
 def _told(settings: DenseSettings, dataset: str | None) -> tuple[Any, str]:
     """Names as they were given, and where; those beside the data only if `dataset`, its name, is given."""
-    if not settings.label_names:
-        text = id2label(settings) if dataset else None
-        return (None, "") if text is None else (_parsed(text, "id2label.json"), "id2label.json")
-    if not settings.label_names.endswith(".json"):
-        return [part.strip() for part in settings.label_names.split(",") if part.strip()], "--label_names"
-    path = Path(settings.label_names)
-    try:
-        return _parsed(path.read_text(encoding="utf-8-sig"), str(path)), str(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the names of the classes in {path}: {one_line(error)}.") from error
+    names = settings.label_names
+    if names and not names.endswith(".json"):
+        return [part.strip() for part in names.split(",") if part.strip()], "--label_names"
+    if names:
+        return _parsed(_text_of(Path(names)), names), names
+    path = id2label(settings) if dataset else None
+    return (None, "") if path is None else (_parsed(_text_of(path), "id2label.json"), "id2label.json")
 
 
-def id2label(settings: DenseSettings) -> str | None:
+def id2label(settings: DenseSettings) -> Path | None:
     """The dataset's id2label.json, where transformers' examples keep the names of segmentation classes."""
     folder = Path(settings.dataset_name).expanduser()
     if folder.exists():
         path = (folder if folder.is_dir() else folder.parent) / "id2label.json"
-        try:
-            return path.read_text(encoding="utf-8-sig") if path.is_file() else None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the names of the classes in {path}: {one_line(error)}.") from error
+        return path if path.is_file() else None
     try:
         path = hf_hub_download(
             settings.dataset_name,
@@ -101,7 +95,14 @@ def id2label(settings: DenseSettings) -> str | None:
         )
     except Exception:  # not there, whatever the reason: the names are then asked for
         return None
-    return Path(path).read_text(encoding="utf-8-sig")
+    return Path(path)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the names of the classes in {path}: {one_line(error)}.") from error
 
 
 def _parsed(text: str, where: str) -> list[Any] | dict[str, Any]:

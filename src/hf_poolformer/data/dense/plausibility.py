@@ -14,19 +14,17 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from ...foundation.errors import UserError, one_line
 from ...foundation.names import first_few
+from ...foundation.processes import found_by_main
 from ...image_processing_dense import IGNORE_INDEX
 from ...settings.dense import DenseSettings
 from ..classes import Classes, UnknownClass, class_key, is_number
-from ..columns import columns_needed
+from ..columns import ImageDataset, columns_needed
 from ..decoding import BrokenImage, EncodedImage
 from ..loader import skip_limit
 from .annotations import (
@@ -63,7 +61,7 @@ FEW_OUT, MANY_OUT = 0.05, 0.25
 
 
 def check_annotations(
-    datasets: Mapping[str, DenseDataset], settings: DenseSettings, accelerator: Accelerator
+    datasets: Mapping[str, DenseDataset], settings: DenseSettings
 ) -> tuple[dict[str, DenseDataset], list[str]]:
     """Looks at annotations of each split; every process calls it, the main process looks for all.
 
@@ -74,24 +72,18 @@ def check_annotations(
     Raises:
         UserError: annotations that cannot be meant as they are read.
     """
-    answer: list[Any] = [None, None, None]
-    if accelerator.is_main_process:
-        found: dict[str, tuple[Classes, bool]] = {}
-        lines: list[str] = []
-        trained = None
-        try:
-            for split, dataset in datasets.items():
-                looked = look(dataset, settings, SECONDS[split])
-                said = looked.judge(trained)
-                trained = trained or looked
-                found[split] = looked.dataset.classes, looked.dataset.in_stored
-                lines += [f"{dataset.images.name}: {said[0]}", *(f"  {line}" for line in said[1:])]
-            answer = [found, lines, None]
-        except UserError as error:
-            answer[2] = str(error)
-    found, lines, fault = broadcast_object_list(answer)
-    if fault:
-        raise UserError(fault)
+
+    def look_at_all() -> tuple[dict[str, tuple[Classes, bool]], list[str]]:
+        found, lines, trained = {}, [], None
+        for split, dataset in datasets.items():
+            looked = look(dataset, settings, SECONDS[split])
+            first, *more = looked.judge(trained)
+            trained = trained or looked
+            found[split] = looked.dataset.classes, looked.dataset.in_stored
+            lines += [f"{dataset.images.name}: {first}", *(f"  {line}" for line in more)]
+        return found, lines
+
+    found, lines = found_by_main(look_at_all)
     changed = {
         split: dataclasses.replace(dataset.with_classes(found[split][0]), in_stored=found[split][1])
         for split, dataset in datasets.items()
@@ -99,11 +91,11 @@ def check_annotations(
     return changed, lines
 
 
-def look(dataset: DenseDataset, settings: DenseSettings, seconds: float) -> MapsSeen | ObjectsSeen:
+def look(dataset: DenseDataset, settings: DenseSettings, seconds: float) -> Seen:
     """Reads annotations for a while, from when the first of them is there."""
     seen = (MapsSeen if dataset.fields is None else ObjectsSeen)(dataset, settings)
     deadline = math.inf
-    rows = sample(dataset, settings)
+    rows = sample(dataset.images)
     while seen.rows < ROWS and time.monotonic() < deadline:
         try:
             row = next(rows, None)
@@ -118,11 +110,11 @@ def look(dataset: DenseDataset, settings: DenseSettings, seconds: float) -> Maps
     return seen
 
 
-def sample(dataset: DenseDataset, settings: DenseSettings) -> Iterator[dict[str, Any]]:
+def sample(images: ImageDataset) -> Iterator[dict[str, Any]]:
     """Rows from several shards, if these are at hand: what belongs together often lies together."""
-    stream = dataset.images.stream.select_columns(columns_needed(dataset.images))
+    stream = images.stream.select_columns(columns_needed(images))
     count = stream.num_shards
-    if not Path(settings.dataset_name).expanduser().exists() or count == 1:
+    if not images.local or count == 1:
         yield from stream
         return
     spread = [place * count // SHARDS for place in range(SHARDS)]

@@ -20,13 +20,10 @@ from torchvision.transforms.v2 import functional as F
 from ...data.dense.annotations import Objects
 from ...image_processing_dense import IGNORE_INDEX, rescaled_size
 from ...settings.dense import DenseSettings
+from ..operations import uniform
 
 
 Sample = dict[str, Any]
-
-
-def random_scale(low: float, high: float) -> float:
-    return low if low == high else torch.empty(()).uniform_(low, high).item()
 
 
 class DenseTrainTransform:
@@ -87,7 +84,7 @@ class DenseTrainTransform:
         return pixel_values, object_labels(sample)
 
     def resized(self, sample: Sample) -> Sample:
-        scale = random_scale(*self.scales)
+        scale = self.scales[0] if self.scales[0] == self.scales[1] else uniform(*self.scales)
         height, width = sample["image"].shape[-2:]
         limits = max(round(self.short * scale), 1), max(round(self.long * scale), 1)
         size = [max(edge, 1) for edge in rescaled_size(height, width, *limits)]

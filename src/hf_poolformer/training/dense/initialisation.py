@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ...data.classes import CONFIG_FIELD, Classes
-from ...foundation.errors import UserError, one_line
+from ...foundation.errors import UserError
 from ...foundation.finite import check_weights
-from ...foundation.loading import why_not_loaded
+from ...foundation.loading import load_config, load_processor, why_not_loaded
 from ...foundation.names import first_few
 from ...foundation.tasks import TASKS
 from ...settings.dense import DenseSettings
-from ..initialisation import both_ways, check_overrides, checkpoint_activations, from_scratch
+from ..initialisation import both_ways, checkpoint_activations, from_scratch, learnt_labels, overrides_of
 
 
 logger = logging.getLogger(__name__)
@@ -38,27 +38,24 @@ def initial_dense_model(settings: DenseSettings, classes: Classes) -> tuple[PreT
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     size = {"shortest_edge": settings.image_size, "longest_edge": settings.longest_edge}
-    mean_and_std = {}
-    if settings.model_name_or_path:
-        mean_and_std = checkpoint_colours(settings)
-    extra = {"do_reduce_labels": True} if settings.reduce_labels else {}
-    return model, TASKS[settings.task].new_processor(size=size, **mean_and_std, **extra)
+    changes: dict[str, Any] = {"do_reduce_labels": True} if settings.reduce_labels else {}
+    if settings.model_name_or_path:  # which was trained with pixels of this mean and standard deviation
+        learnt = load_processor(settings.model_name_or_path, settings.origin())
+        changes |= {"image_mean": list(learnt.image_mean), "image_std": list(learnt.image_std)}
+    return model, TASKS[settings.task].new_processor(size=size, **changes)
 
 
 def from_checkpoint(settings: DenseSettings, names: list[str], labels: dict[str, Any]) -> PreTrainedModel:
-    name, source, changes = settings.model_name_or_path, settings.origin().arguments(), settings.overrides()
+    name, origin, what = settings.model_name_or_path, settings.origin(), "the start of a segmenter or detector"
+    before = load_config(name, origin, what)
+    changes = {**overrides_of(settings, before), **labels}
+    load = TASKS[settings.task].auto_model().from_pretrained
     try:
-        before = AutoConfig.from_pretrained(name, **source)
-        check_overrides(changes, before, name)
-        if settings.drop_path_rate is not None:
-            changes["drop_path_rate"] = settings.drop_path_rate
-        load = TASKS[settings.task].auto_model().from_pretrained
-        changes = {**changes, **labels}
-        model, info = load(name, **source, **changes, ignore_mismatched_sizes=True, output_loading_info=True)
-    except UserError:
-        raise
+        model, info = load(
+            name, **origin.arguments(), **changes, ignore_mismatched_sizes=True, output_loading_info=True
+        )
     except Exception as error:  # whatever a foreign folder provokes
-        raise UserError(why_not_loaded(name, error, "the start of a segmenter or detector")) from error
+        raise UserError(why_not_loaded(name, error, what)) from error
     check_weights(model, name)
     fresh = sorted({*info["missing_keys"], *(item[0] for item in info["mismatched_keys"])})
     # The norms of the feature maps are the backbone's, but no classifier has them.
@@ -72,16 +69,7 @@ def from_checkpoint(settings: DenseSettings, names: list[str], labels: dict[str,
     heads = sorted({key.split(".")[0] for key in fresh if not key.startswith(body)})
     if heads:
         logger.warning("%s starts afresh: %s has no weights that fit.", ", ".join(heads), name)
-    elif [before.id2label[index] for index in range(len(before.id2label))] != names:
+    elif learnt_labels(before) != names:
         # Equally many classes that mean something else: as good a start as any, but not the same classes.
         logger.warning("The checkpoint's classes were others; the head now learns %s.", first_few(names, 3))
     return model
-
-
-def checkpoint_colours(settings: DenseSettings) -> dict[str, Any]:
-    """Mean and standard deviation of the pixels that a checkpoint was trained with."""
-    try:
-        processor = AutoImageProcessor.from_pretrained(settings.model_name_or_path, **settings.origin().arguments())
-    except Exception as error:
-        raise UserError(f"{settings.model_name_or_path} has no image processor: {one_line(error)}") from error
-    return {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}

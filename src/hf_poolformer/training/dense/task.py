@@ -12,12 +12,11 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...data.datasets import make_loader
 from ...data.dense.batches import collate, collate_maps
 from ...data.dense.datasets import DenseBatches, DenseDataset, open_dense_datasets
 from ...data.dense.plausibility import check_annotations
 from ...data.description import describe_data
-from ...data.loader import ImageLoader
+from ...data.loader import ImageLoader, make_loader
 from ...data.opening import loader_arguments
 from ...evaluation.dense import DIVISOR, evaluate
 from ...evaluation.dense_metrics import pycocotools
@@ -50,7 +49,7 @@ class DenseTraining(TaskTraining):
         datasets = open_dense_datasets(self.settings)
         self.label_names = labels_in_model_order(self.settings, datasets["train"].label_names)
         datasets = {split: dataset.with_class_order(self.label_names) for split, dataset in datasets.items()}
-        self.datasets, seen = check_annotations(datasets, self.settings, accelerator)
+        self.datasets, seen = check_annotations(datasets, self.settings)
         accelerator.print(describe_data({split: dataset.images for split, dataset in datasets.items()}))
         accelerator.print("\n".join(seen))
         return self.label_names

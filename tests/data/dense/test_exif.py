@@ -9,6 +9,8 @@ from datasets import ClassLabel, Features, Image, List, Value
 from PIL import Image as PILImage
 from PIL import ImageOps
 from pycocotools import mask as run_lengths
+from shapes import MAP_FEATURES, NAMES
+from shards import encoded, write_shards
 
 from hf_poolformer import PoolFormerImageProcessor
 from hf_poolformer.data.classes import Classes
@@ -17,8 +19,6 @@ from hf_poolformer.data.dense.annotations import Frame, ObjectFields, decode_map
 from hf_poolformer.data.dense.datasets import open_dense_datasets
 from hf_poolformer.data.dense.plausibility import check_annotations
 from hf_poolformer.training.dense.task import make_dense_loader
-
-from .conftest import MAP_FEATURES, NAMES, encoded, write_shards
 
 
 STORED = (24, 36)  # height, width
@@ -139,7 +139,7 @@ def written(folder, orientation, turn, features=FEATURES, sizes=True, count=12):
 
 def truths(settings):
     accelerator = Accelerator(cpu=True)
-    datasets, report = check_annotations(open_dense_datasets(settings), settings, accelerator)
+    datasets, report = check_annotations(open_dense_datasets(settings), settings)
     processor = PoolFormerImageProcessor.for_detection(size={"shortest_edge": 24, "longest_edge": 36}, do_pad=False)
     loader = make_dense_loader(datasets["validation"], settings, accelerator, processor, training=False)
     pairs = [

@@ -5,8 +5,9 @@ import time
 
 import numpy as np
 import pytest
-from accelerate import Accelerator
 from datasets import ClassLabel, Features, Image, List, Value
+from shapes import MAP_FEATURES, NAMES
+from shards import encoded, write_shards
 
 from hf_poolformer.data.classes import CONFIG_FIELD
 from hf_poolformer.data.decoding import BrokenImage
@@ -16,9 +17,6 @@ from hf_poolformer.data.dense.datasets import open_dense_datasets
 from hf_poolformer.data.dense.plausibility import check_annotations
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.training import loop
-from hf_poolformer.training.dense import task as dense_task
-
-from .conftest import MAP_FEATURES, NAMES, encoded, write_shards
 
 
 SIZE = (60, 80)
@@ -26,7 +24,7 @@ SPLITS = ("train", "validation")
 
 
 def looked_at(settings):
-    return check_annotations(open_dense_datasets(settings), settings, Accelerator(cpu=True))
+    return check_annotations(open_dense_datasets(settings), settings)
 
 
 def lines_of(settings):
@@ -334,7 +332,7 @@ def test_the_look_is_short(objects, monkeypatch):
     clock = iter(np.arange(0, 1000, 0.1))
     monkeypatch.setattr(plausibility, "SECONDS", {"train": 1.0, "validation": 0.0})
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
-    lines = check_annotations(datasets, settings, Accelerator(cpu=True))[1]
+    lines = check_annotations(datasets, settings)[1]
     rows = [int(line.partition(": ")[2].split()[0]) for line in lines if "looked at" in line]
     assert 8 <= rows[0] <= 12 and rows[1] == 1
 
@@ -350,28 +348,3 @@ def test_the_look_is_wide(make_settings, tmp_path):
     seen = lines_of(make_settings("object-detection", dataset_name=str(tmp_path / "data")))[0].partition(": ")[2]
     count = int(seen.split()[0])
     assert NAMES[0] in seen and (count < 200 or NAMES[1] in seen)  # a slow machine sees less
-
-
-# What comes after training
-
-
-def test_a_failing_evaluation_leaves_the_model(make_settings, tmp_path, monkeypatch):
-    def broken(*arguments, **keywords):
-        raise UserError("there is no image to evaluate on.")
-
-    monkeypatch.setattr(dense_task, "evaluate", broken)
-    with pytest.raises(UserError, match=r"no image to evaluate on\. The model as it was trained so far is in"):
-        loop.train(make_settings("semantic-segmentation", max_train_steps=1, checkpointing_steps="no"))
-    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
-        assert (tmp_path / "run" / name).is_file()
-
-
-def test_a_picture_that_cannot_be_drawn_is_missing(make_settings, tmp_path, monkeypatch, caplog):
-    def broken(*arguments, **keywords):
-        raise ValueError("no such glyph")
-
-    monkeypatch.setattr(dense_task, "write_predictions", broken)
-    names = r"ground,a$_1$_2$,x$\foo$"
-    loop.train(make_settings("semantic-segmentation", max_train_steps=1, label_names=names))
-    assert "drawing the predictions failed, and the run goes on without: no such glyph" in caplog.text
-    assert (tmp_path / "run/README.md").is_file() and (tmp_path / "run/curves.png").is_file()
