@@ -88,8 +88,10 @@ def test_opcheck_of_the_forward_operations(grad, device):
     # The last flag asks for the statistics of the result.
     mixer = (*mixer_arguments(device, grad), 3, 1e-5, grad)
     torch.library.opcheck(torch.ops.hf_poolformer.pool_mixer.default, mixer)
-    mlp = (*mlp_arguments(device, grad), "star_relu", 1e-5, torch.float32, grad, grad)
-    torch.library.opcheck(torch.ops.hf_poolformer.channel_mlp.default, mlp)
+    x, statistics, *rest = mlp_arguments(device, grad)
+    for known in (statistics, torch.ops.hf_poolformer.token_statistics(x.detach())):
+        mlp = (x, known, *rest, "star_relu", 1e-5, torch.float32, grad, grad)
+        torch.library.opcheck(torch.ops.hf_poolformer.channel_mlp.default, mlp)
 
 
 def test_opcheck_of_the_backward_operations(device):
