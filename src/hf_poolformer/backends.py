@@ -594,6 +594,7 @@ def channel_mlp(
     backend: str,
     activation: str,
     eps: float,
+    norm: str = "group",
     norm_weight: torch.Tensor | None = None,
     norm_bias: torch.Tensor | None = None,
     bias1: torch.Tensor | None = None,
@@ -606,7 +607,13 @@ def channel_mlp(
     statistics: torch.Tensor | None = None,
     with_statistics: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`ops.channel_mlp` by kernels; what is not said there, and the result, as in `pool_mixer`."""
+    """
+    `ops.channel_mlp` by kernels; what is not said there, and the result, as in `pool_mixer`.
+
+    Args:
+        norm: "group", or (Triton only) "channel" for a LayerNorm over channels, whose statistics are (B H W, 2), of
+            tokens.
+    """
     x, dtype = _autocast(x)
     vectors = (norm_weight, norm_bias, weight1.flatten(1), bias1, weight2.flatten(1), bias2, act_scale, act_bias)
     vectors = (*vectors, layer_scale, res_scale, mask)
@@ -615,7 +622,7 @@ def channel_mlp(
     if backend == "cpu":
         arguments = (x, *vectors, activation, eps, dtype, needs_gradient)
         return torch.ops.hf_poolformer.cpu_channel_mlp(*arguments)[0], None
-    arguments = (x, _known_statistics(x, statistics), *vectors, activation, eps, dtype, needs_gradient)
+    arguments = (x, _known_statistics(x, statistics, norm), *vectors, activation, eps, dtype, needs_gradient)
     y, statistics, _, _ = torch.ops.hf_poolformer.channel_mlp(*arguments, with_statistics)
     return y, statistics if with_statistics else None
 
@@ -654,9 +661,11 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
-def _known_statistics(x: torch.Tensor, statistics: torch.Tensor | None) -> torch.Tensor:
+def _known_statistics(x: torch.Tensor, statistics: torch.Tensor | None, norm: str = "group") -> torch.Tensor:
     if statistics is not None:
         return statistics.detach()
+    if norm == "channel":
+        return torch.ops.hf_poolformer.token_statistics(x.detach())
     return torch.ops.hf_poolformer.sample_statistics(x.detach())
 
 

@@ -1,5 +1,9 @@
 """Compile every kernel for compute capability 9.0 with every tile it may choose; needs no GPU. Prints a JSON list.
 
+    python tests/kernels/compile_for_hopper.py                   what the test looks at
+    python tests/kernels/compile_for_hopper.py 64 128 320 512    training and inference in bfloat16 with so many
+                                                                 channels, a line per kernel and tile
+
 Runs forward and backward of both operations on CPU tensors, with launches replaced by compilation, so that each kernel
 is compiled for the arguments it would get. Results are garbage, and nobody looks at them.
 """
@@ -7,6 +11,7 @@ is compiled for the arguments it would get. Results are garbage, and nobody look
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -60,7 +65,16 @@ def compile_instead(kernel, *args, grid, warmup, **kwargs):
         "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
         "operands": [kind for kind in signature.values() if kind in POINTERS.values()],
         "launch": f"{options} { {name: str(value) for name, value in constants.items()} }",
+        "line": f"{kernel.__name__:26} {shape(options | constants)}",
     }
+
+
+def shape(values: dict) -> str:
+    """Of a launch what differs between stages and tiles; whether z is kept, too."""
+    names = ("N", "K", "C", "R", "ROWS", "COLUMNS", "DEPTH", "num_warps", "num_stages")
+    found = [f"{name}={values[name]}" for name in names if name in values]
+    inference = "preactivation" in values and values["preactivation"] is None
+    return " ".join(found + ["inference"] * inference)
 
 
 def launch_all(key, candidates, launch):
@@ -68,7 +82,7 @@ def launch_all(key, candidates, launch):
     return results[0]
 
 
-def run(dim: int, size: int, dtype: torch.dtype, autocast: torch.dtype | None, v2: bool):
+def run(dim: int, size: int, dtype: torch.dtype, autocast: torch.dtype | None, v2: bool, norm: str = "group"):
     def parameter(*shape):
         return torch.ones(shape, dtype=dtype, requires_grad=True)
 
@@ -88,25 +102,41 @@ def run(dim: int, size: int, dtype: torch.dtype, autocast: torch.dtype | None, v
             parameter(dim, 4 * dim),
             activation="star_relu" if v2 else "gelu",
             eps=1e-5,
+            norm=norm,
             norm_weight=parameter(dim),
             mask=mask,
-            statistics=statistics,
+            statistics=statistics if norm == "group" else None,
             with_statistics=True,
             backend="triton",
             **scale,
             **rest,
         )
-    y.sum().backward()
+    if y.requires_grad:
+        y.sum().backward()
 
 
 def main():
     JITFunction.run = compile_instead
     pool_mixer.tuned = channel_mlp.tuned = launch_all
+    channels = [int(argument) for argument in sys.argv[1:]]
+    for dim in channels:
+        run(dim, 14, torch.bfloat16, None, v2=False)
+        with torch.no_grad():
+            run(dim, 14, torch.bfloat16, None, v2=False)
+    if channels:
+        for report in reports.values():
+            usage = f"registers {report['registers']}, stack {report['stack']}, shared {report['shared']}"
+            print(f"{report['line']}: {usage}{', wgmma' if report['wgmma'] else ''}")
+        return
     run(128, 14, torch.bfloat16, None, v2=False)
     run(96, 14, torch.bfloat16, None, v2=True)
+    run(320, 14, torch.bfloat16, None, v2=True, norm="channel")
     run(64, 14, torch.float32, torch.bfloat16, v2=False)
     run(64, 14, torch.float32, None, v2=False)
     run(20, 7, torch.float16, None, v2=False)
+    with torch.no_grad():
+        run(64, 14, torch.bfloat16, None, v2=False)
+        run(320, 14, torch.bfloat16, None, v2=False)
     print(json.dumps(list(reports.values())))
 
 

@@ -84,11 +84,14 @@ def mlp_arguments(device, grad):
 def test_opcheck_of_the_forward_operations(grad, device):
     x = torch.randn(2, DIM, 3, 4, device=device).contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(torch.ops.hf_poolformer.sample_statistics.default, (x,))
+    torch.library.opcheck(torch.ops.hf_poolformer.token_statistics.default, (x,))
     # The last flag asks for the statistics of the result.
     mixer = (*mixer_arguments(device, grad), 3, 1e-5, grad)
     torch.library.opcheck(torch.ops.hf_poolformer.pool_mixer.default, mixer)
-    mlp = (*mlp_arguments(device, grad), "star_relu", 1e-5, torch.float32, grad, grad)
-    torch.library.opcheck(torch.ops.hf_poolformer.channel_mlp.default, mlp)
+    x, statistics, *rest = mlp_arguments(device, grad)
+    for known in (statistics, torch.ops.hf_poolformer.token_statistics(x.detach())):
+        mlp = (x, known, *rest, "star_relu", 1e-5, torch.float32, grad, grad)
+        torch.library.opcheck(torch.ops.hf_poolformer.channel_mlp.default, mlp)
 
 
 def test_opcheck_of_the_backward_operations(device):
@@ -96,11 +99,9 @@ def test_opcheck_of_the_backward_operations(device):
     g = torch.randn_like(x)
     torch.library.opcheck(torch.ops.hf_poolformer.pool_mixer_backward.default, (g, x, *rest, 3, 1e-5))
     x, statistics, *parameters, mask = mlp_arguments(device, False)
-    norm_weight, norm_bias, weight1, bias1, weight2, _, act_scale, act_bias, layer_scale, res_scale = parameters
     preactivation = torch.randn(24, INNER, device=device)
-    for with_weights in (False, True):
-        arguments = (g, x, statistics, preactivation, norm_weight, norm_bias, weight1, bias1, weight2, act_scale)
-        arguments += (act_bias, layer_scale, res_scale, mask, "star_relu", 1e-5, True, with_weights)
+    for wanted in ([False] * 10, [True] * 10):
+        arguments = (g, x, statistics, preactivation, *parameters, mask, "star_relu", 1e-5, wanted)
         torch.library.opcheck(torch.ops.hf_poolformer.channel_mlp_backward.default, arguments)
 
 

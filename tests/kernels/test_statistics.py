@@ -39,6 +39,18 @@ def test_a_constant_sample_has_no_variance(device, poisoned):
     assert torch.ops.hf_poolformer.sample_statistics(x).tolist() == [[1234.5, 0.0]] * 2
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mean_and_variance_of_tokens(shape, device, poisoned, relative_error):
+    x = (torch.randn(shape, device=device) + 50).contiguous(memory_format=torch.channels_last)
+    assert backends.why_not_triton(x) is None
+    statistics = torch.ops.hf_poolformer.token_statistics(x)
+    variance, mean = torch.var_mean(x.double().permute(0, 2, 3, 1).reshape(-1, shape[1]), dim=1, correction=0)
+    assert statistics.dtype == torch.float32
+    assert relative_error(statistics[:, 0], mean) < 1e-6
+    # |mean| / std * 2^-24 = 3e-6.
+    assert relative_error(statistics[:, 1], variance) < 1e-5 or shape[1] == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", GPU_SHAPES)

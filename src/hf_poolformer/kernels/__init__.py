@@ -5,7 +5,7 @@ read and write NHWC memory: tensors are logically (B, C, H, W) and contiguous in
 float32; reductions are in a fixed order, so that results do not change from run to run.
 
 cpu.py          both operations with oneDNN; the others need Triton, and without it raise ImportError
-statistics.py   mean and variance of each sample
+statistics.py   mean and variance of each sample or token
 pool_mixer.py   res_scale * x + mask * scale * rstd * (pool(x) - x)
 channel_mlp.py  res_scale * x + mask * layer_scale * (W2 act(W1 norm(x) + b1) + b2)
 launch.py       choice of tiles, precision of products, devices

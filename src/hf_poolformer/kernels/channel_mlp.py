@@ -1,27 +1,43 @@
-"""MLP branch of the block: y = res_scale * x + mask * layer_scale * (W2 act(W1 n(x) + b1) + b2), n a GroupNorm(1).
+"""MLP branch of the block: y = res_scale * x + mask * layer_scale * (W2 act(W1 n(x) + b1) + b2).
 
-Rows are tokens, M = B H W of them, t = H W per sample; r = rstd and mu are per sample. The norm folds into the first
-product, n(x) = gamma (x - mu) r + beta:
+Rows are tokens, M = B H W of them. n is a GroupNorm(1), with one mean mu and r = rstd per sample, or a LayerNorm over
+channels, with one per token: `span` tokens share them, H W or 1. Below, N is span * C, what a mean is taken over.
 
-    z = r (x F^T) - r mu u + v,    F = W1 gamma,  u = F 1,  v = b1 + W1 beta
+    x^ = (x - mu) r,  n(x) = gamma x^ + beta,  z = W1 n(x) + b1 = x^ F^T + v,  F = W1 gamma,  v = b1 + W1 beta
 
-u sums F as rounded for the product, so that a mean far from zero cancels to float32 accuracy. If products run in a
-lower precision than x is stored in (autocast), x - mu is rounded instead and mu disappears from the formulas.
+Up to 128 channels one kernel does it all: a tile's tokens are read once, normalised in registers, and the hidden
+activation never leaves the chip; an H100 takes 0.4 to 0.6 of the time of two kernels. Beyond, every program would
+read all weights from L2 for few tokens, and two products win. There the norm is folded into the first one, so that
+tokens go from memory to the matrix units as they are,
 
-Backward. z is saved in the precision of the products and act(z) is recomputed from it: per activation and block that
-keeps 4 elements besides x, where keeping act(z) as well would double it and recomputing z would cost a sixth of the
-step's arithmetic and as many bytes as writing it. With g = dL/dy, G = (m g)^T act(z), s = m g layer_scale:
+    z = r (x F^T) - r mu u + v,    u = F 1
 
-    dz = (s W2) act'(z)                dF = (r dz)^T x - (sum mu r dz) 1^T       dv = sum dz
-    dW2 = layer_scale G                dlayer_scale = sum_k W2 G + b2 sum m g    db2 = layer_scale sum m g
-    dW1 = dF gamma + dv beta^T         dgamma = sum_k dF W1     dbeta = W1^T dv  db1 = dv
-    q = (r dz) F,  N = C H W:          dx = res_scale g + q - sum q / N - (x - mu) r^2 sum(q (x - mu)) / N
+where u sums F as rounded for the product, so that a mean far from zero cancels to float32 accuracy. F, u and v are
+made anew in every call, by one small launch: weights may change in ways that nothing tells (see backends.py).
 
-where both sums over the sample come from dz before q exists: sum_c q = (r dz) u, sum_c q (x - mu) = dz (z - v). So dx
-needs no pass of its own, and dlayer_scale neither the branch's output nor a division by a layer_scale near zero.
-(r dz)^T x and G reduce over all tokens: those two products are cuBLAS's, which splits them; the other four, with
-epilogues, are Triton's.
+Backward. z and x^ are kept, in the precision of the products: 5 elements per channel and token. (With one kernel x^
+takes the place of x; with two it is made from x when it is needed.) act(z) is recomputed from z; recomputing z as well
+would cost a sixth of the step's arithmetic and as many bytes as writing it. With g = dL/dy, m = mask:
+
+    dz = m (g layer_scale W2) act'(z)      q = dz F       dx = res_scale g + r (q - sum q / N - x^ sum(q x^) / N)
+    dF = dz^T x^         dW1 = dF gamma + dv beta^T       db1 = dv = dz^T 1
+    dgamma = sum_k dF W1         dbeta = W1^T dv          G = g^T (m act(z)),   sum m g = g^T m
+    dW2 = layer_scale G          db2 = layer_scale sum m g           dlayer_scale = sum_k W2 G + b2 sum m g
+
+No kernel sums over tokens: such sums in the epilogue of the first product (64 by 64 entries of dz) take as long as all
+the rest of it. x^ and act(z) have more columns than entries instead, of ones and of m: dv and sum m g are the last
+columns of dF and G. The sums over a sample are taken of q, which is a quarter as large as dz. For star_relu,
+act(z) = a p + b with p = relu(z)^2, the columns are those of p, and G = a g^T (m p) + b sum m g; the gradients of a
+and b follow from sums over weights. dF and G reduce over all tokens: those two products are cuBLAS's, which splits
+them; the other four are Triton's. What makes the parameters' gradients of dF and G is one launch.
+
+GELU. float32 takes the exact distribution of the normal, by erf. Half precision takes 1/2 + tanh(f(z)) / 2, where f is
+the odd polynomial nearest to atanh(erf(z / sqrt 2)) for |z| <= 4.5: off by 4e-5, and one instruction on NVIDIA's GPUs
+(off by 2^-11), where erf costs more than the product around it.
 """
+
+import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -41,7 +57,7 @@ from .launch import (
     transposed_product,
     tuned,
 )
-from .statistics import combine, row_moments
+from .statistics import combine, store_row_moments, whole_rows
 
 
 # From the H100's balance, 800 TFLOP/s of bfloat16 to 3 TB/s: a product with N columns does N FLOP per byte of its left
@@ -58,20 +74,41 @@ TILES = [
 ]
 # float32 tiles are twice as large in shared memory, and FMA units want smaller ones.
 TILES_FLOAT32 = [Tiles(64, 64, 32, 4, 3), Tiles(128, 64, 32, 8, 3), Tiles(64, 64, 16, 8, 3)]
-# The epilogue of the backward expansion keeps four tiles alive: 128 x 128 spills.
+# The epilogue of the backward expansion keeps three tiles alive.
 TILES_BACKWARD = [
+    Tiles(64, 64, 64, 4, 3),
     Tiles(128, 64, 64, 8, 3),
     Tiles(64, 128, 64, 8, 3),
-    Tiles(64, 64, 64, 4, 3),
     Tiles(64, 64, 32, 4, 4),
 ]
+# In one kernel: all channels of some rows, and so many hidden columns at a time; there is no depth. 128 rows and 4
+# warps fit into registers up to 64 channels only.
+TILES_WHOLE = [Tiles(128, 64, 0, 8, 2), Tiles(64, 64, 0, 4, 2)]
+TILES_WHOLE_NARROW = [Tiles(128, 64, 0, 4, 2), *TILES_WHOLE]
+WHOLE_CHANNELS = 128
 FOLD_ROWS, FOLD_COLUMNS = (16, 16) if INTERPRETED else (16, 128)
 REDUCE_ROWS, REDUCE_COLUMNS = (16, 16) if INTERPRETED else (64, 64)
+# Of weights: narrow where rows are summed, which makes more programs.
+GRADIENT_LONG, GRADIENT_SHORT = (16, 16) if INTERPRETED else (128, 16)
 PROGRAMS = 4 if INTERPRETED else 1056
 if INTERPRETED:
-    TILES = TILES_FLOAT32 = TILES_BACKWARD = [Tiles(16, 16, 16, 1, 1)]
+    TILES = TILES_FLOAT32 = TILES_BACKWARD = TILES_WHOLE = TILES_WHOLE_NARROW = [Tiles(16, 16, 16, 1, 1)]
 
 ACTIVATIONS = ("gelu", "relu", "silu", "squared_relu", "star_relu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of kernels. Shapes of pointers: M tokens, C channels, R hidden channels, S = M / span statistics, B samples.
+
+
+@triton.jit
+def vector(pointer, index, inside, default: tl.constexpr):
+    """Entries of an optional vector as float32."""
+    if pointer is None:
+        values = tl.full(index.shape, default, tl.float32)
+    else:
+        values = tl.load(pointer + index, mask=inside, other=0.0).to(tl.float32)
+    return values
 
 
 @triton.jit
@@ -87,64 +124,90 @@ def positive(z):
 
 
 @triton.jit
-def activate(z, act_scale, act_bias, ACT: tl.constexpr):
-    if ACT == "gelu":
-        h = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    elif ACT == "silu":
-        h = z * tl.sigmoid(z)
+def normal_distribution(z, GELU: tl.constexpr):
+    if GELU == "gelu":
+        p = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+    else:
+        near = tl.minimum(tl.maximum(z, -4.5), 4.5)
+        square = near * near
+        odd = near * (0.797703686 + square * (0.0368205252 + square * -0.000320909514))
+        if GELU == "gelu_tanh":
+            p = 0.5 + 0.5 * tl.inline_asm_elementwise(
+                "tanh.approx.f32 $0, $1;", "=f,f", [odd], dtype=tl.float32, is_pure=True, pack=1
+            )
+        else:
+            p = tl.sigmoid(2.0 * odd)
+    return p
+
+
+@triton.jit
+def activate(z, ACT: tl.constexpr):
+    """act(z) before its scale and shift, and its derivative, which costs nothing where nobody takes it."""
+    if ACT == "silu":
+        gate = tl.sigmoid(z)
+        h = z * gate
+        d = gate * (1.0 + z * (1.0 - gate))
     elif ACT == "relu":
         h = positive(z)
+        d = tl.where(z > 0.0, 1.0, 0.0)
+    elif ACT == "squared_relu" or ACT == "star_relu":
+        h = positive(z) * positive(z)
+        d = 2.0 * positive(z)
     else:
-        h = positive(z)
-        h = scalar(act_scale, 1.0) * h * h + scalar(act_bias, 0.0)
+        p = normal_distribution(z, ACT)
+        h = z * p
+        d = p + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
+    return h, d
+
+
+@triton.jit
+def affine(h, act_scale, act_bias):
+    """Learned scale and shift of an activation."""
+    if act_scale is not None:
+        h *= scalar(act_scale, 1.0)
+    if act_bias is not None:
+        h += scalar(act_bias, 0.0)
     return h
 
 
 @triton.jit
-def derivative(z, act_scale, ACT: tl.constexpr):
-    if ACT == "gelu":
-        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
-        d = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
-    elif ACT == "silu":
-        gate = tl.sigmoid(z)
-        d = gate * (1.0 + z * (1.0 - gate))
-    elif ACT == "relu":
-        d = tl.where(z > 0.0, 1.0, 0.0)
-    else:
-        d = 2.0 * scalar(act_scale, 1.0) * positive(z)
-    return d
+def norm_of(statistics, row, row_inside, span, eps):
+    """Mean and rstd of each row; statistics (S, 2)."""
+    entry = statistics + 2 * (row // span)
+    mean = tl.load(entry, mask=row_inside, other=0.0)
+    return mean, tl.rsqrt(tl.load(entry + 1, mask=row_inside, other=1.0) + eps)
 
 
 @triton.jit
-def vector(pointer, index, inside, default: tl.constexpr):
-    """Entries of an optional vector as float32."""
-    if pointer is None:
-        values = tl.full(index.shape, default, tl.float32)
-    else:
-        values = tl.load(pointer + index, mask=inside, other=0.0).to(tl.float32)
-    return values
+def store_tail(target, row, row_inside, values, N: tl.constexpr, STRIDE: tl.constexpr):
+    """Columns N to STRIDE of rows from `target` on: `values` (rows,), what their rounding leaves over, and zeros."""
+    TAIL: tl.constexpr = 16
+    column = tl.arange(0, TAIL)[None, :]
+    kept = values.to(target.dtype.element_ty)
+    rest = values - kept.to(tl.float32)
+    tail = tl.where(column == 0, kept.to(tl.float32)[:, None], tl.where(column == 1, rest[:, None], 0.0))
+    place = row[:, None] * STRIDE + N + column
+    tl.store(target + place, tail.to(target.dtype.element_ty), mask=row_inside[:, None] & (N + column < STRIDE))
 
 
 @triton.jit
 def product(
-    a,
-    b,
+    a,  # points to the tile's first row of (M, A_STRIDE), of which K columns count
+    b,  # (N, K) by these strides
     row,
     column,
     row_inside,
     stride_column,
     stride_depth,
-    depth_scale,
     N: tl.constexpr,
     K: tl.constexpr,
+    A_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """A (rows, K) times B, float32; `a` points to the tile's first row, depth_scale (K,) multiplies A's columns."""
-    accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
+    """Rows of A times columns of B^T, float32."""
+    accumulator = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
     for start in range(0, K, DEPTH):
         depth = start + tl.arange(0, DEPTH)
         a_inside = row_inside[:, None]
@@ -152,405 +215,583 @@ def product(
         if K % DEPTH != 0:
             a_inside = a_inside & (depth < K)[None, :]
             b_inside = b_inside & (depth < K)[:, None]
-        left = tl.load(a + row[:, None] * K + depth[None, :], mask=a_inside, other=0.0)
+        left = tl.load(a + row[:, None] * A_STRIDE + depth[None, :], mask=a_inside, other=0.0)
         right = tl.load(b + column[None, :] * stride_column + depth[:, None] * stride_depth, mask=b_inside, other=0.0)
-        if depth_scale is not None:
-            factor = tl.load(depth_scale + depth, mask=depth < K, other=0.0).to(tl.float32)
-            left = (left.to(tl.float32) * factor[None, :]).to(right.dtype)
         accumulator = tl.dot(left.to(OPERAND), right.to(OPERAND), accumulator, input_precision=PRECISION)
     return accumulator
 
 
 @triton.jit
-def rstd_of(statistics, sample, row_inside, eps):
-    return tl.rsqrt(tl.load(statistics + 2 * sample + 1, mask=row_inside, other=1.0) + eps)
+def finish(
+    out,  # W2 act(z) of the rows from `first` on
+    x,  # (M, C)
+    bias,  # (C,)
+    layer_scale,  # (C,)
+    res_scale,  # (C,)
+    mask,  # (B,)
+    y,  # (M, C)
+    partials,  # (3, column blocks, M): counts, means and M2 of rows, if there is room for them
+    first,
+    index,  # of each row in a plane of partials
+    row,
+    column,
+    M,
+    tokens,
+    plane,
+    N: tl.constexpr,
+):
+    """Bias, scales, shortcut and statistics of a tile of y; `block` of columns."""
+    row_inside = first + row < M
+    column_inside = column < N
+    inside = row_inside[:, None] & column_inside[None, :]
+    out += vector(bias, column, column_inside, 0.0)[None, :]
+    out *= vector(layer_scale, column, column_inside, 1.0)[None, :]
+    out *= vector(mask, (first + row) // tokens, row_inside, 1.0)[:, None]
+    place = first.to(tl.int64) * N + row[:, None] * N + column[None, :]
+    shortcut = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    out += shortcut * vector(res_scale, column, column_inside, 1.0)[None, :]
+    out = out.to(y.dtype.element_ty)
+    tl.store(y + place, out, mask=inside)
+    if partials is not None:
+        store_row_moments(out.to(tl.float32), inside, row_inside, partials, plane, index)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels
 
 
 @triton.jit
 def fold_kernel(
-    weight, norm_weight, norm_bias, bias, folded, sums, offset, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    weight1,  # (R, C)
+    norm_weight,  # (C,)
+    norm_bias,  # (C,)
+    bias1,  # (R,)
+    weight2,  # (C, R)
+    layer_scale,  # (C,)
+    folded1,  # (R, C)
+    sums,  # (R,)
+    offset,  # (R,)
+    folded2,  # (C, R)
+    R,
+    C,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """F = weight * gamma in the precision of products, u = F 1 and v = bias + weight beta; weight (N, K)."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros((ROWS,), tl.float32)
-    shift = vector(bias, row, row < N, 0.0)
-    for start in range(0, K, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        inside = (row < N)[:, None] & (column < K)[None, :]
-        place = row[:, None] * K + column[None, :]
-        value = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
-        shift += tl.sum(value * vector(norm_bias, column, column < K, 0.0)[None, :], 1)
-        scaled = (value * vector(norm_weight, column, column < K, 1.0)[None, :]).to(folded.dtype.element_ty)
-        tl.store(folded + place, scaled, mask=inside)
-        total += tl.sum(tl.where(inside, scaled.to(tl.float32), 0.0), 1)
-    tl.store(sums + row, total, mask=row < N)
-    tl.store(offset + row, shift, mask=row < N)
+    """F = weight1 gamma and layer_scale weight2 in the precision of products; u = F 1, v = bias1 + weight1 beta."""
+    blocks = tl.cdiv(R, ROWS)
+    if tl.program_id(0) < blocks:
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        total = tl.zeros((ROWS,), tl.float32)
+        shift = vector(bias1, row, row < R, 0.0)
+        for start in range(0, C, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            inside = (row < R)[:, None] & (column < C)[None, :]
+            place = row[:, None] * C + column[None, :]
+            value = tl.load(weight1 + place, mask=inside, other=0.0).to(tl.float32)
+            shift += tl.sum(value * vector(norm_bias, column, column < C, 0.0)[None, :], 1)
+            scaled = (value * vector(norm_weight, column, column < C, 1.0)[None, :]).to(folded1.dtype.element_ty)
+            tl.store(folded1 + place, scaled, mask=inside)
+            total += tl.sum(tl.where(inside, scaled.to(tl.float32), 0.0), 1)
+        if sums is not None:
+            tl.store(sums + row, total, mask=row < R)
+        if offset is not None:
+            tl.store(offset + row, shift, mask=row < R)
+    elif folded2 is not None:
+        row = (tl.program_id(0) - blocks) * ROWS + tl.arange(0, ROWS)
+        scale = vector(layer_scale, row, row < C, 1.0)[:, None]
+        for start in range(0, R, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            inside = (row < C)[:, None] & (column < R)[None, :]
+            place = row[:, None] * R + column[None, :]
+            value = tl.load(weight2 + place, mask=inside, other=0.0).to(tl.float32) * scale
+            tl.store(folded2 + place, value.to(folded2.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def centre_kernel(x, statistics, centred, size, BLOCK: tl.constexpr):
-    """x - mu of each sample, `size` entries, in the precision of products."""
-    sample = tl.program_id(0).to(tl.int64)
-    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < size
-    value = tl.load(x + sample * size + offsets, mask=inside, other=0.0).to(tl.float32)
-    value -= tl.load(statistics + 2 * sample)
-    tl.store(centred + sample * size + offsets, value.to(centred.dtype.element_ty), mask=inside)
+def normalise_kernel(
+    x,  # (M, C)
+    statistics,  # (S, 2)
+    normed,  # (M, STRIDE)
+    M,
+    span,
+    eps,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """normed = x^ in the precision of products, then a column of ones."""
+    first = tl.program_id(0) * ROWS
+    start = first.to(tl.int64)
+    row = tl.arange(0, ROWS)
+    channel = tl.arange(0, WIDTH)
+    row_inside = first + row < M
+    inside = row_inside[:, None] & (channel < C)[None, :]
+    mean, rstd = norm_of(statistics, first + row, row_inside, span, eps)
+    value = tl.load(x + start * C + row[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    value = (value - mean[:, None]) * rstd[:, None]
+    target = normed + start * STRIDE
+    tl.store(target + row[:, None] * STRIDE + channel[None, :], value.to(normed.dtype.element_ty), mask=inside)
+    store_tail(target, row, row_inside, tl.full((ROWS,), 1.0, tl.float32), C, STRIDE)
+
+
+@triton.jit
+def mlp_kernel(
+    x,  # (M, C)
+    statistics,  # (S, 2)
+    norm_weight,  # (C,)
+    norm_bias,  # (C,)
+    weight1,  # (R, C)
+    bias1,  # (R,)
+    weight2,  # (C, R)
+    bias2,  # (C,)
+    act_scale,  # (1,)
+    act_bias,  # (1,)
+    layer_scale,  # (C,)
+    res_scale,  # (C,)
+    mask,  # (B,)
+    y,  # (M, C)
+    partials,  # (3, 1, M)
+    preactivation,  # (M, R)
+    normed,  # (M, STRIDE)
+    M,
+    tokens,
+    span,
+    eps,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ACT: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The whole branch; z and x^ with its ones as well, if there is room for them."""
+    first = tl.program_id(0) * ROWS
+    start = first.to(tl.int64)
+    row = tl.arange(0, ROWS)
+    channel = tl.arange(0, WIDTH)
+    row_inside = first + row < M
+    channel_inside = channel < C
+    inside = row_inside[:, None] & channel_inside[None, :]
+    place = start * C + row[:, None] * C + channel[None, :]
+    mean, rstd = norm_of(statistics, first + row, row_inside, span, eps)
+    value = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
+    if normed is not None:
+        target = normed + start * STRIDE
+        tl.store(target + row[:, None] * STRIDE + channel[None, :], value.to(normed.dtype.element_ty), mask=inside)
+        store_tail(target, row, row_inside, tl.full((ROWS,), 1.0, tl.float32), C, STRIDE)
+    value = value * vector(norm_weight, channel, channel_inside, 1.0)[None, :]
+    value = value + vector(norm_bias, channel, channel_inside, 0.0)[None, :]
+    if WIDTH != C:
+        value = tl.where(inside, value, 0.0)
+    value = value.to(OPERAND)
+    out = tl.zeros((ROWS, WIDTH), tl.float32)
+    for base in range(0, R, COLUMNS):
+        column = base + tl.arange(0, COLUMNS)
+        column_inside = column < R
+        weight_inside = channel_inside[:, None] & column_inside[None, :]
+        right = tl.load(weight1 + column[None, :] * C + channel[:, None], mask=weight_inside, other=0.0)
+        z = tl.dot(value, right.to(OPERAND)) + vector(bias1, column, column_inside, 0.0)[None, :]
+        if preactivation is not None:
+            z_place = start * R + row[:, None] * R + column[None, :]
+            z_inside = row_inside[:, None] & column_inside[None, :]
+            tl.store(preactivation + z_place, z.to(preactivation.dtype.element_ty), mask=z_inside)
+        h, _ = activate(z, ACT)
+        h = affine(h, act_scale, act_bias)
+        weight_inside = column_inside[:, None] & channel_inside[None, :]
+        right = tl.load(weight2 + channel[None, :] * R + column[:, None], mask=weight_inside, other=0.0)
+        out = tl.dot(h.to(OPERAND), right.to(OPERAND), out)
+    finish(out, x, bias2, layer_scale, res_scale, mask, y, partials, first, start + row, row, channel, M, tokens, M, C)
 
 
 @triton.jit
 def expand_kernel(
-    source,
-    statistics,
-    folded,
-    sums,
-    offset,
-    act_scale,
-    act_bias,
-    preactivation,
-    hidden,
+    source,  # (M, C), or x^ (M, C) of (M, STRIDE) if NORMED
+    statistics,  # (S, 2)
+    folded,  # (R, C)
+    sums,  # (R,)
+    offset,  # (R,)
+    act_scale,  # (1,)
+    act_bias,  # (1,)
+    preactivation,  # (M, R)
+    hidden,  # (M, R)
     M,
-    tokens,
+    span,
     eps,
     N: tl.constexpr,
     K: tl.constexpr,
+    STRIDE: tl.constexpr,
     ACT: tl.constexpr,
-    CENTRED: tl.constexpr,
+    NORMED: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """hidden = act(z), and z if there is room for it: source (M, K) -> (M, N)."""
+    """hidden = act(z), and z if there is room for it: K = C, N = R."""
     blocks: tl.constexpr = tl.cdiv(N, COLUMNS)
     first = (tl.program_id(0) // blocks) * ROWS
+    start = first.to(tl.int64)
     row = tl.arange(0, ROWS)
     column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
     row_inside = first + row < M
-    start = first.to(tl.int64)
-    z = product(
-        source + start * K,
-        folded,
-        row,
-        column,
-        row_inside,
-        K,
-        1,
-        None,
-        N,
-        K,
-        PRECISION,
-        OPERAND,
-        ROWS,
-        COLUMNS,
-        DEPTH,
-    )
-    sample = (first + row) // tokens
-    rstd = rstd_of(statistics, sample, row_inside, eps)
-    z = z * rstd[:, None] + tl.load(offset + column, mask=column < N, other=0.0)[None, :]
-    if not CENTRED:
-        mean = tl.load(statistics + 2 * sample, mask=row_inside, other=0.0)
+    a = source + start * STRIDE
+    z = product(a, folded, row, column, row_inside, K, 1, N, K, STRIDE, PRECISION, OPERAND, DEPTH)
+    shift = tl.load(offset + column, mask=column < N, other=0.0)[None, :]
+    if NORMED:
+        z += shift
+    else:
+        mean, rstd = norm_of(statistics, first + row, row_inside, span, eps)
+        z = z * rstd[:, None] + shift
         z -= (rstd * mean)[:, None] * tl.load(sums + column, mask=column < N, other=0.0)[None, :]
     place = start * N + row[:, None] * N + column[None, :]
     inside = row_inside[:, None] & (column < N)[None, :]
     if preactivation is not None:
         tl.store(preactivation + place, z.to(preactivation.dtype.element_ty), mask=inside)
-    h = activate(z, act_scale, act_bias, ACT)
+    h, _ = activate(z, ACT)
+    h = affine(h, act_scale, act_bias)
     tl.store(hidden + place, h.to(hidden.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def contract_kernel(
-    hidden,
-    weight,
-    bias,
-    x,
-    layer_scale,
-    res_scale,
-    mask,
-    y,
-    partials,
+    hidden,  # (M, R)
+    weight,  # (C, R)
+    bias,  # (C,)
+    x,  # (M, C)
+    layer_scale,  # (C,)
+    res_scale,  # (C,)
+    mask,  # (B,)
+    y,  # (M, C)
+    partials,  # (3, column blocks, M)
     M,
     tokens,
     plane,
     N: tl.constexpr,
     K: tl.constexpr,
-    STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """y (M, N) from hidden (M, K), weight (N, K) and the shortcut x (M, N)."""
+    """y from the hidden activation and the shortcut x: K = R, N = C."""
     blocks: tl.constexpr = tl.cdiv(N, COLUMNS)
     block = tl.program_id(0) % blocks
     first = (tl.program_id(0) // blocks) * ROWS
+    start = first.to(tl.int64)
     row = tl.arange(0, ROWS)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     row_inside = first + row < M
-    start = first.to(tl.int64)
-    out = product(
-        hidden + start * K,
-        weight,
-        row,
-        column,
-        row_inside,
-        K,
-        1,
-        None,
-        N,
-        K,
-        PRECISION,
-        OPERAND,
-        ROWS,
-        COLUMNS,
-        DEPTH,
-    )
-    column_inside = column < N
-    inside = row_inside[:, None] & column_inside[None, :]
-    place = start * N + row[:, None] * N + column[None, :]
-    out += vector(bias, column, column_inside, 0.0)[None, :]
-    out *= vector(layer_scale, column, column_inside, 1.0)[None, :]
-    out *= vector(mask, (first + row) // tokens, row_inside, 1.0)[:, None]
-    shortcut = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    out += shortcut * vector(res_scale, column, column_inside, 1.0)[None, :]
-    out = out.to(y.dtype.element_ty)
-    tl.store(y + place, out, mask=inside)
-    if STATISTICS:
-        count, mean, m2 = row_moments(out.to(tl.float32), inside)
-        index = block.to(tl.int64) * M + first + row
-        tl.store(partials + index, count, mask=row_inside)
-        tl.store(partials + plane + index, mean, mask=row_inside)
-        tl.store(partials + 2 * plane + index, m2, mask=row_inside)
+    out = product(hidden + start * K, weight, row, column, row_inside, K, 1, N, K, K, PRECISION, OPERAND, DEPTH)
+    index = block.to(tl.int64) * M + first + row
+    finish(out, x, bias, layer_scale, res_scale, mask, y, partials, first, index, row, column, M, tokens, plane, N)
 
 
 @triton.jit
 def shortcut_kernel(
-    g,
-    source,
-    statistics,
-    mask,
-    masked,
-    sums,
+    g,  # (M, C)
+    normed,  # x^ (M, C) of (M, STRIDE)
+    statistics,  # (S, 2)
+    rounded,  # (M, C)
+    sums,  # (splits, C)
     M,
-    tokens,
-    N: tl.constexpr,
-    CENTRED: tl.constexpr,
-    BRANCH: tl.constexpr,
-    RES: tl.constexpr,
+    span,
+    eps,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """masked = m g in the precision of products, if there is room for it; sums (splits, 2, N) of m g and of g x."""
+    """rounded = g in the precision of products, and sums over tokens of g x; each if there is room for it."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    branch = tl.zeros((COLUMNS,), tl.float32)
-    shortcut = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float32)
     for first in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)
-        inside = (row < M)[:, None] & (column < N)[None, :]
-        place = row.to(tl.int64)[:, None] * N + column[None, :]
-        grad = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
-        if RES:
-            x = tl.load(source + place, mask=inside, other=0.0).to(tl.float32)
-            if CENTRED:
-                x += tl.load(statistics + 2 * (row // tokens), mask=row < M, other=0.0)[:, None]
-            shortcut += tl.sum(grad * x, 0)
-        grad *= vector(mask, row // tokens, row < M, 1.0)[:, None]
-        if masked is not None:
-            tl.store(masked + place, grad.to(masked.dtype.element_ty), mask=inside)
-        if BRANCH:
-            branch += tl.sum(grad, 0)
-    target = sums + tl.program_id(0).to(tl.int64) * 2 * N + column
-    # Zeros where nobody asked: a sum of memory that nobody wrote might trap.
-    tl.store(target, branch, mask=column < N)
-    tl.store(target + N, shortcut, mask=column < N)
+        long_row = row.to(tl.int64)[:, None]
+        inside = (row < M)[:, None] & (column < C)[None, :]
+        grad = tl.load(g + long_row * C + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        if rounded is not None:
+            tl.store(rounded + long_row * C + column[None, :], grad.to(rounded.dtype.element_ty), mask=inside)
+        if sums is not None:
+            mean, rstd = norm_of(statistics, row, row < M, span, eps)
+            x = tl.load(normed + long_row * STRIDE + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            total += tl.sum(grad * (x / rstd[:, None] + mean[:, None]), 0)
+    if sums is not None:
+        tl.store(sums + tl.program_id(0).to(tl.int64) * C + column, total, mask=column < C)
 
 
 @triton.jit
 def expand_backward_kernel(
-    g,
-    weight,
-    layer_scale,
-    statistics,
-    preactivation,
-    sums,
-    offset,
-    act_scale,
-    act_bias,
-    scaled,
-    hidden,
-    column_sums,
-    row_sums,
-    act_sums,
+    g,  # (M, C)
+    weight,  # layer_scale W2, (C, R)
+    preactivation,  # (M, R)
+    act_scale,  # (1,)
+    mask,  # (B,)
+    dz,  # (M, R)
+    hidden,  # (M, STRIDE)
     M,
     tokens,
-    eps,
     N: tl.constexpr,
     K: tl.constexpr,
+    STRIDE: tl.constexpr,
     ACT: tl.constexpr,
-    ACT_GRAD: tl.constexpr,
-    CENTRED: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """
-    scaled = r dz and hidden = act(z), (M, N), from g (M, K), already masked, and weight (K, N).
-
-    column_sums (row blocks, 2, N): sums over the block's rows of dz and of mu r dz. row_sums (2, column blocks, M):
-    parts of (r dz) u and of dz (z - v). act_sums (programs, 2): sums of dL/dh relu(z)^2 and of dL/dh.
-    """
+    """dz, and hidden = mask act(z) before its scale and shift, with the mask in the columns after it: K = C, N = R."""
     blocks: tl.constexpr = tl.cdiv(N, COLUMNS)
     block = tl.program_id(0) % blocks
     first = (tl.program_id(0) // blocks) * ROWS
+    start = first.to(tl.int64)
     row = tl.arange(0, ROWS)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     row_inside = first + row < M
-    start = first.to(tl.int64)
-    dh = product(
-        g + start * K,
-        weight,
-        row,
-        column,
-        row_inside,
-        1,
-        N,
-        layer_scale,
-        N,
-        K,
-        PRECISION,
-        OPERAND,
-        ROWS,
-        COLUMNS,
-        DEPTH,
-    )
-    column_inside = column < N
-    inside = row_inside[:, None] & column_inside[None, :]
+    grad = product(g + start * K, weight, row, column, row_inside, 1, N, N, K, K, PRECISION, OPERAND, DEPTH)
+    inside = row_inside[:, None] & (column < N)[None, :]
     place = start * N + row[:, None] * N + column[None, :]
     z = tl.load(preactivation + place, mask=inside, other=0.0).to(tl.float32)
-    h = activate(z, act_scale, act_bias, ACT)
-    tl.store(hidden + place, h.to(hidden.dtype.element_ty), mask=inside)
-    if ACT_GRAD:
-        # Outside the tile dh is zero, since its rows or columns were.
-        squared = positive(z) * positive(z)
-        target = act_sums + tl.program_id(0).to(tl.int64) * 2
-        tl.store(target, tl.sum(tl.sum(dh * squared, 1), 0))
-        tl.store(target + 1, tl.sum(tl.sum(dh, 1), 0))
-
-    dz = dh * derivative(z, act_scale, ACT)
-    v = tl.load(offset + column, mask=column_inside, other=0.0)
-    sample = (first + row) // tokens
-    product_sum = tl.sum(dz * (z - v[None, :]), 1)
-    dr = (dz * rstd_of(statistics, sample, row_inside, eps)[:, None]).to(scaled.dtype.element_ty)
-    tl.store(scaled + place, dr, mask=inside)
-    # As rounded, so that what the products make of it cancels.
-    dr = dr.to(tl.float32)
-    u = tl.load(sums + column, mask=column_inside, other=0.0)
-    index = block.to(tl.int64) * M + first + row
-    tl.store(row_sums + index, tl.sum(dr * u[None, :], 1), mask=row_inside)
-    tl.store(row_sums + blocks * tl.cast(M, tl.int64) + index, product_sum, mask=row_inside)
-    target = column_sums + (tl.program_id(0) // blocks).to(tl.int64) * 2 * N + column
-    tl.store(target, tl.sum(dz, 0), mask=column_inside)
-    if CENTRED:
-        shift = tl.zeros((COLUMNS,), tl.float32)
-    else:
-        mean = tl.load(statistics + 2 * sample, mask=row_inside, other=0.0)
-        shift = tl.sum(dr * mean[:, None], 0)
-    tl.store(target + N, shift, mask=column_inside)
+    h, d = activate(z, ACT)
+    factor = vector(mask, (first + row) // tokens, row_inside, 1.0)
+    grad *= d * scalar(act_scale, 1.0)
+    if mask is not None:
+        h *= factor[:, None]
+        grad *= factor[:, None]
+    tl.store(dz + place, grad.to(dz.dtype.element_ty), mask=inside)
+    target = hidden + start * STRIDE
+    tl.store(target + row[:, None] * STRIDE + column[None, :], h.to(hidden.dtype.element_ty), mask=inside)
+    if block == 0:
+        store_tail(target, row, row_inside, factor, N, STRIDE)
 
 
 @triton.jit
 def contract_backward_kernel(
-    scaled,
-    folded,
-    g,
-    source,
-    statistics,
-    moments,
-    res_scale,
-    dx,
+    dz,  # (M, R)
+    folded,  # (R, C)
+    normed,  # x^ (M, C) of (M, STRIDE)
+    q,  # (M, C)
+    row_sums,  # (2, column blocks, M)
     M,
-    tokens,
-    eps,
     N: tl.constexpr,
     K: tl.constexpr,
-    CENTRED: tl.constexpr,
+    STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """dx (M, N) from scaled (M, K) and folded (K, N); moments (B, 2): means over the sample of q and q (x - mu)."""
+    """q, and if there is room for them sums over the block's columns of q and of q x^: K = R, N = C."""
     blocks: tl.constexpr = tl.cdiv(N, COLUMNS)
+    block = tl.program_id(0) % blocks
     first = (tl.program_id(0) // blocks) * ROWS
-    row = tl.arange(0, ROWS)
-    column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    row_inside = first + row < M
     start = first.to(tl.int64)
-    out = product(
-        scaled + start * K,
-        folded,
-        row,
-        column,
-        row_inside,
-        1,
-        N,
-        None,
-        N,
-        K,
-        PRECISION,
-        OPERAND,
-        ROWS,
-        COLUMNS,
-        DEPTH,
-    )
-    column_inside = column < N
-    inside = row_inside[:, None] & column_inside[None, :]
-    place = start * N + row[:, None] * N + column[None, :]
-    sample = (first + row) // tokens
-    rstd = rstd_of(statistics, sample, row_inside, eps)
-    deviation = tl.load(source + place, mask=inside, other=0.0).to(tl.float32)
-    if not CENTRED:
-        deviation -= tl.load(statistics + 2 * sample, mask=row_inside, other=0.0)[:, None]
-    out -= tl.load(moments + 2 * sample, mask=row_inside, other=0.0)[:, None]
-    correlation = tl.load(moments + 2 * sample + 1, mask=row_inside, other=0.0)
-    out -= deviation * (rstd * rstd * correlation)[:, None]
+    row = tl.arange(0, ROWS)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    row_inside = first + row < M
+    out = product(dz + start * K, folded, row, column, row_inside, 1, N, N, K, K, PRECISION, OPERAND, DEPTH)
+    inside = row_inside[:, None] & (column < N)[None, :]
+    # Sums are of what is stored, so that it cancels.
+    out = out.to(q.dtype.element_ty)
+    tl.store(q + start * N + row[:, None] * N + column[None, :], out, mask=inside)
+    if row_sums is not None:
+        place = start * STRIDE + row[:, None] * STRIDE + column[None, :]
+        hat = tl.load(normed + place, mask=inside, other=0.0).to(tl.float32)
+        out = out.to(tl.float32)
+        target = row_sums + block.to(tl.int64) * M + first + row
+        tl.store(target, tl.sum(out, 1), mask=row_inside)
+        tl.store(target + blocks * tl.cast(M, tl.int64), tl.sum(out * hat, 1), mask=row_inside)
+
+
+@triton.jit
+def norm_backward_kernel(
+    q,  # (M, C)
+    normed,  # x^ (M, C) of (M, STRIDE)
+    g,  # (M, C)
+    statistics,  # (S, 2)
+    sums,  # (2, S) of q and q x^; without them each row is a sample, and makes its own
+    res_scale,  # (C,)
+    dx,  # (M, C)
+    M,
+    span,
+    eps,
+    C: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    first = tl.program_id(0) * ROWS
+    start = first.to(tl.int64)
+    row = tl.arange(0, ROWS)
+    channel = tl.arange(0, WIDTH)
+    row_inside = first + row < M
+    inside = row_inside[:, None] & (channel < C)[None, :]
+    place = start * C + row[:, None] * C + channel[None, :]
+    out = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
+    hat_place = start * STRIDE + row[:, None] * STRIDE + channel[None, :]
+    hat = tl.load(normed + hat_place, mask=inside, other=0.0).to(tl.float32)
+    if sums is None:
+        mean_q = tl.sum(out, 1) / C
+        correlation = tl.sum(out * hat, 1) / C
+    else:
+        entry = sums + (first + row) // span
+        size = (C * span).to(tl.float32)
+        mean_q = tl.load(entry, mask=row_inside, other=0.0) / size
+        correlation = tl.load(entry + M // span, mask=row_inside, other=0.0) / size
+    _, rstd = norm_of(statistics, first + row, row_inside, span, eps)
+    out = (out - mean_q[:, None] - hat * correlation[:, None]) * rstd[:, None]
     shortcut = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
-    out += shortcut * vector(res_scale, column, column_inside, 1.0)[None, :]
+    out += shortcut * vector(res_scale, channel, channel < C, 1.0)[None, :]
     tl.store(dx + place, out.to(dx.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def parameters_kernel(
+    first,  # (R, width1 + 2 or more): dF if width1 = C, dv, and what its rounding left over
+    second,  # (C, width2 + 2 or more): g^T (m act(z)) if width2 = R, sum m g, and what its rounding left over
+    norm_weight,  # (C,)
+    norm_bias,  # (C,)
+    weight1,  # (R, C)
+    weight2,  # (C, R)
+    bias2,  # (C,)
+    act_scale,  # (1,)
+    act_bias,  # (1,)
+    layer_scale,  # (C,)
+    dnorm_weight,  # (C,)
+    dnorm_bias,  # (C,)
+    dweight1,  # (R, C)
+    dbias1,  # (R,)
+    dweight2,  # (C, R)
+    dbias2,  # (C,)
+    act_sums,  # (blocks, 2): parts of the gradients of act_scale and act_bias
+    dlayer_scale,  # (C,)
+    R,
+    C,
+    stride1,
+    stride2,
+    width1,
+    width2,
+    blocks1,
+    LONG: tl.constexpr,
+    SHORT: tl.constexpr,
+):
+    """
+    Gradients of parameters from the products over tokens; those there is room for.
+
+    The first blocks1 programs take columns of weight1, the others rows of weight2.
+    """
+    if tl.program_id(0) < blocks1:
+        column = tl.program_id(0) * SHORT + tl.arange(0, SHORT)
+        column_inside = column < C
+        gamma = vector(norm_weight, column, column_inside, 1.0)
+        beta = vector(norm_bias, column, column_inside, 0.0)
+        for_gamma = tl.zeros((SHORT,), tl.float32)
+        for_beta = tl.zeros((SHORT,), tl.float32)
+        for start in range(0, R, LONG):
+            row = start + tl.arange(0, LONG)
+            inside = (row < R)[:, None] & column_inside[None, :]
+            dv = tl.load(first + row * stride1 + width1, mask=row < R, other=0.0)
+            if dbias1 is not None:
+                mine = (row < R) & (tl.program_id(0) == 0)
+                tl.store(dbias1 + row, dv.to(dbias1.dtype.element_ty), mask=mine)
+            if dnorm_weight is not None or dnorm_bias is not None:
+                weight = tl.load(weight1 + row[:, None] * C + column[None, :], mask=inside, other=0.0).to(tl.float32)
+                for_beta += tl.sum(weight * dv[:, None], 0)
+            if dnorm_weight is not None or dweight1 is not None:
+                grad = tl.load(first + row[:, None] * stride1 + column[None, :], mask=inside, other=0.0)
+                if dnorm_weight is not None:
+                    for_gamma += tl.sum(weight * grad, 0)
+                if dweight1 is not None:
+                    grad = grad * gamma[None, :] + dv[:, None] * beta[None, :]
+                    place = row[:, None] * C + column[None, :]
+                    tl.store(dweight1 + place, grad.to(dweight1.dtype.element_ty), mask=inside)
+        if dnorm_weight is not None:
+            tl.store(dnorm_weight + column, for_gamma.to(dnorm_weight.dtype.element_ty), mask=column_inside)
+        if dnorm_bias is not None:
+            tl.store(dnorm_bias + column, for_beta.to(dnorm_bias.dtype.element_ty), mask=column_inside)
+    else:
+        block = tl.program_id(0) - blocks1
+        row = block * SHORT + tl.arange(0, SHORT)
+        row_inside = row < C
+        scale = vector(layer_scale, row, row_inside, 1.0)
+        tail = second + row * stride2 + width2
+        total = tl.load(tail, mask=row_inside, other=0.0) + tl.load(tail + 1, mask=row_inside, other=0.0)
+        if dbias2 is not None:
+            tl.store(dbias2 + row, (scale * total).to(dbias2.dtype.element_ty), mask=row_inside)
+        if dweight2 is not None or act_sums is not None or dlayer_scale is not None:
+            for_layer_scale = vector(bias2, row, row_inside, 0.0) * total
+            for_act_scale = tl.zeros((SHORT,), tl.float32)
+            for_act_bias = tl.zeros((SHORT,), tl.float32)
+            for start in range(0, R, LONG):
+                column = start + tl.arange(0, LONG)
+                inside = row_inside[:, None] & (column < R)[None, :]
+                place = row[:, None] * R + column[None, :]
+                plain = tl.load(second + row[:, None] * stride2 + column[None, :], mask=inside, other=0.0)
+                grad = plain * scalar(act_scale, 1.0) + total[:, None] * scalar(act_bias, 0.0)
+                if dlayer_scale is not None or act_sums is not None:
+                    weight = tl.load(weight2 + place, mask=inside, other=0.0).to(tl.float32)
+                    for_layer_scale += tl.sum(weight * grad, 1)
+                    for_act_scale += tl.sum(weight * plain, 1)
+                    for_act_bias += tl.sum(weight, 1)
+                if dweight2 is not None:
+                    grad *= scale[:, None]
+                    tl.store(dweight2 + place, grad.to(dweight2.dtype.element_ty), mask=inside)
+            if dlayer_scale is not None:
+                tl.store(dlayer_scale + row, for_layer_scale.to(dlayer_scale.dtype.element_ty), mask=row_inside)
+            if act_sums is not None:
+                tl.store(act_sums + 2 * block, tl.sum(tl.where(row_inside, scale * for_act_scale, 0.0), 0))
+                tl.store(act_sums + 2 * block + 1, tl.sum(tl.where(row_inside, scale * total * for_act_bias, 0.0), 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches
+
+
 def fold(
-    weight: torch.Tensor,
+    weight1: torch.Tensor,
     norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weight2: torch.Tensor,
+    layer_scale: torch.Tensor | None,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """F (4C, C) in `dtype`, u and v (4C,) in float32."""
-    rows, columns = weight.shape
-    folded = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    sums, offset = float32(weight, rows), float32(weight, rows)
-    fold_kernel[(triton.cdiv(rows, FOLD_ROWS),)](
-        weight,
+    *,
+    norm_bias: torch.Tensor | None = None,
+    bias1: torch.Tensor | None = None,
+    with_sums: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """W1 norm_weight (R, C) and layer_scale W2 (C, R) in `dtype`, then u and v (R,) float32 or None, in one launch."""
+    inner, channels = weight1.shape
+    same1 = norm_weight is None and weight1.dtype == dtype and not with_sums
+    same2 = layer_scale is None and weight2.dtype == dtype
+    if same1 and same2:
+        return weight1, weight2, None, None
+    folded1 = torch.empty(weight1.shape, dtype=dtype, device=weight1.device)
+    folded2 = None if same2 else torch.empty(weight2.shape, dtype=dtype, device=weight2.device)
+    sums, offset = (float32(weight1, inner), float32(weight1, inner)) if with_sums else (None, None)
+    programs = triton.cdiv(inner, FOLD_ROWS) + (0 if same2 else triton.cdiv(channels, FOLD_ROWS))
+    fold_kernel[(programs,)](
+        weight1,
         norm_weight,
         norm_bias,
-        bias,
-        folded,
+        bias1,
+        weight2,
+        layer_scale,
+        folded1,
         sums,
         offset,
-        rows,
-        columns,
+        folded2,
+        inner,
+        channels,
         ROWS=FOLD_ROWS,
         COLUMNS=FOLD_COLUMNS,
         **FUSION,
     )
-    return folded, sums, offset
+    return folded1, weight2 if same2 else folded2, sums, offset
 
 
 def _options(tiles: Tiles, dtype: torch.dtype) -> dict:
@@ -572,6 +813,60 @@ def _candidates(dtype: torch.dtype, tiles: list[Tiles]) -> list[Tiles]:
 
 def _programs(rows: int, columns: int, tiles: Tiles) -> int:
     return triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns)
+
+
+def _whole(channels: int, dtype: torch.dtype) -> bool:
+    """Whether one kernel computes the branch. float32 is bound by arithmetic, and its tiles would not fit."""
+    return channels <= WHOLE_CHANNELS and dtype != torch.float32
+
+
+def _keeps_normed(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the forward operation makes x^ anyway, so that it is kept in the place of x."""
+    return dtype != x.dtype or _whole(x.shape[1], dtype)
+
+
+def _stride(columns: int) -> int:
+    """Columns of a matrix with at least two more than that, whose rows begin at multiples of 16 bytes."""
+    return triton.cdiv(columns + 2, 8) * 8
+
+
+def _activation(name: str, dtype: torch.dtype, device: torch.device) -> str:
+    """The kernels' name of an activation: GELU as the precision and the device have it."""
+    if name != "gelu" or dtype == torch.float32:
+        return name
+    return "gelu_tanh" if _has_tanh(device) else "gelu_sigmoid"
+
+
+@functools.cache
+def _has_tanh(device: torch.device) -> bool:
+    """Whether there is an instruction for it: from compute capability 7.5 on."""
+    if INTERPRETED or torch.version.hip is not None:
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (7, 5)
+
+
+def _normalise(x: torch.Tensor, statistics: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    """x^ (M, C), with the columns that sums are made of: (M, `_stride(C)`)."""
+    batch, channels, height, width = x.shape
+    tokens = batch * height * width
+    stride = _stride(channels)
+    normed = torch.empty((tokens, stride), dtype=dtype, device=x.device)
+    rows, columns = whole_rows(channels)
+    normalise_kernel[(triton.cdiv(tokens, rows),)](
+        x,
+        statistics,
+        normed,
+        tokens,
+        tokens // statistics.shape[0],
+        eps,
+        C=channels,
+        STRIDE=stride,
+        ROWS=rows,
+        WIDTH=columns,
+        num_warps=8,
+        **FUSION,
+    )
+    return normed
 
 
 @torch.library.custom_op("hf_poolformer::channel_mlp", mutates_args=())
@@ -596,118 +891,142 @@ def channel_mlp(
     with_statistics: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    y (B, C, H, W), its statistics (B, 2), or (0, 2) if not wanted, and for backward (`save`) z (M, 4C) and x - mu.
+    y (B, C, H, W), its statistics, or (0, 2) if not wanted, and for backward (`save`) z (M, R) and x^.
 
-    x (B, C, H, W) channels_last, statistics (B, 2) float32 of x, weight1 (4C, C), weight2 (C, 4C), act_scale and
-    act_bias (1,) of star_relu, mask (B,), all other vectors (C,) but bias1 (4C,). `dtype` is that of the products;
-    x - mu, (M, C), is only kept where it is another than x has. Without `save` there is no backward.
+    x (B, C, H, W) channels_last, statistics float32 of x: (B, 2) of its samples, or (B H W, 2) of its tokens, which
+    says what the norm is; those of y are of the same kind. weight1 (R, C), weight2 (C, R), act_scale and act_bias (1,)
+    of star_relu, mask (B,), all other vectors (C,) but bias1 (R,). `dtype` is that of the products; x^, (M, more than
+    C), is kept where it was made anyway, else (0,). Without `save` there is no backward.
     """
     batch, channels, height, width = x.shape
-    rows, inner, tokens = batch * height * width, weight1.shape[0], height * width
-    centred = dtype != x.dtype
+    inner, tokens = weight1.shape[0], height * width
+    rows = batch * tokens
+    span = rows // statistics.shape[0]
+    act = _activation(activation, dtype, x.device)
+    key = (x.dtype, dtype, bucket(rows), channels, inner)
+
+    def whole(tiles):
+        y = empty_nhwc(x)
+        partials = float32(x, 3, 1, rows) if with_statistics else None
+        preactivation = torch.empty((rows, inner), dtype=dtype, device=x.device) if save else None
+        normed = torch.empty((rows, _stride(channels)), dtype=dtype, device=x.device) if save else None
+        mlp_kernel[(triton.cdiv(rows, tiles.rows),)](
+            x,
+            statistics,
+            norm_weight,
+            norm_bias,
+            operand1,
+            bias1,
+            operand2,
+            bias2,
+            act_scale,
+            act_bias,
+            layer_scale,
+            res_scale,
+            mask,
+            y,
+            partials,
+            preactivation,
+            normed,
+            rows,
+            tokens,
+            span,
+            eps,
+            C=channels,
+            R=inner,
+            STRIDE=_stride(channels),
+            ACT=act,
+            OPERAND=operand(dtype),
+            ROWS=tiles.rows,
+            COLUMNS=tiles.columns,
+            WIDTH=max(triton.next_power_of_2(channels), 16),
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+            **FUSION,
+        )
+        return y, partials, preactivation, normed
+
+    def expand(tiles):
+        hidden = torch.empty((rows, inner), dtype=dtype, device=x.device)
+        preactivation = torch.empty_like(hidden) if save else None
+        expand_kernel[(_programs(rows, inner, tiles),)](
+            x if normed is None else normed,
+            statistics,
+            operand1,
+            sums,
+            offset,
+            act_scale,
+            act_bias,
+            preactivation,
+            hidden,
+            rows,
+            span,
+            eps,
+            N=inner,
+            K=channels,
+            STRIDE=channels if normed is None else normed.shape[1],
+            ACT=act,
+            NORMED=normed is not None,
+            **_options(tiles, dtype),
+        )
+        return hidden, preactivation
+
+    def contract(tiles):
+        y = empty_nhwc(x)
+        blocks = triton.cdiv(channels, tiles.columns)
+        partials = float32(x, 3, blocks, rows) if with_statistics else None
+        contract_kernel[(_programs(rows, channels, tiles),)](
+            hidden,
+            operand2,
+            bias2,
+            x,
+            layer_scale,
+            res_scale,
+            mask,
+            y,
+            partials,
+            rows,
+            tokens,
+            blocks * rows,
+            N=channels,
+            K=inner,
+            **_options(tiles, dtype),
+        )
+        return y, partials
 
     with on(x):
-        folded, sums, offset = fold(weight1, norm_weight, norm_bias, bias1, dtype)
-        source = _centre(x, statistics, dtype) if centred else x
-        weight2_operand = weight2.to(dtype)
-
-        def expand(tiles):
-            hidden = torch.empty((rows, inner), dtype=dtype, device=x.device)
-            preactivation = torch.empty_like(hidden) if save else None
-            expand_kernel[(_programs(rows, inner, tiles),)](
-                source,
-                statistics,
-                folded,
-                sums,
-                offset,
-                act_scale,
-                act_bias,
-                preactivation,
-                hidden,
-                rows,
-                tokens,
-                eps,
-                N=inner,
-                K=channels,
-                ACT=activation,
-                CENTRED=centred,
-                **_options(tiles, dtype),
+        if _whole(channels, dtype):
+            operand1, operand2, *_ = fold(weight1, None, weight2, None, dtype)
+            tiles = TILES_WHOLE_NARROW if channels <= 64 else TILES_WHOLE
+            key = ("channel_mlp", *key, act, save, with_statistics)
+            y, partials, preactivation, normed = tuned(key, tiles, whole)
+        else:
+            operand1, operand2, sums, offset = fold(
+                weight1, norm_weight, weight2, None, dtype, norm_bias=norm_bias, bias1=bias1, with_sums=True
             )
-            return hidden, preactivation
-
-        def contract(tiles):
-            y = empty_nhwc(x)
-            blocks = triton.cdiv(channels, tiles.columns)
-            partials = float32(x, 3, blocks, rows) if with_statistics else None
-            contract_kernel[(_programs(rows, channels, tiles),)](
-                hidden,
-                weight2_operand,
-                bias2,
-                x,
-                layer_scale,
-                res_scale,
-                mask,
-                y,
-                partials,
-                rows,
-                tokens,
-                blocks * rows,
-                N=channels,
-                K=inner,
-                STATISTICS=with_statistics,
-                **_options(tiles, dtype),
-            )
-            return y, partials
-
-        key = (x.dtype, dtype, bucket(rows), channels, inner)
-        tiles = _candidates(dtype, TILES)
-        hidden, preactivation = tuned(("expand", *key, activation, save), tiles, expand)
-        y, partials = tuned(("contract", *key, with_statistics), tiles, contract)
+            normed = _normalise(x, statistics, eps, dtype) if _keeps_normed(x, dtype) else None
+            tiles = _candidates(dtype, TILES)
+            hidden, preactivation = tuned(("expand", *key, act, save), tiles, expand)
+            y, partials = tuned(("contract", *key, with_statistics), tiles, contract)
         return (
             y,
-            combine(partials, batch) if with_statistics else float32(x, 0, 2),
-            preactivation if save else hidden.new_empty((0,)),
-            source if save and centred else hidden.new_empty((0,)),
+            combine(partials, statistics.shape[0]) if with_statistics else float32(x, 0, 2),
+            preactivation if save else x.new_empty((0,), dtype=dtype),
+            normed if save and normed is not None else x.new_empty((0,), dtype=dtype),
         )
 
 
-def _centre(x: torch.Tensor, statistics: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    batch, channels, height, width = x.shape
-    size = channels * height * width
-    centred = torch.empty((batch * height * width, channels), dtype=dtype, device=x.device)
-    block = 256 if INTERPRETED else 4096
-    centre_kernel[(batch, triton.cdiv(size, block))](x, statistics, centred, size, BLOCK=block, num_warps=8, **FUSION)
-    return centred
-
-
 @channel_mlp.register_fake
-def _(
-    x,
-    statistics,
-    norm_weight,
-    norm_bias,
-    weight1,
-    bias1,
-    weight2,
-    bias2,
-    act_scale,
-    act_bias,
-    layer_scale,
-    res_scale,
-    mask,
-    activation,
-    eps,
-    dtype,
-    save,
-    with_statistics,
-):
+def _(x, statistics, norm_weight, norm_bias, weight1, *rest):
+    *_, dtype, save, with_statistics = rest
     batch, channels, height, width = x.shape
     rows = batch * height * width
+    keeps = save and _keeps_normed(x, dtype)
     return (
         empty_nhwc(x),
-        float32(x, batch if with_statistics else 0, 2),
+        float32(x, statistics.shape[0] if with_statistics else 0, 2),
         x.new_empty((rows, weight1.shape[0]) if save else (0,), dtype=dtype),
-        x.new_empty((rows, channels) if save and dtype != x.dtype else (0,), dtype=dtype),
+        x.new_empty((rows, _stride(channels)) if keeps else (0,), dtype=dtype),
     )
 
 
@@ -722,6 +1041,7 @@ def channel_mlp_backward(
     weight1: torch.Tensor,
     bias1: torch.Tensor | None,
     weight2: torch.Tensor,
+    bias2: torch.Tensor | None,
     act_scale: torch.Tensor | None,
     act_bias: torch.Tensor | None,
     layer_scale: torch.Tensor | None,
@@ -729,191 +1049,217 @@ def channel_mlp_backward(
     mask: torch.Tensor | None,
     activation: str,
     eps: float,
-    with_bias2: bool,
-    with_weights: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    wanted: list[bool],
+) -> list[torch.Tensor]:
     """
-    dx; then in float32 dF (4C, C), dv (4C,), G (C, 4C), sums (2, C) of m g and of g x, and (2,) the gradients of
-    act_scale and act_bias.
+    The gradients of x and of the ten parameters, norm_weight to res_scale; (0,) for those not `wanted`, ten flags.
 
-    `source` is x, or x - mu where the products have another dtype than g. Without `with_weights`, dF and G are (0,).
+    `source` is x (B, C, H, W) or x^ (M, more than C), whichever the forward operation left.
     """
     batch, channels, height, width = g.shape
-    rows, inner, tokens = batch * height * width, weight1.shape[0], height * width
+    inner, tokens = weight1.shape[0], height * width
+    rows, groups = batch * tokens, statistics.shape[0]
+    span = rows // groups
     dtype = preactivation.dtype
-    centred = dtype != g.dtype
-    has_res = res_scale is not None
-    act_grad = act_scale is not None or act_bias is not None
+    act = _activation(activation, dtype, g.device)
+    parameters = (
+        norm_weight, norm_bias, weight1, bias1, weight2, bias2, act_scale, act_bias, layer_scale, res_scale
+    )  # fmt: skip
 
     def expand(tiles):
-        scaled, hidden = torch.empty_like(preactivation), torch.empty_like(preactivation)
-        row_blocks, column_blocks = triton.cdiv(rows, tiles.rows), triton.cdiv(inner, tiles.columns)
-        column_sums = float32(g, row_blocks, 2, inner)
-        row_sums = float32(g, 2, column_blocks, rows)
-        act_sums = float32(g, row_blocks * column_blocks, 2) if act_grad else None
-        expand_backward_kernel[(row_blocks * column_blocks,)](
-            masked,
-            weight2_operand,
-            layer_scale,
-            statistics,
+        dz = torch.empty_like(preactivation)
+        hidden = torch.empty((rows, _stride(inner)), dtype=dtype, device=g.device)
+        expand_backward_kernel[(_programs(rows, inner, tiles),)](
+            rounded,
+            operand2,
             preactivation,
-            sums,
-            offset,
             act_scale,
-            act_bias,
-            scaled,
+            mask,
+            dz,
             hidden,
-            column_sums,
-            row_sums,
-            act_sums,
             rows,
             tokens,
-            eps,
             N=inner,
             K=channels,
-            ACT=activation,
-            ACT_GRAD=act_grad,
-            CENTRED=centred,
+            STRIDE=hidden.shape[1],
+            ACT=act,
             **_options(tiles, dtype),
         )
-        return scaled, hidden, column_sums, row_sums, act_sums
+        return dz, hidden
 
     def contract(tiles):
-        dx = empty_nhwc(g)
+        q = torch.empty((rows, channels), dtype=dtype, device=g.device)
+        row_sums = None if span == 1 else float32(g, 2, triton.cdiv(channels, tiles.columns), rows)
         contract_backward_kernel[(_programs(rows, channels, tiles),)](
-            scaled,
-            folded,
+            dz,
+            operand1,
+            normed,
+            q,
+            row_sums,
+            rows,
+            N=channels,
+            K=inner,
+            STRIDE=normed.shape[1],
+            **_options(tiles, dtype),
+        )
+        return q, row_sums
+
+    with on(g):
+        operand1, operand2, *_ = fold(weight1, norm_weight, weight2, layer_scale, dtype)
+        normed = source if source.ndim == 2 else _normalise(source, statistics, eps, dtype)
+        rounded, dres_scale = _shortcut(g, normed, statistics, eps, dtype, res_scale if wanted[-1] else None)
+        key = (g.dtype, dtype, bucket(rows), channels, inner)
+        dz, hidden = tuned(("expand_backward", *key, act), _candidates(dtype, TILES_BACKWARD), expand)
+        q, row_sums = tuned(("contract_backward", *key, span == 1), _candidates(dtype, TILES), contract)
+        sums = None if span == 1 else row_sums.view(2, -1, groups, span).sum((1, 3))
+        dx = empty_nhwc(g)
+        tile_rows, tile_columns = whole_rows(channels)
+        norm_backward_kernel[(triton.cdiv(rows, tile_rows),)](
+            q,
+            normed,
             g,
-            source,
             statistics,
-            moments,
+            sums,
             res_scale,
             dx,
             rows,
-            tokens,
+            span,
             eps,
-            N=channels,
-            K=inner,
-            CENTRED=centred,
-            **_options(tiles, dtype),
+            C=channels,
+            STRIDE=normed.shape[1],
+            ROWS=tile_rows,
+            WIDTH=tile_columns,
+            num_warps=8,
+            **FUSION,
         )
-        return dx
-
-    with on(g):
-        folded, sums, offset = fold(weight1, norm_weight, norm_bias, bias1, dtype)
-        weight2_operand = weight2.to(dtype)
-        masked, shortcut_sums = _shortcut(g, source, statistics, mask, dtype, with_bias2, has_res)
-        key = (g.dtype, dtype, bucket(rows), channels, inner)
-        scaled, hidden, column_sums, row_sums, act_sums = tuned(
-            ("expand_backward", *key, activation), _candidates(dtype, TILES_BACKWARD), expand
-        )
-        moments = row_sums.view(2, -1, batch, tokens).sum((1, 3)).t().contiguous() / (channels * tokens)
-        dx = tuned(("contract_backward", *key), _candidates(dtype, TILES), contract)
-        dv, shift = column_sums.sum(0)
-        if with_weights:
-            token_rows = source if centred else source.permute(0, 2, 3, 1).reshape(rows, channels)
-            dfolded = transposed_product(scaled, token_rows) - shift[:, None]
-            mixed = transposed_product(masked.permute(0, 2, 3, 1).reshape(rows, channels), hidden)
-        else:
-            dfolded, mixed = float32(g, 0), float32(g, 0)
-        dact = act_sums.sum(0) if act_grad else float32(g, 2).zero_()
-        return dx, dfolded, dv, mixed, shortcut_sums, dact
+        rounded = rounded.permute(0, 2, 3, 1).reshape(rows, channels)
+        grads = _parameter_gradients(dz, normed, rounded, hidden, parameters[:-1], wanted[:-1])
+    return [dx, *(g.new_empty((0,)) if grad is None else grad for grad in (*grads, dres_scale))]
 
 
 def _shortcut(
     g: torch.Tensor,
-    source: torch.Tensor,
+    normed: torch.Tensor,
     statistics: torch.Tensor,
-    mask: torch.Tensor | None,
+    eps: float,
     dtype: torch.dtype,
-    branch: bool,
-    res: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """m g (B, C, H, W) in `dtype`, and sums (2, C) over tokens of m g (if `branch`) and of g x (if `res`)."""
-    batch, channels, height, width = g.shape
-    tokens = height * width
-    copy = mask is not None or dtype != g.dtype
-    masked = empty_nhwc(g, dtype) if copy else g
-    if not (copy or branch or res):
-        return masked, float32(g, 2, channels).zero_()
-    blocks = triton.cdiv(channels, REDUCE_COLUMNS)
-    splits = min(triton.cdiv(batch * tokens, REDUCE_ROWS), triton.cdiv(PROGRAMS, blocks))
-    sums = float32(g, splits, 2, channels)
-    shortcut_kernel[(splits, blocks)](
-        g,
-        source,
-        statistics,
-        mask,
-        masked if copy else None,
-        sums,
-        batch * tokens,
-        tokens,
-        N=channels,
-        CENTRED=dtype != g.dtype,
-        BRANCH=branch,
-        RES=res,
-        ROWS=REDUCE_ROWS,
-        COLUMNS=REDUCE_COLUMNS,
-        **FUSION,
-    )
-    return masked, sums.sum(0)
+    res_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """g (B, C, H, W) in `dtype`, and the gradient of res_scale (C,), if that is given."""
+    rounds, sums = dtype != g.dtype, None
+    rounded = empty_nhwc(g, dtype) if rounds else g
+    if rounds or res_scale is not None:
+        batch, channels, height, width = g.shape
+        rows = batch * height * width
+        blocks = triton.cdiv(channels, REDUCE_COLUMNS)
+        splits = min(triton.cdiv(rows, REDUCE_ROWS), triton.cdiv(PROGRAMS, blocks))
+        sums = None if res_scale is None else float32(g, splits, channels)
+        shortcut_kernel[(splits, blocks)](
+            g,
+            normed,
+            statistics,
+            rounded if rounds else None,
+            sums,
+            rows,
+            rows // statistics.shape[0],
+            eps,
+            C=channels,
+            STRIDE=normed.shape[1],
+            ROWS=REDUCE_ROWS,
+            COLUMNS=REDUCE_COLUMNS,
+            **FUSION,
+        )
+    return rounded, None if sums is None else sums.sum(0).to(res_scale.dtype)
 
 
-@channel_mlp_backward.register_fake
-def _(
-    g,
-    source,
-    statistics,
-    preactivation,
-    norm_weight,
-    norm_bias,
-    weight1,
-    bias1,
-    weight2,
-    act_scale,
-    act_bias,
-    layer_scale,
-    res_scale,
-    mask,
-    activation,
-    eps,
-    with_bias2,
-    with_weights,
-):
+def _parameter_gradients(
+    dz: torch.Tensor,
+    normed: torch.Tensor,
+    g: torch.Tensor,
+    hidden: torch.Tensor,
+    parameters: Sequence[torch.Tensor | None],
+    wanted: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients of the nine parameters norm_weight to layer_scale, or None; g (M, C) in the precision of products."""
+    norm_weight, norm_bias, weight1, _, weight2, bias2, act_scale, act_bias, layer_scale = parameters
+    grads = [
+        torch.empty_like(parameter, memory_format=torch.contiguous_format) if parameter is not None and want else None
+        for parameter, want in zip(parameters, wanted, strict=True)
+    ]
+    dnorm_weight, dnorm_bias, dweight1, dbias1, dweight2, dbias2, dact_scale, dact_bias, dlayer_scale = grads
+
+    def is_any(*found):
+        return any(grad is not None for grad in found)
+
     inner, channels = weight1.shape
-    return (
-        empty_nhwc(g),
-        float32(g, *(weight1.shape if with_weights else (0,))),
-        float32(g, inner),
-        float32(g, *(weight2.shape if with_weights else (0,))),
-        float32(g, 2, channels),
-        float32(g, 2),
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    x, statistics, norm_weight, norm_bias, weight1, bias1, weight2, bias2, *rest = inputs
-    act_scale, act_bias, layer_scale, res_scale, mask, ctx.activation, ctx.eps, dtype, ctx.saved, _ = rest
-    _, _, preactivation, centred = output
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    source = x if dtype == x.dtype else centred
-    ctx.save_for_backward(
-        source,
-        preactivation,
-        statistics,
+    blocks = triton.cdiv(channels, GRADIENT_SHORT)
+    # The whole products, or of frozen weights the last columns alone.
+    first = second = act_sums = None
+    width1 = channels if is_any(dnorm_weight, dweight1) else 0
+    width2 = inner if is_any(dweight2, dact_scale, dact_bias, dlayer_scale) else 0
+    if is_any(dnorm_weight, dnorm_bias, dweight1, dbias1):
+        first = transposed_product(dz, normed if width1 else normed[:, channels:])
+    if is_any(dbias2) or width2:
+        second = transposed_product(g, hidden if width2 else hidden[:, inner:])
+    if is_any(dact_scale, dact_bias):
+        act_sums = float32(g, blocks, 2)
+    blocks1, blocks2 = (0 if each is None else blocks for each in (first, second))
+    if blocks1 + blocks2 == 0:
+        return grads
+    parameters_kernel[(blocks1 + blocks2,)](
+        hidden if first is None else first,  # a pointer that no program follows
+        hidden if second is None else second,
         norm_weight,
         norm_bias,
         weight1,
-        bias1,
         weight2,
         bias2,
         act_scale,
         act_bias,
         layer_scale,
-        res_scale,
-        mask,
+        dnorm_weight,
+        dnorm_bias,
+        dweight1,
+        dbias1,
+        dweight2,
+        dbias2,
+        act_sums,
+        dlayer_scale,
+        inner,
+        channels,
+        0 if first is None else first.shape[1],
+        0 if second is None else second.shape[1],
+        width1,
+        width2,
+        blocks1,
+        LONG=GRADIENT_LONG,
+        SHORT=GRADIENT_SHORT,
+        num_warps=8,
+        **FUSION,
     )
+    for place, grad in ((0, dact_scale), (1, dact_bias)):
+        if grad is not None:
+            grad.copy_(act_sums[:, place].sum())
+    return grads
+
+
+@channel_mlp_backward.register_fake
+def _(g, source, statistics, preactivation, *rest):
+    *_, wanted = rest
+    grads = [
+        g.new_empty((0,)) if parameter is None or not want else torch.empty_like(parameter)
+        for parameter, want in zip(rest[:10], wanted, strict=True)
+    ]
+    return [empty_nhwc(g), *grads]
+
+
+def _setup_context(ctx, inputs, output):
+    x, statistics, *parameters, mask, ctx.activation, ctx.eps, dtype, ctx.saved, _ = inputs
+    _, _, preactivation, normed = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    source = normed if _keeps_normed(x, dtype) else x
+    ctx.save_for_backward(source, statistics, preactivation, *parameters, mask)
 
 
 def _backward(ctx, g, *_):
@@ -922,53 +1268,11 @@ def _backward(ctx, g, *_):
         return tuple(grads)
     if not ctx.saved:
         raise RuntimeError("channel_mlp was called with save=False, so it has no backward")
-    source, preactivation, statistics, *parameters, mask = ctx.saved_tensors
-    norm_weight, norm_bias, weight1, bias1, weight2, bias2, act_scale, act_bias, layer_scale, res_scale = parameters
-    g = g.contiguous(memory_format=torch.channels_last)
-    _, _, need_norm, _, need1, _, need2, _, _, _, need_scale, *_ = ctx.needs_input_grad
-    dx, dfolded, dv, mixed, sums, dact = torch.ops.hf_poolformer.channel_mlp_backward(
-        g,
-        source,
-        statistics,
-        preactivation,
-        norm_weight,
-        norm_bias,
-        weight1,
-        bias1,
-        weight2,
-        act_scale,
-        act_bias,
-        layer_scale,
-        res_scale,
-        mask,
-        ctx.activation,
-        ctx.eps,
-        bias2 is not None,
-        need_norm or need1 or need2 or need_scale,
+    wanted = list(ctx.needs_input_grad[2:12])
+    grads[0], *found = torch.ops.hf_poolformer.channel_mlp_backward(
+        g.contiguous(memory_format=torch.channels_last), *ctx.saved_tensors, ctx.activation, ctx.eps, wanted
     )
-    # Tensors of the size of weights from here on, elementwise in float32: torch.compile fuses them.
-    dnorm_weight = dnorm_bias = dweight1 = dweight2 = dlayer = None
-    if need_norm:
-        dnorm_weight = (dfolded * weight1).sum(0)
-    if norm_bias is not None:
-        dnorm_bias = (dv[:, None] * weight1).sum(0)
-    if need1:
-        dweight1 = dfolded if norm_weight is None else dfolded * norm_weight
-        if norm_bias is not None:
-            dweight1 = dweight1 + dv[:, None] * norm_bias
-    if need2:
-        dweight2 = mixed if layer_scale is None else layer_scale[:, None] * mixed
-    if need_scale:
-        dlayer = (mixed * weight2).sum(1)
-        if bias2 is not None:
-            dlayer = dlayer + bias2 * sums[0]
-    dbias2 = sums[0] if layer_scale is None else layer_scale * sums[0]
-    found = [dnorm_weight, dnorm_bias, dweight1, dv, dweight2, dbias2, dact[:1], dact[1:], dlayer, sums[1]]
-    grads[0] = dx
-    grads[2:12] = [
-        None if parameter is None or grad is None else grad.to(parameter.dtype)
-        for parameter, grad in zip(parameters, found, strict=True)
-    ]
+    grads[2:12] = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
     return tuple(grads)
 
 

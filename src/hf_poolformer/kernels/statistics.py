@@ -1,4 +1,4 @@
-"""Mean and variance of each sample, without E[x^2] - mean^2.
+"""Mean and variance of each sample (GroupNorm with one group) or token (LayerNorm), without E[x^2] - mean^2.
 
 Each tile yields (count, mean, M2), where M2 is the sum of squared deviations from the tile's own mean, taken in
 registers. Tiles combine by Chan's formula: mean = sum(n_i mean_i) / N, M2 = sum(M2_i + n_i (mean_i - mean)^2). So the
@@ -32,6 +32,15 @@ def row_moments(values, inside):
     mean = tl.sum(tl.where(inside, values, 0.0), 1) / tl.maximum(count, 1.0)
     deviation = tl.where(inside, values - mean[:, None], 0.0)
     return count, mean, tl.sum(deviation * deviation, 1)
+
+
+@triton.jit
+def store_row_moments(values, inside, row_inside, partials, plane, index):
+    """Row moments of a float32 tile into partials, three planes of `plane` entries, at `index` of each row."""
+    count, mean, m2 = row_moments(values, inside)
+    tl.store(partials + index, count, mask=row_inside)
+    tl.store(partials + plane + index, mean, mask=row_inside)
+    tl.store(partials + 2 * plane + index, m2, mask=row_inside)
 
 
 @triton.jit
@@ -77,6 +86,47 @@ def combine_kernel(partials, statistics, groups, rows, stride_group, stride_samp
     tl.store(statistics + 2 * sample + 1, tl.sum(m2, 0) / size)
 
 
+@triton.jit
+def combine_rows_kernel(partials, statistics, groups, M, plane, ROWS: tl.constexpr):
+    """`combine_kernel` where each row has one entry per group."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < M
+    size = tl.zeros((ROWS,), tl.float32)
+    mean = tl.zeros((ROWS,), tl.float32)
+    m2 = tl.zeros((ROWS,), tl.float32)
+    entries = partials + row.to(tl.int64)
+    for _ in range(0, groups):
+        count = tl.load(entries, mask=inside, other=0.0)
+        shift = tl.load(entries + plane, mask=inside, other=0.0) - mean
+        before = size
+        size += count
+        share = count / tl.maximum(size, 1.0)
+        mean += shift * share
+        m2 += tl.load(entries + 2 * plane, mask=inside, other=0.0) + shift * shift * before * share
+        entries += M
+    target = statistics + 2 * row.to(tl.int64)
+    tl.store(target, mean, mask=inside)
+    tl.store(target + 1, m2 / tl.maximum(size, 1.0), mask=inside)
+
+
+@triton.jit
+def token_kernel(x, statistics, M, C: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, WIDTH)
+    inside = (row < M)[:, None] & (channel < C)[None, :]
+    place = row.to(tl.int64)[:, None] * C + channel[None, :]
+    _, mean, m2 = row_moments(tl.load(x + place, mask=inside, other=0.0).to(tl.float32), inside)
+    target = statistics + 2 * row.to(tl.int64)
+    tl.store(target, mean, mask=row < M)
+    tl.store(target + 1, m2 / C, mask=row < M)
+
+
+def whole_rows(channels: int) -> tuple[int, int]:
+    """Rows and columns of a tile of whole rows: a power of two of columns, and about as many entries as pay."""
+    width = max(triton.next_power_of_2(channels), 16)
+    return (4 if INTERPRETED else max(4096 // width, 1)), width
+
+
 def combine(partials: torch.Tensor, samples: int) -> torch.Tensor:
     """
     Statistics (samples, 2) of partials (3, groups, samples * rows): counts, means and M2.
@@ -86,9 +136,13 @@ def combine(partials: torch.Tensor, samples: int) -> torch.Tensor:
     _, groups, entries = partials.shape
     statistics = float32(partials, samples, 2)
     rows = entries // samples
-    combine_kernel[(samples,)](
-        partials, statistics, groups, rows, entries, rows, groups * entries, BLOCK=COMBINE, **FUSION
-    )
+    plane = groups * entries
+    if rows == 1:
+        combine_rows_kernel[(triton.cdiv(samples, COMBINE),)](
+            partials, statistics, groups, samples, plane, ROWS=COMBINE, **FUSION
+        )
+    else:
+        combine_kernel[(samples,)](partials, statistics, groups, rows, entries, rows, plane, BLOCK=COMBINE, **FUSION)
     return statistics
 
 
@@ -106,3 +160,27 @@ def sample_statistics(x: torch.Tensor) -> torch.Tensor:
 @sample_statistics.register_fake
 def _(x):
     return x.new_empty((x.shape[0], 2), dtype=torch.float32)
+
+
+@torch.library.custom_op("hf_poolformer::token_statistics", mutates_args=())
+def token_statistics(x: torch.Tensor) -> torch.Tensor:
+    """
+    Mean and biased variance over the channels of each token of x (B, C, H, W), channels_last: (B H W, 2) float32.
+
+    Tokens are in the order of memory. No gradient.
+    """
+    batch, channels, height, width = x.shape
+    tokens = batch * height * width
+    rows, columns = whole_rows(channels)
+    with on(x):
+        statistics = float32(x, tokens, 2)
+        token_kernel[(triton.cdiv(tokens, rows),)](
+            x, statistics, tokens, C=channels, ROWS=rows, WIDTH=columns, num_warps=8, **FUSION
+        )
+        return statistics
+
+
+@token_statistics.register_fake
+def _(x):
+    batch, _, height, width = x.shape
+    return x.new_empty((batch * height * width, 2), dtype=torch.float32)
