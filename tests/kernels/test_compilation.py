@@ -12,6 +12,7 @@ import torch
 
 SHARED_MEMORY = 227 * 1024  # bytes that a block may have on compute capability 9.0
 PRODUCTS = {"expand_kernel", "contract_kernel", "expand_backward_kernel", "contract_backward_kernel"}
+PRODUCTS |= {"norm_product_kernel"}
 
 
 @pytest.mark.slow
@@ -26,6 +27,7 @@ def test_every_kernel_compiles_for_hopper_and_fits():
     kernels = {report["kernel"] for report in reports}
     assert kernels >= PRODUCTS | {"chunk_kernel", "combine_kernel", "fold_kernel", "centre_kernel", "shortcut_kernel"}
     assert kernels >= {"forward_kernel", "reduction_kernel", "backward_kernel"}
+    assert kernels >= {"norm_kernel", "depthwise_kernel", "depthwise_weight_kernel", "norm_backward_kernel"}
     for report in reports:
         assert report["shared"] <= SHARED_MEMORY, report
         # Some bytes of stack are noise; hundreds are tiles in local memory.

@@ -45,6 +45,9 @@ ENTRIES = 256 if INTERPRETED else 4096
 STRIPS, CHANNELS = (4, 16) if INTERPRETED else (4, 32)
 # Tokens of a strip: more would not fit into the registers beside 49 weights, fewer load more than they compute.
 STRIP = range(2, 4) if INTERPRETED else range(4, 9)
+# So that three programs fit a multiprocessor of 65536 registers. A strip of 8 would take 180 to 200 of them, and does
+# with as many as one of 7 needs; nothing spills.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
 # Programs wanted, several per multiprocessor; a constant, so that sums do not depend on the device.
 PROGRAMS = 4 if INTERPRETED else 1056
 
@@ -73,9 +76,9 @@ def norm_kernel(x, norm_weight, normed, M, eps, C: tl.constexpr, ROWS: tl.conste
 
 @triton.jit
 def norm_product_kernel(
+    weight,
     x,
     norm_weight,
-    weight,
     z,
     M,
     eps,
@@ -458,9 +461,9 @@ def expand(
     z = torch.empty((count, inner), dtype=dtype, device=rows.device)
     tiles = expand_tiles(dtype)
     norm_product_kernel[(triton.cdiv(count, tiles.rows),)](
+        weight,
         rows,
         norm_weight,
-        weight,
         z,
         count,
         eps,
@@ -557,6 +560,7 @@ class Strips:
             "STRIPS": STRIPS,
             "CHANNELS": CHANNELS,
             "num_warps": 1 if INTERPRETED else STRIPS * CHANNELS // 32,
+            **REGISTERS,
             **FUSION,
         }
 
