@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_poolformer import MetaFormerConfig
 from hf_poolformer.kernels import separable_conv as kernels
@@ -199,6 +200,14 @@ def test_what_was_not_saved_has_no_backward(device):
     y, _ = separable_conv(x, named, None, needs_gradient=False)
     with pytest.raises(RuntimeError, match="needs_gradient=False"):
         y.sum().backward()
+
+
+def test_operations_are_counted(device):
+    named = {name: None if p is None else p.detach() for name, p in tensors(branch(4, ()).to(device)).items()}
+    x = torch.randn(2, 4, 2, 3, device=device).contiguous(memory_format=torch.channels_last)
+    with FlopCounterMode(display=False) as counter:
+        separable_conv(x, named, None, needs_gradient=False)
+    assert counter.get_total_flops() == 2 * 12 * 8 * (4 + 9 + 4)
 
 
 @pytest.mark.gpu
