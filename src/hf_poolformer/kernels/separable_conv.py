@@ -62,7 +62,7 @@ def standardised(value, inside, eps, C: tl.constexpr):
 
 
 @triton.jit
-def norm_kernel(x, norm_weight, normed, M, eps, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def token_norm_kernel(x, norm_weight, normed, M, eps, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """n(x) (M, C) in the precision of products."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -389,7 +389,7 @@ def depthwise_weight_kernel(
 
 
 @triton.jit
-def norm_backward_kernel(
+def token_norm_backward_kernel(
     e,
     x,
     g,
@@ -446,7 +446,7 @@ def normalise(rows: torch.Tensor, norm_weight: torch.Tensor | None, eps: float, 
     normed = torch.empty(rows.shape, dtype=dtype, device=rows.device)
     count, channels = rows.shape
     tile = row_tile(channels)
-    norm_kernel[(triton.cdiv(count, tile["ROWS"]),)](rows, norm_weight, normed, count, eps, C=channels, **tile)
+    token_norm_kernel[(triton.cdiv(count, tile["ROWS"]),)](rows, norm_weight, normed, count, eps, C=channels, **tile)
     return normed
 
 
@@ -716,7 +716,7 @@ def separable_conv_backward(
             dweight1, dtaps, contracted = (float32(g, 0) for _ in range(3))
         dx, tile = empty_nhwc(g), row_tile(channels)
         sums = float32(g, min(triton.cdiv(len(rows), tile["ROWS"]), PROGRAMS), 2, channels)
-        norm_backward_kernel[(len(sums),)](
+        token_norm_backward_kernel[(len(sums),)](
             torch.mm(dz, weight1), x, g, norm_weight, res_scale, dx, sums, len(rows), eps, C=channels, **tile
         )
         return dx, dweight1, dtaps, contracted, sums.sum(0), dact
