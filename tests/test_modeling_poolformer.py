@@ -8,6 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 from transformers.models.poolformer import modeling_poolformer as built_in
 from transformers.models.poolformer.configuration_poolformer import PoolFormerConfig as BuiltInConfig
@@ -396,6 +397,23 @@ def test_channels_last_is_kept(poolformer_config, scramble):
     got = model.to(memory_format=torch.channels_last)(pixel_values.to(memory_format=torch.channels_last))
     assert got.last_hidden_state.is_contiguous(memory_format=torch.channels_last)
     assert relative_error(got.last_hidden_state, wanted) < 1e-5
+
+
+def test_attention_copies_nothing_in_channels_last():
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    names = []
+    config = MetaFormerConfig(token_mixers=("attention",) * 4, hidden_sizes=(64,) * 4)
+    attention = TOKEN_MIXERS["attention"](config, 0)
+    x, grad = (torch.randn(2, 64, 3, 5).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    with Names():
+        attention(x.requires_grad_()).backward(grad)
+    assert not {"clone", "copy_", "_to_copy", "contiguous"} & set(names)
+    # The gradients of query, key and value become one, which the product needs.
+    assert names.count("stack") == 1
 
 
 def test_trainer_trains(poolformer_config, tmp_path):

@@ -144,7 +144,9 @@ class Attention(nn.Module):
         height, width = hidden_states.shape[-2:]
         tokens = hidden_states.flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, C)
         qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
+        # Each (B, heads, N, head_dim). Taken apart before they are transposed: so their gradients are put together in
+        # the order of qkv, and not copied once more.
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         mixed = self.proj(self.attend(query, key, value).flatten(2))
         return mixed.transpose(1, 2).unflatten(-1, (height, width))
 

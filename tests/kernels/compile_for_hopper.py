@@ -4,7 +4,7 @@
     python tests/kernels/compile_for_hopper.py 64 128 320 512    training and inference in bfloat16 with so many
                                                                  channels, a line per kernel and tile
 
-Runs forward and backward of both operations on CPU tensors, with launches replaced by compilation, so that each kernel
+Runs forward and backward of all operations on CPU tensors, with launches replaced by compilation, so that each kernel
 is compiled for the arguments it would get. Results are garbage, and nobody looks at them.
 """
 
@@ -22,12 +22,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from hf_poolformer import backends
-from hf_poolformer.kernels import channel_mlp, pool_mixer
+from hf_poolformer.kernels import channel_mlp, pool_mixer, separable_conv
 
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 reports: dict[str, dict] = {}
 
 
@@ -115,6 +115,17 @@ def run(dim: int, size: int, dtype: torch.dtype, autocast: torch.dtype | None, v
         y.sum().backward()
 
 
+def run_separable(dim: int, size: int, dtype: torch.dtype, product_dtype: torch.dtype):
+    def parameter(*shape):
+        return torch.ones(shape, dtype=dtype, requires_grad=True)
+
+    x = torch.ones(2, dim, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weights = parameter(dim), parameter(2 * dim, dim), parameter(1), parameter(1), parameter(2 * dim, 1, 7, 7)
+    rest = parameter(dim, 2 * dim), None, parameter(dim), torch.ones(2), 1e-6, product_dtype, True
+    y, _ = separable_conv.separable_conv(x.requires_grad_(), *weights, *rest)
+    y.sum().backward()
+
+
 def main():
     JITFunction.run = compile_instead
     pool_mixer.tuned = channel_mlp.tuned = launch_all
@@ -137,6 +148,11 @@ def main():
     with torch.no_grad():
         run(64, 14, torch.bfloat16, None, v2=False)
         run(320, 14, torch.bfloat16, None, v2=False)
+    # Strips of 8, 7 and 6 tokens; normalised rows in the product and before it.
+    run_separable(64, 56, torch.bfloat16, torch.bfloat16)
+    run_separable(128, 28, torch.float32, torch.bfloat16)
+    run_separable(320, 12, torch.float16, torch.float16)
+    run_separable(20, 8, torch.float32, torch.float32)
     print(json.dumps(list(reports.values())))
 
 

@@ -8,6 +8,7 @@ cpu.py          both operations with oneDNN; the others need Triton, and without
 statistics.py   mean and variance of each sample or token
 pool_mixer.py   res_scale * x + mask * scale * rstd * (pool(x) - x)
 channel_mlp.py  res_scale * x + mask * layer_scale * (W2 act(W1 norm(x) + b1) + b2)
+separable_conv.py  res_scale * x + mask * layer_scale * (W2 D act(W1 norm(x))), D a depthwise convolution
 launch.py       choice of tiles, precision of products, devices
 """
 
