@@ -317,8 +317,8 @@ def fusible(kind: type[nn.Module]) -> type[nn.Module]:
     return kind
 
 
-# Class -> what it computes: "block", its parts "group_norm", "layer_norm", "drop_path" and "channel_mlp", a token mixer
-# of its kind, or one of `ACTIVATIONS`.
+# Class -> what it computes: "block", its parts "group_norm", "layer_norm", "drop_path" and "channel_mlp", a kind of
+# token mixer, or one of `ACTIVATIONS`.
 FORMULAS: dict[type[nn.Module], str] = {
     nn.GELU: "gelu",
     nn.ReLU: "relu",
@@ -492,12 +492,15 @@ def fused_stage(stage: nn.ModuleList, x: torch.Tensor) -> torch.Tensor | None:
     decision = None if torch.compiler.is_compiling() else DECISION.get()
     if decision is None or not _holds(decision) or not infers(decision):
         return None
-    branches: list[Branch] = []
+    branches: list[Branch | None] = []
     for block in stage:
-        found = block_branches(block, x, decision) if formula(block) == "block" else [None]
-        if None in found:
+        if formula(block) != "block":
             return None
-        branches += found
+        branches.append(_find_branch(block, x, decision, MIXERS))
+        if block.use_mlp:
+            branches.append(_find_branch(block, x, decision, MLPS))
+        if None in branches:
+            return None
     return infer_branches(x, branches) if branches else None
 
 
@@ -515,35 +518,23 @@ def infers(decision: Decision) -> bool:
 
 
 def _inferred_block(block: nn.Module, x: torch.Tensor, decision: Decision) -> torch.Tensor:
-    """A block by the functions of inference, but for its branches that only modules can compute."""
-    branches = block_branches(block, x, decision)
-    if None not in branches:
-        return infer_branches(x, branches)
-    for branch, modules in zip(branches, (block.mix_tokens, block.mix_channels), strict=False):
-        x = modules(x) if branch is None else infer_branches(x, [branch])
-    return x
+    """A block by the functions of inference, but for branches that only modules can compute."""
+    mixer = _find_branch(block, x, decision, MIXERS)
+    if mixer is None:
+        x = block.mix_tokens(x)
+    mlp = _find_branch(block, x, decision, MLPS)
+    branches = [branch for branch in (mixer, mlp) if branch is not None]
+    x = infer_branches(x, branches) if branches else x
+    return block.mix_channels(x) if mlp is None else x
 
 
-def block_branches(block: nn.Module, x: torch.Tensor, decision: Decision) -> list[Branch | None]:
-    """Of a block in inference: None in the place of a branch that is not one of its operations."""
-    mixers = [
-        ("pool_mixer", mixer_arguments),
-        ("separable_conv", separable_arguments),
-        ("attention", attention_arguments),
-        ("mixing", mixing_arguments),
-    ]
-    branches = [_branch(block, x, decision, mixers)]
-    if block.use_mlp:
-        branches.append(_branch(block, x, decision, [("channel_mlp", mlp_arguments)]))
-    return branches
-
-
-def _branch(
-    block: nn.Module, x: torch.Tensor, decision: Decision, operations: list[tuple[str, Callable]]
+def _find_branch(
+    block: nn.Module, x: torch.Tensor, decision: Decision, operations: dict[str, Callable[..., dict[str, Any] | None]]
 ) -> Branch | None:
-    for name, find_arguments in operations:
+    for name, find_arguments in operations.items():
         arguments = find_arguments(block, x, decision)
         if arguments is not None:
+            # Which samples are dropped only modules draw.
             return None if block.drop_path.drops else (name, arguments)
     return None
 
@@ -683,6 +674,16 @@ def mixing_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> d
     return {"norm": kind, "eps": norm.eps, **tensors} if takes(decision, x, *tensors.values()) else None
 
 
+# Operation of inference -> what finds its arguments.
+MIXERS = {
+    "pool_mixer": mixer_arguments,
+    "separable_conv": separable_arguments,
+    "attention": attention_arguments,
+    "mixing": mixing_arguments,
+}
+MLPS = {"channel_mlp": mlp_arguments}
+
+
 def _norm_of_plain_branch(
     block: nn.Module, method: str, norm: nn.Module, x: torch.Tensor, *scales: torch.Tensor | None
 ) -> str | None:
@@ -766,7 +767,14 @@ def channel_mlp(
     statistics: torch.Tensor | None = None,
     with_statistics: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`ops.channel_mlp` by kernels; what is not said there, and the result, as in `pool_mixer`."""
+    """
+    `ops.channel_mlp` by kernels; what is not said there, and the result, as in `pool_mixer`.
+
+    Raises:
+        ValueError: another norm than "group", of which there are no differentiable kernels (`infer_branches`).
+    """
+    if norm != "group":
+        raise ValueError(f"There are no differentiable kernels with norm={norm!r}")
     x, dtype = _autocast(x)
     vectors = (norm_weight, norm_bias, weight1.flatten(1), bias1, weight2.flatten(1), bias2, act_scale, act_bias)
     vectors = (*vectors, layer_scale, res_scale, mask)
@@ -781,7 +789,15 @@ def channel_mlp(
 
 
 def infer_branches(x: torch.Tensor, branches: list[Branch]) -> torch.Tensor:
-    """Branches in sequence on the CPU, without gradients."""
+    """
+    Branches in sequence on the CPU, without gradients.
+
+    Args:
+        x: (B, C, H, W), and so is the result, in channels_last memory.
+        branches: of each the name of its operation, and its arguments: "pool_mixer", "channel_mlp" and
+            "separable_conv" with those of `ops`, all of them, but mask; "attention" and "mixing" with those of
+            `attention_arguments` and `mixing_arguments`.
+    """
     cpu = _cpu_kernels()
     x, dtype = _autocast(x)
     return cpu.infer(x, [cpu.BRANCHES[name].prepare(dtype, **arguments) for name, arguments in branches])

@@ -553,7 +553,7 @@ class Residual(NamedTuple):
     res_scale: Optional
 
     def add(self, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-        """res_scale x + layer_scale branch, (B, C, H, W), from branch (B H W, C), whose memory may become the result's."""
+        """res_scale x + layer_scale branch, (B, C, H, W), in the memory of branch (B H W, C)."""
         branch = as_map(branch.to(x.dtype), x)
         add_branch(x, branch, None if self.layer_scale is None else self.layer_scale[None], self.res_scale, out=branch)
         return branch
