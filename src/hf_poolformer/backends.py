@@ -1,7 +1,8 @@
 """Who computes the blocks of a model, and what its modules must be for that.
 
 Kernels compute the two branches of a block (`ops.py` has the formulas) with fewer passes over memory. Whether they do,
-an encoder decides once per forward (`decides`), and its stages and blocks follow (`unless_fused`). The environment
+an encoder decides once per forward (`decides`), and its stages and blocks follow (`unless_fused`). Without gradients
+the CPU computes branches of the second paper's families, too, by plain functions (`infer_branches`). The environment
 variable HF_POOLFORMER_KERNELS says who is to compute, else the configuration's `kernels`, else it is auto:
 
     auto       kernels where they can run and have been measured to be faster: today "cpu", without gradients
@@ -600,9 +601,9 @@ def separable_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -
     conv1, act, depthwise, conv2 = mixer.pwconv1, mixer.act, mixer.dwconv, mixer.pwconv2
     if not (is_pointwise(conv1) and formula(act) == "star_relu" and is_depthwise(depthwise) and is_pointwise(conv2)):
         return None
-    if any(conv.bias is not None for conv in (conv1, depthwise, conv2)) or norm.bias is not None:
-        return None
     scales = {"layer_scale": block.layer_scale_1, "res_scale": block.res_scale_1}
+    if _norm_of_plain_branch(block, "mix_tokens", norm, x, *scales.values()) != "channel":
+        return None
     channels, hidden = x.shape[1], conv1.weight.shape[0]
     shapes = [
         (conv1.weight, (hidden, channels, 1, 1)),
@@ -611,7 +612,7 @@ def separable_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -
         (depthwise.weight, (hidden, 1, *depthwise.kernel_size)),
         (conv2.weight, (channels, hidden, 1, 1)),
     ]
-    if not fit(x, shapes) or _norm_of_plain_branch(block, "mix_tokens", norm, x, *scales.values()) != "channel":
+    if not fit(x, shapes) or any(part.bias is not None for part in (norm, conv1, depthwise, conv2)):
         return None
     tensors = {
         "norm_weight": norm.weight,

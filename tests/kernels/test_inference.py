@@ -258,6 +258,7 @@ SEPARABLE = {
     "before_norm": {
         "hook": hooked,
         "of torch, over a group": lambda norm: nn.GroupNorm(2, 8),
+        "identity": lambda norm: nn.Identity(),
         "eps": attributes(eps=0.5),
         "bias": attributes(bias=nn.Parameter(torch.linspace(-1, 1, 8))),
     },
@@ -285,7 +286,12 @@ ATTENTION = {
     "token_mixer": {"hook": hooked, "attends in its own way": attributes(attend=lambda q, k, v: v.transpose(1, 2))},
     "token_mixer.qkv": {"hook": hooked, "adapter": adapted, "bias": lambda layer: nn.Linear(32, 96)},
     "token_mixer.proj": {"own forward": own_forward, "bias": lambda layer: nn.Linear(32, 32)},
-    "after_norm": {"other layer norm": lambda norm: nn.GroupNorm(1, 32), "hook": hooked},
+    "before_norm": {"identity": lambda norm: nn.Identity()},
+    "after_norm": {
+        "identity": lambda norm: nn.Identity(),
+        "over all": lambda norm: nn.GroupNorm(1, 32),
+        "hook": hooked,
+    },
 }
 CASES = [
     (stage, place, name)

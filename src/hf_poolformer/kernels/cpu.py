@@ -5,6 +5,9 @@ run in oneDNN while a tile is in registers, and the hidden activation, four time
 used up for a few samples at a time. Whole, it is new memory in every block, and its page faults cost as much as its
 arithmetic.
 
+Inference is a list of branches, of all mixers, that a few samples pass through together. Depthwise convolutions and
+attention are PyTorch's own, on views: in NHWC oneDNN's convolution gains nothing from a weight that is packed before.
+
 Training keeps the first product's result, which costs a third of the time again to compute anew; the rest is cheap and
 computed again. Sums run in a fixed order, so that results do not change from run to run.
 """
