@@ -127,6 +127,55 @@ def test_the_mlp_branch_is_norm_mlp_and_scales(activation):
     torch.testing.assert_close(gradients(y, *inputs), gradients(expected, *inputs))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_formulas_are_what_a_block_of_convformer_computes(autocast, scramble):
+    """To the bit, and so are the gradients."""
+    config = MetaFormerConfig.from_variant(
+        "convformer_s18",
+        depths=(2, 1, 1, 1),
+        hidden_sizes=(6, 8, 8, 8),
+        drop_path_rate=0.5,
+        res_scale_init_values=(1.0, None, None, None),
+        kernels="reference",
+    )
+    block = scramble(MetaFormerModel(config)).encoder.block[0][1].train()
+    x = (torch.randn(4, 6, 9, 5) + 2).requires_grad_()
+    mixer, mlp = block.token_mixer, block.output
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        torch.manual_seed(0)
+        wanted = block(x)
+        torch.manual_seed(0)
+        branch_dtype = torch.bfloat16 if autocast else x.dtype  # of the mask, too
+        y = ops.separable_conv(
+            x,
+            mixer.pwconv1.weight,
+            mixer.dwconv.weight,
+            mixer.pwconv2.weight,
+            eps=block.before_norm.eps,
+            norm_weight=block.before_norm.weight,
+            act_scale=mixer.act.scale,
+            act_bias=mixer.act.bias,
+            res_scale=block.res_scale_1,
+            mask=block.drop_path.mask(x.to(branch_dtype)),
+        )
+        y = ops.channel_mlp(
+            y,
+            mlp.conv1.weight,
+            mlp.conv2.weight,
+            activation="star_relu",
+            norm="channel",
+            eps=block.after_norm.eps,
+            norm_weight=block.after_norm.weight,
+            act_scale=mlp.act_fn.scale,
+            act_bias=mlp.act_fn.bias,
+            res_scale=block.res_scale_2,
+            mask=block.drop_path.mask(y.to(branch_dtype)),
+        )
+    torch.testing.assert_close(y, wanted, rtol=0, atol=0)
+    inputs = (x, *block.parameters())
+    torch.testing.assert_close(gradients(y, *inputs), gradients(wanted, *inputs), rtol=0, atol=0)
+
+
 def test_star_relu_is_the_papers():
     from hf_poolformer.token_mixers import StarReLU
 
@@ -186,3 +235,5 @@ def test_wrong_arguments():
             ops.pool_mixer(x, pool_size=pool_size, eps=EPS)
     with pytest.raises(ValueError, match="Unknown activation 'tanh': not one of gelu"):
         ops.channel_mlp(x, torch.ones(4, 2), torch.ones(2, 4), activation="tanh", eps=EPS)
+    with pytest.raises(ValueError, match="Unknown norm 'batch': neither group nor channel"):
+        ops.channel_mlp(x, torch.ones(4, 2), torch.ones(2, 4), activation="relu", norm="batch", eps=EPS)

@@ -1,7 +1,8 @@
 """Who computes the blocks of a model, and what its modules must be for that.
 
 Kernels compute the two branches of a block (`ops.py` has the formulas) with fewer passes over memory. Whether they do,
-an encoder decides once per forward (`decides`), and its stages and blocks follow (`unless_fused`). The environment
+an encoder decides once per forward (`decides`), and its stages and blocks follow (`unless_fused`). Without gradients
+the CPU computes branches of the second paper's families, too, by plain functions (`infer_branches`). The environment
 variable HF_POOLFORMER_KERNELS says who is to compute, else the configuration's `kernels`, else it is auto:
 
     auto       kernels where they can run and have been measured to be faster: today "cpu", without gradients
@@ -317,7 +318,8 @@ def fusible(kind: type[nn.Module]) -> type[nn.Module]:
     return kind
 
 
-# Class -> what it computes: "block", its parts "group_norm", "drop_path" and "channel_mlp", or one of `ACTIVATIONS`.
+# Class -> what it computes: "block", its parts "group_norm", "layer_norm", "drop_path" and "channel_mlp", a kind of
+# token mixer, or one of `ACTIVATIONS`.
 FORMULAS: dict[type[nn.Module], str] = {
     nn.GELU: "gelu",
     nn.ReLU: "relu",
@@ -398,6 +400,31 @@ def is_pointwise(conv: nn.Module) -> bool:
     return is_plain(conv, nn.Conv2d) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
 
 
+def is_depthwise(conv: nn.Module) -> bool:
+    """Whether a convolution takes each channel for itself, in an odd square window with zeros around the image."""
+    return (
+        is_plain(conv, nn.Conv2d)
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and conv.kernel_size[0] % 2 == 1
+        and conv.kernel_size == conv.weight.shape[2:]
+        and conv.kernel_size[0] == conv.kernel_size[1]
+        and conv.padding == (conv.kernel_size[0] // 2,) * 2
+    )
+
+
+def norm_kind(norm: nn.Module, channels: int) -> str | None:
+    """Over what a norm takes its statistics, of maps of so many channels: all of a sample ("group") or the channels
+    of each token ("channel"); None for any other norm."""
+    kind = formula(norm)
+    if kind == "group_norm" and norm.num_groups == 1:
+        return "group"
+    if kind == "layer_norm" and tuple(norm.normalized_shape) == (channels,):
+        return "channel"
+    return None
+
+
 def activation_name(act: nn.Module) -> str | None:
     """The name in `ACTIVATIONS` of what a module computes; None where there is no such, or somebody changed it."""
     name = formula(act)
@@ -443,6 +470,8 @@ def fused_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     decision = decided(x, block.config.kernels)
     if decision.backend == "reference":
         return None
+    if infers(decision):
+        return _inferred_block(block, x, decision)
     mixer, statistics = mixer_arguments(block, x, decision), None
     if mixer is None:
         x = block.mix_tokens(x)
@@ -461,19 +490,54 @@ def fused_stage(stage: nn.ModuleList, x: torch.Tensor) -> torch.Tensor | None:
     All blocks of a stage without gradients, on the CPU: a few samples at a time go through all of them, which keeps
     these in the caches. None where another backend is to compute, or a block is not what it was.
     """
-    decision = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else DECISION.get()
-    if decision is None or decision.backend != "cpu" or not _holds(decision):
+    decision = None if torch.compiler.is_compiling() else DECISION.get()
+    if decision is None or not _holds(decision) or not infers(decision):
         return None
-    blocks = []
+    branches: list[Branch | None] = []
     for block in stage:
         if formula(block) != "block":
             return None
-        mixer = mixer_arguments(block, x, decision)
-        mlp = None if mixer is None else mlp_arguments(block, x, decision)
-        if mlp is None or block.drop_path.drops:
+        branches.append(_find_branch(block, x, decision, MIXERS))
+        if block.use_mlp:
+            branches.append(_find_branch(block, x, decision, MLPS))
+        if None in branches:
             return None
-        blocks.append((mixer, mlp))
-    return infer_blocks(x, blocks) if blocks else None
+    return infer_branches(x, branches) if branches else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Branches of a block
+
+
+# Of an operation that a branch is: its name, and its arguments beside x.
+Branch = tuple[str, dict[str, Any]]
+
+
+def infers(decision: Decision) -> bool:
+    """Whether the CPU's functions of inference compute: they know more branches than its differentiable operations."""
+    return decision.backend == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def _inferred_block(block: nn.Module, x: torch.Tensor, decision: Decision) -> torch.Tensor:
+    """A block by the functions of inference, but for branches that only modules can compute."""
+    mixer = _find_branch(block, x, decision, MIXERS)
+    if mixer is None:
+        x = block.mix_tokens(x)
+    mlp = _find_branch(block, x, decision, MLPS)
+    branches = [branch for branch in (mixer, mlp) if branch is not None]
+    x = infer_branches(x, branches) if branches else x
+    return block.mix_channels(x) if mlp is None else x
+
+
+def _find_branch(
+    block: nn.Module, x: torch.Tensor, decision: Decision, operations: dict[str, Callable[..., dict[str, Any] | None]]
+) -> Branch | None:
+    for name, find_arguments in operations.items():
+        arguments = find_arguments(block, x, decision)
+        if arguments is not None:
+            # Which samples are dropped only modules draw.
+            return None if block.drop_path.drops else (name, arguments)
+    return None
 
 
 def mixer_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> dict[str, Any] | None:
@@ -481,7 +545,7 @@ def mixer_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> di
     norm = block.before_norm
     pool_size = getattr(block.token_mixer, "fused_pool_size", None)
     scales = {"layer_scale": block.layer_scale_1, "res_scale": block.res_scale_1}
-    if pool_size is None or not _is_plain_branch(block, "mix_tokens", norm, x, *scales.values()):
+    if pool_size is None or _norm_of_plain_branch(block, "mix_tokens", norm, x, *scales.values()) != "group":
         return None
     weight = norm.weight
     if norm.bias is not None and norm.bias.requires_grad and torch.is_grad_enabled():
@@ -510,7 +574,8 @@ def mlp_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> dict
         (conv2.bias, (channels,)),
         *((tensor, (1,)) for tensor in learned),
     ]
-    if not (fit(x, shapes) and _is_plain_branch(block, "mix_channels", norm, x, *scales.values())):
+    kind = _norm_of_plain_branch(block, "mix_channels", norm, x, *scales.values())
+    if not (fit(x, shapes) and (kind == "group" or (kind == "channel" and infers(decision)))):
         return None
     tensors = {
         "norm_weight": norm.weight,
@@ -523,22 +588,118 @@ def mlp_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> dict
         "act_bias": learned[1],
         **scales,
     }
-    return {"activation": activation, "eps": norm.eps, **tensors} if takes(decision, x, *tensors.values()) else None
+    if not takes(decision, x, *tensors.values()):
+        return None
+    return {"norm": kind, "activation": activation, "eps": norm.eps, **tensors}
 
 
-def _is_plain_branch(
+def separable_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> dict[str, Any] | None:
+    """The same of `separable_conv`, for the first branch; without gradients on the CPU only, today."""
+    mixer, norm = block.token_mixer, block.before_norm
+    if formula(mixer) != "separable_conv" or not infers(decision):
+        return None
+    conv1, act, depthwise, conv2 = mixer.pwconv1, mixer.act, mixer.dwconv, mixer.pwconv2
+    if not (is_pointwise(conv1) and formula(act) == "star_relu" and is_depthwise(depthwise) and is_pointwise(conv2)):
+        return None
+    scales = {"layer_scale": block.layer_scale_1, "res_scale": block.res_scale_1}
+    if _norm_of_plain_branch(block, "mix_tokens", norm, x, *scales.values()) != "channel":
+        return None
+    channels, hidden = x.shape[1], conv1.weight.shape[0]
+    shapes = [
+        (conv1.weight, (hidden, channels, 1, 1)),
+        (act.scale, (1,)),
+        (act.bias, (1,)),
+        (depthwise.weight, (hidden, 1, *depthwise.kernel_size)),
+        (conv2.weight, (channels, hidden, 1, 1)),
+    ]
+    if not fit(x, shapes) or any(part.bias is not None for part in (norm, conv1, depthwise, conv2)):
+        return None
+    tensors = {
+        "norm_weight": norm.weight,
+        "weight1": conv1.weight,
+        "act_scale": act.scale,
+        "act_bias": act.bias,
+        "depthwise_weight": depthwise.weight,
+        "weight2": conv2.weight,
+        **scales,
+    }
+    return {"eps": norm.eps, **tensors} if takes(decision, x, *tensors.values()) else None
+
+
+def attention_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> dict[str, Any] | None:
+    """The same of attention, for the first branch, of inference on the CPU."""
+    mixer, norm = block.token_mixer, block.before_norm
+    if formula(mixer) != "attention" or not mixer.is_sdpa or not infers(decision):
+        return None
+    qkv, proj = mixer.qkv, mixer.proj
+    if not (is_plain(qkv, nn.Linear) and is_plain(proj, nn.Linear)):
+        return None
+    scales = {"layer_scale": block.layer_scale_1, "res_scale": block.res_scale_1}
+    channels, inner = x.shape[1], mixer.num_heads * mixer.head_dim
+    shapes = [
+        (qkv.weight, (3 * inner, channels)),
+        (qkv.bias, (3 * inner,)),
+        (proj.weight, (channels, inner)),
+        (proj.bias, (channels,)),
+    ]
+    kind = _norm_of_plain_branch(block, "mix_tokens", norm, x, *scales.values())
+    if kind is None or not fit(x, shapes):
+        return None
+    tensors = {
+        "norm_weight": norm.weight,
+        "norm_bias": norm.bias,
+        "qkv_weight": qkv.weight,
+        "qkv_bias": qkv.bias,
+        "weight": proj.weight,
+        "bias": proj.bias,
+        **scales,
+    }
+    if not takes(decision, x, *tensors.values()):
+        return None
+    return {"norm": kind, "heads": mixer.num_heads, "eps": norm.eps, **tensors}
+
+
+def mixing_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> dict[str, Any] | None:
+    """The same of a mixer that is a product over the tokens, or nothing at all, of inference on the CPU."""
+    norm, computed = block.before_norm, formula(block.token_mixer)
+    if computed not in ("identity", "random") or not infers(decision):
+        return None
+    matrix = block.token_mixer.random_matrix if computed == "random" else None
+    scales = {"layer_scale": block.layer_scale_1, "res_scale": block.res_scale_1}
+    kind = _norm_of_plain_branch(block, "mix_tokens", norm, x, *scales.values())
+    if kind is None or not fit(x, [(matrix, (x[0, 0].numel(),) * 2)]):
+        return None
+    if matrix is not None and block.token_mixer.resolution != tuple(x.shape[2:]):
+        return None
+    tensors = {"norm_weight": norm.weight, "norm_bias": norm.bias, "matrix": matrix, **scales}
+    return {"norm": kind, "eps": norm.eps, **tensors} if takes(decision, x, *tensors.values()) else None
+
+
+# Operation of inference -> what finds its arguments.
+MIXERS = {
+    "pool_mixer": mixer_arguments,
+    "separable_conv": separable_arguments,
+    "attention": attention_arguments,
+    "mixing": mixing_arguments,
+}
+MLPS = {"channel_mlp": mlp_arguments}
+
+
+def _norm_of_plain_branch(
     block: nn.Module, method: str, norm: nn.Module, x: torch.Tensor, *scales: torch.Tensor | None
-) -> bool:
-    """Whether the norm and what adds a branch to its shortcut are what the fused operations stand for."""
-    return (
-        block.use_residual is True
+) -> str | None:
+    """The kind of a branch's norm, if this and what adds the branch to its shortcut are what the fused operations
+    stand for."""
+    kind = norm_kind(norm, x.shape[1])
+    is_plain_branch = (
+        kind is not None
+        and block.use_residual is True
         and _is_own(block, method)
         and _is_own(block, "merge")
-        and formula(norm) == "group_norm"
-        and norm.num_groups == 1
         and formula(block.drop_path) == "drop_path"
         and fit(x, ((vector, x.shape[1:2]) for vector in (norm.weight, norm.bias, *scales)))
     )
+    return kind if is_plain_branch else None
 
 
 def _is_own(block: nn.Module, method: str) -> bool:
@@ -627,20 +788,19 @@ def channel_mlp(
     return y, statistics if with_statistics else None
 
 
-def infer_blocks(x: torch.Tensor, blocks: list[tuple[dict[str, Any], dict[str, Any]]]) -> torch.Tensor:
-    """Blocks in sequence on the CPU, without gradients: of each the arguments of `pool_mixer` and of `channel_mlp`."""
+def infer_branches(x: torch.Tensor, branches: list[Branch]) -> torch.Tensor:
+    """
+    Branches in sequence on the CPU, without gradients.
+
+    Args:
+        x: (B, C, H, W), and so is the result, in channels_last memory.
+        branches: of each the name of its operation, and its arguments: "pool_mixer", "channel_mlp" and
+            "separable_conv" with those of `ops`, all of them, but mask; "attention" and "mixing" with those of
+            `attention_arguments` and `mixing_arguments`.
+    """
     cpu = _cpu_kernels()
     x, dtype = _autocast(x)
-    mixers, mlps = [], []
-    for mixer, mlp in blocks:
-        scale = cpu.product(mixer["weight"], mixer["layer_scale"])
-        mixers.append(cpu.Mixer(scale, mixer["res_scale"], mixer["pool_size"], mixer["eps"]))
-        weight1, weight2 = mlp["weight1"].flatten(1).contiguous(), mlp["weight2"].flatten(1).contiguous()
-        products = cpu.cast(dtype, weight1, mlp["bias1"], weight2, mlp["bias2"])
-        hidden = cpu.Hidden(mlp["activation"], mlp["act_scale"], mlp["act_bias"])
-        norm, scales = (mlp["norm_weight"], mlp["norm_bias"]), (mlp["layer_scale"], mlp["res_scale"])
-        mlps.append(cpu.MLP(*norm, *products, *scales, hidden, mlp["eps"], dtype))
-    return cpu.infer(x, mixers, mlps)
+    return cpu.infer(x, [cpu.BRANCHES[name].prepare(dtype, **arguments) for name, arguments in branches])
 
 
 def _autocast(x: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:

@@ -46,7 +46,7 @@ class MetaFormerGroupNorm(nn.GroupNorm):
             self.bias = None
 
 
-@fusible
+@computes("layer_norm")
 class MetaFormerLayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of each token, input (B, C, H, W)."""
 

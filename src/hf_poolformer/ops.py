@@ -1,10 +1,11 @@
 """The branches of a MetaFormer block as formulas: what its modules compute, and what kernels are held against.
 
-    pool_mixer   res_scale * x + layer_scale * mask * (pool(n(x)) - n(x))
-    channel_mlp  res_scale * x + layer_scale * mask * (W2 act(W1 n(x) + b1) + b2)
+    pool_mixer      res_scale * x + layer_scale * mask * (pool(n(x)) - n(x))
+    channel_mlp     res_scale * x + layer_scale * mask * (W2 act(W1 n(x) + b1) + b2)
+    separable_conv  res_scale * x + layer_scale * mask * (W2 depthwise(star_relu(W1 n(x))))
 
-n is GroupNorm with one group, whose mean and variance are the `statistics` of each sample. `backends.py` says who
-computes them.
+n is GroupNorm with one group, whose mean and variance are the `statistics` of each sample; of the second paper's MLPs
+and separable convolutions it is LayerNorm over the channels of each token. `backends.py` says who computes them.
 """
 
 import torch
@@ -53,6 +54,7 @@ def channel_mlp(
     *,
     activation: str,
     eps: float,
+    norm: str = "group",
     norm_weight: torch.Tensor | None = None,
     norm_bias: torch.Tensor | None = None,
     bias1: torch.Tensor | None = None,
@@ -70,14 +72,62 @@ def channel_mlp(
         x: (B, C, H, W), and so is the result.
         weight1, weight2: (R, C) and (C, R), or as 1x1 convolutions have them, (R, C, 1, 1) and (C, R, 1, 1).
         activation: one of `ACTIVATIONS`; act_scale and act_bias, (1,), are what star_relu learns.
+        norm: "group" or "channel", as in `normalise`.
         norm_weight, norm_bias, bias2: (C,), bias1 (R,), or None for 1 or 0.
         layer_scale, res_scale, mask: as in `pool_mixer`.
     """
-    normed = F.group_norm(x, 1, norm_weight, norm_bias, eps)
-    hidden = F.conv2d(normed, weight1.view(*weight1.shape[:2], 1, 1), bias1)
+    hidden = pointwise(normalise(x, norm, norm_weight, norm_bias, eps), weight1, bias1)
     hidden = activate(hidden, activation, act_scale, act_bias)
-    branch = F.conv2d(hidden, weight2.view(*weight2.shape[:2], 1, 1), bias2)
-    return residual(x, drop(branch, mask), layer_scale, res_scale)
+    return residual(x, drop(pointwise(hidden, weight2, bias2), mask), layer_scale, res_scale)
+
+
+def separable_conv(
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    depthwise_weight: torch.Tensor,
+    weight2: torch.Tensor,
+    *,
+    eps: float,
+    norm_weight: torch.Tensor | None = None,
+    act_scale: torch.Tensor | None = None,
+    act_bias: torch.Tensor | None = None,
+    layer_scale: torch.Tensor | None = None,
+    res_scale: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    The first branch with a separable convolution as the token mixer, and its shortcut; n is over the channels.
+
+    Args:
+        x: (B, C, H, W), and so is the result.
+        weight1, weight2: (R, C) and (C, R), or as 1x1 convolutions have them.
+        depthwise_weight: (R, 1, K, K), K odd; around the image there are zeros.
+        norm_weight, layer_scale, res_scale: (C,), or None for 1.
+        act_scale, act_bias: (1,), what star_relu learns.
+        mask: as in `pool_mixer`.
+    """
+    hidden = pointwise(normalise(x, "channel", norm_weight, None, eps), weight1)
+    hidden = activate(hidden, "star_relu", act_scale, act_bias)
+    padding = depthwise_weight.shape[-1] // 2
+    hidden = F.conv2d(hidden, depthwise_weight, padding=padding, groups=hidden.shape[1])
+    return residual(x, drop(pointwise(hidden, weight2), mask), layer_scale, res_scale)
+
+
+def normalise(
+    x: torch.Tensor, norm: str, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """n(x) of x (B, C, H, W), with statistics over all of a sample ("group") or over the channels of each token
+    ("channel"); weight and bias (C,), or None for 1 and 0."""
+    if norm == "group":
+        return F.group_norm(x, 1, weight, bias, eps)
+    if norm == "channel":
+        return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], weight, bias, eps).permute(0, 3, 1, 2)
+    raise ValueError(f"Unknown norm {norm!r}: neither group nor channel")
+
+
+def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """A product over the channels of x (B, C, H, W); weight (R, C) or (R, C, 1, 1), bias (R,)."""
+    return F.conv2d(x, weight.view(*weight.shape[:2], 1, 1), bias)
 
 
 def drop(branch: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -125,4 +175,14 @@ def activate(
     return result
 
 
-__all__ = ["ACTIVATIONS", "activate", "channel_mlp", "drop", "pool_mixer", "residual", "sample_statistics"]
+__all__ = [
+    "ACTIVATIONS",
+    "activate",
+    "channel_mlp",
+    "drop",
+    "normalise",
+    "pool_mixer",
+    "residual",
+    "sample_statistics",
+    "separable_conv",
+]

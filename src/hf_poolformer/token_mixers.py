@@ -10,6 +10,7 @@ loaded weights alone); convolutions and linear layers within are initialised by 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -91,7 +92,7 @@ class Pooling(nn.Module):
         return self.pool.kernel_size if is_plain(self, Pooling) and is_valid_average(self.pool) else None
 
 
-@fusible
+@computes("identity")
 class IdentityMixer(nn.Identity):
     """No mixing at all (IdentityFormer)."""
 
@@ -119,7 +120,7 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
-@fusible
+@computes("attention")
 class Attention(nn.Module):
     """
     Multi-head self-attention over all tokens, heads of `attention_head_dim` channels.
@@ -152,16 +153,25 @@ class Attention(nn.Module):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """From (B, heads, N, head_dim) each to (B, N, heads, head_dim)."""
-        name = self.config._attn_implementation or "sdpa"
-        compute = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        if compute is sdpa_attention_forward:
-            # It asks whether there are several tokens, to mask what causal models must not see: a question that an
-            # exported graph for all sizes cannot answer, and there is no such mask here.
+        if self.is_sdpa:
+            # transformers' asks whether there are several tokens, to mask what causal models must not see: a question
+            # that an exported graph for all sizes cannot answer, and there is no such mask here.
             return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-        return compute(self, query, key, value, None, scaling=self.head_dim**-0.5)[0]
+        return self.function(self, query, key, value, None, scaling=self.head_dim**-0.5)[0]
+
+    @property
+    def function(self) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+        """What computes it, of transformers' functions."""
+        name = self.config._attn_implementation or "sdpa"
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+
+    @property
+    def is_sdpa(self) -> bool:
+        """Whether that is `scaled_dot_product_attention`."""
+        return self.function is sdpa_attention_forward
 
 
-@fusible
+@computes("separable_conv")
 class SeparableConv(nn.Module):
     """MobileNetV2's inverted separable convolution: 1x1 to 2C, StarReLU, depthwise 7x7, 1x1 back (ConvFormer)."""
 
@@ -226,7 +236,7 @@ class SpatialMLP(FixedTokens):
         return self.fc(self.tokens(hidden_states)).unflatten(-1, self.resolution)
 
 
-@fusible
+@computes("random")
 class RandomMixing(FixedTokens):
     """A frozen random matrix with rows that sum to one (RandFormer)."""
 

@@ -143,18 +143,20 @@ def pixel_values():
 
 @pytest.fixture
 def count_operations(monkeypatch):
-    """Runs a function and counts what it computes with kernels: (pooling branches, MLPs, sequences of blocks)."""
+    """Runs a function and counts what it computes with kernels: (pooling branches, MLPs, sequences of branches in
+    inference, branches in them)."""
 
     def run(function):
-        counts = dict.fromkeys(("pool_mixer", "channel_mlp", "infer"), 0)
+        counts = dict.fromkeys(("pool_mixer", "channel_mlp", "infer", "branches"), 0)
         with monkeypatch.context() as patch:
-            for name in counts:
+            for name in ("pool_mixer", "channel_mlp", "infer"):
                 owner = cpu if name == "infer" else torch.ops.hf_poolformer
                 name_there = name if name == "infer" else f"cpu_{name}"
                 original = getattr(owner, name_there)
 
                 def counted(*args, original=original, name=name):
                     counts[name] += 1
+                    counts["branches"] += len(args[1]) if name == "infer" else 0
                     return original(*args)
 
                 patch.setattr(owner, name_there, counted)
@@ -168,12 +170,12 @@ def test_a_model_takes_them_by_itself(model, pixel_values, count_operations, mon
     monkeypatch.setenv("HF_POOLFORMER_KERNELS", "reference")
     with torch.no_grad():
         wanted = model(pixel_values).logits
-        assert count_operations(lambda: model(pixel_values)) == (0, 0, 0)
+        assert count_operations(lambda: model(pixel_values)) == (0, 0, 0, 0)
         monkeypatch.delenv("HF_POOLFORMER_KERNELS")
-        assert count_operations(lambda: model(pixel_values)) == (0, 0, 4)
+        assert count_operations(lambda: model(pixel_values)) == (0, 0, 4, 10)
         # float32: other orders of summation, five blocks deep.
         assert relative_error(model(pixel_values).logits, wanted) < 1e-5
-    assert count_operations(lambda: model(pixel_values)) == (0, 0, 0), "with gradients: plain PyTorch is faster"
+    assert count_operations(lambda: model(pixel_values)) == (0, 0, 0, 0), "with gradients: plain PyTorch is faster"
     assert relative_error(model(pixel_values).logits, wanted) < 1e-5
 
 
@@ -197,9 +199,9 @@ def test_the_configuration_chooses_and_the_environment_overrides(
     model = MetaFormerForImageClassification(MetaFormerConfig(**TINY, kernels="reference")).eval()
     model.save_pretrained(tmp_path)
     model = MetaFormerForImageClassification.from_pretrained(tmp_path)
-    assert count_operations(lambda: model(pixel_values)) == (0, 0, 0)
+    assert count_operations(lambda: model(pixel_values)) == (0, 0, 0, 0)
     monkeypatch.setenv("HF_POOLFORMER_KERNELS", "cpu")
-    assert count_operations(lambda: model(pixel_values)) == (5, 5, 0)
+    assert count_operations(lambda: model(pixel_values)) == (5, 5, 0, 0)
     assert "kernels" not in MetaFormerConfig(**TINY).to_dict(), "no key of the built-in model's"
     with pytest.raises(StrictDataclassFieldValidationError, match=r"expected one of .*triton.*got quick"):
         MetaFormerConfig(**TINY, kernels="quick")
@@ -221,19 +223,26 @@ def test_replaced_forwards_and_adapters_are_called(model, pixel_values, count_op
     conv = model.metaformer.encoder.block[0][0].output.conv1
     conv.forward = copy.copy(conv.forward)
     with torch.no_grad():
-        assert count_operations(lambda: model(pixel_values)) == (2, 1, 3)
+        assert count_operations(lambda: model(pixel_values)) == (0, 0, 5, 9), "all but one branch"
     del conv.forward
     model.metaformer.encoder.block[1][0].output.conv2 = nn.Sequential(
         model.metaformer.encoder.block[1][0].output.conv2
     )
     with torch.no_grad():
-        assert count_operations(lambda: model(pixel_values)) == (1, 0, 3)
+        assert count_operations(lambda: model(pixel_values)) == (0, 0, 4, 9)
 
 
-def test_drop_path_is_drawn_without_gradients_too(scramble, pixel_values, count_operations):
+def test_drop_path_is_drawn_without_gradients_too(scramble, pixel_values, monkeypatch):
     model = scramble(MetaFormerForImageClassification(MetaFormerConfig(**TINY, drop_path_rate=0.5))).train()
+    logits = {}
     with torch.no_grad():
-        assert count_operations(lambda: model(pixel_values)) == (5, 5, 0)
+        for kernels in ("reference", "auto", "cpu"):
+            monkeypatch.setenv("HF_POOLFORMER_KERNELS", kernels)
+            torch.manual_seed(1)
+            logits[kernels] = model(pixel_values).logits
+        torch.testing.assert_close(logits["auto"], logits["reference"])
+        torch.testing.assert_close(logits["cpu"], logits["reference"])
+        assert not torch.allclose(model.eval()(pixel_values).logits, logits["reference"])
 
 
 def test_function_transforms_and_higher_derivatives_take_the_reference(model, pixel_values, monkeypatch):

@@ -5,6 +5,9 @@ run in oneDNN while a tile is in registers, and the hidden activation, four time
 used up for a few samples at a time. Whole, it is new memory in every block, and its page faults cost as much as its
 arithmetic.
 
+Inference is a list of branches, of all mixers, that a few samples pass through together. Depthwise convolutions and
+attention are PyTorch's own, on views: in NHWC oneDNN's convolution gains nothing from a weight that is packed before.
+
 Training keeps the first product's result, which costs a third of the time again to compute anew; the rest is cheap and
 computed again. Sums run in a fixed order, so that results do not change from run to run.
 """
@@ -32,31 +35,6 @@ EPILOGUES = {
     "star_relu": ("relu", ""),
 }
 Optional = torch.Tensor | None
-
-
-class Mixer(NamedTuple):
-    """Arguments of `cpu_pool_mixer` after x, for inference."""
-
-    scale: Optional
-    res_scale: Optional
-    pool_size: int
-    eps: float
-
-
-class MLP(NamedTuple):
-    """Arguments of `cpu_channel_mlp` after x, for inference."""
-
-    norm_weight: Optional
-    norm_bias: Optional
-    weight1: torch.Tensor
-    bias1: Optional
-    weight2: torch.Tensor
-    bias2: Optional
-    layer_scale: Optional
-    res_scale: Optional
-    hidden: "Hidden"
-    eps: float
-    dtype: torch.dtype
 
 
 class Hidden(NamedTuple):
@@ -99,7 +77,7 @@ def packed(weight: torch.Tensor, parts: list[slice], tokens: int) -> torch.Tenso
     """weight (R, C) as oneDNN wants it, if it serves several blocks: for one block the product packs it as fast."""
     if len(parts) == 1:
         return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight, (parts[0].stop - parts[0].start) * tokens)
+    return pack(weight, (parts[0].stop - parts[0].start) * tokens)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional, epilogue: tuple[str, str] = ("none", "")):
@@ -221,9 +199,9 @@ def pool_transposed(g: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def as_map(matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(B H W, C) as (B, C, H, W) in NHWC memory."""
-    batch, channels, height, width = like.shape
-    return matrix.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    """(B H W, R) as (B, R, H, W) in NHWC memory; of `like`, the other sizes count."""
+    batch, _, height, width = like.shape
+    return matrix.view(batch, height, width, matrix.shape[1]).permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op("hf_poolformer::cpu_pool_mixer", mutates_args=())
@@ -551,53 +529,286 @@ count_products("cpu_channel_mlp", 2, x=0, weight1=3)
 count_products("cpu_channel_mlp_backward", 4, x=1, weight1=6)
 
 
-def infer(x: torch.Tensor, mixers: list[Mixer], mlps: list[MLP]) -> torch.Tensor:
+# ---------------------------------------------------------------------------------------------------------------------
+# Inference
+
+
+class Norm(NamedTuple):
+    """n(x), over all of a sample ("group") or over the channels of each token ("channel"); both vectors (C,)."""
+
+    kind: str
+    weight: Optional
+    bias: Optional
+    eps: float
+
+    def rows(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """n(x) of x (B, C, H, W) as a matrix (B H W, C)."""
+        if self.kind == "group":
+            return rows(group_norm(x, self.weight, self.bias, self.eps)[0].to(dtype))
+        weight, bias = cast(x.dtype, self.weight, self.bias)
+        return F.layer_norm(rows(x), x.shape[1:2], weight, bias, self.eps).to(dtype)
+
+
+class Residual(NamedTuple):
+    """What adds a branch to its shortcut: both scales (C,), or None for 1."""
+
+    layer_scale: Optional
+    res_scale: Optional
+
+    def add(self, x: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        """res_scale x + layer_scale branch, (B, C, H, W), in the memory of branch (B H W, C)."""
+        branch = as_map(branch.to(x.dtype), x)
+        add_branch(x, branch, None if self.layer_scale is None else self.layer_scale[None], self.res_scale, out=branch)
+        return branch
+
+    def add_product(self, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, bias: Optional) -> torch.Tensor:
+        """The same for the branch a weight^T + bias: a (B H W, R), weight (C, R), which may be packed."""
+        if self.layer_scale is not None or a.dtype != x.dtype:
+            return self.add(x, linear(a, weight, bias))
+        shortcut = rows(x) if self.res_scale is None else rows(x) * self.res_scale.to(x.dtype)
+        return as_map(torch.ops.mkldnn._linear_pointwise.binary(a, shortcut, weight, bias, "add"), x)
+
+
+class Pooling(NamedTuple):
+    """The branch `ops.pool_mixer`; scale (C,) is the norm's weight times the layer scale."""
+
+    scale: Optional
+    res_scale: Optional
+    pool_size: int
+    eps: float
+
+    @classmethod
+    def prepare(cls, dtype: torch.dtype, weight, layer_scale, res_scale, pool_size, eps) -> "Pooling":
+        return cls(product(weight, layer_scale), res_scale, pool_size, eps)
+
+    def width(self, channels: int) -> int:
+        return channels
+
+    def pack(self, tokens: int) -> "Pooling":
+        return self
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return mix(x, self.scale, self.res_scale, None, self.pool_size, self.eps, None)[0]
+
+
+class MLP(NamedTuple):
+    """The branch `ops.channel_mlp`."""
+
+    norm: Norm
+    weight1: torch.Tensor
+    bias1: Optional
+    weight2: torch.Tensor
+    bias2: Optional
+    hidden: Hidden
+    residual: Residual
+
+    @classmethod
+    def prepare(
+        cls,
+        dtype: torch.dtype,
+        norm,
+        norm_weight,
+        norm_bias,
+        weight1,
+        bias1,
+        weight2,
+        bias2,
+        activation,
+        act_scale,
+        act_bias,
+        layer_scale,
+        res_scale,
+        eps,
+    ) -> "MLP":
+        weights = cast(dtype, matrix(weight1), bias1, matrix(weight2), bias2)
+        hidden, residual = Hidden(activation, act_scale, act_bias), Residual(layer_scale, res_scale)
+        return cls(Norm(norm, norm_weight, norm_bias, eps), *weights, hidden, residual)
+
+    def width(self, channels: int) -> int:
+        return self.weight1.shape[0]
+
+    def pack(self, tokens: int) -> "MLP":
+        """With what scales and shifts the hidden activation, and the layer scale, in the second product."""
+        weight2, bias2, hidden, layer_scale = self.weight2, self.bias2, self.hidden, self.residual.layer_scale
+        if hidden.bias is not None:
+            shift = weight2.sum(1, dtype=torch.float32) * hidden.bias.float()
+            bias2 = (shift if bias2 is None else bias2 + shift).to(weight2.dtype)
+        if layer_scale is not None and bias2 is not None:
+            bias2 = bias2 * layer_scale.to(bias2.dtype)
+        scale = product(layer_scale, hidden.scale)
+        if scale is not None:
+            weight2 = weight2 * scale.to(weight2.dtype)[:, None]
+        return self._replace(
+            weight1=pack(self.weight1, tokens),
+            weight2=pack(weight2, tokens),
+            bias2=bias2,
+            hidden=Hidden(hidden.name, None, None),
+            residual=self.residual._replace(layer_scale=None),
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        a = linear(self.norm.rows(x, self.weight1.dtype), self.weight1, self.bias1, EPILOGUES[self.hidden.name])
+        if "relu" in self.hidden.name:
+            a = activate(a, self.hidden, rectified=True)
+        return self.residual.add_product(x, a, self.weight2, self.bias2)
+
+
+class SeparableConv(NamedTuple):
+    """The branch `ops.separable_conv`."""
+
+    norm: Norm
+    weight1: torch.Tensor
+    hidden: Hidden
+    depthwise_weight: torch.Tensor
+    weight2: torch.Tensor
+    residual: Residual
+
+    @classmethod
+    def prepare(
+        cls,
+        dtype: torch.dtype,
+        norm_weight,
+        weight1,
+        act_scale,
+        act_bias,
+        depthwise_weight,
+        weight2,
+        layer_scale,
+        res_scale,
+        eps,
+    ) -> "SeparableConv":
+        weight1, depthwise_weight, weight2 = cast(dtype, matrix(weight1), depthwise_weight, matrix(weight2))
+        norm, hidden = Norm("channel", norm_weight, None, eps), Hidden("star_relu", act_scale, act_bias)
+        return cls(norm, weight1, hidden, depthwise_weight, weight2, Residual(layer_scale, res_scale))
+
+    def width(self, channels: int) -> int:
+        return 2 * self.weight1.shape[0]
+
+    def pack(self, tokens: int) -> "SeparableConv":
+        return self._replace(weight1=pack(self.weight1, tokens), weight2=pack(self.weight2, tokens))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        a = linear(self.norm.rows(x, self.weight1.dtype), self.weight1, None, EPILOGUES[self.hidden.name])
+        a = as_map(activate(a, self.hidden, rectified=True), x)
+        padding = self.depthwise_weight.shape[-1] // 2
+        a = F.conv2d(a, self.depthwise_weight, padding=padding, groups=a.shape[1])
+        return self.residual.add_product(x, rows(a), self.weight2, None)
+
+
+class Attention(NamedTuple):
+    """Norm, attention over all tokens of a sample, shortcut; weights as those of linear layers."""
+
+    norm: Norm
+    qkv_weight: torch.Tensor
+    qkv_bias: Optional
+    weight: torch.Tensor
+    bias: Optional
+    heads: int
+    residual: Residual
+
+    @classmethod
+    def prepare(
+        cls,
+        dtype: torch.dtype,
+        norm,
+        norm_weight,
+        norm_bias,
+        qkv_weight,
+        qkv_bias,
+        weight,
+        bias,
+        heads,
+        layer_scale,
+        res_scale,
+        eps,
+    ) -> "Attention":
+        weights = cast(dtype, matrix(qkv_weight), qkv_bias, matrix(weight), bias)
+        residual = Residual(layer_scale, res_scale)
+        return cls(Norm(norm, norm_weight, norm_bias, eps), *weights, heads, residual)
+
+    def width(self, channels: int) -> int:
+        return self.qkv_weight.shape[0]
+
+    def pack(self, tokens: int) -> "Attention":
+        return self._replace(qkv_weight=pack(self.qkv_weight, tokens), weight=pack(self.weight, tokens))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = linear(self.norm.rows(x, self.qkv_weight.dtype), self.qkv_weight, self.qkv_bias)
+        # Views (3, B, heads, N, head_dim), and what comes out has the heads of a token side by side.
+        qkv = qkv.view(x.shape[0], -1, 3, self.heads, qkv.shape[1] // (3 * self.heads)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(*qkv).transpose(1, 2)
+        return self.residual.add_product(x, mixed.flatten(2).flatten(0, 1), self.weight, self.bias)
+
+
+class Mixing(NamedTuple):
+    """Norm, a product over the tokens of a sample by matrix (N, N), None for the identity, shortcut."""
+
+    norm: Norm
+    matrix: Optional
+    residual: Residual
+
+    @classmethod
+    def prepare(
+        cls, dtype: torch.dtype, norm, norm_weight, norm_bias, matrix, layer_scale, res_scale, eps
+    ) -> "Mixing":
+        (matrix,) = cast(dtype, matrix)
+        return cls(Norm(norm, norm_weight, norm_bias, eps), matrix, Residual(layer_scale, res_scale))
+
+    def width(self, channels: int) -> int:
+        return channels
+
+    def pack(self, tokens: int) -> "Mixing":
+        return self
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.matrix is None:
+            return self.residual.add(x, self.norm.rows(x, x.dtype))
+        normed = self.norm.rows(x, self.matrix.dtype).unflatten(0, (x.shape[0], -1))
+        mixed = torch.bmm(self.matrix.expand(x.shape[0], -1, -1), normed)
+        return self.residual.add(x, mixed.flatten(0, 1))
+
+
+# By the names that backends.py gives them.
+BRANCHES = {
+    "pool_mixer": Pooling,
+    "channel_mlp": MLP,
+    "separable_conv": SeparableConv,
+    "attention": Attention,
+    "mixing": Mixing,
+}
+Branch = Pooling | MLP | SeparableConv | Attention | Mixing
+
+
+def matrix(weight: torch.Tensor) -> torch.Tensor:
+    """The weight of a linear layer or of a 1x1 convolution as (R, C)."""
+    return weight.flatten(1).contiguous()
+
+
+def pack(weight: torch.Tensor, tokens: int) -> torch.Tensor:
+    """weight (R, C) as oneDNN wants it for products with `tokens` rows."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
+
+
+def infer(x: torch.Tensor, branches: list[Branch]) -> torch.Tensor:
     """
-    Blocks in sequence without gradients, a few samples at a time through all of them: these stay in the caches.
+    Branches in sequence without gradients, a few samples at a time through all of them: these stay in the caches.
 
     x is (B, C, H, W); the result is like x in channels_last memory.
     """
     settle_allocator()
     x = x.contiguous(memory_format=torch.channels_last)
-    parts = blocks(x, max(mlp.weight1.shape[0] for mlp in mlps), FORWARD_BLOCK)
+    parts = blocks(x, max(branch.width(x.shape[1]) for branch in branches), FORWARD_BLOCK)
     if len(parts) == 1:
-        return _infer_part(x, mixers, mlps)
+        return _infer_part(x, branches)
     tokens = x[parts[0], 0].numel()
-    mlps = [packed_mlp(mlp, tokens) for mlp in mlps]
+    branches = [branch.pack(tokens) for branch in branches]
     y = torch.empty_like(x)
     for part in parts:
-        y[part] = _infer_part(x[part], mixers, mlps)
+        y[part] = _infer_part(x[part], branches)
     return y
 
 
-def packed_mlp(mlp: MLP, tokens: int) -> MLP:
-    """Weights as oneDNN wants them for products of `tokens` rows, and the layer scale in the second one, which leaves
-    the shortcut to oneDNN."""
-    weight2, bias2 = mlp.weight2, mlp.bias2
-    if mlp.layer_scale is not None:
-        scale = mlp.layer_scale.to(mlp.dtype)
-        weight2 = weight2 * scale[:, None]
-        bias2 = None if bias2 is None else bias2 * scale
-    return mlp._replace(
-        weight1=torch.ops.mkldnn._reorder_linear_weight(mlp.weight1, tokens),
-        weight2=torch.ops.mkldnn._reorder_linear_weight(weight2, tokens),
-        bias2=bias2,
-        layer_scale=None,
-    )
-
-
-def _infer_part(x: torch.Tensor, mixers: list[Mixer], mlps: list[MLP]) -> torch.Tensor:
-    for mixer, mlp in zip(mixers, mlps, strict=True):
-        x, _, _ = mix(x, mixer.scale, mixer.res_scale, None, mixer.pool_size, mixer.eps, None)
-        normed = rows(group_norm(x, mlp.norm_weight, mlp.norm_bias, mlp.eps)[0].to(mlp.dtype))
-        hidden = linear(normed, mlp.weight1, mlp.bias1, EPILOGUES[mlp.hidden.name])
-        if "relu" in mlp.hidden.name:
-            hidden = activate(hidden, mlp.hidden, rectified=True)
-        if mlp.layer_scale is None and mlp.res_scale is None and mlp.dtype == x.dtype:
-            result = torch.ops.mkldnn._linear_pointwise.binary(hidden, rows(x), mlp.weight2, mlp.bias2, "add")
-            x = as_map(result, x)
-        else:
-            branch = as_map(linear(hidden, mlp.weight2, mlp.bias2).to(x.dtype), x)
-            layer_scale = None if mlp.layer_scale is None else mlp.layer_scale[None]
-            add_branch(x, branch, layer_scale, mlp.res_scale, out=x)
+def _infer_part(x: torch.Tensor, branches: list[Branch]) -> torch.Tensor:
+    for branch in branches:
+        x = branch(x)
     return x
