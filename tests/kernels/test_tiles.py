@@ -66,7 +66,7 @@ def test_a_broken_file_is_left_aside(text, tmp_path, caplog):
 
 def test_a_tile_that_does_not_fit_gives_way(hopper, monkeypatch):
     class Driver:
-        class active:  # noqa: N801
+        class active:
             @staticmethod
             def get_current_device():
                 return 0

@@ -23,7 +23,7 @@ class Hopper:
 
     binary_ext = "cubin"
 
-    class utils:  # noqa: N801 Triton's name
+    class utils:
         @staticmethod
         def get_device_properties(device: int) -> dict[str, int]:
             return {"max_shared_mem": 232448, "multiprocessor_count": 132}

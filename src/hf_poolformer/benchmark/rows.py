@@ -34,6 +34,7 @@ from hf_poolformer.conversion.key_maps import TIMM
 from hf_poolformer.export.folder import Manifest
 from hf_poolformer.export.formats import FORMATS
 from hf_poolformer.foundation.errors import UserError
+from hf_poolformer.foundation.graphs import Recording
 
 from .case import DTYPES, Case
 
@@ -248,7 +249,7 @@ def build(row: Entry, case: Case, weights: Weights) -> Contestant:
         else:
             forward = torch.compile(forward, mode=None if row.how == "compile" else row.how, dynamic=False)
     elif row.how == "graph":
-        forward = _CudaGraph(forward)
+        forward = _as_graph(forward)
     return Contestant(
         row,
         forward,
@@ -271,31 +272,16 @@ def _isolated(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return forward
 
 
-class _CudaGraph:
-    """A forward recorded once as a CUDA graph and replayed, the copy of its input included."""
+def _as_graph(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The forward, recorded in its first call, and then replayed, the copy of its input included."""
+    recordings: list[Recording] = []
 
-    def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]):
-        self._forward = forward
-        self._graph: torch.cuda.CUDAGraph | None = None
+    def replay(images: torch.Tensor) -> torch.Tensor:
+        if not recordings:
+            recordings.append(Recording(forward, images))
+        return recordings[0](images)
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        if self._graph is None:
-            self._record(images)
-        self._input.copy_(images)
-        self._graph.replay()
-        return self._output
-
-    def _record(self, images: torch.Tensor) -> None:
-        self._input = images.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # tiles are chosen and workspaces made before
-            for _ in range(3):
-                self._forward(self._input)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._output = self._forward(self._input)
+    return replay
 
 
 def transformers_model(library: str, case: Case, weights: Weights) -> nn.Module:

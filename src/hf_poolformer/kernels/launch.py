@@ -10,7 +10,6 @@ import triton.language as tl
 from triton.runtime.errors import OutOfResources
 
 from . import tiles
-from .tiles import Tiles, bucket
 
 
 # With TRITON_INTERPRET=1 kernels run in Python, on CPU tensors. Triton reads it whenever something is decorated, its
