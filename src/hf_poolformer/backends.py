@@ -300,7 +300,7 @@ def _is_on_gpu(x: torch.Tensor) -> bool:
     return x.device.type == "cuda"
 
 
-# Launching a PoolFormer's kernels takes the CPU so long whatever the batch. In inference of fewer pixels plain PyTorch,
+# Launching a PoolFormer's kernels takes the CPU as long for any batch. In inference of fewer pixels plain PyTorch,
 # whose time grows with the batch, is through before; from an H100: 9.3 ms against 0.098 ms per image of 224 x 224.
 # Not in training: a block that checkpointing computes again does not know of which images.
 FEWEST_PIXELS = 95 * 224**2
