@@ -99,6 +99,14 @@ def run(dim: int, size: int, dtype: torch.dtype, autocast: torch.dtype | None, v
     y.sum().backward()
 
 
+def mix(dim: int, size: int, dtype: torch.dtype):
+    """The mixer alone: its tiles depend on the width of the image."""
+    x, weight = torch.ones(2, dim, size, size, dtype=dtype, requires_grad=True), torch.ones(dim, dtype=dtype)
+    scales = {"weight": weight.requires_grad_(), "layer_scale": torch.ones(dim, dtype=dtype)}
+    y, _ = backends.pool_mixer(x, pool_size=3, eps=1e-5, **scales, with_statistics=True, backend="triton")
+    y.sum().backward()
+
+
 def main():
     JITFunction.run = compile_instead
     pool_mixer.tuned = channel_mlp.tuned = launch_all
@@ -107,6 +115,9 @@ def main():
     run(64, 14, torch.float32, torch.bfloat16, v2=False)
     run(64, 14, torch.float32, None, v2=False)
     run(20, 7, torch.float16, None, v2=False)
+    for dim, size in ((64, 56), (128, 28), (512, 7)):
+        mix(dim, size, torch.bfloat16)
+    mix(64, 56, torch.float32)
     print(json.dumps(list(reports.values())))
 
 

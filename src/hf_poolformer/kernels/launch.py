@@ -11,6 +11,10 @@ from triton.runtime.errors import OutOfResources
 
 from . import tiles
 
+# What kernels need of it comes with the launches.
+from .tiles import Tiles as Tiles
+from .tiles import bucket as bucket
+
 
 # With TRITON_INTERPRET=1 kernels run in Python, on CPU tensors. Triton reads it whenever something is decorated, its
 # own functions included, so it had to be set when Triton was imported.
