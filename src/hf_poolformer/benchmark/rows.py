@@ -124,7 +124,7 @@ DEFAULT_ROWS = {
         "timm eager",
         "timm graph",
     ),
-    ("cuda", "train"): ("ours auto NCHW", "ours fused", "built-in eager NCHW", "built-in compile", "timm compile"),
+    ("cuda", "train"): ("ours auto NCHW", "ours fused", "built-in eager NCHW", "built-in compile"),
 }
 # Of other models and sizes than the first case on a GPU: what is as one gets it, ours, and the best peer.
 FEW_ROWS = ("ours auto NCHW", "ours fused", "built-in eager NCHW", "timm compile")
