@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
+# Most of their time is Triton's compiler's.
+GPU_TESTS_AT_ONCE ?= $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && printf %s '-n 8')
 
 .PHONY: demo demo-dense test versions constraints chaos check style cards benchmark gpu clean help
 .DEFAULT_GOAL := help
@@ -65,11 +67,19 @@ cards: $(VENV)/.installed-demo
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python scripts/benchmark.py all --device cpu --output benchmarks/cpu
 
-# GPU machines come with a torch of their own; only rooms that need neither datasets nor evaluate are tested here.
+# GPU machines come with a torch of their own; only rooms that need neither datasets nor evaluate are tested here. After
+# two minutes the tests are interrupted as by Ctrl-C, so that pytest still says which have failed; so do the last lines.
 gpu: export PYTHONPATH = src
 gpu:
-	$(PYTHON) -m pytest -q -m gpu tests/test_modeling_poolformer.py tests/test_image_processing_poolformer.py tests/kernels tests/benchmark
-	$(PYTHON) scripts/benchmark.py all --device cuda --seconds 8 --budget 300 --output benchmarks/gpu
+	@mkdir -p outputs
+	@status=0; \
+	timeout -s INT 120 $(PYTHON) -m pytest -q -m gpu -rfE $(GPU_TESTS_AT_ONCE) --junitxml=outputs/gpu-tests.xml \
+	  tests/test_modeling_poolformer.py tests/test_image_processing_poolformer.py tests/foundation/test_graphs.py \
+	  tests/kernels tests/benchmark > outputs/gpu-tests.txt 2>&1 || status=1; \
+	tail -n 3 outputs/gpu-tests.txt; \
+	$(PYTHON) scripts/benchmark.py all --device cuda --seconds 5 --budget 340 --output benchmarks/gpu || status=1; \
+	grep -E '^(FAILED|ERROR) |[0-9]+ (passed|failed)' outputs/gpu-tests.txt; \
+	exit $$status
 
 clean:
 	rm -rf build dist outputs/demo outputs/demo-data outputs/demo-dense outputs/demo-dense-data src/*.egg-info .pytest_cache .ruff_cache

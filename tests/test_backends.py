@@ -261,3 +261,67 @@ def test_subclasses_of_a_block_are_computed_as_they_say(method, scramble):
             outcomes.append(model(x).last_hidden_state)
     for outcome in outcomes[1:]:
         torch.testing.assert_close(outcome, outcomes[0], rtol=1e-4, atol=1e-5)
+
+
+# --- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The CPU, taken for an H100."""
+    from hf_poolformer import kernels
+
+    monkeypatch.setattr(backends, "_is_on_gpu", lambda x: True)
+    monkeypatch.setattr(backends, "_why_no_kernels", lambda device, index: None)
+    monkeypatch.setattr(backends, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(backends, "_triton_kernels", lambda: kernels)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return monkeypatch
+
+
+def images(pixels, dtype=torch.bfloat16):
+    return torch.zeros(1, 3, 1, 1, dtype=dtype).expand(1, 3, 1, pixels)
+
+
+MANY = images(backends.FEWEST_PIXELS)
+
+
+def test_on_a_gpu_auto_takes_what_was_fastest(gpu):
+    decision = backends.decide(MANY)
+    assert (decision.backend, decision.channels_last, decision.forced) == ("triton", True, False)
+    assert backends.decide(images(9)).backend == "triton", "in training"
+    with torch.no_grad():
+        assert backends.decide(MANY).backend == "triton"
+        assert backends.decide(MANY, "reference").backend == "reference"
+        assert "pixels, unless a CUDA graph" in backends.why_not_fastest(images(9))
+        small = backends.decide(images(9))
+        assert (small.backend, small.channels_last) == ("reference", False)
+
+
+def test_small_batches_take_kernels_in_cuda_graphs(gpu):
+    from hf_poolformer.kernels import GRAPHING
+
+    with torch.no_grad():
+        token = GRAPHING.set(True)
+        assert backends.decide(images(9)).backend == "triton"
+        GRAPHING.reset(token)
+        assert backends.decide(images(9)).backend == "reference"
+        gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert backends.decide(images(9)).backend == "triton"
+
+
+def test_what_was_not_fastest_on_a_gpu_has_a_reason(gpu):
+    assert "TF32" in backends.why_not_fastest(images(backends.FEWEST_PIXELS, torch.float32))
+    assert backends.why_not_fastest(images(9, torch.float16)) is None
+    gpu.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert "compiled training" in backends.why_not_fastest(MANY)
+    with torch.no_grad():
+        assert backends.why_not_fastest(images(9)) is None, "compiled inference takes kernels"
+    gpu.undo()
+    gpu.setattr(backends, "_is_on_gpu", lambda x: True)
+    gpu.setattr(backends, "_why_no_kernels", lambda device, index: None)
+    gpu.setattr(backends, "_capability", lambda index: (7, 5))
+    assert "older than compute capability 8.0" in backends.why_not_fastest(MANY)
+    assert backends.decide(MANY).backend == "reference"
+    gpu.setattr(backends, "_why_no_kernels", lambda device, index: "there is no Triton")
+    assert backends.why_not_fastest(MANY) == "there is no Triton"

@@ -37,6 +37,7 @@ from .token_mixers import TOKEN_MIXERS
 
 if TYPE_CHECKING:
     from .explanation.gradcam import gradcam
+    from .foundation.graphs import graphed
 
 __version__ = "0.1.0"
 
@@ -75,6 +76,10 @@ def __getattr__(name: str) -> Any:
         from .explanation.gradcam import gradcam
 
         return gradcam
+    if name == "graphed":
+        from .foundation.graphs import graphed
+
+        return graphed
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -102,4 +107,5 @@ __all__ = [
     "PoolFormerImageProcessorPil",
     "PoolFormerModel",
     "gradcam",
+    "graphed",
 ]

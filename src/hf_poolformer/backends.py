@@ -5,7 +5,8 @@ an encoder decides once per forward (`decides`), and its stages and blocks follo
 the CPU computes branches of the second paper's families, too, by plain functions (`infer_branches`). The environment
 variable HF_POOLFORMER_KERNELS says who is to compute, else the configuration's `kernels`, else it is auto:
 
-    auto       kernels where they can run and have been measured to be faster: today "cpu", without gradients
+    auto       kernels where they can run and have been measured to be faster: "cpu" without gradients, and on a GPU
+               "triton" where `why_not_fastest` has nothing against it
     cpu        oneDNN on the CPU, or RuntimeError with the reason why not
     triton     Triton on a GPU, or RuntimeError with the reason why not; with TRITON_INTERPRET=1 on the CPU, slowly
     reference  plain PyTorch: the modules as they are
@@ -81,6 +82,9 @@ def decide(x: torch.Tensor, preferred: str | None = None) -> Decision:
         raise ValueError(f"{VARIABLE} (or kernels) must be one of {', '.join(BACKENDS)} but is {wanted!r}")
     if wanted == "reference" or _is_watched():
         return Decision("reference")
+    if wanted == "auto" and _is_on_gpu(x):
+        fastest = not _is_transformed() and why_not_fastest(x) is None
+        return Decision("triton" if fastest else "reference", channels_last=fastest, circumstances=_circumstances())
     if wanted == "auto":
         usable = x.device.type == "cpu" and not _is_transformed() and why_not_cpu(x) is None
         # In training the CPU's kernels save a quarter of the memory, but are 5 % slower than plain PyTorch.
@@ -133,6 +137,8 @@ def decides(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, pixel_values, **kwargs)
         token = DECISION.set(decision)
         try:
+            if decision.backend == "triton":
+                _triton_kernels().ahead.compile_ahead(forward, self, pixel_values)
             return forward(self, pixel_values, **kwargs)
         finally:
             DECISION.reset(token)
@@ -276,14 +282,54 @@ def _why_no_kernels(device: str, index: int | None) -> str | None:
         return f"the installed hf_poolformer has kernels of interface {kernels.INTERFACE}, this code needs {INTERFACE}"
     if device == "cpu" and not kernels.launch.INTERPRETED:
         return "x is on the CPU, where kernels run only if TRITON_INTERPRET=1 was set before Triton was imported"
-    if device == "cuda" and torch.cuda.get_device_capability(index) < (7, 0) and torch.version.hip is None:
+    if device == "cuda" and torch.version.hip is None and _capability(index) < (7, 0):
         return "this GPU is older than what Triton supports (compute capability 7.0)"
     return None
 
 
 @torch.compiler.assume_constant_result
 def _has_bfloat16(index: int | None) -> bool:
-    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
+    return torch.version.hip is not None or _capability(index) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _is_on_gpu(x: torch.Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
+# Launching a PoolFormer's kernels takes the CPU as long for any batch. In inference of fewer pixels plain PyTorch,
+# whose time grows with the batch, is through before; from an H100: 9.3 ms against 0.098 ms per image of 224 x 224.
+# Not in training: a block that checkpointing computes again does not know of which images.
+FEWEST_PIXELS = 95 * 224**2
+
+
+def why_not_fastest(x: torch.Tensor) -> str | None:
+    """Why auto leaves the blocks of a model with the input x (B, C, H, W) on a GPU to plain PyTorch; None if Triton is
+    to compute them."""
+    reason = why_not_triton(x)
+    if reason is not None:
+        return reason
+    if torch.version.hip is not None:
+        return "nobody has measured the kernels on AMD's GPUs"
+    if _capability(x.device.index) < (8, 0):
+        return "nobody has measured the kernels on GPUs older than compute capability 8.0"
+    if _product_dtype(x) == torch.float32:
+        return "in float32 PyTorch's convolutions may use TF32, the kernels do not"
+    if torch.compiler.is_compiling():
+        return "compiled training was measured to be faster in plain PyTorch" if torch.is_grad_enabled() else None
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    if pixels < FEWEST_PIXELS and not torch.is_grad_enabled() and not _is_for_graph():
+        return f"launching kernels takes longer than computing {pixels} pixels, unless a CUDA graph launches them"
+    return None
+
+
+def _is_for_graph() -> bool:
+    """Whether launches are recorded in a CUDA graph, or rehearsed for one, and cost nothing later."""
+    return torch.cuda.is_current_stream_capturing() or _triton_kernels().GRAPHING.get()
 
 
 def _triton_kernels() -> ModuleType | str:
@@ -291,6 +337,7 @@ def _triton_kernels() -> ModuleType | str:
     # Here rather than at the top: half of its time is Triton's, which the CPU does not need. Absolute, because this
     # file may travel to the Hub, where every relative import is taken for a file to copy.
     try:
+        import hf_poolformer.kernels.ahead
         import hf_poolformer.kernels.channel_mlp
         import hf_poolformer.kernels.pool_mixer
         import hf_poolformer.kernels.statistics

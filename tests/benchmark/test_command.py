@@ -36,7 +36,7 @@ def test_help_of_each_command(name, capsys):
         (["infer", "--seconds", "0"], "--seconds must be positive"),
         (["latency", "--batch_size", "-1"], "--batch_size must be positive"),
         (["infer", "--image_size", "16"], "--image_size must be at least 32"),
-        (["infer", "--variant", "caformer_s18"], "--variant caformer_s18: it must be one of tiny, poolformer_s12"),
+        (["infer", "--variant", "resnet50"], "--variant resnet50: it must be one of tiny, poolformer_s12"),
         (["growth", "--variant", "nothing"], "--variant nothing: it must be one of"),
         (["train", "--loop", "--dtype", "float32", "bfloat16"], "--loop takes one --dtype"),
     ],

@@ -8,6 +8,7 @@ from PIL import Image
 
 from hf_poolformer.benchmark.case import TINY, Case
 from hf_poolformer.benchmark.comparison import Comparison, Result, summarise
+from hf_poolformer.benchmark.first_step import FirstSteps
 from hf_poolformer.benchmark.floor import Ceilings
 from hf_poolformer.benchmark.growth import Growth
 from hf_poolformer.benchmark.loop import LoopReport
@@ -76,23 +77,36 @@ def test_targets_are_judged(report):
 
 
 def test_targets_of_a_gpu():
-    seconds = {"ours fused": 0.2, "built-in eager NCHW": 0.5, "built-in compile": 0.3}
-    memory = {"ours fused": 60, "built-in eager NCHW": 100, "built-in compile": 90}
+    seconds = {"ours auto NCHW": 0.2, "ours fused": 0.1, "built-in eager NCHW": 0.5, "built-in compile": 0.3}
+    memory = {"ours auto NCHW": 60, "built-in compile": 100}
     case = Case("train", dtype="bfloat16", batch_size=256, device="cuda")
     report = Report("", "cpu", Deadline(None))
+    report.first_steps = FirstSteps(case, cold=25.0, warm=4.0)
     report.comparisons = [
         comparison(case, seconds, memory),
         comparison(case.change(image_size=512), seconds, memory),
         comparison(case.change(variant="tiny", mode="latency"), seconds, memory),  # there is no target for that
+        comparison(case.change(mode="infer"), seconds),
+        comparison(case.change(mode="infer", variant="caformer_s18"), {"ours fused": 0.2, "timm compile": 0.3}),
+        comparison(
+            case.change(mode="latency", batch_size=1),
+            {**seconds, "ours fused graph": 0.1, "built-in graph": 0.4, "timm graph": 0.35},
+        ),
     ]
     found = [(row["what"], row["wanted"], round(row["reached"], 3), row["ok"]) for row in targets(report)]
     assert found == [
-        ("speed against built-in eager NCHW", ">= 2", 2.5, True),
+        ("speed of ours auto NCHW against fastest compiled peer", ">= 1.4", 1.5, True),
+        ("working memory of ours auto NCHW against fastest compiled peer", "<= 0.5", 0.6, False),
+        ("speed of ours auto NCHW against fastest compiled peer", ">= 1.26", 1.5, True),
+        ("working memory of ours auto NCHW against fastest compiled peer", "<= 0.55", 0.6, False),
+        ("speed against fastest compiled peer", ">= 2.1", 3.0, True),
+        ("speed of ours auto NCHW against built-in eager NCHW", ">= 3.5", 2.5, False),
+        ("share of the floor", ">= 0.5", 1.0, True),
         ("speed against fastest compiled peer", ">= 1.3", 1.5, True),
-        ("working memory against built-in eager NCHW", "<= 0.7", 0.6, True),
-        ("speed against built-in eager NCHW", ">= 1.8", 2.5, True),
-        ("speed against fastest compiled peer", ">= 1.17", 1.5, True),
-        ("working memory against built-in eager NCHW", "<= 0.77", 0.6, True),
+        ("speed of ours fused graph against fastest graph", ">= 3.6", 3.5, False),
+        ("speed of ours auto NCHW against built-in eager NCHW", ">= 1.5", 2.5, True),
+        ("seconds to the first step, cold cache", "<= 20", 25.0, False),
+        ("seconds to the first step, warm cache", "<= 5", 4.0, True),
     ]
 
 

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from hf_poolformer import MetaFormerConfig
 from hf_poolformer.backends import VARIABLE
 from hf_poolformer.benchmark.case import Case
 from hf_poolformer.benchmark.comparison import Runner
@@ -48,6 +49,27 @@ def test_every_uncompiled_contestant_passes_the_gate(mode, dtype):
     assert ("onnxruntime" in results) == (mode == "infer" and dtype == "float32")
     assert results["built-in eager NCHW"].times_built_in_eager == 1.0
     assert min(row.times_fastest_peer for row in results.values() if row.library in ("built-in", "timm")) <= 1.0
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_families_of_the_second_paper_are_held_against_timm(mode, monkeypatch):
+    # The real ones take minutes on a CPU: of each stage one block.
+    pytest.importorskip("timm")
+    from timm.models import metaformer
+
+    config = MetaFormerConfig.from_variant("caformer_s18")
+    config.depths = (1, 1, 1, 1)
+    monkeypatch.setattr(Case, "config", lambda case: config)
+    made = metaformer.MetaFormer.__init__
+    monkeypatch.setattr(
+        metaformer.MetaFormer,
+        "__init__",
+        lambda self, *args, **kwargs: made(self, *args, **kwargs | {"depths": (1,) * 4}),
+    )
+    case = tiny(mode, variant="caformer_s18")
+    results = compare(case, "ours auto", "timm eager")
+    assert {result.status for result in results.values()} == {"passed"}, results
+    assert not any(row.library == "built-in" for row in all_rows(case))
 
 
 def test_rows_are_not_compiled_into_one_another(monkeypatch):

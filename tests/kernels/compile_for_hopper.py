@@ -126,6 +126,14 @@ def run_separable(dim: int, size: int, dtype: torch.dtype, product_dtype: torch.
     y.sum().backward()
 
 
+def mix(dim: int, size: int, dtype: torch.dtype):
+    """The mixer alone: its tiles depend on the width of the image."""
+    x, weight = torch.ones(2, dim, size, size, dtype=dtype, requires_grad=True), torch.ones(dim, dtype=dtype)
+    scales = {"weight": weight.requires_grad_(), "layer_scale": torch.ones(dim, dtype=dtype)}
+    y, _ = backends.pool_mixer(x, pool_size=3, eps=1e-5, **scales, with_statistics=True, backend="triton")
+    y.sum().backward()
+
+
 def main():
     JITFunction.run = compile_instead
     pool_mixer.tuned = channel_mlp.tuned = launch_all
@@ -153,6 +161,9 @@ def main():
     run_separable(128, 28, torch.float32, torch.bfloat16)
     run_separable(320, 12, torch.float16, torch.float16)
     run_separable(20, 8, torch.float32, torch.float32)
+    for dim, size in ((64, 56), (128, 28), (512, 7)):
+        mix(dim, size, torch.bfloat16)
+    mix(64, 56, torch.float32)
     print(json.dumps(list(reports.values())))
 
 

@@ -94,6 +94,19 @@ def test_known_statistics_change_nothing(device, poisoned):
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_statistics_of_a_mean_far_from_zero(scale, device, relative_error):
+    """Deviations are taken from what the mean is about to be: a sum of squares would have lost the variance."""
+    x = torch.randn(2, 20, 7, 5, device=device) + 3000
+    res_scale = None if scale is None else torch.full((20,), scale, device=device)
+    weight = torch.randn(20, device=device)
+    y, statistics = backends.pool_mixer(
+        x, pool_size=3, eps=1e-5, weight=weight, res_scale=res_scale, with_statistics=True, backend="triton"
+    )
+    # float32 has 2^-24 of 3000 for each entry, 2e-4 of its deviation.
+    assert relative_error(statistics[:, 1], ops.sample_statistics(y.double())[:, 1]) < 1e-4
+
+
 def test_one_result_every_time(device):
     x, scales, _, grad = make((2, 20, 5, 6), torch.bfloat16, device, ALL, False)
     results = []

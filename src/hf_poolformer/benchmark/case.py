@@ -24,7 +24,7 @@ class Case:
     Attributes:
         mode: "infer" (forward), "train" (forward, backward and optimiser step) or "latency" (forward, one call at a
             time, waiting for its result).
-        variant: a PoolFormer of `VARIANTS`, or "tiny".
+        variant: one of `VARIANTS`, or "tiny". Of other families than PoolFormer, transformers has no built-in model.
         dtype: a key of `DTYPES`, of weights and images; no autocast.
         image_size: side of the square images in pixels.
         device: "cpu" or "cuda".
@@ -49,7 +49,11 @@ class Case:
     def title(self) -> str:
         return f"{self.mode}, {self.variant}, {self.dtype}, batch {self.batch_size}, {self.image_size} px"
 
-    def config(self) -> PoolFormerConfig:
+    @property
+    def is_poolformer(self) -> bool:
+        return self.config().model_type == "poolformer"
+
+    def config(self) -> MetaFormerConfig:
         return PoolFormerConfig(**TINY) if self.variant == "tiny" else MetaFormerConfig.from_variant(self.variant)
 
     def change(self, **fields) -> Case:
@@ -65,4 +69,4 @@ class Case:
 
 
 def variants() -> list[str]:
-    return ["tiny", *(name for name, variant in VARIANTS.items() if variant.model_type == "poolformer")]
+    return ["tiny", *VARIANTS]

@@ -115,7 +115,7 @@ class Runner:
             label=f"{case.title}: timing",
         )
         comparison = Comparison(case, results)
-        if case.dtype in self.ceilings:
+        if case.dtype in self.ceilings and case.is_poolformer:  # whose operations the floor counts
             comparison.floor_seconds = floor_seconds(case, self.ceilings[case.dtype])
         summarise(comparison, timings)
         steps.clear()

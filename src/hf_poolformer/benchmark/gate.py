@@ -1,6 +1,8 @@
 """The gate: nobody is timed who does not compute the right thing.
 
-The standard is the PoolFormer built into transformers, eager and in float32, from the same weights and images. timm
+The standard is the PoolFormer built into transformers, eager and in float32, from the same weights and images; of
+families that are not built in, our model in plain PyTorch, which conversion's tests hold against the authors'. timm's
+PoolFormer
 averages over the positions before its last norm; for timm the standard does the same, from the built-in model's
 feature maps. The weights are random throughout, so that every layer scale, norm and bias shows in the result.
 
@@ -39,9 +41,14 @@ class Standard:
 
 
 def standard(case: Case, weights: Weights, images: torch.Tensor, labels: torch.Tensor, pools_first: bool) -> Standard:
-    """The built-in model's logits and gradients; with `pools_first`, those of timm's order of the head."""
+    """
+    Logits and gradients of the built-in model, or of ours in plain PyTorch where there is none; with `pools_first`,
+    those of timm's order of the head.
+    """
     training = case.mode == "train"
-    model = transformers_model("built-in", case, weights).to(case.device).train(training)
+    library = "built-in" if case.is_poolformer else "ours"
+    model = transformers_model(library, case, weights).to(case.device).train(training)
+    model.config.kernels = "reference"
     logits = []
     with torch.set_grad_enabled(training), torch.backends.cudnn.flags(allow_tf32=False):
         for chunk, targets in zip(images.float().split(CHUNK), labels.split(CHUNK), strict=True):
@@ -74,6 +81,10 @@ def gradient_error(gradients: Mapping[str, torch.Tensor | None], right: Mapping[
         return float("inf")
     norms = {name: gradient.norm() for name, gradient in right.items()}
     floor = 1e-2 * max(norms.values())
-    errors = [(gradients[name].float() - right[name]).norm() / max(norms[name], floor) for name in right]
+    # A matrix of one may be a 1x1 convolution of another.
+    errors = [
+        (gradients[name].float().reshape(right[name].shape) - right[name]).norm() / max(norms[name], floor)
+        for name in right
+    ]
     # torch.stack keeps a NaN, which max() may lose.
     return torch.stack(errors).max().item()

@@ -2,8 +2,8 @@
 
 A row's name says all: library, how it runs, and NCHW where weights and images are not channels_last (NHWC).
 
-    ours       reference (HF_POOLFORMER_KERNELS=reference) or fused (=cpu on a CPU, =triton on a GPU), each also under
-               torch.compile, or captured as a CUDA graph
+    ours       auto (as one gets it), reference (HF_POOLFORMER_KERNELS=reference) or fused (=cpu on a CPU, =triton on a
+               GPU), each also under torch.compile, or captured as a CUDA graph
     built-in   the PoolFormer of transformers: eager, torch.compile in its modes, CUDA graph
     timm       the same of timm
     onnxruntime, OpenVINO   the built-in model, exported to ONNX; CPU, inference
@@ -16,6 +16,7 @@ import contextlib
 import fnmatch
 import functools
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,15 +26,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForImageClassification
 from transformers.models.poolformer.configuration_poolformer import PoolFormerConfig as BuiltInConfig
 from transformers.models.poolformer.modeling_poolformer import PoolFormerForImageClassification as BuiltIn
 
-from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification
+from hf_poolformer import MetaFormerConfig
 from hf_poolformer.backends import VARIABLE
 from hf_poolformer.conversion.key_maps import TIMM
 from hf_poolformer.export.folder import Manifest
 from hf_poolformer.export.formats import FORMATS
 from hf_poolformer.foundation.errors import UserError
+from hf_poolformer.foundation.graphs import Recording
 
 from .case import DTYPES, Case
 
@@ -60,7 +63,7 @@ class Entry:
         library: one of PYTORCH or RUNTIMES.
         how: "eager" or one of COMPILE_MODES, of which "frozen" is Inductor's option `freezing`, that takes the weights
             for constants; or "graph" for a CUDA graph.
-        operations: "reference" or "fused"; of ours only.
+        operations: "auto", "reference" or "fused"; of ours only.
         channels_last: memory format of weights and images.
     """
 
@@ -94,10 +97,10 @@ def all_rows(case: Case) -> list[Entry]:
     ways = ["eager", "compile", "max-autotune"] + ["frozen"] * (case.mode != "train")
     if on_gpu and case.mode == "latency":
         ways += ["reduce-overhead", "graph"]
-    rows = [Entry("ours", how, operations) for operations in ("reference", "fused") for how in ways]
-    rows += [Entry(library, how) for library in ("built-in", "timm") for how in ways]
+    rows = [Entry("ours", how, operations) for operations in ("reference", "fused", "auto") for how in ways]
+    rows += [Entry(library, how) for library in PYTORCH[1:] for how in ways if library == "timm" or case.is_poolformer]
     rows += [replace(row, channels_last=False) for row in rows if row.how != "graph"]
-    if not on_gpu and case.mode != "train":
+    if not on_gpu and case.mode != "train" and case.is_poolformer:
         rows += [Entry("onnxruntime")] * (case.dtype == "float32") + [Entry("OpenVINO")] * (case.dtype != "float16")
     return rows
 
@@ -111,20 +114,20 @@ DEFAULT_ROWS = {
     ("cpu", "infer"): (*OURS, *BUILT_IN, "built-in max-autotune", "built-in frozen", *TIMM_ROWS, *RUNTIMES),
     ("cpu", "latency"): (*OURS, *BUILT_IN, "timm eager", *RUNTIMES),
     ("cpu", "train"): (*OURS, *BUILT_IN, "timm eager"),
-    ("cuda", "infer"): (*OURS, *BUILT_IN, "built-in compile NCHW", *TIMM_ROWS, "built-in max-autotune"),
+    ("cuda", "infer"): ("ours auto NCHW", *OURS, *BUILT_IN, "timm compile"),
     ("cuda", "latency"): (
+        "ours auto NCHW",
         "ours fused",
         "ours fused graph",
         "built-in eager NCHW",
-        "built-in eager",
         "built-in graph",
-        "built-in reduce-overhead",
+        "timm eager",
         "timm graph",
-        "ours fused reduce-overhead",
-        "built-in max-autotune",
     ),
-    ("cuda", "train"): ("ours reference", "ours fused", *BUILT_IN, *TIMM_ROWS, "ours fused compile"),
+    ("cuda", "train"): ("ours auto NCHW", "ours fused", "built-in eager NCHW", "built-in compile"),
 }
+# Of other models and sizes than the first case on a GPU: what is as one gets it, ours, and the best peer.
+FEW_ROWS = ("ours auto NCHW", "ours fused", "built-in eager NCHW", "timm compile")
 
 # The same graph was compiled and tuned in float32; it gains nothing in either.
 LEFT_OUT = {("cpu", "infer", "bfloat16"): ("built-in max-autotune",)}
@@ -143,7 +146,9 @@ def choose_rows(case: Case, patterns: Sequence[str]) -> list[Entry]:
             names = list(rows)
         elif pattern == "default":
             left_out = LEFT_OUT.get((case.device, case.mode, case.dtype), ())
-            names = [name for name in DEFAULT_ROWS[case.device, case.mode] if name in rows and name not in left_out]
+            few = case.device != "cpu" and (case.variant not in ("tiny", "poolformer_s12") or case.image_size > 224)
+            names = FEW_ROWS if few else DEFAULT_ROWS[case.device, case.mode]
+            names = [name for name in names if name in rows and name not in left_out]
         else:
             names = fnmatch.filter(rows, pattern)
             if not names and pattern not in RUNTIMES:
@@ -152,9 +157,9 @@ def choose_rows(case: Case, patterns: Sequence[str]) -> list[Entry]:
     return list(chosen.values())
 
 
-def make_weights(config: PoolFormerConfig) -> Weights:
+def make_weights(config: MetaFormerConfig) -> Weights:
     """Weights under which every part of the model matters: a fresh one's layer scales would hide all branches."""
-    model = PoolFormerForImageClassification(config)
+    model = AutoModelForImageClassification.from_config(config)
     generator = torch.Generator().manual_seed(0)
 
     def normal(shape: torch.Size, std: float) -> torch.Tensor:
@@ -164,8 +169,8 @@ def make_weights(config: PoolFormerConfig) -> Weights:
     for name, value in model.state_dict().items():
         if value.ndim > 1:
             weights[name] = normal(value.shape, value[0].numel() ** -0.5)
-        elif "layer_scale" in name:
-            weights[name] = torch.rand(value.shape, generator=generator) * 0.5 + 0.1
+        elif "scale" in name:  # of layers, shortcuts and activations; the latter two are 1 or so
+            weights[name] = torch.rand(value.shape, generator=generator) * 0.5 + (0.1 if "layer" in name else 0.75)
         else:
             weights[name] = normal(value.shape, 0.2) + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
     return weights
@@ -188,8 +193,10 @@ class Contestant:
         module: nn.Module | None = None,
         our_name: Callable[[str], str] = str,
         backend: str | None = None,
+        is_poolformer: bool = True,
     ):
         self.row = row
+        self.is_poolformer = is_poolformer
         self.backend = backend
         self.module = module
         self.prepare = prepare
@@ -202,8 +209,8 @@ class Contestant:
 
     @property
     def pools_first(self) -> bool:
-        """timm averages over the positions before its last norm, which is another function than the authors'."""
-        return self.row.library == "timm"
+        """timm's PoolFormer averages over the positions before its last norm: another function than the authors'."""
+        return self.row.library == "timm" and self.is_poolformer
 
     def named_gradients(self) -> dict[str, torch.Tensor]:
         return {self.our_name(name): parameter.grad for name, parameter in self.module.named_parameters()}
@@ -248,7 +255,7 @@ def build(row: Entry, case: Case, weights: Weights) -> Contestant:
         else:
             forward = torch.compile(forward, mode=None if row.how == "compile" else row.how, dynamic=False)
     elif row.how == "graph":
-        forward = _CudaGraph(forward)
+        forward = _as_graph(forward)
     return Contestant(
         row,
         forward,
@@ -256,6 +263,7 @@ def build(row: Entry, case: Case, weights: Weights) -> Contestant:
         module,
         our_name,
         backend=BACKENDS[case.device] if row.operations == "fused" else row.operations,
+        is_poolformer=case.is_poolformer,
     )
 
 
@@ -271,38 +279,23 @@ def _isolated(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return forward
 
 
-class _CudaGraph:
-    """A forward recorded once as a CUDA graph and replayed, the copy of its input included."""
+def _as_graph(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The forward, recorded in its first call, and then replayed, the copy of its input included."""
+    recordings: list[Recording] = []
 
-    def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]):
-        self._forward = forward
-        self._graph: torch.cuda.CUDAGraph | None = None
+    def replay(images: torch.Tensor) -> torch.Tensor:
+        if not recordings:
+            recordings.append(Recording(forward, images))
+        return recordings[0](images)
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        if self._graph is None:
-            self._record(images)
-        self._input.copy_(images)
-        self._graph.replay()
-        return self._output
-
-    def _record(self, images: torch.Tensor) -> None:
-        self._input = images.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # tiles are chosen and workspaces made before
-            for _ in range(3):
-                self._forward(self._input)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._output = self._forward(self._input)
+    return replay
 
 
 def transformers_model(library: str, case: Case, weights: Weights) -> nn.Module:
     """Our model ("ours") or the one of transformers ("built-in"), in float32 on the CPU."""
     config = case.config()
     if library == "ours":
-        model: nn.Module = PoolFormerForImageClassification(config)
+        model: nn.Module = AutoModelForImageClassification.from_config(config)
     else:
         model = BuiltIn(BuiltInConfig.from_dict(config.to_dict()))
     model.load_state_dict(weights)
@@ -310,28 +303,37 @@ def transformers_model(library: str, case: Case, weights: Weights) -> nn.Module:
 
 
 def _timm(case: Case, weights: Weights) -> tuple[nn.Module, Callable[[str], str]]:
-    """timm's poolformer_s12 and its siblings: the arguments are those of its own factories."""
+    """timm's model of the same name; of PoolFormers, the arguments are those of its own factories."""
     try:
+        from timm.models import create_model
         from timm.models.metaformer import GroupNorm1, MetaFormer
     except ImportError as error:
         raise Unavailable("timm missing: pip install 'hf-poolformer[benchmark]'") from error
 
     config = case.config()
-    model = MetaFormer(
-        num_classes=config.num_labels,
-        depths=tuple(config.depths),
-        dims=tuple(config.hidden_sizes),
-        downsample_norm=None,
-        mlp_act=nn.GELU,
-        mlp_bias=True,
-        norm_layers=GroupNorm1,
-        layer_scale_init_values=config.layer_scale_init_value,
-        res_scale_init_values=None,
-        use_mlp_head=False,
-    )
-    bare = {name.removeprefix("poolformer."): name for name in weights}
+    if case.is_poolformer:
+        model = MetaFormer(
+            num_classes=config.num_labels,
+            depths=tuple(config.depths),
+            dims=tuple(config.hidden_sizes),
+            downsample_norm=None,
+            mlp_act=nn.GELU,
+            mlp_bias=True,
+            norm_layers=GroupNorm1,
+            layer_scale_init_values=config.layer_scale_init_value,
+            res_scale_init_values=None,
+            use_mlp_head=False,
+        )
+    else:
+        try:
+            model = create_model(case.variant, num_classes=config.num_labels)
+        except RuntimeError as error:
+            raise Unavailable(f"timm has no {case.variant}") from error
+    bare = {re.sub("^(poolformer|metaformer)[.]", "", name): name for name in weights}
     theirs = TIMM.to_theirs(bare, config.position_embeddings)
-    model.load_state_dict({theirs[ours]: weights[name] for ours, name in bare.items()})
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    # Where they have a matrix, we may have a 1x1 convolution.
+    model.load_state_dict({theirs[ours]: weights[name].reshape(shapes[theirs[ours]]) for ours, name in bare.items()})
     return model, {theirs[ours]: name for ours, name in bare.items()}.__getitem__
 
 

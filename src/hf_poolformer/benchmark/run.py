@@ -18,6 +18,7 @@ from . import report as reports
 from .case import Case
 from .comparison import Runner
 from .exports import measure_exports
+from .first_step import measure_first_steps
 from .floor import measure_ceilings
 from .growth import VARIANTS, measure_growth
 from .loop import measure_loop
@@ -99,6 +100,9 @@ def measure(arguments: argparse.Namespace) -> Report:
         for dtype in dtypes(arguments):
             report.ceilings[dtype] = measure_ceilings(arguments.device, dtype)
             bar.update()
+    if arguments.command == "all" and arguments.device != "cpu":
+        report.first_steps = measure_first_steps(case_of(arguments, "train", dtypes(arguments)[0]))
+        show(reports.first_steps_table(report.first_steps))
     runner = Runner(report.ceilings, deadline, arguments.seconds, arguments.rounds)
     if arguments.command == "growth":
         patterns = ["ours fused", "built-in eager"] if arguments.rows == ["default"] else arguments.rows
@@ -133,11 +137,15 @@ def cases(arguments: argparse.Namespace) -> list[Case | None]:
     found: list[Case | None] = [case_of(arguments, mode, dtype) for dtype in dtypes(arguments) for mode in modes]
     base = case_of(arguments, "infer", dtypes(arguments)[0])
     fewer = max(base.batch_size // 4, 1)
-    for mode in ("infer", "train"):
-        if arguments.variant != "tiny":
-            found.append(base.change(mode=mode, variant=VARIANTS[-1], batch_size=fewer))
-        found.append(base.change(mode=mode, image_size=2 * base.image_size + 64, batch_size=fewer))
-    return [*found, None]
+    others = [{"image_size": 2 * base.image_size + 64, "batch_size": fewer}]
+    if arguments.variant != "tiny":
+        others = [
+            {"variant": "caformer_s18"},
+            {"variant": VARIANTS[-1], "batch_size": fewer},
+            *others,
+            {"variant": "convformer_s18"},
+        ]
+    return [*found, *(base.change(mode=mode, **other) for other in others for mode in ("infer", "train")), None]
 
 
 def run_processors(arguments: argparse.Namespace, report: Report) -> None:

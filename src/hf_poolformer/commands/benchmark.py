@@ -20,6 +20,7 @@ COMMANDS = {
     "latency": "one call at a time, milliseconds",
     "process": "image processors, without decoding",
     "growth": "how cost grows with batch, pixels and model",
+    "tune": "which tiles the kernels are fastest with on this GPU, for the next time; not a comparison",
     "export": "exports, in 8 bits, too, next to OpenVINO and onnxruntime of the built-in model; CPU",
 }
 EPILOGUE = """\
@@ -48,7 +49,13 @@ def parser(prog: str | None = None) -> CommandParser:
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     add = parser.add_argument
-    add("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    if command == "tune":
+        parser.description = (
+            "Times every tile that a kernel may take, in inference and training, and keeps the fastest in the user's "
+            "cache, where models find them. Worth it on a GPU that is no H100, or for other sizes of image."
+        )
+    else:
+        add("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
     if command != "process":
         add(
             "--variant",
@@ -81,6 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         add("--num_workers", type=int, help="processes that decode in the training loop; default: as train.py chooses")
     if command == "growth":
         add("--mode", choices=["infer", "train"], default="infer", help="default: infer")
+    if command == "tune":
+        add("--output", type=Path, metavar="FILE", help="keep the tiles here (default: in the user's cache)")
+        return
     add("--seconds", type=float, default=15.0, help="of timing per table (default: 15)")
     add("--rounds", type=int, default=15, help="most turns of each row (default: 15)")
     budget = BUDGETS.get(command)
@@ -113,6 +123,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             raise UserError(f"--{name} must be positive, not {value}.")
     if getattr(arguments, "loop", False) and arguments.dtype and len(arguments.dtype) > 1:
         raise UserError("--loop takes one --dtype.")
+    if arguments.command == "tune":
+        from ..benchmark.tuning import tune
+
+        return tune(arguments)
     use_allocator(arguments.allocator)
     from ..benchmark.run import run
 

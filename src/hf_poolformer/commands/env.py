@@ -110,28 +110,35 @@ def describe_kernels() -> dict[str, str]:
     """Who computes the blocks on each kind of device and in each precision, and why nobody faster does."""
     import torch
 
-    from ..backends import decide, why_not_cpu, why_not_triton
-
     kernels = {}
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         for dtype in (torch.float32, torch.bfloat16):
-            x = torch.zeros(1, 8, 4, 4, device=device, dtype=dtype)
-            try:
-                with torch.no_grad():
-                    inference = decide(x).backend
-                training = decide(x).backend
-            except (RuntimeError, ValueError) as error:  # HF_POOLFORMER_KERNELS asks for what there is not
-                kernels[f"{device} {str(dtype)[6:]}"] = str(error)
-                continue
-            text = f"{inference} in inference, {training} in training"
-            reason = (why_not_cpu if device == "cpu" else why_not_triton)(x)
-            if reason:
-                text += f" ({reason})"
-            elif device == "cuda" and inference == "reference":
-                text += " (triton can run here; HF_POOLFORMER_KERNELS=triton takes it)"
-            kernels[f"{device} {str(dtype)[6:]}"] = text
+            kernels[f"{device} {str(dtype)[6:]}"] = describe_choice(
+                torch.zeros(1, 8, 4, 4, device=device, dtype=dtype)
+            )
     kernels["oneDNN"] = "available" if torch.backends.mkldnn.is_available() else "missing"
     return kernels
+
+
+def describe_choice(x: Any) -> str:
+    """Who computes the blocks of images on the device and in the precision of the tensor x, and why nobody faster."""
+    import torch
+
+    from ..backends import FEWEST_PIXELS, decide, why_not_cpu, why_not_fastest
+
+    if x.device.type == "cuda":  # a batch for which launches do not count, whose memory is not needed
+        x = x[:1, :, :1, :1].expand(1, x.shape[1], 1, FEWEST_PIXELS)
+    try:
+        with torch.no_grad():
+            inference = decide(x).backend
+            reason = (why_not_cpu if x.device.type == "cpu" else why_not_fastest)(x)
+        training = decide(x).backend
+    except (RuntimeError, ValueError) as error:  # HF_POOLFORMER_KERNELS asks for what there is not
+        return str(error)
+    text = f"{inference} in inference, {training} in training" + (f" ({reason})" if reason else "")
+    if "triton" in (inference, training) and not reason:
+        text += ", plain PyTorch for smaller batches that are no CUDA graph, and for compiled training"
+    return text
 
 
 def as_text(facts: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ from ..foundation.errors import UserError, one_line
 from ..foundation.exported import is_exported
 from ..foundation.files import best_effort, write_json
 from ..foundation.finite import finite_answers, refuse_not_finite
+from ..foundation.graphs import graphed
 from ..foundation.loading import load_checkpoint
 from ..foundation.settings import read_yaml
 from .metrics import Accuracy, ConfusionMatrix, PerClassAccuracy, TopKAccuracy
@@ -76,6 +77,7 @@ def evaluate(
     bare = accelerator.unwrap_model(model)
     was_training = bare.training
     bare.eval()
+    classify = graphed(bare)
     device, depth = accelerator.device, min(max(topk), num_labels)
     loss_sum = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     unusable = torch.zeros((), device=device, dtype=torch.int64)
@@ -90,7 +92,7 @@ def evaluate(
             check_labels(labels, num_labels)
             pixel_values = batch["pixel_values"].to(device, memory_format=memory_format, non_blocking=True)
             with accelerator.autocast():
-                logits = bare(pixel_values=pixel_values).logits.float()
+                logits = classify(pixel_values=pixel_values).logits.float()
             unusable += (~finite_answers(logits)).sum()  # counted on the device, which nobody waits for
             loss_sum += nn.functional.cross_entropy(logits, labels.to(device, non_blocking=True), reduction="sum")
             rankings.append(logits.topk(depth).indices)

@@ -10,10 +10,18 @@ pool_mixer.py   res_scale * x + mask * scale * rstd * (pool(x) - x)
 channel_mlp.py  res_scale * x + mask * layer_scale * (W2 act(W1 norm(x) + b1) + b2)
 separable_conv.py  res_scale * x + mask * layer_scale * (W2 D act(W1 norm(x))), D a depthwise convolution
 launch.py       choice of tiles, precision of products, devices
+tiles.py        which tile is the best known one
+ahead.py        compilation of all that a model needs, before its first step
 """
+
+from contextvars import ContextVar
+
 
 # What backends.py (which may be a copy that travelled with a checkpoint) expects of these operations. Raise it when a
 # schema changes: a copy that knows another number takes the reference instead of failing.
 INTERFACE = 1
 
-__all__ = ["INTERFACE"]
+# Whether a forward is a rehearsal for a CUDA graph (`hf_poolformer.graphed`), which is to do what the graph will.
+GRAPHING: ContextVar[bool] = ContextVar("graphing", default=False)
+
+__all__ = ["GRAPHING", "INTERFACE"]

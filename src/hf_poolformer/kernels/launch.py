@@ -1,14 +1,19 @@
 """How kernels are launched: tile sizes, precision of products, current device, memory format."""
 
 import contextlib
-import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.runtime.errors import OutOfResources
+
+from . import tiles
+
+# What kernels need of it comes with the launches.
+from .tiles import Tiles as Tiles
+from .tiles import bucket as bucket
 
 
 # With TRITON_INTERPRET=1 kernels run in Python, on CPU tensors. Triton reads it whenever something is decorated, its
@@ -17,46 +22,80 @@ INTERPRETED = not isinstance(tl.sum, triton.runtime.JITFunction)
 # Of every launch: multiply-adds in one rounding. Triton's default, of which 3.9 warns that 3.10 will change it.
 FUSION = {"enable_fp_fusion": True}
 
-
-class Tiles(NamedTuple):
-    """Tile of a matrix product (rows, columns, depth), warps per program and depth of the load pipeline."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
-_chosen: dict[tuple, Any] = {}
+# Device and key -> candidates in the order in which they are tried.
+_orders: dict[tuple, list] = {}
+# While tiles are being timed (`hf-poolformer benchmark tune`), what stands for `_first_that_fits`.
+_chooser: Callable[[tuple, list, Callable[[Any], Any]], Any] | None = None
 
 
 def tuned(key: tuple, candidates: list, launch: Callable[[Any], Any]) -> Any:
     """
-    `launch(candidate)` with the fastest of `candidates`, timed once per `key` in this process.
+    `launch(tile)` with the first of the fitting `candidates`, the best known one being tried first.
 
-    `launch` must be pure: it allocates what it returns. Candidates that need more shared memory than there is are left
-    out. Nothing is timed under the interpreter (first candidate), while a CUDA graph is captured or with
-    HF_POOLFORMER_AUTOTUNE=0 (first candidate that fits), which also makes the order of summation, and so the last
-    bits of a result, independent of timing.
+    What is known comes from the user's own timings (`hf-poolformer benchmark tune`), then from `tiles.MEASURED`, then
+    from a rule. Nothing is timed here, so that the order of summation, and with it the last bits of a result, are the
+    same in every run.
+
+    Args:
+        key: the kernel's name, then what decides about its tile: dtypes (of products last), a `bucket` of rows, the
+            number of channels, and whatever else.
+        candidates: tiles that the kernel can take, the one to be taken where nothing is known first.
+        launch: must be pure: it allocates what it returns.
     """
     if INTERPRETED:
         return launch(candidates[0])
-    key = (torch.cuda.current_device(), *key)
-    if key not in _chosen:
-        if torch.cuda.is_current_stream_capturing() or os.environ.get("HF_POOLFORMER_AUTOTUNE") == "0":
-            return _first_that_fits(candidates, launch)
-        _chosen[key] = min(candidates, key=lambda candidate: _milliseconds(launch, candidate))
-    return launch(_chosen[key])
+    key = (triton.runtime.driver.active.get_current_device(), *key)
+    return (_chooser or _first_that_fits)(key, candidates, launch)
 
 
-def _first_that_fits(candidates: list, launch: Callable[[Any], Any]) -> Any:
-    for candidate in candidates[:-1]:
+def _first_that_fits(key: tuple, candidates: list, launch: Callable[[Any], Any]) -> Any:
+    if key not in _orders:
+        _orders[key] = tiles.order(key, candidates)
+    order = _orders[key]
+    while len(order) > 1:
         try:
-            return launch(candidate)
+            return launch(order[0])
         except OutOfResources:
-            continue
-    return launch(candidates[-1])
+            order.pop(0)
+    return launch(order[0])
+
+
+@contextlib.contextmanager
+def every_tile() -> Iterator[None]:
+    """Inside, every kernel is launched with each of its tiles: all of them are to be compiled."""
+
+    def launch_all(key: tuple, candidates: list, launch: Callable[[Any], Any]) -> Any:
+        for candidate in candidates[:-1]:
+            with contextlib.suppress(OutOfResources):
+                launch(candidate)
+        return launch(candidates[-1])
+
+    with _choosing(launch_all):
+        yield
+
+
+@contextlib.contextmanager
+def timing() -> Iterator[dict[tuple, Any]]:
+    """Inside, every kernel takes the fastest of its tiles, timed when it is first launched; yields key -> tile."""
+    fastest: dict[tuple, Any] = {}
+
+    def time_all(key: tuple, candidates: list, launch: Callable[[Any], Any]) -> Any:
+        if key not in fastest:
+            fastest[key] = min(candidates, key=lambda candidate: _milliseconds(launch, candidate))
+        return launch(fastest[key])
+
+    with _choosing(time_all):
+        yield fastest
+
+
+@contextlib.contextmanager
+def _choosing(chooser: Callable[[tuple, list, Callable[[Any], Any]], Any]) -> Iterator[None]:
+    global _chooser
+    _chooser = chooser
+    try:
+        yield
+    finally:
+        _chooser = None
 
 
 def _milliseconds(launch: Callable[[Any], Any], candidate: Any) -> float:
@@ -64,11 +103,6 @@ def _milliseconds(launch: Callable[[Any], Any], candidate: Any) -> float:
         return triton.testing.do_bench(lambda: launch(candidate), warmup=5, rep=20, return_mode="median")
     except OutOfResources:
         return float("inf")
-
-
-def bucket(rows: int) -> int:
-    """Rows to the next power of two: tile choices are shared by nearby batch and image sizes."""
-    return (rows - 1).bit_length()
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -17,6 +17,7 @@ from ..data.decoding import BrokenImage, decode_image
 from ..foundation.errors import UserError, one_line
 from ..foundation.exported import is_exported
 from ..foundation.finite import finite_answers, refuse_not_finite
+from ..foundation.graphs import graphed
 from ..foundation.loading import HERE, belongs_to_head, load_checkpoint
 from ..foundation.machine import cores
 from ..foundation.origin import Origin
@@ -115,6 +116,7 @@ class Predictor:
             self.model.to(self.device, getattr(torch, dtype), memory_format=torch.channels_last).eval()
         except (RuntimeError, AttributeError, TypeError) as error:
             raise UserError(f"the model cannot be put on {self.device} as {dtype}: {one_line(error)}") from error
+        self._graphed = graphed(self.model)
         self.embedding_size = self._measure() if embeddings else None
         self.columns = (*(LABEL_COLUMNS if self._labels else ()), *(("embedding",) if embeddings else ()))
 
@@ -172,7 +174,7 @@ class Predictor:
             self.device, self.model.dtype, memory_format=torch.channels_last, non_blocking=True
         )
         if not self._embeddings:
-            return self.model(pixel_values=pixel_values), None
+            return self._graphed(pixel_values=pixel_values), None
         if self._headless:
             outputs = self.model.base_model(pixel_values)
             return outputs, outputs.pooler_output.flatten(1)
