@@ -1,35 +1,23 @@
 """Data on which a run takes seconds, and processes that may be killed. Everything in this room is slow."""
 
 import hashlib
-import io
 import itertools
 import json
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import Dataset, Features
 from datasets.utils.logging import disable_progress_bar
+from digits import FEATURES, NAMES, TINY_MODEL
+from digits import digit_rows as all_digit_rows
 from harness import ENOUGH, Job, make_context, train_with
-from PIL import Image as PILImage
-from sklearn.datasets import load_digits
 
 from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, PoolFormerImageProcessor
 
 
 NUMBERS = itertools.count()
-NAMES = [f"digit {number}" for number in range(10)]
-FEATURES = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
-TINY = {
-    "depths": [1, 1, 1, 1],
-    "hidden_sizes": [8, 16, 32, 32],
-    "patch_sizes": [3, 3, 3, 3],
-    "strides": [2, 2, 2, 2],
-    "padding": [1, 1, 1, 1],
-    "layer_scale_init_value": 0.1,
-}
 
 
 def pytest_collection_modifyitems(items):
@@ -47,22 +35,10 @@ def context(tmp_path_factory):
     return made
 
 
-def encode(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    PILImage.fromarray(image).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 @pytest.fixture(scope="session")
 def digit_rows():
     """The 1797 digits as rows of a dataset."""
-    images, labels = load_digits(return_X_y=True)
-    images = (images * 255 / 16).round().astype(np.uint8).reshape(-1, 8, 8)
-    encoded = [encode(image) for image in images]
-    return [
-        {"image": {"bytes": data, "path": None}, "label": int(label)}
-        for data, label in zip(encoded, labels, strict=True)
-    ]
+    return all_digit_rows()
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +61,7 @@ def tiny_model(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
     labels = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}
-    model = PoolFormerForImageClassification(PoolFormerConfig(**TINY, **labels))
+    model = PoolFormerForImageClassification(PoolFormerConfig(**TINY_MODEL, **labels))
     with torch.no_grad():
         model.classifier.weight.normal_(std=0.5)
     model.save_pretrained(folder)
@@ -115,7 +91,7 @@ class Runs:
         values = {
             "dataset_name": str(self._digits),
             "output_dir": str(output),
-            "config_overrides": json.dumps(TINY),
+            "config_overrides": json.dumps(TINY_MODEL),
             "per_device_train_batch_size": 10,
             "num_train_epochs": 2,
             "num_warmup_epochs": 0.5,

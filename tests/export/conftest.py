@@ -1,10 +1,8 @@
 """Small saved models of every family, and photographs in folders."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from digits import all_digits, digits, make_settings, one_thread  # noqa: F401
 
 from hf_poolformer import (
     VARIANTS,
@@ -20,21 +18,6 @@ from hf_poolformer.data.photographs import jpegs
 SMALL = {"depths": (1, 1, 1, 1), "hidden_sizes": (8, 16, 32, 64), "num_labels": 7}
 # The smallest variant of each family.
 FAMILIES = {name.rsplit("_", 1)[0]: name for name in VARIANTS if name.endswith(("_s12", "_s18"))}
-
-# Digits and settings to train on them, for what needs a trained model.
-_spec = importlib.util.spec_from_file_location("training_fixtures", Path(__file__).parents[1] / "training/conftest.py")
-_fixtures = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_fixtures)
-digits, all_digits, make_settings = _fixtures.digits, _fixtures.all_digits, _fixtures.make_settings
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small only wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small_config(family: str) -> MetaFormerConfig:

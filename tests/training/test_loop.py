@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageClassification, pipeline
 
 from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, PoolFormerImageProcessor
+from hf_poolformer.evaluation import classification as evaluation
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.foundation.processes import Stopped
 from hf_poolformer.training import classification, loop
@@ -306,3 +307,17 @@ def test_every_augmentation_tracking_and_layer_decay_together(make_settings, tmp
     )
     assert results["step"] == 3
     assert list((tmp_path / "run/logs").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("eval_epochs", [0, 1])
+def test_a_failing_evaluation_leaves_the_model(make_settings, tmp_path, monkeypatch, eval_epochs):
+    def fails(*_):
+        raise UserError("the metric has no answer")
+
+    monkeypatch.setattr(evaluation, "check_labels", fails)
+    with pytest.raises(UserError, match=r"has no answer\. The model as it was trained so far is in"):
+        train(make_settings(eval_epochs=eval_epochs, checkpointing_steps="no"))
+    run = tmp_path / "run"
+    assert load_file(run / "model.safetensors") and (run / "preprocessor_config.json").is_file()
+    assert json.loads((run / "config.json").read_text())["id2label"]["9"] == "digit 9"
+    assert not (run / "all_results.json").exists()

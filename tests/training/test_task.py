@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import yaml
+from digits import TINY_MODEL
 
 from hf_poolformer.commands.train import main
 from hf_poolformer.foundation.settings import setting
@@ -15,8 +16,6 @@ from hf_poolformer.settings.classification import ClassificationSettings
 from hf_poolformer.settings.training import TrainingSettings
 from hf_poolformer.training.classification import ClassificationTraining
 from hf_poolformer.training.loop import train
-
-from .conftest import TINY_MODEL
 
 
 @dataclass

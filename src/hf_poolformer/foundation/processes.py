@@ -70,19 +70,29 @@ def processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
+def found_by_main(find: Callable[[], Any]) -> Any:
+    """What the main process finds out, for all; every process must call it.
+
+    Raises:
+        UserError: in every process, where `find` raises one.
+    """
+    answer: list[Any] = [None, None]
+    if processes().is_main_process:
+        try:
+            answer[0] = find()
+        except UserError as error:
+            answer[1] = str(error)
+    found, fault = broadcast_object_list(answer)
+    if fault:
+        raise UserError(fault)
+    return found
+
+
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
     """`folders.hold` for all processes of a run, of which the main one holds; every process must call it."""
     with contextlib.ExitStack() as held:
-        fault = None
-        if processes().is_main_process:
-            try:
-                held.enter_context(hold(folder))
-            except UserError as error:
-                fault = str(error)
-        [fault] = broadcast_object_list([fault])
-        if fault:
-            raise UserError(fault)
+        found_by_main(lambda: held.enter_context(hold(folder)))
         yield
 
 

@@ -135,19 +135,3 @@ def describe_parameters(model: nn.Module) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     return f"{total / 1e6:.2f}M parameters" + (f", {trained:,} of them trained" if trained < total else "")
-
-
-def method(settings: ClassificationSettings, teacher: str | None) -> dict[str, Any]:
-    """What a run must go on with as it began: how it distils and adapts.
-
-    Args:
-        teacher: its fingerprint.
-    """
-    names: list[str] = []
-    if settings.teacher:
-        names += ["distillation", "distillation_alpha", "distillation_temperature"]
-    if settings.lora:
-        names += ["lora", "lora_alpha", "lora_dropout"]
-    if settings.freeze_backbone:
-        names.append("freeze_backbone")
-    return {**({"teacher": teacher} if teacher else {}), **{name: getattr(settings, name) for name in names}}

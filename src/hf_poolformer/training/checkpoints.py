@@ -431,19 +431,21 @@ def check_method(path: Path, theirs: dict[str, Any], mine: dict[str, Any]) -> No
         raise UserError(f"{path} was made {made}; go on with the same setting.")
 
 
-def find(spec: str, root: Path) -> Path | None:
+def find(spec: str | None, root: Path) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means.
 
     Args:
-        spec: `latest`, or a checkpoint's folder.
+        spec: `latest`, or a checkpoint's folder; None to begin anew.
         root: where `latest` looks. Checkpoints that are incomplete or damaged are passed over with a warning.
 
     Returns:
-        the folder, or None if `latest` finds none.
+        the folder, or None if there is none to go on from.
 
     Raises:
         UserError: the given folder is not a complete checkpoint.
     """
+    if not spec:
+        return None
     if spec != "latest":
         path = Path(spec)
         if not path.is_dir():

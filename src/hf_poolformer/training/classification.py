@@ -21,7 +21,7 @@ from ..evaluation.classification import check_classification, check_labels, desc
 from ..evaluation.pictures import write_confusion_matrix
 from ..foundation.files import best_effort
 from ..settings.classification import ClassificationSettings
-from .adaptation import LinearProbe, adapt, merged, method
+from .adaptation import LinearProbe, adapt, merged
 from .augmentation import BatchMixer
 from .device_pipeline import make_pipeline
 from .distillation import distillation_loss, load_teacher
@@ -106,7 +106,16 @@ class ClassificationTraining(TaskTraining):
         return LinearProbe(model) if self.settings.freeze_backbone else model
 
     def method(self) -> dict[str, Any]:
-        return method(self.settings, self.teacher.fingerprint() if self.teacher else None)
+        """How a run distils and adapts."""
+        names: list[str] = []
+        if self.settings.teacher:
+            names += ["distillation", "distillation_alpha", "distillation_temperature"]
+        if self.settings.lora:
+            names += ["lora", "lora_alpha", "lora_dropout"]
+        if self.settings.freeze_backbone:
+            names.append("freeze_backbone")
+        teacher = {"teacher": self.teacher.fingerprint()} if self.teacher else {}
+        return {**teacher, **{name: getattr(self.settings, name) for name in names}}
 
     def describe_images(self, processor: Any) -> str:
         return f"at {'x'.join(map(str, input_size(processor)))}"

@@ -21,19 +21,16 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..foundation.errors import Diverged, UserError
-from ..foundation.files import best_effort, write_json
+from ..foundation.files import best_effort
 from ..foundation.processes import Agreement, Stopped, StopSignal, alone_in_its_folder, telling_of_lost_processes
-from ..foundation.tasks import CLASSIFICATION
-from ..hub.cards import write_training_card
-from ..hub.publishing import publish
 from ..settings.training import TrainingSettings
 from . import checkpoints
 from .adaptation import describe_parameters
 from .checkpoints import Progress, Saver, TrainingState, whole
 from .emissions import EmissionsMeter, device_name
-from .optimisation import WeightAverage, make_optimizer, make_schedule, scaled_learning_rate
-from .preparation import length_of_training, prepare_output, start_or_resume, training_accelerator
-from .reports import RunLog, note_skipped, resume_command, summary, write_curves
+from .optimisation import WeightAverage, length_of_training, make_optimizer, make_schedule, scaled_learning_rate
+from .preparation import prepare_output, resume, training_accelerator
+from .reports import Reports, note_skipped, resume_command, summary
 from .task import TaskTraining, training_of
 
 
@@ -51,32 +48,25 @@ class Run:
     train_loader: Any
     eval_loader: Any
     memory_format: torch.memory_format
-    log: RunLog | None  # of the main process
+    saver: Saver
+    reports: Reports
     bar: tqdm
     total_steps: int
-    accumulation: int
     replica: nn.Module | None  # of a model that is distributed, to be filled when it is needed
     processor: Any  # saved beside the model
-    saver: Saver = field(init=False)
     losses: list[torch.Tensor] = field(default_factory=list)  # since the last point of the curve, on the device
     images: int = 0  # of this process since the last point
     seconds: float = 0.0
     waited: float = 0.0
     skipped: int = 0  # of this process since the processes last added them up
 
-    def __post_init__(self) -> None:
-        background = self.settings.async_checkpointing
-        self.saver = Saver(
-            Path(self.settings.output_dir) / "checkpoints",
-            self.accelerator,
-            keep=self.settings.save_total_limit,
-            background=self.accelerator.device.type != "cpu" if background is None else background,
-            carry_on=self.settings.checkpoint_failure == "continue",
-        )
-
     @property
     def progress(self) -> Progress:
         return self.state.progress
+
+    @property
+    def accumulation(self) -> int:
+        return self.accelerator.gradient_accumulation_steps
 
 
 @alone_in_its_folder
@@ -99,7 +89,7 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
     """
     task = task or training_of(settings)
     accelerator = training_accelerator(settings, fsdp=task.may_be_distributed)
-    output_dir, resume_from = prepare_output(settings, accelerator)
+    resume_from = prepare_output(settings, accelerator)
     # Of a resumed run only a part could be measured, which tells nothing.
     measured = settings.emissions_country and accelerator.is_main_process and resume_from is None
     meter = EmissionsMeter(settings.emissions_country) if measured else None
@@ -116,20 +106,22 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
     # FSDP takes the model apart, which works for contiguous weights; evaluating and saving it needs it whole.
     fsdp = accelerator.distributed_type == DistributedType.FSDP
     model.to(accelerator.device, memory_format=torch.contiguous_format if fsdp else memory_format)
-    ema = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
-    replica = copy.deepcopy(model).requires_grad_(False) if fsdp and ema is None else None
-
+    replica = copy.deepcopy(model).requires_grad_(False) if fsdp and not settings.ema_decay else None
     train_loader, eval_loader = task.make_loaders(accelerator, model, processor)
-    accumulation = accelerator.gradient_accumulation_steps
-    global_batch = settings.per_device_train_batch_size * accelerator.num_processes * accumulation
-    total_steps, epochs = length_of_training(settings, task.num_examples, global_batch)
 
+    # Optimiser, and how far it goes.
+    global_batch = (
+        settings.per_device_train_batch_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
+    )
+    total_steps, epochs = length_of_training(settings, task.num_examples, global_batch)
     learning_rate = scaled_learning_rate(settings, global_batch)
     optimizer = make_optimizer(model, settings, learning_rate)
     scheduler = make_schedule(optimizer, settings, learning_rate, total_steps, epochs)
+    ema = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
     # The loaders are not prepared: they are sharded already, and batches go to the device below.
     wrapped, optimizer, scheduler = accelerator.prepare(task.trained_module(model), optimizer, scheduler)
 
+    # Checkpoints, and what is told.
     progress = Progress(
         num_processes=accelerator.num_processes,
         global_batch=global_batch,
@@ -137,7 +129,17 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         method=task.method(),
     )
     state = TrainingState(accelerator, model, optimizer, scheduler, ema, progress)
-    log = start_or_resume(settings, state, output_dir, resume_from, total_steps)
+    if resume_from is not None:
+        resume(state, resume_from, total_steps)
+    background = settings.async_checkpointing
+    saver = Saver(
+        Path(settings.output_dir) / "checkpoints",
+        accelerator,
+        keep=settings.save_total_limit,
+        background=accelerator.device.type != "cpu" if background is None else background,
+        carry_on=settings.checkpoint_failure == "continue",
+    )
+    reports = Reports(settings, accelerator, None if resume_from is None else progress.step)
     accelerator.print(
         f"{settings.task}: {describe_parameters(model)}, {len(label_names)} classes, "
         f"{task.num_examples or 'unknown number of'} training images {task.describe_images(processor)}, "
@@ -157,25 +159,23 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
             train_loader=train_loader,
             eval_loader=eval_loader,
             memory_format=memory_format,
-            log=log,
+            saver=saver,
+            reports=reports,
             bar=bar,
             total_steps=total_steps,
-            accumulation=accumulation,
             replica=replica,
             processor=processor,
         )
         train_epochs(run, epochs)
         leave_model(run)
         evaluation, shown = evaluate_now(run, final=True) if eval_loader is not None else ({}, None)
-        run.saver.finish()
+        saver.finish()
 
     results = {**evaluation, **training_figures(run)}
     if meter is not None:
         with best_effort("measuring the emissions"):
             results.update(meter.stop())
-    if accelerator.is_main_process:
-        save_results(run, output_dir, results, shown)
-    finish(run, results)
+    finish(run, results, shown)
     return results
 
 
@@ -212,23 +212,29 @@ def train_epochs(run: Run, epochs: float) -> None:
             save_checkpoint(run)
 
 
-def finish(run: Run, results: dict[str, Any]) -> None:
-    """The end of a run whose model is saved: says where everything is, and publishes it if that is wanted.
+def finish(run: Run, results: dict[str, Any], shown: Any) -> None:
+    """The end of a run whose model is saved: the files beside it, where everything is, and the Hub if that is wanted.
+
+    Args:
+        shown: what `task.write_pictures` draws, if there is anything.
 
     Raises:
         hf_poolformer.hub.publishing.PublishError: it could not be published.
     """
-    settings, output_dir = run.settings, Path(run.settings.output_dir)
+    reports = run.reports
+    if run.accelerator.is_main_process:
+        reports.write_results(results)
+        if shown is not None:
+            run.task.write_pictures(reports.folder, shown, run.processor)
+        reports.write_card(results, run.progress.label_names)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     if not run.accelerator.is_main_process:
         return
     evaluation = run.task.describe(results) if "eval_samples" in results else ""
-    print(summary(output_dir, results, settings, evaluation))
-    if settings.push_to_hub:
-        repo_id = settings.hub_model_id or output_dir.resolve().name
-        url = publish(output_dir, repo_id, private=settings.hub_private_repo, token=settings.hub_token)
-        print(f"Published to {url}")
+    print(summary(reports.folder, results, run.settings, evaluation))
+    if run.settings.push_to_hub:
+        print(f"Published to {reports.publish()}")
 
 
 def train_epoch(run: Run) -> None:
@@ -239,7 +245,7 @@ def train_epoch(run: Run) -> None:
     if run.state.streams is not None:
         statement = run.train_loader.load_state_dict(run.state.streams)
         run.state.streams = None
-        if statement and run.log is not None:
+        if statement and run.accelerator.is_main_process:
             run.bar.write(f"Not quite as before: {statement}.", file=sys.stderr)
     batches = iter(run.train_loader)
     first_step, clock = progress.step, time.perf_counter()
@@ -248,7 +254,7 @@ def train_epoch(run: Run) -> None:
         waited = time.perf_counter() - clock
         skipped = [description for batch in window for description in batch["skipped"]]
         run.skipped += len(skipped)
-        note_skipped(Path(settings.output_dir), progress.epoch + 1, skipped)
+        note_skipped(run.reports.folder, progress.epoch + 1, skipped)
         # The one exchange of a step: how many micro-batches everybody has, and whether anybody was told to stop.
         count, stop = run.agreement.minimum(len(window), -run.stop.check())
         if count:
@@ -343,21 +349,13 @@ def log_point(run: Run) -> None:
         "images_per_second": images / run.seconds,
         "data_wait_share": run.waited / run.seconds,
     }
-    record(run, row)
+    run.reports.add(row)
     run.bar.set_postfix_str(
         f"loss {loss:.3f}, lr {row['learning_rate']:.1e}, {row['images_per_second']:.0f} images/s, "
         f"waiting for data {row['data_wait_share']:.0%}" + (f", {progress.skipped_images} skipped" if skipped else ""),
         refresh=False,
     )
     run.losses, run.images, run.skipped, run.seconds, run.waited = [], 0, 0, 0.0, 0.0
-
-
-def record(run: Run, row: dict[str, Any]) -> None:
-    if run.log is not None:
-        run.log.add(row)
-    figures = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
-    with best_effort("telling the experiment trackers"):
-        run.accelerator.log(figures, step=row["step"])
 
 
 def evaluate_now(run: Run, final: bool = False) -> tuple[dict[str, Any], Any]:
@@ -368,7 +366,7 @@ def evaluate_now(run: Run, final: bool = False) -> tuple[dict[str, Any], Any]:
     if not results:
         save_and_leave(run, -run.agreement.minimum(-run.stop.check())[0])
     figures = {name: value for name, value in results.items() if isinstance(value, (int, float))}
-    record(run, {"step": run.progress.step, "epoch": run.progress.epoch, **figures})
+    run.reports.add({"step": run.progress.step, "epoch": run.progress.epoch, **figures})
     if run.accelerator.is_main_process:
         run.bar.write(f"epoch {run.progress.epoch}: {task.describe(results)}", file=sys.stderr)
     if run.settings.keep_best:
@@ -403,16 +401,14 @@ def save_and_leave(run: Run, number: int) -> None:
     save_checkpoint(run)
     run.saver.finish()
     run.bar.close()
-    folder, accelerator = Path(run.settings.output_dir), run.accelerator
-    processes, on_cpu = accelerator.num_processes, accelerator.device.type == "cpu"
-    command = "train" if getattr(run.settings, "task", CLASSIFICATION) == CLASSIFICATION else "train-dense"
+    accelerator = run.accelerator
+    command = resume_command(run.reports.folder, accelerator.num_processes, accelerator.device.type == "cpu")
     accelerator.print(
-        f"Stopped by signal {number} and saved at step {run.progress.step} of {run.total_steps} in "
-        f"{folder / 'checkpoints'}. To go on:\n"
-        f"  {resume_command(folder, processes, on_cpu, command)}",
+        f"Stopped by signal {number} and saved at step {run.progress.step} of {run.total_steps} in {run.saver.root}. "
+        f"To go on:\n  {command}",
         flush=True,
     )
-    run.accelerator.end_training()
+    accelerator.end_training()
     raise Stopped(number)
 
 
@@ -455,8 +451,8 @@ def leave_model(run: Run) -> None:
     """
     model = finished_model(run)
     if run.accelerator.is_main_process:
-        model.save_pretrained(run.settings.output_dir)
-        run.processor.save_pretrained(run.settings.output_dir)
+        model.save_pretrained(run.reports.folder)
+        run.processor.save_pretrained(run.reports.folder)
 
 
 @contextlib.contextmanager
@@ -467,24 +463,5 @@ def leaving_the_model(run: Run) -> Iterator[None]:
     except UserError as error:
         leave_model(run)
         raise UserError(
-            f"{str(error).rstrip('.')}. The model as it was trained so far is in {run.settings.output_dir}"
+            f"{str(error).rstrip('.')}. The model as it was trained so far is in {run.reports.folder}"
         ) from error
-
-
-def save_results(run: Run, output_dir: Path, results: dict[str, Any], shown: Any) -> None:
-    """What a finished run leaves beside its model. A picture that cannot be drawn is missing, no more."""
-    write_json(output_dir / "all_results.json", results)
-    with best_effort("drawing the curves"):
-        write_curves(output_dir / "curves.png", run.log.rows, run.settings.task)
-    if shown is not None:
-        run.task.write_pictures(output_dir, shown, run.processor)
-    with best_effort("writing the model card"):
-        write_training_card(
-            output_dir,
-            results=results,
-            settings=run.settings.to_dict(),
-            dataset_name=run.settings.dataset_name,
-            base_model=run.settings.model_name_or_path,
-            label_names=run.progress.label_names,
-            repo_id=run.settings.hub_model_id,
-        )

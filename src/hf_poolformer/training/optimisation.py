@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, the course of the learning rate, and a moving average of the weights."""
+"""The length of a run, AdamW's parameter groups, the course of the learning rate, a moving average of the weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..foundation.errors import UserError
 from ..settings.training import TrainingSettings
 from .checkpoints import whole
 
@@ -65,6 +66,28 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def length_of_training(settings: TrainingSettings, num_examples: int | None, global_batch: int) -> tuple[int, float]:
+    """Optimiser steps of the run and how many epochs these are, cooldown included.
+
+    Raises:
+        UserError: the number of images is unknown and `max_train_steps` is not given.
+    """
+    epochs = float(settings.num_train_epochs + settings.num_cooldown_epochs)
+    if num_examples is None:
+        if settings.max_train_steps is None:
+            raise UserError(
+                "the dataset does not say how many images it has, so the length of the run must be given: "
+                "--max_train_steps N."
+            )
+        return settings.max_train_steps, epochs
+    if num_examples == 0:
+        raise UserError("the training split is empty.")
+    steps_per_epoch = max(num_examples / global_batch, 1.0)
+    if settings.max_train_steps is not None:
+        return settings.max_train_steps, settings.max_train_steps / steps_per_epoch
+    return math.ceil(epochs * max(math.floor(steps_per_epoch), 1)), epochs
 
 
 def make_optimizer(model: nn.Module, settings: TrainingSettings, learning_rate: float) -> torch.optim.AdamW:

@@ -1,20 +1,18 @@
-"""What stands before the first step: accelerate, the output folder, the length of the run, where it goes on."""
+"""What stands before the first step: accelerate, the output folder, and where the run goes on."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration
 
 from ..foundation.errors import UserError
-from ..foundation.files import best_effort, make_folder
+from ..foundation.files import make_folder
+from ..foundation.processes import found_by_main
 from ..settings.training import TrainingSettings
 from . import checkpoints
-from .reports import RunLog
 
 
 def training_accelerator(settings: TrainingSettings, fsdp: bool) -> Accelerator:
@@ -72,8 +70,8 @@ def trackers(settings: TrainingSettings) -> list[str]:
     return names
 
 
-def prepare_output(settings: TrainingSettings, accelerator: Accelerator) -> tuple[Path, Path | None]:
-    """The output folder, made if need be, and the checkpoint to go on from, if any.
+def prepare_output(settings: TrainingSettings, accelerator: Accelerator) -> Path | None:
+    """Makes the output folder if need be, and finds the checkpoint to go on from, if any.
 
     `latest` in a folder without a usable checkpoint starts from the beginning, so that a job that is started again
     and again needs one command only.
@@ -85,7 +83,8 @@ def prepare_output(settings: TrainingSettings, accelerator: Accelerator) -> tupl
     root = output_dir / "checkpoints"
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file.")
-    found = find_checkpoint(settings.resume_from_checkpoint, root, accelerator)
+    # The main process looks, and checks every byte, for all.
+    found = found_by_main(lambda: checkpoints.find(settings.resume_from_checkpoint, root))
     same_run = found is not None and root.resolve() in found.resolve().parents
     if settings.resume_from_checkpoint == "latest" and found is None:
         # Killed before its first checkpoint or after its last step: its settings are there, its results are not.
@@ -109,77 +108,21 @@ def prepare_output(settings: TrainingSettings, accelerator: Accelerator) -> tupl
             # Later ones belong to what that run did next; this one may do something else.
             checkpoints.set_aside(root, after=checkpoints.step_of(found))
     accelerator.wait_for_everyone()
-    return output_dir, found
-
-
-def find_checkpoint(spec: str | None, root: Path, accelerator: Accelerator) -> Path | None:
-    """As `checkpoints.find`; the main process looks, and checks every byte, for all."""
-    answer: list[Any] = [None, None]
-    if spec and accelerator.is_main_process:
-        try:
-            answer[0] = checkpoints.find(spec, root)
-        except UserError as error:
-            answer[1] = str(error)
-    found, fault = broadcast_object_list(answer)
-    if fault:
-        raise UserError(fault)
     return found
 
 
-def length_of_training(settings: TrainingSettings, num_examples: int | None, global_batch: int) -> tuple[int, float]:
-    """Optimiser steps of the run and how many epochs these are, cooldown included.
-
-    Raises:
-        UserError: the number of images is unknown and `max_train_steps` is not given.
-    """
-    epochs = float(settings.num_train_epochs + settings.num_cooldown_epochs)
-    if num_examples is None:
-        if settings.max_train_steps is None:
-            raise UserError(
-                "the dataset does not say how many images it has, so the length of the run must be given: "
-                "--max_train_steps N."
-            )
-        return settings.max_train_steps, epochs
-    if num_examples == 0:
-        raise UserError("the training split is empty.")
-    steps_per_epoch = max(num_examples / global_batch, 1.0)
-    if settings.max_train_steps is not None:
-        return settings.max_train_steps, settings.max_train_steps / steps_per_epoch
-    return math.ceil(epochs * max(math.floor(steps_per_epoch), 1)), epochs
-
-
-def start_or_resume(
-    settings: TrainingSettings,
-    state: checkpoints.TrainingState,
-    output_dir: Path,
-    resume_from: Path | None,
-    total_steps: int,
-) -> RunLog | None:
-    """Brings a run to where its checkpoint was, if it has one; then what tells of it: settings, log and trackers.
-
-    Returns:
-        the log, in the main process.
+def resume(state: checkpoints.TrainingState, resume_from: Path, total_steps: int) -> None:
+    """Brings a run to where its checkpoint was, and says what will be otherwise.
 
     Raises:
         UserError: the checkpoint does not fit.
     """
-    accelerator, progress = state.accelerator, state.progress
-    if resume_from is not None:
-        global_batch = progress.global_batch
-        saved = checkpoints.load(resume_from, state)
-        accelerator.print(f"Going on from {resume_from}: step {progress.step}, epoch {progress.epoch + 1}.")
-        if saved.global_batch != global_batch:
-            accelerator.print(
-                f"It was made with {saved.global_batch} images per step, this run has {global_batch}: learning rate "
-                f"and length follow this run's settings, {total_steps} steps in all, counted on from {progress.step}. "
-                "--gradient_accumulation_steps and --per_device_train_batch_size bring the two together."
-            )
-    log = None
-    if accelerator.is_main_process:
-        settings.save(output_dir / "training_settings.yaml")
-        log = RunLog(output_dir / "training_log.jsonl", progress.step if resume_from else None)
-    if accelerator.log_with:
-        config = {name: value if value is not None else "" for name, value in settings.to_dict().items()}
-        with best_effort("starting the experiment trackers"):
-            accelerator.init_trackers("hf-poolformer", config=config)
-    return log
+    say, progress, global_batch = state.accelerator.print, state.progress, state.progress.global_batch
+    saved = checkpoints.load(resume_from, state)
+    say(f"Going on from {resume_from}: step {progress.step}, epoch {progress.epoch + 1}.")
+    if saved.global_batch != global_batch:
+        say(
+            f"It was made with {saved.global_batch} images per step, this run has {global_batch}: learning rate "
+            f"and length follow this run's settings, {total_steps} steps in all, counted on from {progress.step}. "
+            "--gradient_accumulation_steps and --per_device_train_batch_size bring the two together."
+        )

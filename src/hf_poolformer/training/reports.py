@@ -1,4 +1,4 @@
-"""What a run leaves for people: the log, the curves, and what it says at its end."""
+"""What a run leaves for people: its settings, the log, the curves, the card, and what it says at its end."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import contextlib
 import csv
 import io
 import json
-import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from ..foundation.figures import new_figure, save_figure
-from ..foundation.files import replace_text
+from ..foundation.files import best_effort, replace_text, write_json
 from ..foundation.names import printable
 from ..foundation.spelling import command_words
 from ..foundation.strict_json import to_json
 from ..foundation.tasks import TASKS
+from ..hub.cards import write_training_card
+from ..hub.publishing import publish
 from ..settings.training import TrainingSettings
 
-
-logger = logging.getLogger(__name__)
 
 SKIPPED = "skipped.csv"
 # Share of the time spent waiting for data above which a summary says what could be done about it.
@@ -60,6 +61,63 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class Reports:
+    """What a run leaves for people in its folder, and tells the experiment trackers; every process has one.
+
+    Args:
+        resume_step: as `RunLog` takes it.
+    """
+
+    def __init__(self, settings: TrainingSettings, accelerator: Accelerator, resume_step: int | None):
+        self.settings, self.accelerator = settings, accelerator
+        self.folder = Path(settings.output_dir)
+        self.log = None
+        if accelerator.is_main_process:
+            settings.save(self.folder / "training_settings.yaml")
+            self.log = RunLog(self.folder / "training_log.jsonl", resume_step)
+        if accelerator.log_with:
+            config = {name: value if value is not None else "" for name, value in settings.to_dict().items()}
+            with best_effort("starting the experiment trackers"):
+                accelerator.init_trackers("hf-poolformer", config=config)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """A point of the training curve, or an evaluation."""
+        if self.log is not None:
+            self.log.add(row)
+        figures = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
+        with best_effort("telling the experiment trackers"):
+            self.accelerator.log(figures, step=row["step"])
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """`all_results.json` and `curves.png`; the main process alone."""
+        write_json(self.folder / "all_results.json", results)
+        with best_effort("drawing the curves"):
+            write_curves(self.folder / "curves.png", self.log.rows, self.settings.task)
+
+    def write_card(self, results: dict[str, Any], label_names: Sequence[str]) -> None:
+        """The model card, with the pictures that are there; the main process alone."""
+        with best_effort("writing the model card"):
+            write_training_card(
+                self.folder,
+                results=results,
+                settings=self.settings.to_dict(),
+                dataset_name=self.settings.dataset_name,
+                base_model=self.settings.model_name_or_path,
+                label_names=label_names,
+                repo_id=self.settings.hub_model_id,
+            )
+
+    def publish(self) -> str:
+        """The address of the repository that the folder is published to.
+
+        Raises:
+            hf_poolformer.hub.publishing.PublishError: it could not be.
+        """
+        settings = self.settings
+        repo_id = settings.hub_model_id or self.folder.resolve().name
+        return publish(self.folder, repo_id, private=settings.hub_private_repo, token=settings.hub_token)
+
+
 def summary(output_dir: Path, results: dict[str, Any], settings: TrainingSettings, evaluation: str) -> str:
     """What a finished run did and where everything is.
 
@@ -90,10 +148,10 @@ def note_skipped(output_dir: Path, epoch: int, descriptions: Sequence[str]) -> N
             file.write(lines.getvalue())
 
 
-def resume_command(output_dir: Path, num_processes: int, cpu: bool, command: str = "train") -> str:
+def resume_command(output_dir: Path, num_processes: int, cpu: bool) -> str:
     """The shell command that goes on with a run from its newest checkpoint."""
     several = ["--num_processes", str(num_processes), *(["--cpu"] if cpu else [])] if num_processes > 1 else []
-    words = command_words(command, ["accelerate", "launch", *several], alone=not several)
+    words = command_words("train", ["accelerate", "launch", *several], alone=not several)
     words += ["--config_file", str(output_dir / "training_settings.yaml"), "--resume_from_checkpoint", "latest"]
     return shlex.join(words)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from shapes import COUNTS, NAMES, TINY_MODEL
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, pipeline
 
 from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, PoolFormerImageProcessor
@@ -21,8 +22,6 @@ from hf_poolformer.training import loop
 from hf_poolformer.training.checkpoints import best_of
 from hf_poolformer.training.dense import task as dense_task
 from hf_poolformer.training.optimisation import make_schedule
-
-from .conftest import COUNTS, NAMES, TINY_MODEL
 
 
 TASKS = ["semantic-segmentation", "object-detection", "instance-segmentation"]
@@ -249,3 +248,14 @@ def test_settings_survive_their_file(make_settings, tmp_path):
     assert dataclasses.replace(
         again, learning_rate=settings.learning_rate, hub_token="hf_secret"
     ) == dataclasses.replace(settings, config_file=again.config_file)
+
+
+def test_a_picture_that_cannot_be_drawn_is_missing(make_settings, tmp_path, monkeypatch, caplog):
+    def broken(*arguments, **keywords):
+        raise ValueError("no such glyph")
+
+    monkeypatch.setattr(dense_task, "write_predictions", broken)
+    names = r"ground,a$_1$_2$,x$\foo$"
+    loop.train(make_settings("semantic-segmentation", max_train_steps=1, label_names=names))
+    assert "drawing the predictions failed, and the run goes on without: no such glyph" in caplog.text
+    assert (tmp_path / "run/README.md").is_file() and (tmp_path / "run/curves.png").is_file()

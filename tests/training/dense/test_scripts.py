@@ -10,13 +10,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from shapes import COUNTS, NAMES, TINY_MODEL
 from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation, AutoModelForSemanticSegmentation
 
 from hf_poolformer.data.dense.datasets import open_dense_datasets
 from hf_poolformer.evaluation.dense import evaluate, named_results
 from hf_poolformer.training.dense.task import make_dense_loader
-
-from .conftest import COUNTS, NAMES, TINY_MODEL
 
 
 ROOT = Path(__file__).parents[3]

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from datasets import ClassLabel, Features, Image, List, Value
+from shapes import COUNTS, MAP_FEATURES, NAMES, OBJECT_FEATURES, map_row, object_row, scene
+from shards import write_shards
 
 from hf_poolformer import PoolFormerImageProcessor
 from hf_poolformer.data.dense.datasets import open_dense_datasets
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.training.dense.task import make_dense_loader
-
-from .conftest import COUNTS, MAP_FEATURES, NAMES, OBJECT_FEATURES, map_row, object_row, scene, write_shards
 
 
 def load(settings, split="train"):

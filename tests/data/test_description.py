@@ -1,6 +1,5 @@
 """What is said and judged before the first step."""
 
-import json
 import subprocess
 import sys
 
@@ -8,11 +7,9 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
-from safetensors.torch import load_file
 
 from hf_poolformer.data.datasets import open_datasets
 from hf_poolformer.data.description import describe_data
-from hf_poolformer.evaluation import classification as evaluation
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.training import classification
 from hf_poolformer.training.loop import train
@@ -108,24 +105,6 @@ def test_rows_without_label_beyond_the_limit_are_refused(make_settings, tmp_path
         train(run_of(make_settings, tmp_path / "data", train_val_split=0))
     results = train(run_of(make_settings, tmp_path / "data", train_val_split=0, max_skipped=0.25))
     assert results["skipped_images"] == 0 and results["step"] == 75 // 8
-
-
-@pytest.mark.parametrize("eval_epochs", [0, 1])
-def test_a_failing_evaluation_leaves_the_model(make_settings, tmp_path, monkeypatch, eval_epochs):
-    data = tmp_path / "data"
-    folder(data / "train", {"a": 16, "b": 16})
-    folder(data / "val", {"a": 5, "b": 5})
-
-    def fails(*_):
-        raise UserError("the metric has no answer")
-
-    monkeypatch.setattr(evaluation, "check_labels", fails)
-    with pytest.raises(UserError, match=r"has no answer\. The model as it was trained so far is in"):
-        train(run_of(make_settings, data, num_train_epochs=2, eval_epochs=eval_epochs, checkpointing_steps="no"))
-    run = tmp_path / "run"
-    assert load_file(run / "model.safetensors") and (run / "preprocessor_config.json").is_file()
-    assert json.loads((run / "config.json").read_text())["id2label"] == {"0": "a", "1": "b"}
-    assert not (run / "all_results.json").exists()
 
 
 def test_a_single_class_with_folders_in_it_is_refused_with_a_hint(tmp_path):

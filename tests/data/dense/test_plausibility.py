@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from datasets import ClassLabel, Features, Image, List, Value
+from shapes import MAP_FEATURES, NAMES
+from shards import encoded, write_shards
 
 from hf_poolformer.data.classes import CONFIG_FIELD
 from hf_poolformer.data.decoding import BrokenImage
@@ -16,9 +18,6 @@ from hf_poolformer.data.dense.datasets import open_dense_datasets
 from hf_poolformer.data.dense.plausibility import check_annotations
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.training import loop
-from hf_poolformer.training.dense import task as dense_task
-
-from .conftest import MAP_FEATURES, NAMES, encoded, write_shards
 
 
 SIZE = (60, 80)
@@ -350,28 +349,3 @@ def test_the_look_is_wide(make_settings, tmp_path):
     seen = lines_of(make_settings("object-detection", dataset_name=str(tmp_path / "data")))[0].partition(": ")[2]
     count = int(seen.split()[0])
     assert NAMES[0] in seen and (count < 200 or NAMES[1] in seen)  # a slow machine sees less
-
-
-# What comes after training
-
-
-def test_a_failing_evaluation_leaves_the_model(make_settings, tmp_path, monkeypatch):
-    def broken(*arguments, **keywords):
-        raise UserError("there is no image to evaluate on.")
-
-    monkeypatch.setattr(dense_task, "evaluate", broken)
-    with pytest.raises(UserError, match=r"no image to evaluate on\. The model as it was trained so far is in"):
-        loop.train(make_settings("semantic-segmentation", max_train_steps=1, checkpointing_steps="no"))
-    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
-        assert (tmp_path / "run" / name).is_file()
-
-
-def test_a_picture_that_cannot_be_drawn_is_missing(make_settings, tmp_path, monkeypatch, caplog):
-    def broken(*arguments, **keywords):
-        raise ValueError("no such glyph")
-
-    monkeypatch.setattr(dense_task, "write_predictions", broken)
-    names = r"ground,a$_1$_2$,x$\foo$"
-    loop.train(make_settings("semantic-segmentation", max_train_steps=1, label_names=names))
-    assert "drawing the predictions failed, and the run goes on without: no such glyph" in caplog.text
-    assert (tmp_path / "run/README.md").is_file() and (tmp_path / "run/curves.png").is_file()

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Features, Image, List, Value
 from PIL import Image as PILImage
+from shapes import MAP_FEATURES, TINY_MODEL
+from shards import encoded, write_shards
 
 from hf_poolformer.data.classes import CONFIG_FIELD, Classes
 from hf_poolformer.data.decoding import BrokenImage
@@ -16,8 +18,6 @@ from hf_poolformer.data.dense.naming import known_classes
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.settings.training import TrainingSettings
 from hf_poolformer.training import loop
-
-from .conftest import MAP_FEATURES, TINY_MODEL, encoded, write_shards
 
 
 FRAME = Frame((20, 30))

@@ -9,6 +9,8 @@ from datasets import ClassLabel, Features, Image, List, Value
 from PIL import Image as PILImage
 from PIL import ImageOps
 from pycocotools import mask as run_lengths
+from shapes import MAP_FEATURES, NAMES
+from shards import encoded, write_shards
 
 from hf_poolformer import PoolFormerImageProcessor
 from hf_poolformer.data.classes import Classes
@@ -17,8 +19,6 @@ from hf_poolformer.data.dense.annotations import Frame, ObjectFields, decode_map
 from hf_poolformer.data.dense.datasets import open_dense_datasets
 from hf_poolformer.data.dense.plausibility import check_annotations
 from hf_poolformer.training.dense.task import make_dense_loader
-
-from .conftest import MAP_FEATURES, NAMES, encoded, write_shards
 
 
 STORED = (24, 36)  # height, width
