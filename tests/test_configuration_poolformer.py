@@ -62,6 +62,14 @@ def test_wrong_fields_are_named(wrong, message):
         PoolFormerConfig(**wrong)
 
 
+@pytest.mark.parametrize("labels", [True, 7])
+def test_labels_that_are_none_are_no_configuration(labels):
+    # With `num_labels`, they are counted before anything else looks at them.
+    values = PoolFormerConfig().to_dict() | {"id2label": labels}
+    with pytest.raises(ValueError, match="no configuration of a poolformer"):
+        PoolFormerConfig.from_dict(values, num_labels=5)
+
+
 def test_drop_path_grows_linearly_with_depth():
     rates = PoolFormerConfig(depths=(1, 1, 2, 1), drop_path_rate=0.4).drop_path_rates
     assert [rate for stage in rates for rate in stage] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])

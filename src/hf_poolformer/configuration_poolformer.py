@@ -400,14 +400,14 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
             ValueError: for values that make no configuration, and for the configuration of another architecture.
         """
         config_dict = cls.translate(config_dict)
-        if "id2label" in kwargs or kwargs.get("num_labels") not in (None, len(config_dict.get("id2label") or ())):
-            # Of other classes.
-            config_dict.pop("id2label", None)
-            config_dict.pop("label2id", None)
-        chosen = cls.own_fields() | {"id2label", "label2id"}
-        config_dict |= {name: kwargs.pop(name) for name in chosen & kwargs.keys()}
-        cls.warn_of_misspellings(kwargs)
         try:
+            if "id2label" in kwargs or kwargs.get("num_labels") not in (None, len(config_dict.get("id2label") or ())):
+                # Of other classes.
+                config_dict.pop("id2label", None)
+                config_dict.pop("label2id", None)
+            chosen = cls.own_fields() | {"id2label", "label2id"}
+            config_dict |= {name: kwargs.pop(name) for name in chosen & kwargs.keys()}
+            cls.warn_of_misspellings(kwargs)
             result = super().from_dict(config_dict, **kwargs)
             config = result[0] if isinstance(result, tuple) else result
             config.validate()

@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import threading
+import types
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, Po
 from hf_poolformer.evaluation import classification as evaluation
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.foundation.processes import Stopped
-from hf_poolformer.training import classification, loop
+from hf_poolformer.training import classification, loop, preparation
 from hf_poolformer.training.loop import train
 
 
@@ -103,6 +104,39 @@ def test_accumulated_micro_batches_equal_one_batch(make_settings, tmp_path):
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "split")
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], atol=1e-4, rtol=1e-3)
+
+
+def test_the_total_batch_is_made_of_micro_batches(make_settings, tmp_path):
+    changes = {"learning_rate": 1e-3, "num_train_epochs": 1, "max_train_steps": 2}
+    split = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 4}
+    train(make_settings(output_dir=str(tmp_path / "split"), **split, **changes))
+    # 128 images are four batches of at most 40 of one size: of 32.
+    total = {"per_device_train_batch_size": 40, "total_train_batch_size": 128}
+    train(make_settings(output_dir=str(tmp_path / "total"), **total, **changes))
+    assert_equal(weights(tmp_path / "split"), weights(tmp_path / "total"))
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "expected"),
+    [(1, 96, (32, 3)), (2, 96, (24, 2)), (3, 96, (32, 1)), (4, 20, (5, 1)), (7, 77, (11, 1))],
+)
+def test_micro_batches_by_number_of_processes(make_settings, monkeypatch, count, total, expected):
+    monkeypatch.setattr(preparation, "processes", lambda: types.SimpleNamespace(num_processes=count))
+    settings = make_settings(per_device_train_batch_size=32, total_train_batch_size=total)
+    settings = preparation.in_micro_batches(settings)
+    assert (settings.per_device_train_batch_size, settings.gradient_accumulation_steps) == expected
+
+
+def test_a_total_batch_that_does_not_divide_among_the_processes(make_settings, monkeypatch):
+    monkeypatch.setattr(preparation, "processes", lambda: types.SimpleNamespace(num_processes=3))
+    with pytest.raises(UserError, match="128 does not divide among 3 processes: 126 or 129 would"):
+        train(make_settings(total_train_batch_size=128))
+
+
+def test_accumulation_said_twice(make_settings, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(UserError, match="leave out one of the two"):
+        train(make_settings(total_train_batch_size=96))
 
 
 def test_the_last_window_of_an_epoch_may_be_short(make_settings, monkeypatch):

@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import broadcast_object_list, parse_flag_from_env, str_to_bool
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, str_to_bool
 
 from .errors import UserError, one_line
 from .folders import hold
@@ -86,6 +87,11 @@ def found_by_main(find: Callable[[], Any]) -> Any:
     if fault:
         raise UserError(fault)
     return found
+
+
+def machines_without(path: Path) -> list[str]:
+    """Names of the machines of this run on which a path is not there; every process must call it."""
+    return sorted({name for name in gather_object([None if path.exists() else socket.gethostname()]) if name})
 
 
 @contextlib.contextmanager

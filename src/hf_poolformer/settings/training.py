@@ -70,6 +70,13 @@ class OptimisationSettings:
     )
     per_device_train_batch_size: int = setting(32, "Images per device and micro-batch.", low=1, shown=True)
     gradient_accumulation_steps: int = setting(1, "Micro-batches per optimiser step.", low=1, shown=True)
+    total_train_batch_size: int | None = setting(
+        None,
+        "Images per optimiser step over all processes, however many these are: micro-batches are made of at most "
+        "--per_device_train_batch_size images, and as many as it takes.",
+        low=1,
+        shown=True,
+    )
     learning_rate: float = setting(2e-4, "Peak learning rate.", low=0, shown=True)
     scale_learning_rate: bool = setting(
         False,

@@ -29,7 +29,7 @@ from .adaptation import describe_parameters
 from .checkpoints import Progress, Saver, TrainingState, whole
 from .emissions import EmissionsMeter, device_name
 from .optimisation import WeightAverage, length_of_training, make_optimizer, make_schedule, scaled_learning_rate
-from .preparation import prepare_output, resume, training_accelerator
+from .preparation import in_micro_batches, prepare_output, resume, training_accelerator
 from .reports import Reports, note_skipped, resume_command, summary
 from .task import TaskTraining, training_of
 
@@ -87,6 +87,7 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         UserError: what was asked for cannot be done; the message says why.
         hf_poolformer.hub.publishing.PublishError: trained and saved, but not published.
     """
+    settings = in_micro_batches(settings)
     task = task or training_of(settings)
     accelerator = training_accelerator(settings, fsdp=task.may_be_distributed)
     resume_from = prepare_output(settings, accelerator)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from pathlib import Path
 
 from accelerate import Accelerator, DistributedType
@@ -10,9 +12,32 @@ from accelerate.utils import ProjectConfiguration
 
 from ..foundation.errors import UserError
 from ..foundation.files import make_folder
-from ..foundation.processes import found_by_main
+from ..foundation.processes import found_by_main, machines_without, processes
 from ..settings.training import TrainingSettings
 from . import checkpoints
+
+
+logger = logging.getLogger(__name__)
+
+
+def in_micro_batches(settings: TrainingSettings) -> TrainingSettings:
+    """The settings with the micro-batches that make up `total_train_batch_size` on the processes there are.
+
+    Raises:
+        UserError: it does not divide among the processes.
+    """
+    total, count = settings.total_train_batch_size, processes().num_processes
+    if total is None:
+        return settings
+    if total % count:
+        fewer = total // count * count
+        raise UserError(
+            f"--total_train_batch_size {total} does not divide among {count} processes: {fewer or count} or "
+            f"{(total // count + 1) * count} would."
+        )
+    share = total // count
+    size = next(size for size in range(min(settings.per_device_train_batch_size, share), 0, -1) if share % size == 0)
+    return dataclasses.replace(settings, per_device_train_batch_size=size, gradient_accumulation_steps=share // size)
 
 
 def training_accelerator(settings: TrainingSettings, fsdp: bool) -> Accelerator:
@@ -39,6 +64,14 @@ def training_accelerator(settings: TrainingSettings, fsdp: bool) -> Accelerator:
         )
     except (ValueError, KeyError) as error:
         raise UserError(f"accelerate refuses these settings: {error}") from error
+    if (
+        settings.total_train_batch_size
+        and accelerator.gradient_accumulation_steps != settings.gradient_accumulation_steps
+    ):
+        raise UserError(
+            "accelerate was told how many micro-batches make a step, and --total_train_batch_size says it, too: leave "
+            "out one of the two."
+        )
     way = accelerator.distributed_type
     if way in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (way == DistributedType.FSDP and not fsdp):
         raise UserError(
@@ -85,6 +118,12 @@ def prepare_output(settings: TrainingSettings, accelerator: Accelerator) -> Path
         raise UserError(f"--output_dir {output_dir} is a file.")
     # The main process looks, and checks every byte, for all.
     found = found_by_main(lambda: checkpoints.find(settings.resume_from_checkpoint, root))
+    blind = [] if found is None else machines_without(found)
+    if blind:
+        raise UserError(
+            f"{found} is not there on {', '.join(blind)}: all machines read the checkpoint that one of them wrote, so "
+            "--output_dir must be a folder that they share, given by its whole path."
+        )
     same_run = found is not None and root.resolve() in found.resolve().parents
     if settings.resume_from_checkpoint == "latest" and found is None:
         # Killed before its first checkpoint or after its last step: its settings are there, its results are not.
@@ -108,6 +147,14 @@ def prepare_output(settings: TrainingSettings, accelerator: Accelerator) -> Path
             # Later ones belong to what that run did next; this one may do something else.
             checkpoints.set_aside(root, after=checkpoints.step_of(found))
     accelerator.wait_for_everyone()
+    blind = machines_without(output_dir)
+    if blind and accelerator.is_main_process:
+        logger.warning(
+            "%s is not there on %s: this run can go on from a checkpoint only if all machines share --output_dir, "
+            "given by its whole path.",
+            output_dir,
+            ", ".join(blind),
+        )
     return found
 
 
@@ -124,5 +171,5 @@ def resume(state: checkpoints.TrainingState, resume_from: Path, total_steps: int
         say(
             f"It was made with {saved.global_batch} images per step, this run has {global_batch}: learning rate "
             f"and length follow this run's settings, {total_steps} steps in all, counted on from {progress.step}. "
-            "--gradient_accumulation_steps and --per_device_train_batch_size bring the two together."
+            f"--total_train_batch_size {saved.global_batch} keeps to what it was made with."
         )
