@@ -45,8 +45,10 @@ from .ops import ACTIVATIONS
 BACKENDS = ("auto", "cpu", "triton", "reference")
 VARIABLE = "HF_POOLFORMER_KERNELS"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Side of the depthwise window that Triton's kernel holds in registers.
+LARGEST_WINDOW = 7
 # Of the registered operations; kernels of another number have other arguments.
-INTERFACE = 1
+INTERFACE = 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,8 +305,10 @@ def _is_on_gpu(x: torch.Tensor) -> bool:
 
 # Launching a PoolFormer's kernels takes the CPU as long for any batch. In inference of fewer pixels plain PyTorch,
 # whose time grows with the batch, is through before; from an H100: 9.3 ms against 0.098 ms per image of 224 x 224.
-# Not in training: a block that checkpointing computes again does not know of which images.
 FEWEST_PIXELS = 95 * 224**2
+# In training the CPU took 27 ms, a plain step 0.26 ms per image. Counted in images, of any size: a block that
+# checkpointing computes again knows of no other number.
+FEWEST_TRAINED_IMAGES = 128
 
 
 def why_not_fastest(x: torch.Tensor) -> str | None:
@@ -321,8 +325,11 @@ def why_not_fastest(x: torch.Tensor) -> str | None:
         return "in float32 PyTorch's convolutions may use TF32, the kernels do not"
     if torch.compiler.is_compiling():
         return "compiled training was measured to be faster in plain PyTorch" if torch.is_grad_enabled() else None
+    if torch.is_grad_enabled():
+        few = x.shape[0] < FEWEST_TRAINED_IMAGES
+        return f"launching kernels takes longer than training on {x.shape[0]} images" if few else None
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    if pixels < FEWEST_PIXELS and not torch.is_grad_enabled() and not _is_for_graph():
+    if pixels < FEWEST_PIXELS and not _is_for_graph():
         return f"launching kernels takes longer than computing {pixels} pixels, unless a CUDA graph launches them"
     return None
 
@@ -340,6 +347,7 @@ def _triton_kernels() -> ModuleType | str:
         import hf_poolformer.kernels.ahead
         import hf_poolformer.kernels.channel_mlp
         import hf_poolformer.kernels.pool_mixer
+        import hf_poolformer.kernels.separable_conv
         import hf_poolformer.kernels.statistics
     except ImportError as error:
         return f"{error.name or 'a module'} is not installed ({error})"
@@ -520,15 +528,19 @@ def fused_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     if infers(decision):
         return _inferred_block(block, x, decision)
     mixer, statistics = mixer_arguments(block, x, decision), None
-    if mixer is None:
-        x = block.mix_tokens(x)
-    else:
+    separable = separable_arguments(block, x, decision) if mixer is None else None
+    if mixer is not None:
         mask = block.drop_path.mask(x)
         x, statistics = pool_mixer(x, **mixer, mask=mask, with_statistics=block.use_mlp, backend=decision.backend)
+    elif separable is not None:
+        x = separable_conv(x, **separable, mask=block.drop_path.mask(x))
+    else:
+        x = block.mix_tokens(x)
     mlp = mlp_arguments(block, x, decision)
     if mlp is None:
         return block.mix_channels(x)
     mask = block.drop_path.mask(x)
+    statistics = statistics if mlp["norm"] == "group" else None  # the mixer's are of samples, not of tokens
     return channel_mlp(x, **mlp, mask=mask, statistics=statistics, backend=decision.backend)[0]
 
 
@@ -563,6 +575,11 @@ Branch = tuple[str, dict[str, Any]]
 def infers(decision: Decision) -> bool:
     """Whether the CPU's functions of inference compute: they know more branches than its differentiable operations."""
     return decision.backend == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def computes_channel_norm(decision: Decision) -> bool:
+    """Whether there are kernels for branches with a LayerNorm over channels."""
+    return decision.backend == "triton" or infers(decision)
 
 
 def _inferred_block(block: nn.Module, x: torch.Tensor, decision: Decision) -> torch.Tensor:
@@ -622,7 +639,7 @@ def mlp_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> dict
         *((tensor, (1,)) for tensor in learned),
     ]
     kind = _norm_of_plain_branch(block, "mix_channels", norm, x, *scales.values())
-    if not (fit(x, shapes) and (kind == "group" or (kind == "channel" and infers(decision)))):
+    if not (fit(x, shapes) and (kind == "group" or (kind == "channel" and computes_channel_norm(decision)))):
         return None
     tensors = {
         "norm_weight": norm.weight,
@@ -641,9 +658,9 @@ def mlp_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> dict
 
 
 def separable_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> dict[str, Any] | None:
-    """The same of `separable_conv`, for the first branch; without gradients on the CPU only, today."""
+    """The same of `separable_conv`, for the first branch."""
     mixer, norm = block.token_mixer, block.before_norm
-    if formula(mixer) != "separable_conv" or not infers(decision):
+    if formula(mixer) != "separable_conv" or not computes_channel_norm(decision):
         return None
     conv1, act, depthwise, conv2 = mixer.pwconv1, mixer.act, mixer.dwconv, mixer.pwconv2
     if not (is_pointwise(conv1) and formula(act) == "star_relu" and is_depthwise(depthwise) and is_pointwise(conv2)):
@@ -660,6 +677,8 @@ def separable_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -
         (conv2.weight, (channels, hidden, 1, 1)),
     ]
     if not fit(x, shapes) or any(part.bias is not None for part in (norm, conv1, depthwise, conv2)):
+        return None
+    if decision.backend == "triton" and depthwise.kernel_size[0] > LARGEST_WINDOW:
         return None
     tensors = {
         "norm_weight": norm.weight,
@@ -833,6 +852,30 @@ def channel_mlp(
     arguments = (x, _known_statistics(x, statistics, norm), *vectors, activation, eps, dtype, needs_gradient)
     y, statistics, _, _ = torch.ops.hf_poolformer.channel_mlp(*arguments, with_statistics)
     return y, statistics if with_statistics else None
+
+
+def separable_conv(
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    depthwise_weight: torch.Tensor,
+    weight2: torch.Tensor,
+    *,
+    act_scale: torch.Tensor,
+    act_bias: torch.Tensor,
+    eps: float,
+    norm_weight: torch.Tensor | None = None,
+    layer_scale: torch.Tensor | None = None,
+    res_scale: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`ops.separable_conv` by Triton's kernels, for a window of at most `LARGEST_WINDOW` tokens; the rest as in
+    `pool_mixer`."""
+    x, dtype = _autocast(x)
+    vectors = (norm_weight, weight1.flatten(1), act_scale, act_bias, depthwise_weight, weight2.flatten(1))
+    vectors = (*vectors, layer_scale, res_scale, mask)
+    needs_gradient = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, *vectors))
+    x, vectors = x.contiguous(memory_format=torch.channels_last), _contiguous(*vectors)
+    return torch.ops.hf_poolformer.separable_conv(x, *vectors, eps, dtype, needs_gradient)[0]
 
 
 def infer_branches(x: torch.Tensor, branches: list[Branch]) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The model with kernels against the model without: same parameters, same function, same gradients."""
 
+import collections
 import copy
 from functools import partial
 
@@ -18,9 +19,18 @@ V2 = {
     "hidden_act": "star_relu",
     "res_scale_init_values": (None, None, 1.0, 1.0),
 }
+CHANNEL_NORM = {**V2, "norm_layer": "layer_norm", "attention_head_dim": 8}
+FAMILIES = {
+    "v1": {},
+    "v2": V2,
+    "other": {"pool_size": 5, "hidden_act": "silu"},
+    "convformer": {**CHANNEL_NORM, "token_mixers": ("separable_conv",) * 4},
+    "caformer": {**CHANNEL_NORM, "token_mixers": ("separable_conv",) * 2 + ("attention",) * 2},
+    "identityformer": {**CHANNEL_NORM, "token_mixers": ("identity",) * 4},
+}
 
 
-@pytest.mark.parametrize("settings", [{}, V2, {"pool_size": 5, "hidden_act": "silu"}], ids=["v1", "v2", "other"])
+@pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES)
 def test_the_model_is_the_same_function(settings, device, scramble, relative_error, monkeypatch):
     model = scramble(MetaFormerForImageClassification(MetaFormerConfig(**TINY, **settings))).to(device)
     fused = copy.deepcopy(model)
@@ -30,16 +40,20 @@ def test_the_model_is_the_same_function(settings, device, scramble, relative_err
     wanted.loss.backward()
 
     monkeypatch.setenv("HF_POOLFORMER_KERNELS", "triton")
-    calls = []
-    original = torch.ops.hf_poolformer.channel_mlp
-    monkeypatch.setattr(torch.ops.hf_poolformer, "channel_mlp", lambda *args: calls.append(1) or original(*args))
+    calls = collections.Counter()
+    for operation in ("pool_mixer", "separable_conv", "channel_mlp"):
+        original = getattr(torch.ops.hf_poolformer, operation)
+        counted = partial(lambda original, name, *args: calls.update([name]) or original(*args), original, operation)
+        monkeypatch.setattr(torch.ops.hf_poolformer, operation, counted)
     got = fused(pixel_values, labels=labels)
     got.loss.backward()
-    assert len(calls) == 4
+    mixers = settings.get("token_mixers", ("pooling",) * 4)
+    assert calls["channel_mlp"] == 4
+    assert calls["pool_mixer"] == mixers.count("pooling") and calls["separable_conv"] == mixers.count("separable_conv")
     # float32: the folded norm multiplies in another order, four blocks deep.
     assert relative_error(got.logits, wanted.logits) < 2e-5
     for (name, parameter), other in zip(model.named_parameters(), fused.parameters(), strict=True):
-        if name.endswith("before_norm.bias"):
+        if name.endswith("before_norm.bias") and "token_mixers" not in settings:
             # Cancels in the mixer: exactly no gradient here, rounding errors there.
             assert other.grad is None or other.grad.abs().max() == 0
         else:
@@ -66,7 +80,7 @@ def test_blocks_that_are_not_plain_keep_their_modules(device, monkeypatch):
 
     assert branches(block()) == (True, True)
     for other, fused in (
-        ({"norm_layer": "layer_norm"}, (False, False)),
+        ({"norm_layer": "layer_norm"}, (False, True)),
         ({"token_mixers": ("identity",) * 4}, (False, True)),
         ({"use_residual": False}, (False, False)),
         ({"use_mlp": False}, (True, False)),
@@ -79,3 +93,16 @@ def test_blocks_that_are_not_plain_keep_their_modules(device, monkeypatch):
     adapted = block()
     adapted.output.conv2 = torch.nn.Sequential(adapted.output.conv2)
     assert branches(adapted) == (True, False)
+
+
+def test_statistics_of_samples_do_not_serve_a_norm_over_channels(device, scramble, relative_error, monkeypatch):
+    """A mixer hands its result's statistics on to an MLP that has the same norm, and to no other."""
+    model = scramble(MetaFormerForImageClassification(MetaFormerConfig(**TINY))).to(device)
+    block = model.metaformer.encoder.block[0][0]
+    other = MetaFormerForImageClassification(MetaFormerConfig(**TINY, norm_layer="layer_norm"))
+    block.after_norm = scramble(other.metaformer.encoder.block[0][0].after_norm).to(device)
+    x = torch.randn(2, 8, 5, 3, device=device)
+    monkeypatch.setenv("HF_POOLFORMER_KERNELS", "reference")
+    wanted = block(x)
+    monkeypatch.setenv("HF_POOLFORMER_KERNELS", "triton")
+    assert relative_error(block(x), wanted) < 2e-6

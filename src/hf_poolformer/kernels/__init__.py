@@ -19,7 +19,7 @@ from contextvars import ContextVar
 
 # What backends.py (which may be a copy that travelled with a checkpoint) expects of these operations. Raise it when a
 # schema changes: a copy that knows another number takes the reference instead of failing.
-INTERFACE = 1
+INTERFACE = 2
 
 # Whether a forward is a rehearsal for a CUDA graph (`hf_poolformer.graphed`), which is to do what the graph will.
 GRAPHING: ContextVar[bool] = ContextVar("graphing", default=False)
