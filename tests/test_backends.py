@@ -279,17 +279,20 @@ def gpu(monkeypatch):
     return monkeypatch
 
 
-def images(pixels, dtype=torch.bfloat16):
-    return torch.zeros(1, 3, 1, 1, dtype=dtype).expand(1, 3, 1, pixels)
+def images(pixels, dtype=torch.bfloat16, count=1):
+    return torch.zeros(1, 3, 1, 1, dtype=dtype).expand(count, 3, 1, pixels)
 
 
-MANY = images(backends.FEWEST_PIXELS)
+MANY = images(backends.FEWEST_PIXELS, count=backends.FEWEST_TRAINED_IMAGES)
 
 
 def test_on_a_gpu_auto_takes_what_was_fastest(gpu):
     decision = backends.decide(MANY)
     assert (decision.backend, decision.channels_last, decision.forced) == ("triton", True, False)
-    assert backends.decide(images(9)).backend == "triton", "in training"
+    # A block that is computed again for its gradients sees smaller maps of as many images.
+    assert backends.decide(images(9, count=backends.FEWEST_TRAINED_IMAGES)).backend == "triton"
+    assert "training on 127 images" in backends.why_not_fastest(images(10**6, count=127))
+    assert backends.decide(images(10**6, count=127)).backend == "reference"
     with torch.no_grad():
         assert backends.decide(MANY).backend == "triton"
         assert backends.decide(MANY, "reference").backend == "reference"
@@ -312,7 +315,7 @@ def test_small_batches_take_kernels_in_cuda_graphs(gpu):
 
 def test_what_was_not_fastest_on_a_gpu_has_a_reason(gpu):
     assert "TF32" in backends.why_not_fastest(images(backends.FEWEST_PIXELS, torch.float32))
-    assert backends.why_not_fastest(images(9, torch.float16)) is None
+    assert backends.why_not_fastest(images(9, torch.float16, count=128)) is None
     gpu.setattr(torch.compiler, "is_compiling", lambda: True)
     assert "compiled training" in backends.why_not_fastest(MANY)
     with torch.no_grad():

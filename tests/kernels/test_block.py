@@ -57,7 +57,8 @@ def test_the_model_is_the_same_function(settings, device, scramble, relative_err
             # Cancels in the mixer: exactly no gradient here, rounding errors there.
             assert other.grad is None or other.grad.abs().max() == 0
         else:
-            assert relative_error(other.grad, parameter.grad) < 2e-4, name
+            # The gradient of a scalar of StarReLU is a sum over everything, whose terms nearly cancel.
+            assert relative_error(other.grad, parameter.grad) < (2e-3 if ".act" in name else 2e-4), name
 
 
 def test_blocks_that_are_not_plain_keep_their_modules(device, monkeypatch):
