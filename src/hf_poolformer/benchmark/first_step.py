@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from ..foundation.errors import UserError
+from ..foundation.strict_json import to_json
 from .case import DTYPES, Case
 from .rows import make_weights, transformers_model
 
@@ -37,7 +38,7 @@ def measure_first_steps(case: Case) -> FirstSteps:
     """
     with tempfile.TemporaryDirectory(prefix="hf-poolformer-kernels-") as folder:
         environment = {**os.environ, "TRITON_CACHE_DIR": folder}
-        command = [sys.executable, "-m", __name__, json.dumps(dataclasses.asdict(case))]
+        command = [sys.executable, "-m", __name__, to_json(dataclasses.asdict(case))]
         seconds = []
         for _ in ("cold", "warm"):
             start = time.monotonic()
