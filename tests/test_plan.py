@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,6 +46,7 @@ def test_what_makes_no_plan():
     assert done.returncode == 2 and "--gpu_rate must be above zero" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_simulation_deals_every_image_once(tmp_path):
     flags = ["--gpus", "2", "--gpus_per_node", "2", "--workers", "2", "--images", "4001", "--classes", "40"]
     flags += ["--buffer_size", "100", "--batch_size", "20", "--row_group", "100", "--folder", str(tmp_path / "shards")]

@@ -7,6 +7,7 @@ from hf_poolformer.benchmark.first_step import measure_first_steps
 from hf_poolformer.foundation.errors import UserError
 
 
+@pytest.mark.slow
 def test_two_programs_are_timed():
     steps = measure_first_steps(Case("train", "tiny", batch_size=2, image_size=64))
     assert steps.cold > 1 and steps.warm > 1, "importing PyTorch alone takes as long"

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from hf_poolformer import PoolFormerForImageClassification
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "slurm.sh"
 
 
+@pytest.mark.slow
 def test_trains_what_the_flags_say(digits, tmp_path):
     tools, output = tmp_path / "bin", tmp_path / "out"
     tools.mkdir()

@@ -30,7 +30,10 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("settings", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(values, id=name, marks=[pytest.mark.slow] * (name == "other")) for name, values in FAMILIES.items()],
+)
 def test_the_model_is_the_same_function(settings, device, scramble, relative_error, monkeypatch):
     model = scramble(MetaFormerForImageClassification(MetaFormerConfig(**TINY, **settings))).to(device)
     fused = copy.deepcopy(model)
