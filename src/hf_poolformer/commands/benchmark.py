@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
             "--variant",
             default="poolformer_s12",
             metavar="NAME",
-            help="a PoolFormer (default: %(default)s); tiny is for dry runs",
+            help="a published model (default: %(default)s); tiny is for dry runs",
         )
         add(
             "--dtype",
