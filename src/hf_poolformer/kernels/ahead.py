@@ -46,7 +46,7 @@ def compile_ahead(forward: Callable[..., Any], encoder: nn.Module, pixel_values:
         pixel_values: (B, C, H, W).
 
     Returns:
-        how many had to be compiled, or read from Triton's cache.
+        how many had to be compiled, or read from Triton's cache; 0 also where this failed, which is said and no more.
     """
     training = encoder.training and torch.is_grad_enabled()
     device = pixel_values.device.type
@@ -58,17 +58,23 @@ def compile_ahead(forward: Callable[..., Any], encoder: nn.Module, pixel_values:
     if pixel_values.is_cuda and torch.cuda.is_current_stream_capturing():
         return 0
     seen.add(circumstances)
-    # A copy: batch norms count, hooks of gradients wait.
-    replica = copy.deepcopy(encoder)
-    for module in replica.modules():
-        if getattr(module, "gradient_checkpointing", False):  # needs no other kernels, but may refuse autograd.grad
-            module.gradient_checkpointing = False
     devices = [pixel_values.device] if pixel_values.is_cuda else []
-    with compiling_aside() as kernels, torch.random.fork_rng(devices):
-        outputs = forward(replica, pixel_values.detach())
-        if training:
-            differentiate(outputs, list(replica.parameters()))
-        outputs = None
+    try:
+        # A copy: batch norms count, hooks of gradients wait.
+        replica = copy.deepcopy(encoder)
+        for module in replica.modules():
+            if getattr(
+                module, "gradient_checkpointing", False
+            ):  # needs no other kernels, but may refuse autograd.grad
+                module.gradient_checkpointing = False
+        with compiling_aside() as kernels, torch.random.fork_rng(devices):
+            outputs = forward(replica, pixel_values.detach())
+            if training:
+                differentiate(outputs, list(replica.parameters()))
+            outputs = None
+    except Exception as error:  # such as memory for a second model that is not there: nobody depends on this
+        logger.warning("Kernels are compiled one by one, as they are needed: %s", str(error).partition("\n")[0])
+        return 0
     return len(kernels)
 
 
