@@ -19,8 +19,8 @@ kept in another form from one call to the next: it may change in between in ways
 `.data`, merged adapters).
 
 A fused operation passes modules by. So it is taken only where that cannot be noticed: each module it stands for is of
-a class in `FUSIBLE` (no subclass, which is also how parametrizations, adapters and quantisation show), its forward is
-the one that class was defined with, no hook waits for it, and its attributes are those of the formula. Whoever is
+a class in `FUSIBLE` (no subclass, which is also how parametrizations, adapters and quantisation show), its forward and
+what that calls are those the class was defined with, no hook waits for it, and its attributes are those of the formula. Whoever is
 anything else runs as it is, in plain PyTorch.
 
 Autocast: kernels compute products in autocast's dtype; statistics, sums and all that scales a channel are float32, and
@@ -31,7 +31,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -358,8 +358,9 @@ def _triton_kernels() -> ModuleType | str:
 # What a model's modules must be
 
 
-# Class -> its forward, and the names of methods that it may call, none of which an instance may have replaced.
-FUSIBLE: dict[type[nn.Module], tuple[Callable, frozenset[str]]] = {}
+# Class -> names of what its forward may call, and what stood there, None where that is not one function. Neither an
+# instance nor the class may have replaced any.
+FUSIBLE: dict[type[nn.Module], dict[str, FunctionType | None]] = {}
 
 # What `nn.Module.__call__` goes through.
 CALLING = {"_wrapped_call_impl", "_compiled_call_impl", "_call_impl", "_slow_forward"}
@@ -368,8 +369,11 @@ CALLING = {"_wrapped_call_impl", "_compiled_call_impl", "_call_impl", "_slow_for
 def fusible(kind: type[nn.Module]) -> type[nn.Module]:
     """Class decorator: modules of this very class may be computed by a fused operation."""
     own = [name for parent in kind.__mro__[: kind.__mro__.index(nn.Module)] for name in vars(parent)]
-    methods = {name for name in own if not name.startswith("__") and callable(getattr(kind, name))}
-    FUSIBLE[kind] = kind.forward, frozenset(methods | CALLING)
+    methods = {name: getattr(kind, name) for name in own if not name.startswith("__")}
+    functions = {
+        name: method if type(method) is FunctionType else None for name, method in methods.items() if callable(method)
+    }
+    FUSIBLE[kind] = functions | dict.fromkeys(CALLING)
     return kind
 
 
@@ -422,13 +426,12 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     kind = type(module)
     if kind not in FUSIBLE or (kinds and kind not in kinds):
         return False
-    forward, methods = FUSIBLE[kind]
     own = vars(module)
     # A loop, which torch.compile can follow and so guard.
-    for name in methods:
-        if name in own:
+    for name, function in FUSIBLE[kind].items():
+        if name in own or (function is not None and getattr(kind, name) is not function):
             return False
-    return kind.forward is forward and is_unhooked(module)
+    return is_unhooked(module)
 
 
 def formula(module: nn.Module) -> str | None:
@@ -769,8 +772,8 @@ def _norm_of_plain_branch(
 
 
 def _is_own(block: nn.Module, method: str) -> bool:
-    """Whether a method is the block's, and not a subclass's or an instance's in its place."""
-    return method not in vars(block) and getattr(type(block), method) is getattr(CLASSES["block"], method)
+    """Whether a method is what the block's class was defined with, not a subclass's, an instance's or a later one."""
+    return method not in vars(block) and getattr(type(block), method) is FUSIBLE[CLASSES["block"]][method]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from torch.nn.utils import parametrizations
 
 from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification, backends, ops
 from hf_poolformer.kernels import cpu
-from hf_poolformer.token_mixers import StarReLU
+from hf_poolformer.modeling_poolformer import MetaFormerBlock
+from hf_poolformer.token_mixers import Attention, StarReLU
 
 
 pytestmark = pytest.mark.skipif(not cpu.has_onednn(torch.float32), reason="PyTorch was built without oneDNN")
@@ -316,3 +317,19 @@ def test_all_but_the_changed_branch_is_fused(make, agree, inferred):
     hooked(model.metaformer.encoder.block[2][0].token_mixer.qkv)
     agree(model, torch.randn(2, 3, 64, 64))
     assert inferred == ["SeparableConv", "MLP"] * 3 + ["MLP"] + ["Attention", "MLP"] * 2
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "change"),
+    [
+        (Attention, "attend", lambda original: lambda self, *args: 2 * original(self, *args)),
+        (MetaFormerBlock, "merge", lambda original: lambda self, *args: 2 * original(self, *args)),
+        (nn.Conv2d, "_conv_forward", lambda original: lambda self, *args: 2 * original(self, *args)),
+    ],
+    ids=["attend", "merge", "_conv_forward"],
+)
+def test_a_method_that_was_replaced_on_its_class(owner, method, change, make, agree, monkeypatch, relative_error):
+    model, x = make("caformer_s18"), torch.randn(2, 3, 64, 64)
+    before = agree(model, x)
+    monkeypatch.setattr(owner, method, change(getattr(owner, method)))
+    assert relative_error(agree(model, x), before) > 1e-3, "the change does something"
