@@ -20,8 +20,8 @@ kept in another form from one call to the next: it may change in between in ways
 
 A fused operation passes modules by. So it is taken only where that cannot be noticed: each module it stands for is of
 a class in `FUSIBLE` (no subclass, which is also how parametrizations, adapters and quantisation show), its forward and
-what that calls are those the class was defined with, no hook waits for it, and its attributes are those of the formula. Whoever is
-anything else runs as it is, in plain PyTorch.
+what that calls are those the class was defined with, no hook waits for it, and its attributes are those of the
+formula. Whoever is anything else runs as it is, in plain PyTorch.
 
 Autocast: kernels compute products in autocast's dtype; statistics, sums and all that scales a channel are float32, and
 so is the result, as it is when PyTorch's own operations compute the branch under autocast.
