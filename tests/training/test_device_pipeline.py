@@ -102,8 +102,8 @@ def test_noise_is_where_and_what_it_is_in_the_workers(processor):
     box = Box(5, 9, 20, 30)
     draws = [Draws(erased=box if index % 2 else None, noise=index) for index in range(40)]
     state = torch.get_rng_state()
-    result = transform.augment(crops, draws)
-    changed = (result != transform.augment(crops, [Draws()] * 40)).any(1)
+    result = transform.normalise(crops, draws)
+    changed = (result != transform.normalise(crops, [Draws()] * 40)).any(1)
     inside = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     inside[5:25, 9:39] = True
     assert not changed[0::2].any() and (changed[1::2] == inside).all()
@@ -112,7 +112,7 @@ def test_noise_is_where_and_what_it_is_in_the_workers(processor):
     assert not torch.equal(noise[0], noise[1])
     # Its seed was drawn with the rest: the global generator has no part in it, nor have the other images.
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(transform.augment(crops[:2], draws[7:9])[0], result[7])
+    assert torch.equal(transform.normalise(crops[:2], draws[7:9])[0], result[7])
 
 
 def test_decoding_on_the_device_makes_the_workers_examples(processor):

@@ -95,14 +95,14 @@ def draw_erased(height: int, width: int) -> Box | None:
 class TrainTransform:
     """From an image to a normalised training example, by the recipe.
 
-    Three steps, the first of which draws all that is random: `draw`; `crop`, for which less than the whole image may
-    be enough; `augment`, for one image or many.
+    Four steps, the first of which draws all that is random: `draw`; `crop`, for which less than the whole image may
+    be enough; `augment` and `normalise`, for one image or many.
 
     Args:
         settings: the augmentation settings, and whether JPEGs may be decoded at a reduced size.
         processor: image processor of the model; its size, mean and standard deviation are used.
 
-    Calling it with a `PIL.Image` does all three and returns a float32 tensor (3, height, width).
+    Calling it with a `PIL.Image` does all four and returns a float32 tensor (3, height, width).
     """
 
     def __init__(self, settings: ClassificationSettings, processor: Any):
@@ -141,7 +141,7 @@ class TrainTransform:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         draws = self.draw(image.height, image.width)
-        return self.augment(self.crop(image, draws)[None], [draws])[0]
+        return self.normalise(self.augment(self.crop(image, draws)[None], [draws]), [draws])[0]
 
     def load(self, image: EncodedImage) -> tuple[ExampleHeader, torch.Tensor | bytes]:
         """The worker's part: an image, decoded no finer than its crop needs, as that crop, uint8 (3, height, width).
@@ -202,7 +202,8 @@ class TrainTransform:
         return F.center_crop(F.resize(pixels, [max(size)], mode), size)
 
     def augment(self, images: torch.Tensor, draws: Sequence[Draws]) -> torch.Tensor:
-        """From uint8 (B, 3, height, width) to normalised examples, float32 with their channels last in memory."""
+        """Flips, moves and RandAugment's operations, each image by its own draws: uint8 (B, 3, height, width) to the
+        same."""
         drawn = list(enumerate(draws))
         images = change(images, [i for i, d in drawn if d.flip], lambda these: these.flip(-1))
         moved = [i for i, d in drawn if d.affine is not None]
@@ -211,8 +212,13 @@ class TrainTransform:
             # With each channel's pixels side by side the operations are faster, some of them several times.
             images = self.rand_augment.apply(images.contiguous(), [d.operations for d in draws])
             images = torch.stack(images.unbind(1), dim=-1).permute(0, 3, 1, 2)  # half the time of `contiguous`
+        return images
+
+    def normalise(self, images: torch.Tensor, draws: Sequence[Draws]) -> torch.Tensor:
+        """From uint8 (B, 3, height, width) to examples, float32 with their channels last in memory, rectangles of
+        noise in those that have them."""
         examples = torch.addcmul(self.offsets, images, self.factors)
-        for index, one in drawn:
+        for index, one in enumerate(draws):
             if one.erased is not None:
                 # After normalisation: noise of the data's own scale, one value per pixel (timm's mode "pixel").
                 top, left, height, width = one.erased

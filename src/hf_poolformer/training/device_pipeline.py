@@ -85,7 +85,8 @@ class TrainingBatches(CropBatches):
         images: list[torch.Tensor] = []
         for start in range(0, len(crops), size):
             draws = [example.draws for example in examples[start : start + size]]
-            images += self._transform.augment(torch.stack(crops[start : start + size]), draws)
+            augmented = self._transform.augment(torch.stack(crops[start : start + size]), draws)
+            images += self._transform.normalise(augmented, draws)
         return self._images(images, labels)
 
 
@@ -161,7 +162,8 @@ class DevicePipeline:
                 return message
             pixels = torch.stack([results[index] for index in kept])
         draws = [example.draws for example in examples]
-        return {**message, "pixel_values": self.transform.augment(pixels, draws), "labels": labels}
+        examples = self.transform.normalise(self.transform.augment(pixels, draws), draws)
+        return {**message, "pixel_values": examples, "labels": labels}
 
     def crops(
         self, examples: Sequence[ExampleHeader], pixels: torch.Tensor, encoded: torch.Tensor
