@@ -121,7 +121,7 @@ def test_help_is_grouped_and_shows_the_recipes_defaults(capsys):
     for group in in_groups(ClassificationSettings):
         assert f"\n{group._argument_group_name}:\n" in text
     assert "(default: 300)" in text and "--learning-rate" not in text
-    assert "--device_preprocessing {no,augment,decode}" in text and "--reduced_decoding true|false" in text
+    assert "--device_preprocessing {auto,no,augment,decode}" in text and "--reduced_decoding true|false" in text
 
 
 def test_every_setting_is_used():

@@ -2,33 +2,46 @@
 
 import dataclasses
 import io
+import json
+import multiprocessing
+import os
+import re
+import socket
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image, ImageOps
 
 from hf_poolformer import PoolFormerImageProcessor
 from hf_poolformer.data.decoding import BrokenImage, EncodedImage, decode_image
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.settings.training import TrainingSettings
-from hf_poolformer.training import device_pipeline
-from hf_poolformer.training.augmentation import Box, Draws, TrainTransform
+from hf_poolformer.training import classification, device_choice, jpeg_decoders
+from hf_poolformer.training.augmentation import Box, Draws, ExampleHeader, TrainTransform
+from hf_poolformer.training.device_choice import Rates, choose, possible_ways
 from hf_poolformer.training.device_pipeline import (
+    AugmentedBatches,
     CropBatches,
     DevicePipeline,
     EncodedTransform,
-    TrainingBatches,
-    decode_upright,
+    Preprocessing,
     make_pipeline,
     portions,
-    upright,
 )
+from hf_poolformer.training.jpeg_decoders import decode_upright, upright
 from hf_poolformer.training.loop import train
+from hf_poolformer.training.task import training_of
 
 
 CPU = torch.device("cpu")
 SIDE = 48
+NO, AUGMENT = Preprocessing("no"), Preprocessing("augment")
+DECODE = Preprocessing("decode", "torchvision")
 
 
 def photograph(height, width, seed=0):
@@ -86,8 +99,8 @@ def test_the_device_makes_the_workers_examples(processor, recipe):
     for seed, data in enumerate(images):
         torch.manual_seed(seed)
         expected.append(transform(decode_image(data)))
-    by_worker = batch_of(transform, images, TrainingBatches)["pixel_values"]
-    by_device = DevicePipeline(transform, CPU)(batch_of(transform, images))["pixel_values"]
+    by_worker = DevicePipeline(transform, CPU, NO)(batch_of(transform, images, AugmentedBatches))["pixel_values"]
+    by_device = DevicePipeline(transform, CPU, AUGMENT)(batch_of(transform, images))["pixel_values"]
     for result in (by_worker, by_device):
         assert result.dtype == torch.float32 and result.shape == (24, 3, SIDE, SIDE)
         assert result.is_contiguous(memory_format=torch.channels_last)
@@ -127,14 +140,14 @@ def test_decoding_on_the_device_makes_the_workers_examples(processor):
     sources.append(encode(photograph(70, 80).convert("CMYK")))
     sources.append(encode(photograph(70, 80), "PNG"))
     given = settings(reduced_decoding=False)
-    by_crop = DevicePipeline(TrainTransform(given, processor), CPU)(
+    by_crop = DevicePipeline(TrainTransform(given, processor), CPU, AUGMENT)(
         batch_of(TrainTransform(given, processor), sources)
     )
-    message = batch_of(EncodedTransform(given, processor), sources)
-    assert [example.bytes > 0 for example in message["examples"]] == [True] * 10 + [False] * 2
-    result = DevicePipeline(EncodedTransform(given, processor), CPU)(message)
+    pipeline = DevicePipeline(EncodedTransform(given, processor), CPU, DECODE)
+    result = pipeline(batch_of(EncodedTransform(given, processor), sources))
+    assert (pipeline.images, pipeline.decoded_by_cpu) == (12, 2)
     assert result["labels"].tolist() == list(range(12)) and result["skipped"] == []
-    assert "encoded" not in result and "examples" not in result
+    assert "content" not in result and "examples" not in result
     torch.testing.assert_close(result["pixel_values"], by_crop["pixel_values"])
 
 
@@ -147,43 +160,71 @@ def test_upright(orientation):
     assert torch.equal(upright(as_tensor(stored), orientation), as_tensor(ImageOps.exif_transpose(stored)))
 
 
+def use_decoder(monkeypatch, decode):
+    """Puts a function in the place of the decoder `torchvision`."""
+    monkeypatch.setitem(jpeg_decoders.DECODERS, "torchvision", decode)
+
+
 def test_what_the_device_cannot_read_is_read_by_pillow_or_skipped(processor, monkeypatch):
     good = [encode(photograph(60, 70, seed)) for seed in range(6)]
     odd = good[2]  # Pillow reads it, "the device" does not
     broken = bytearray(encode(photograph(60, 70, 9)))
     table = broken.index(b"\xff\xc4")  # a Huffman table; header and end are fine
     broken[table + 5 : table + 21] = b"\xff" * 16
-    decode, batches = device_pipeline.decode_jpegs, []
+    decode, batches = jpeg_decoders.by_torchvision, []
 
-    def decode_jpegs(encoded, device):
+    def decode_jpegs(encoded, orientations, device):
         batches.append(len(encoded))
         if any(bytes(data.numpy()) in (odd, bytes(broken)) for data in encoded):
             raise RuntimeError("nvjpegDecode failed: 5")
-        return decode(encoded, device)
+        images = decode(encoded, orientations, device)
+        # One decoder turns an image that the header does not: what was drawn would not fit.
+        turned = [bytes(data.numpy()) == good[4] for data in encoded]
+        return [image.mT if turns else image for image, turns in zip(images, turned, strict=True)]
 
-    monkeypatch.setattr(device_pipeline, "decode_jpegs", decode_jpegs)
-    transform = EncodedTransform(settings(), processor)
-    message = batch_of(transform, [*good, bytes(broken)])
-    examples, lengths = message["examples"], [example.bytes for example in message["examples"]]
-    images = decode_upright(message["encoded"].split(lengths), [1] * 7, CPU)
-    assert torch.equal(images[2], as_tensor(Image.open(io.BytesIO(odd))))
+    use_decoder(monkeypatch, decode_jpegs)
+    headers = [ExampleHeader(Draws(), bytes=1, height=60, width=70)] * 7
+    images, by_pillow = decode_upright("torchvision", [as_bytes(x) for x in (*good, broken)], headers, CPU)
+    for index in (2, 4):
+        assert torch.equal(images[index], as_tensor(Image.open(io.BytesIO(good[index]))))
     assert isinstance(images[6], BrokenImage) and all(image.shape == (3, 60, 70) for image in images[:6])
     assert batches[0] == 7 and len(batches) == 11  # by halving: two paths through a tree with seven leaves
-    result = DevicePipeline(transform, CPU)({**message, "skipped": ["a.jpg: torn"]})
+    assert by_pillow == 3
+    transform = EncodedTransform(settings(), processor)
+    message = batch_of(transform, [*good, bytes(broken)])
+    pipeline = DevicePipeline(transform, CPU, DECODE)
+    result = pipeline({**message, "skipped": ["a.jpg: torn"]})
     assert result["labels"].tolist() == [0, 1, 2, 3, 4, 5] and len(result["pixel_values"]) == 6
     assert result["skipped"][0] == "a.jpg: torn" and result["skipped"][1].startswith("an image without a name: ")
-    assert result["seen"] == 7 and len(examples) == 7
-    alone = DevicePipeline(transform, CPU)(batch_of(transform, [bytes(broken)]))
+    assert result["seen"] == 7 and (pipeline.images, pipeline.decoded_by_cpu) == (7, 3)
+    alone = pipeline(batch_of(transform, [bytes(broken)]))
     assert "labels" not in alone and "pixel_values" not in alone and len(alone["skipped"]) == 1
 
 
 def test_running_out_of_memory_is_no_fault_of_the_image(monkeypatch):
-    def decode_jpegs(encoded, device):
+    def decode_jpegs(encoded, orientations, device):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(device_pipeline, "decode_jpegs", decode_jpegs)
+    use_decoder(monkeypatch, decode_jpegs)
     with pytest.raises(torch.OutOfMemoryError):
-        decode_upright([as_bytes(encode(photograph(20, 20)))] * 2, [1, 1], CPU)
+        decode_upright("torchvision", [as_bytes(encode(photograph(20, 20)))] * 2, [ExampleHeader(Draws())] * 2, CPU)
+
+
+def test_a_batch_crosses_in_one_tensor_of_8_bits(make_settings, processor, monkeypatch):
+    """What a worker sends, as the main process gets it: in shared memory, with one file descriptor."""
+    task = training_of(make_settings(num_workers=1, crop_min_scale=0.5, random_erasing=1.0))
+    accelerator = Accelerator(cpu=True)
+    task.open_data(accelerator)
+    for way in (NO, AUGMENT):
+        monkeypatch.setattr(classification, "choose_preprocessing", lambda *_, way=way: way)
+        loader, _ = task.make_loaders(accelerator, *task.make_model(accelerator, torch.channels_last))
+        finish, messages = loader._finish, []
+        loader._finish = lambda message, finish=finish, messages=messages: messages.append(message) or finish(message)
+        batch = next(iter(loader))
+        [content] = [value for value in messages[0].values() if isinstance(value, torch.Tensor)]
+        assert content.is_shared() and content.dtype == torch.uint8 and len(content) == 32 * 3 * 32 * 32
+        assert batch["pixel_values"].dtype == torch.float32 and len(batch["labels"]) == 32
+        assert batch["pixel_values"].std() > 0.5  # normalised, with noise
 
 
 def test_portions():
@@ -191,10 +232,146 @@ def test_portions():
     assert list(portions([4, 4, 4, 20, 1, 9, 1], 10)) == [(0, 2), (2, 3), (3, 4), (4, 6), (6, 7)]
 
 
+@pytest.mark.parametrize(
+    ("worker", "device", "workers", "expected"),
+    [(200, 50_000, 15, 3000), (5000, 9800, 15, 9800), (200, 200, 0, 100)],
+)
+def test_what_is_expected_of_workers_and_device(worker, device, workers, expected):
+    assert Rates(worker, device).expected(workers) == pytest.approx(expected)
+
+
+BY_CODEC = Preprocessing("decode", "torchcodec")
+
+
+@pytest.mark.parametrize(
+    ("rates", "chosen"),
+    [
+        ({NO: 3100, AUGMENT: 5200, DECODE: 9800}, DECODE),
+        ({NO: 3100, AUGMENT: 9000, DECODE: 9800}, AUGMENT),  # within a fifth: the simpler
+        ({NO: 8000, AUGMENT: 9000, DECODE: 9800}, NO),
+        ({NO: 7800, AUGMENT: 7700, DECODE: 9800}, DECODE),
+        ({NO: 100, AUGMENT: 90, DECODE: 40}, NO),
+        ({NO: 100, AUGMENT: 5000, BY_CODEC: 9000, DECODE: 9800}, DECODE),  # of two decoders the faster
+        ({NO: 100, AUGMENT: 5000, BY_CODEC: 9800, DECODE: 9800}, BY_CODEC),
+        ({BY_CODEC: 9700, DECODE: 9800}, DECODE),
+        ({NO: 5}, NO),
+    ],
+)
+def test_the_simplest_way_that_is_fast_enough(rates, chosen):
+    assert choose(rates) == chosen
+
+
+def test_the_ways_that_a_device_has(monkeypatch):
+    """`auto` on the CPU is `no`; a GPU that decodes by nothing leaves that way out, and says why."""
+    assert possible_ways("auto", CPU) == ([NO], "")
+    assert possible_ways("augment", CPU) == ([AUGMENT], "")
+    monkeypatch.setattr(device_choice, "working_decoders", lambda device: ([], "torchcodec: not installed"))
+    gpu = torch.device("cuda")
+    assert possible_ways("auto", gpu) == ([NO, AUGMENT], "torchcodec: not installed")
+    monkeypatch.setattr(device_choice, "working_decoders", lambda device: (["torchcodec", "torchvision"], ""))
+    assert possible_ways("auto", gpu) == ([NO, AUGMENT, BY_CODEC, DECODE], "")
+    assert possible_ways("decode", gpu) == ([BY_CODEC, DECODE], "")
+
+
+def test_decoders_that_do_not_work_are_left_out(monkeypatch):
+    def decode(encoded, orientations, device):
+        raise OSError("libnvjpeg.so.13: cannot open shared object file")
+
+    use_decoder(monkeypatch, decode)
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    names, fault = jpeg_decoders.working_decoders(CPU)
+    assert names == [] and fault.startswith("torchcodec: ") and "torchvision: libnvjpeg.so.13: cannot" in fault
+    # TorchCodec's own reading of EXIF is relied on: nothing is turned twice.
+    given, image = [], torch.zeros(3, 4, 6, dtype=torch.uint8)
+    codec = types.ModuleType("torchcodec.decoders")
+    codec.decode_jpeg = lambda encoded, mode, device: given.append((len(encoded), mode, device)) or [image] * 2
+    monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", codec)
+    assert jpeg_decoders.working_decoders(CPU)[0] == ["torchcodec"]
+    images = jpeg_decoders.DECODERS["torchcodec"]((torch.zeros(9, dtype=torch.uint8),) * 2, [6, 1], CPU)
+    assert given[1] == (2, "RGB", CPU) and all(torch.equal(one, image) for one in images)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU decodes")
-def test_decoding_needs_cuda(processor):
-    with pytest.raises(UserError, match="decode needs a CUDA GPU, and this run is on cpu"):
-        make_pipeline(settings(device_preprocessing="decode"), processor, CPU)
+def test_decoding_needs_cuda(make_settings):
+    with pytest.raises(UserError, match=r"decode: it needs a CUDA GPU, and this run is on cpu\. Choose auto"):
+        train(make_settings(device_preprocessing="decode"))
+
+
+def pretend(monkeypatch, *ways, fault=""):
+    """A CPU that has these ways to preprocess; its decoder is torchvision's, on the CPU."""
+    monkeypatch.setattr(device_choice, "possible_ways", lambda mode, device: (list(ways), fault))
+
+
+def test_auto_measures_chooses_and_keeps_to_it(make_settings, tmp_path, monkeypatch, capfd):
+    """Measured on the run's images, said in one line; a resumed run keeps the choice, and is the run it continues."""
+    run = make_settings(
+        crop_min_scale=0.5,
+        random_erasing=0.5,
+        rand_augment_magnitude=9.0,
+        max_train_steps=4,
+        checkpointing_steps="2",
+        save_total_limit=0,
+    )
+    line = r"device_preprocessing auto: (.+) \(no \d+, augment \d+, decode by torchvision \d+ images/s expected of 0 "
+    pretend(monkeypatch, NO, AUGMENT, DECODE)
+    monkeypatch.setattr(device_choice, "choose", lambda expected: DECODE)
+    train(run)
+    assert re.search(line + "workers and this device\\)", capfd.readouterr().out)[1] == "decode by torchvision"
+    step = tmp_path / "run/checkpoints/step-2"
+    progress = json.loads((step / "progress.json").read_text())
+    assert progress["choices"] == {"device_preprocessing": ["decode", "torchvision"]}
+    assert "device_preprocessing: auto" in (tmp_path / "run/training_settings.yaml").read_text()
+
+    def resumed(name, **changes):
+        again = {"output_dir": str(tmp_path / name), "resume_from_checkpoint": str(step), **changes}
+        results = train(dataclasses.replace(run, **again))
+        return results, capfd.readouterr().out
+
+    # As it was, without measuring.
+    monkeypatch.setattr(device_choice, "measured_rates", None)
+    results, said = resumed("resumed")
+    assert "device_preprocessing" not in said
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "resumed"))
+    assert first == second
+    # The digits are PNGs: in the line at the end, and in the results.
+    assert results["images_decoded_by_cpu"] >= 64
+    assert f"{results['images_decoded_by_cpu']} images were decoded by the CPU, which the device could not" in said
+    # What is asked for wins.
+    pretend(monkeypatch, AUGMENT)
+    _, said = resumed("asked", device_preprocessing="augment")
+    assert "the run had --device_preprocessing decode by torchvision, this start of it says augment." in said
+    # What a machine cannot do is not kept; a measurement that fails is none.
+    pretend(monkeypatch, NO, AUGMENT, fault="torchvision: no nvJPEG")
+    results, said = resumed("elsewhere")
+    assert "the run had --device_preprocessing decode by torchvision, which is not possible here." in said
+    assert "images_decoded_by_cpu" not in results
+
+
+def test_a_measurement_that_fails_is_a_warning(make_settings, monkeypatch, caplog):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    pretend(monkeypatch, NO, AUGMENT)
+    monkeypatch.setattr(device_choice, "measured_rates", fail)
+    assert train(make_settings(max_train_steps=1))["step"] == 1
+    assert "--device_preprocessing auto: measuring failed (CUDA out of memory), so it is no." in caplog.text
+
+
+def test_measuring_changes_nothing_else(make_settings, monkeypatch, capsys):
+    """Neither the random generators nor the threads; what it leaves out, it gives a reason for."""
+    given = make_settings()
+    task, accelerator = training_of(given), Accelerator(cpu=True)
+    task.open_data(accelerator)
+    _, processor = task.make_model(accelerator, torch.channels_last)
+    pretend(monkeypatch, NO, AUGMENT, fault="torchvision: no nvJPEG")
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    arguments = (given, task.datasets["train"], processor, accelerator, 15)
+    chosen = device_choice.choose_preprocessing(*arguments)
+    assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+    said = capsys.readouterr().out
+    assert f"auto: {chosen.mode} (no " in said and "this device; no decode: torchvision: no nvJPEG)" in said
+    assert device_choice.choose_preprocessing(*arguments, kept=["augment", None]) == AUGMENT
 
 
 def test_a_run_that_augments_on_the_device(make_settings, tmp_path):
@@ -219,6 +396,42 @@ def test_a_run_that_augments_on_the_device(make_settings, tmp_path):
     assert first == second
 
 
+def run_one_of_two(rank, settings, port, folder):
+    """One process of two, of which only the main one may measure."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "1"})
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(True)
+    device_choice.possible_ways = lambda mode, device: ([NO, AUGMENT], "")
+    measured = []
+
+    def rates(ways, *_):
+        measured.append(rank)
+        return {NO: Rates(1, 1e9), AUGMENT: Rates(1000, 1e9)}
+
+    device_choice.measured_rates = rates
+    task = training_of(settings)
+    train(settings, task)
+    (folder / f"{rank}.json").write_text(json.dumps([task.choices, measured]))
+
+
+def test_one_process_chooses_for_all(make_settings, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = make_settings(max_train_steps=1, num_workers=1)
+    fork = multiprocessing.get_context("fork")  # what is imported need not be imported again
+    processes = [fork.Process(target=run_one_of_two, args=(rank, given, port, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    chosen = {"device_preprocessing": ["augment", None]}
+    assert found == [[chosen, [0]], [chosen, []]]
+
+
 @pytest.mark.gpu
 def test_decoding_on_a_gpu(processor):
     """nvJPEG's pixels differ from libjpeg's by its inverse DCT and chroma upsampling: a few levels."""
@@ -226,12 +439,31 @@ def test_decoding_on_a_gpu(processor):
     given = settings(reduced_decoding=False, rand_augment_magnitude=0.0, random_erasing=0.0)
     sources = [encode(photograph(90, 120, seed), subsampling=0) for seed in range(16)]
     sources += [encode(photograph(70, 80).convert("L")), encode(photograph(70, 80), progressive=True)]
-    made = make_pipeline(settings(device_preprocessing="decode"), processor, device)
-    assert isinstance(made["transform"], EncodedTransform) and made["finish"].device == device
-    results = []
-    for kind, where in ((TrainTransform, CPU), (EncodedTransform, device)):
-        results.append(DevicePipeline(kind(given, processor), where)(batch_of(kind(given, processor), sources)))
-    first, second = (result["pixel_values"].cpu() for result in results)
-    assert (first - second).abs().mean() * 255 * 0.226 < 3
-    truncated = as_bytes(sources[0][: len(sources[0]) // 2])
-    assert len(decode_upright([truncated, as_bytes(sources[1])], [1, 1], device)) == 2
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sources.append(encode(photograph(90, 120), exif=exif))
+    by_cpu = DevicePipeline(TrainTransform(given, processor), CPU, AUGMENT)(
+        batch_of(TrainTransform(given, processor), sources)
+    )
+    decoders, _ = jpeg_decoders.working_decoders(device)
+    assert decoders
+    for decoder in decoders:
+        made = make_pipeline(given, processor, device, Preprocessing("decode", decoder))
+        message = batch_of(made["transform"], [*sources, encode(photograph(70, 80).convert("CMYK"))])
+        message["content"] = message["content"].pin_memory()
+        result = made["finish"](message)
+        assert result["pixel_values"].device.type == "cuda" and made["finish"].decoded_by_cpu == 1
+        first, second = by_cpu["pixel_values"], result["pixel_values"][:-1].cpu()
+        assert (first - second).abs().mean() * 255 * 0.226 < 3
+        truncated = as_bytes(sources[0][: len(sources[0]) // 2])
+        header = ExampleHeader(Draws(), height=90, width=120)
+        images, _ = decode_upright(decoder, [truncated, as_bytes(sources[1])], [header] * 2, device)
+        assert len(images) == 2 and images[1].shape == (3, 90, 120)
+
+
+@pytest.mark.gpu
+def test_a_gpu_chooses_and_trains(make_settings, capfd):
+    """`auto` where there is something to choose; the measurement does not fail."""
+    results = train(make_settings(max_train_steps=2, num_workers=2, mixup_alpha=0.2, random_erasing=0.5))
+    assert results["step"] == 2
+    assert re.search(r"device_preprocessing auto: \S.* \(no \d+, augment \d+", capfd.readouterr().out)

@@ -99,10 +99,10 @@ class ClassificationDataSettings(SplitSettings, LabelledSettings):
     reduced_decoding: bool = setting(
         True, "Decode JPEGs at 1/2, 1/4 or 1/8 size where the random crop is large enough. Training only."
     )
-    device_preprocessing: Literal["no", "augment", "decode"] = setting(
-        "no",
+    device_preprocessing: Literal["auto", "no", "augment", "decode"] = setting(
+        "auto",
         "What the device does in the place of the data workers: nothing; augmentation; or (CUDA) JPEG decoding, "
-        "too. Worth a try where the progress line shows much waiting for data.",
+        "too. auto: on a GPU, what a measurement of some seconds finds fast enough; on the CPU, nothing.",
     )
 
 

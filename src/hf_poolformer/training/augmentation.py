@@ -69,14 +69,15 @@ class ExampleHeader:
     Attributes:
         bytes: length of its JPEG; 0: it comes as a crop.
         orientation: how the decoded JPEG must be turned, as in EXIF.
-        pixels: of the whole image.
+        height, width: of the whole image when it is upright, in pixels.
         name: the path by which a person would look for the image, or None.
     """
 
     draws: Draws
     bytes: int = 0
     orientation: int = 1
-    pixels: int = 0
+    height: int = 0
+    width: int = 0
     name: str | None = None
 
 

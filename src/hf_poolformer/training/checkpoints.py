@@ -73,6 +73,7 @@ class Progress:
     global_batch: int = 0  # images per optimiser step
     label_names: list[str] = field(default_factory=list)
     method: dict[str, Any] = field(default_factory=dict)  # settings with which a run must go on as it began
+    choices: dict[str, Any] = field(default_factory=dict)  # what it chose for itself, and keeps to
 
 
 @dataclass
@@ -379,9 +380,14 @@ def load(path: Path, state: TrainingState) -> Progress:
         pickle.UnpicklingError,
     ) as error:
         raise UserError(f"{path} cannot be read as a checkpoint of this run: {error}") from error
-    for name in set(vars(progress)) - {"num_processes", "global_batch", "label_names"}:
+    for name in set(vars(progress)) - {"num_processes", "global_batch", "label_names", "choices"}:
         setattr(state.progress, name, getattr(progress, name))
     return progress
+
+
+def choices_of(path: Path) -> dict[str, Any]:
+    """`Progress.choices` of a checkpoint, before there is anything to load it into."""
+    return json.loads((path / "progress.json").read_text(encoding="utf-8")).get("choices", {})
 
 
 def like(values: dict[str, Any], models: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -24,7 +25,8 @@ from ..foundation.files import best_effort
 from ..settings.classification import ClassificationSettings
 from .adaptation import LinearProbe, adapt, merged
 from .augmentation import BatchMixer
-from .device_pipeline import make_pipeline
+from .device_choice import choose_preprocessing
+from .device_pipeline import DevicePipeline, make_pipeline
 from .distillation import distillation_loss, load_teacher
 from .initialisation import initial_model, labels_in_model_order
 from .task import TaskTraining
@@ -41,6 +43,7 @@ class ClassificationTraining(TaskTraining):
         super().__init__(settings)
         # Where hardly anything is trained there is nothing worth distributing.
         self.may_be_distributed = not (settings.lora or settings.freeze_backbone)
+        self.device_pipeline: DevicePipeline | None = None
 
     def open_data(self, accelerator: Accelerator) -> list[str]:
         settings = self.settings
@@ -84,12 +87,19 @@ class ClassificationTraining(TaskTraining):
             "seed": settings.seed,
             "max_skipped_shards": settings.max_skipped_shards,
         }
+        images = align_labels(self.datasets["train"], label2id)
+        preprocessing = choose_preprocessing(
+            settings, images, processor, accelerator, common["num_workers"], self.choices.get("device_preprocessing")
+        )
+        self.choices["device_preprocessing"] = list(preprocessing)
+        pipeline = make_pipeline(settings, processor, accelerator.device, preprocessing)
+        self.device_pipeline = pipeline["finish"]
         training = make_loader(
-            align_labels(self.datasets["train"], label2id),
+            images,
             batch_size=settings.per_device_train_batch_size,
             training=True,
             shuffle_buffer_size=settings.shuffle_buffer_size,
-            **make_pipeline(settings, processor, accelerator.device),
+            **pipeline,
             **common,
         )
         if "validation" not in self.datasets:
@@ -120,6 +130,13 @@ class ClassificationTraining(TaskTraining):
 
     def describe_images(self, processor: Any) -> str:
         return f"at {'x'.join(map(str, input_size(processor)))}"
+
+    def figures(self) -> dict[str, Any]:
+        """Of a run whose device decodes, how many images the CPU had to, since it was started last."""
+        pipeline = self.device_pipeline
+        if pipeline is None or pipeline.preprocessing.mode != "decode":
+            return {}
+        return {"images_decoded_by_cpu": sum(gather_object([pipeline.decoded_by_cpu]))}
 
     def losses(self, run: Run, batch: dict[str, Any]) -> list[torch.Tensor]:
         """With a teacher the parts are the labels' loss and the teacher's."""

@@ -1,36 +1,49 @@
 """The part of the image pipeline that a run may give to its device: augmentation, or decoding and augmentation.
 
-    no       the workers do everything and deliver normalised examples, float32
-    augment  the workers decode, crop and resize, and deliver 8-bit crops with what was drawn for each
+    no       the workers decode, crop, resize and augment
+    augment  the workers decode, crop and resize
     decode   the workers read, judge headers and draw, and deliver JPEGs as they are; other images as in `augment`
 
 In all three the workers draw what happens to which image (`TrainTransform.draw`), and the same code does it, so they
-differ by no more than the arithmetic of the two devices, and the decoder's. Nothing here is random but the noise of
-random erasing, and its seed is drawn with the rest: there is no state for a checkpoint to keep.
+differ by no more than the arithmetic of the two devices, the decoder's, and the noise of random erasing, which the
+device makes from a seed that is drawn with the rest: there is no state for a checkpoint to keep. What crosses from one
+process to another is 8 bits per value, in one tensor per batch; the device normalises. `device_choice` chooses.
 """
 
 from __future__ import annotations
 
-import io
-import warnings
+import contextlib
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from torch.utils.data import get_worker_info
 
-from ..data.decoding import BrokenImage, EncodedImage, decode_image
+from ..data.decoding import BrokenImage, EncodedImage
 from ..data.loader import DecodedBatches
-from ..foundation.errors import UserError, one_line
 from ..settings.classification import ClassificationSettings
 from .augmentation import Draws, ExampleHeader, TrainTransform
+from .jpeg_decoders import decode_upright
 
 
 # As many pixels as are decoded at once: 200 MB of RGB.
 MAX_DECODED_PIXELS = 1 << 26
 # As many bytes of crops as a worker augments at once: one of 224 pixels, 42 of 32.
 AUGMENTED_AT_ONCE = 1 << 17
+
+
+class Preprocessing(NamedTuple):
+    """Who does what.
+
+    Attributes:
+        mode: as `--device_preprocessing`, but for `auto`.
+        decoder: name of what decodes on the device, see `jpeg_decoders`; None where the workers do.
+    """
+
+    mode: str = "no"
+    decoder: str | None = None
 
 
 class EncodedTransform(TrainTransform):
@@ -41,15 +54,34 @@ class EncodedTransform(TrainTransform):
         if data is None:
             return super().load(image)
         draws = self.draw(image.height, image.width)
-        return ExampleHeader(draws, len(data), image.orientation, image.height * image.width, image.name), data
+        return ExampleHeader(draws, len(data), image.orientation, image.height, image.width, image.name), data
 
 
 class CropBatches(DecodedBatches):
-    """Batches of crops and JPEGs, with what was drawn for them, for a `DevicePipeline`.
+    """Batches of 8-bit crops and JPEGs, with what was drawn for them, for a `DevicePipeline`.
 
-    Their images are decoded no further than the `TrainTransform` needs; `pixel_values` are crops, `encoded` holds the
-    bytes of all JPEGs, one behind the other.
+    Their images are decoded no further than the `TrainTransform` needs. A message has:
+
+        content   1-D uint8: all crops, channels last, then the bytes of all JPEGs
+        examples  bytes, the pickled list of `ExampleHeader`: neither a queue nor a thread that pins memory looks into
+                  them
+        labels    a numpy array: each tensor takes a file descriptor, and a question to the worker, on its way to the
+                  main process
     """
+
+    def message_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of these rows, without those that are broken.
+
+        Raises:
+            BrokenImage: all are.
+        """
+        examples = []
+        for row in rows:
+            with contextlib.suppress(BrokenImage):
+                examples.append(self._example(*self._read(row)))
+        if not examples:
+            raise BrokenImage(f"none of {len(rows)} images can be read")
+        return self._batch(*map(list, zip(*examples, strict=True)))
 
     def _read(self, row: Mapping[str, Any]) -> tuple[EncodedImage, Any]:
         label = self._label(row)
@@ -61,22 +93,24 @@ class CropBatches(DecodedBatches):
 
     def _batch(self, loaded: list[Any], labels: list[Any]) -> dict[str, Any]:
         examples, contents = zip(*loaded, strict=True)
-        encoded = b"".join(content for content in contents if isinstance(content, bytes))
         crops = [content for content in contents if isinstance(content, torch.Tensor)]
-        batch = self._images(crops or [torch.empty(3, 0, 0, dtype=torch.uint8)], labels)
-        if encoded:
-            # One tensor: each takes a file descriptor on its way to the main process.
-            batch["encoded"] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-        return {**batch, "examples": examples}
+        jpegs = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in contents if isinstance(data, bytes)]
+        return self._packed(crops + jpegs, examples, labels)
 
-    def _images(self, images: Sequence[torch.Tensor], labels: list[Any]) -> dict[str, Any]:
-        # Stacked with the channels last, as they come and as the model wants them.
-        batch = super()._batch([image.permute(1, 2, 0) for image in images], labels)
-        return {**batch, "pixel_values": batch["pixel_values"].permute(0, 3, 1, 2)}
+    def _packed(
+        self, contents: Sequence[torch.Tensor], examples: Sequence[ExampleHeader], labels: list[Any]
+    ) -> dict[str, Any]:
+        parts = [part if part.ndim == 1 else part.permute(1, 2, 0).reshape(-1) for part in contents]
+        content = torch.empty(sum(map(len, parts)), dtype=torch.uint8)
+        if get_worker_info() is not None:
+            content.share_memory_()  # before anything is written, so that it is written once
+        torch.cat(parts, out=content)
+        dtype = np.float32 if self._dataset.problem_type == "regression" else np.int64
+        return {"content": content, "examples": pickle.dumps(examples, protocol=5), "labels": np.array(labels, dtype)}
 
 
-class TrainingBatches(CropBatches):
-    """Batches of normalised training examples, float32."""
+class AugmentedBatches(CropBatches):
+    """The same where the workers augment, too."""
 
     def _batch(self, loaded: list[Any], labels: list[Any]) -> dict[str, Any]:
         examples, crops = zip(*loaded, strict=True)
@@ -85,42 +119,21 @@ class TrainingBatches(CropBatches):
         images: list[torch.Tensor] = []
         for start in range(0, len(crops), size):
             draws = [example.draws for example in examples[start : start + size]]
-            augmented = self._transform.augment(torch.stack(crops[start : start + size]), draws)
-            images += self._transform.normalise(augmented, draws)
-        return self._images(images, labels)
+            images += self._transform.augment(torch.stack(crops[start : start + size]), draws)
+        return self._packed(images, examples, labels)
 
 
-def make_pipeline(settings: ClassificationSettings, processor: Any, device: torch.device) -> dict[str, Any]:
-    """What `--device_preprocessing` asks for, as arguments of `make_loader`: `transform`, `batches` and `finish`.
-
-    Raises:
-        UserError: the device cannot decode JPEGs.
-    """
-    where = settings.device_preprocessing
-    if where == "no":
-        return {"transform": TrainTransform(settings, processor), "batches": TrainingBatches, "finish": None}
-    if where == "decode":
-        if device.type != "cuda":
-            raise UserError(
-                f"--device_preprocessing decode needs a CUDA GPU, and this run is on {device.type}: choose no or "
-                "augment."
-            )
-        check_decoder(device)
-    transform = (EncodedTransform if where == "decode" else TrainTransform)(settings, processor)
-    return {"transform": transform, "batches": CropBatches, "finish": DevicePipeline(transform, device)}
-
-
-def check_decoder(device: torch.device) -> None:
-    """Raises a UserError unless torchvision decodes JPEGs on this device."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
-    try:
-        decode_jpegs([torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)], device)
-    except (ImportError, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"this torchvision cannot decode JPEGs on {device} ({one_line(error)}): choose --device_preprocessing "
-            "augment or no."
-        ) from error
+def make_pipeline(
+    settings: ClassificationSettings, processor: Any, device: torch.device, preprocessing: Preprocessing
+) -> dict[str, Any]:
+    """The two parts of a way to preprocess, as arguments of `make_loader`: `transform`, `batches` and `finish`."""
+    mode = preprocessing.mode
+    transform = (EncodedTransform if mode == "decode" else TrainTransform)(settings, processor)
+    return {
+        "transform": transform,
+        "batches": AugmentedBatches if mode == "no" else CropBatches,
+        "finish": DevicePipeline(transform, device, preprocessing),
+    }
 
 
 class DevicePipeline:
@@ -129,57 +142,88 @@ class DevicePipeline:
     Args:
         transform: as in the workers.
         device: where it is done; the CPU, too, unless there are JPEGs to decode for speed's sake.
+        preprocessing: what the workers have left to do.
 
     Calling it with a message of `CropBatches` returns one with `pixel_values`, float32 (B, 3, height, width) on
-    the device, in place of crops and JPEGs. Images that turn out to be broken are left out, with their labels, and
-    added to `skipped`. A message without labels had nothing but broken images.
+    the device, and `labels`, a tensor on the CPU, in place of `content` and `examples`. Images that turn out to be
+    broken are left out, with their labels, and added to `skipped`. A message without labels had nothing but broken
+    images.
+
+    On a CUDA device it works on a stream of its own: decoders wait for the device, and need not wait for the training.
+
+    Attributes:
+        images: how many it was given.
+        decoded_by_cpu: how many of these had to be decoded by the CPU although the device decodes: no plain JPEGs, and
+            those that its decoder could not read.
     """
 
-    def __init__(self, transform: TrainTransform, device: torch.device):
-        self.transform, self.device = transform.to(device), device
+    def __init__(self, transform: TrainTransform, device: torch.device, preprocessing: Preprocessing):
+        self.transform, self.device, self.preprocessing = transform.to(device), device, preprocessing
+        self.stream = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # what `transform` needs there
+        self.images = self.decoded_by_cpu = 0
 
     @torch.no_grad()
     def __call__(self, message: dict[str, Any]) -> dict[str, Any]:
         if "examples" not in message:
             return message  # an error, or no image
         message = dict(message)
-        examples, labels = message.pop("examples"), message["labels"]
-        pixels = message.pop("pixel_values").to(self.device, non_blocking=True)
-        encoded = message.pop("encoded", None)
-        if encoded is not None:
-            results = self.crops(examples, pixels, encoded)
-            kept = [index for index, result in enumerate(results) if not isinstance(result, BrokenImage)]
-            if len(kept) < len(results):
-                broken = [
-                    f"{example.name or 'an image without a name'}: {result}"
-                    for example, result in zip(examples, results, strict=True)
-                    if isinstance(result, BrokenImage)
-                ]
-                message["skipped"] = [*message["skipped"], *broken]
-                examples, labels = [examples[index] for index in kept], labels[kept]
-            if not kept:
-                del message["labels"]
-                return message
-            pixels = torch.stack([results[index] for index in kept])
-        draws = [example.draws for example in examples]
-        examples = self.transform.normalise(self.transform.augment(pixels, draws), draws)
-        return {**message, "pixel_values": examples, "labels": labels}
+        examples, content = pickle.loads(message.pop("examples")), message.pop("content")
+        labels = torch.from_numpy(message.pop("labels"))
+        self.images += len(examples)
+        with torch.cuda.stream(self.stream):
+            crops = self.crops(examples, content)
+            if isinstance(crops, list):
+                kept = [index for index, crop in enumerate(crops) if not isinstance(crop, BrokenImage)]
+                if len(kept) < len(crops):
+                    broken = [
+                        f"{example.name or 'an image without a name'}: {crop}"
+                        for example, crop in zip(examples, crops, strict=True)
+                        if isinstance(crop, BrokenImage)
+                    ]
+                    message["skipped"] = [*message["skipped"], *broken]
+                    examples, labels = [examples[index] for index in kept], labels[kept]
+                if not kept:
+                    return message
+                crops = torch.stack([crops[index] for index in kept])
+            draws = [example.draws for example in examples]
+            if self.preprocessing.mode != "no":
+                crops = self.transform.augment(crops, draws)
+            pixel_values = self.transform.normalise(crops, draws)
+        if self.stream is not None:
+            training = torch.cuda.current_stream(self.device)
+            training.wait_stream(self.stream)
+            pixel_values.record_stream(training)  # its memory is not free before the training is done with it
+        return {**message, "pixel_values": pixel_values, "labels": labels}
 
     def crops(
-        self, examples: Sequence[ExampleHeader], pixels: torch.Tensor, encoded: torch.Tensor
-    ) -> list[torch.Tensor | BrokenImage]:
-        """The crop of each example, uint8 (3, height, width): those that came as such and those decoded here."""
-        ready = iter(pixels)
-        lengths = [example.bytes for example in examples if example.bytes]
-        jpegs = iter(self.decode([e for e in examples if e.bytes], encoded.split(lengths)))
-        return [next(jpegs) if example.bytes else next(ready) for example in examples]
+        self, examples: Sequence[ExampleHeader], content: torch.Tensor
+    ) -> torch.Tensor | list[torch.Tensor | BrokenImage]:
+        """The crop of each example, uint8 (3, height, width): those that came as such and those decoded here.
+
+        Returns:
+            one tensor where all came as crops.
+        """
+        encoded = [example for example in examples if example.bytes]
+        lengths = [example.bytes for example in encoded]
+        pixels = content[: len(content) - sum(lengths)].to(self.device, non_blocking=True)
+        ready = pixels.view(-1, self.transform.height, self.transform.width, 3).permute(0, 3, 1, 2)
+        if self.preprocessing.mode == "decode":
+            self.decoded_by_cpu += len(ready)
+        if not encoded:
+            return ready
+        came, jpegs = iter(ready), iter(self.decode(encoded, content[len(pixels) :].split(lengths)))
+        return [next(jpegs) if example.bytes else next(came) for example in examples]
 
     def decode(
         self, examples: Sequence[ExampleHeader], encoded: Sequence[torch.Tensor]
     ) -> Iterator[torch.Tensor | BrokenImage]:
-        for start, end in portions([example.pixels for example in examples], MAX_DECODED_PIXELS):
+        for start, end in portions([example.height * example.width for example in examples], MAX_DECODED_PIXELS):
             part = examples[start:end]
-            images = decode_upright(encoded[start:end], [example.orientation for example in part], self.device)
+            images, by_cpu = decode_upright(self.preprocessing.decoder, encoded[start:end], part, self.device)
+            self.decoded_by_cpu += by_cpu
             for example, image in zip(part, images, strict=True):
                 yield image if isinstance(image, BrokenImage) else self.crop(image, example.draws)
 
@@ -200,51 +244,3 @@ def portions(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
         total += size
     if sizes:
         yield start, len(sizes)
-
-
-def decode_upright(
-    encoded: Sequence[torch.Tensor], orientations: Sequence[int], device: torch.device
-) -> list[torch.Tensor | BrokenImage]:
-    """Decoded JPEGs, uint8 (3, H, W), turned as EXIF says; Pillow reads those that the device cannot.
-
-    One JPEG that the device cannot read spoils its batch, and is looked for by halving.
-    """
-    try:
-        images = decode_jpegs(encoded, device)
-        return [upright(image, orientation) for image, orientation in zip(images, orientations, strict=True)]
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        middle = len(encoded) // 2
-        if middle:
-            return decode_upright(encoded[:middle], orientations[:middle], device) + decode_upright(
-                encoded[middle:], orientations[middle:], device
-            )
-    try:
-        image = decode_image(encoded[0].numpy().tobytes())
-    except BrokenImage as reason:
-        return [reason]
-    return [torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)]
-
-
-def decode_jpegs(encoded: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Decodes JPEGs, 1-D uint8 on the CPU, to uint8 (3, H, W) on the device; on a GPU by nvJPEG.
-
-    Raises:
-        RuntimeError: one of them cannot be read.
-    """
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    with warnings.catch_warnings():
-        # torchvision 0.29 says that TorchCodec will take over; it still is what both have in common.
-        warnings.simplefilter("ignore")
-        return decode_jpeg(list(encoded), mode=ImageReadMode.RGB, device=device)
-
-
-def upright(image: torch.Tensor, orientation: int) -> torch.Tensor:
-    """(C, H, W) turned as EXIF says, 1 to 8."""
-    if orientation >= 5:
-        image = image.transpose(-1, -2)
-    # What is left to mirror: left to right in 2, 3, 6, 7; top to bottom in 3, 4, 7, 8.
-    axes = [axis for axis, which in ((-1, (2, 3, 6, 7)), (-2, (3, 4, 7, 8))) if orientation in which]
-    return image.flip(axes) if axes else image

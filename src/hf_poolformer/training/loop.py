@@ -94,6 +94,8 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
     # Of a resumed run only a part could be measured, which tells nothing.
     measured = settings.emissions_country and accelerator.is_main_process and resume_from is None
     meter = EmissionsMeter(settings.emissions_country) if measured else None
+    if resume_from is not None:
+        task.choices = checkpoints.choices_of(resume_from)
 
     # The data's classes decide the model's head.
     label_names = task.open_data(accelerator)
@@ -128,6 +130,7 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         global_batch=global_batch,
         label_names=label_names,
         method=task.method(),
+        choices=task.choices,
     )
     state = TrainingState(accelerator, model, optimizer, scheduler, ema, progress)
     if resume_from is not None:
@@ -172,7 +175,7 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         evaluation, shown = evaluate_now(run, final=True) if eval_loader is not None else ({}, None)
         saver.finish()
 
-    results = {**evaluation, **training_figures(run)}
+    results = {**evaluation, **training_figures(run), **task.figures()}
     if meter is not None:
         with best_effort("measuring the emissions"):
             results.update(meter.stop())

@@ -120,12 +120,16 @@ def summary(output_dir: Path, results: dict[str, Any], settings: TrainingSetting
     damaged = "".join(f"Damaged {shard}\n" for shard in results.get("skipped_shards", ()))
     listed = f" (see {SKIPPED})" if results["skipped_images"] else ""
     waited = results["train_data_wait_share"] > MUCH_WAITING
-    remedies = [f"--{name}" for name in ("num_workers", "device_preprocessing") if hasattr(settings, name)]
+    remedies = ["--num_workers"]
+    if getattr(settings, "device_preprocessing", "auto") in ("no", "augment"):
+        remedies.append("--device_preprocessing auto")
     slow = f"Data was the bottleneck: see {' and '.join(remedies)}.\n" if waited else ""
+    by_cpu = results.get("images_decoded_by_cpu")
+    unread = f"{by_cpu} images were decoded by the CPU, which the device could not read.\n" if by_cpu else ""
     return (
         f"{result}Trained {results['step']} steps in {results['train_runtime']:.0f} s, "
         f"{results['train_samples_per_second']:.1f} images/s, {results['train_data_wait_share']:.0%} of the time "
-        f"waiting for data, {results['skipped_images']} broken images skipped{listed}.\n{slow}{damaged}"
+        f"waiting for data, {results['skipped_images']} broken images skipped{listed}.\n{slow}{unread}{damaged}"
         f"In {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir() if path.name[0] != '.'))}.\n"
         f'Use it: pipeline("{TASKS[settings.task].pipeline_tag}", "{output_dir}")'
     )

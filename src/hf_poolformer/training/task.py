@@ -27,6 +27,8 @@ class TaskTraining(ABC):
     Attributes:
         loss_parts: names of what `losses` gives beside what is minimised, for the log.
         may_be_distributed: whether each process may hold but a part of the model (FSDP).
+        choices: what the task chose for itself by looking at the machine, fit for JSON. Checkpoints keep it, and a run
+            that goes on from one finds it here.
     """
 
     loss_parts: Sequence[str] = ()
@@ -34,6 +36,7 @@ class TaskTraining(ABC):
 
     def __init__(self, settings: TrainingSettings):
         self.settings = settings
+        self.choices: dict[str, Any] = {}
 
     @abstractmethod
     def open_data(self, accelerator: Accelerator) -> list[str]:
@@ -67,6 +70,10 @@ class TaskTraining(ABC):
     def describe_images(self, processor: Any) -> str:
         """The size in which images are trained on."""
         return ""
+
+    def figures(self) -> dict[str, Any]:
+        """What training has come upon, for `all_results.json`; every process calls it."""
+        return {}
 
     @abstractmethod
     def losses(self, run: Run, batch: dict[str, Any]) -> list[torch.Tensor]:
