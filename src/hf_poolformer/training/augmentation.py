@@ -218,7 +218,13 @@ class TrainTransform:
     def normalise(self, images: torch.Tensor, draws: Sequence[Draws]) -> torch.Tensor:
         """From uint8 (B, 3, height, width) to examples, float32 with their channels last in memory, rectangles of
         noise in those that have them."""
-        examples = torch.addcmul(self.offsets, images, self.factors)
+        if images.device.type == "cpu":
+            # One by one: a whole batch is converted to float first, which does not fit the cache.
+            examples = torch.empty(images.shape, memory_format=torch.channels_last)
+            for image, example in zip(images, examples, strict=True):
+                torch.addcmul(self.offsets, image, self.factors, out=example)
+        else:
+            examples = torch.addcmul(self.offsets, images, self.factors)
         for index, one in enumerate(draws):
             if one.erased is not None:
                 # After normalisation: noise of the data's own scale, one value per pixel (timm's mode "pixel").
