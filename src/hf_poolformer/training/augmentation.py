@@ -106,16 +106,18 @@ def noisy_rectangles(
         places: int64 (P,), of their pixels among all pixels of the batch.
         noise: float32 (P, 3), the same on each device up to the arithmetic of float32.
     """
-    ends = rectangles[:, 3:5].prod(1).cumsum()
-    table, ends_there = upload([np.column_stack([rectangles, np.roll(ends, 1)]), ends], device)
-    count = torch.arange(int(ends[-1]), device=device)
-    which = torch.searchsorted(ends_there, count, right=True)
-    image, top, left, _, columns, seed, start = table.index_select(0, which).unbind(1)
-    count = count - torch.where(which == 0, 0, start)  # within its rectangle
-    row = count // columns
-    places = (image * height + top + row) * width + left + count - row * columns
+    images, tops, lefts, rows, columns, seeds = rectangles.T
+    ends = (rows * columns).cumsum()
+    starts = ends - rows * columns
+    corners = (images * height + tops) * width + lefts
+    table, ends = upload([np.stack([starts, columns, corners, seeds * 2**32]), ends], device)
+    pixel = torch.arange(int(rows @ columns), device=device)
+    start, column, corner, seed = table.index_select(1, torch.searchsorted(ends, pixel, right=True))
+    pixel -= start  # within its rectangle
+    # A row further down: what is left of the image's width comes in addition.
+    places = corner.add_(pixel).add_((pixel // column).mul_(width - column))
     # Two hashes a pixel give three normals by Box and Muller's way; the fourth is left.
-    counters = (seed * 2**32 + count * 2)[:, None] + torch.arange(2, device=device)
+    counters = seed.add_(pixel, alpha=2)[:, None] + torch.arange(2, device=device)
     bits = hashed(counters)
     radius = ((bits >> 40 & 0xFFFFFF) + 1).float().mul_(2**-24).log_().mul_(-2).sqrt_()
     angle = (bits >> 8 & 0xFFFFFF).float().mul_(2 * math.pi * 2**-24)
