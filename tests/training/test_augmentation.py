@@ -9,7 +9,17 @@ from hf_poolformer import PoolFormerImageProcessor
 from hf_poolformer.data.decoding import EncodedImage, decode_image
 from hf_poolformer.data.transforms import EvalTransform, input_size
 from hf_poolformer.settings.training import TrainingSettings
-from hf_poolformer.training.augmentation import BatchMixer, Box, Draws, TrainTransform, draw_erased
+from hf_poolformer.training.augmentation import (
+    NOISE,
+    BatchMixer,
+    Box,
+    Draws,
+    TrainTransform,
+    draw_erased,
+    noise_of,
+    noise_starts,
+    noisy_rectangles,
+)
 
 
 @pytest.fixture
@@ -93,6 +103,36 @@ def test_erased_rectangles_hold_noise_of_the_datas_scale(processor):
     noise = values[values.abs() > 0.05]
     assert 0.1 < noise.numel() / values.numel() < 0.25
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.05
+
+
+def test_noise_is_normal_and_each_values_own():
+    rectangles = np.array([[image, 2, 3, 60, 64, seed] for image, seed in enumerate([0, 1, 2, 2**31 - 1])])
+    places, noise = noisy_rectangles(rectangles, 80, 80, torch.device("cpu"))
+    assert len(places.unique()) == len(places) == 4 * 60 * 64
+    values = noise.double().view(4, 60, 64, 3)
+    number = values.numel()
+    # Within five standard errors: of a mean, a variance, a kurtosis of 3, shares beyond one and three deviations.
+    assert abs(values.mean()) < 5 / number**0.5
+    assert abs(values.var() - 1) < 5 * (2 / number) ** 0.5
+    assert abs((values**4).mean() - 3) < 5 * (96 / number) ** 0.5
+    for limit, share in ((1, 0.3173), (3, 0.0027)):
+        assert abs((values.abs() > limit).double().mean() - share) < 5 * (share / number) ** 0.5
+    for other in (values.roll(1, 0), values.roll(1, 1), values.roll(1, 2), values.roll(1, 3)):
+        # Other seeds, rows, columns, channels; their squares, too, for Box and Muller's pairs share a radius.
+        assert abs((values * other).mean()) < 5 / number**0.5
+        assert abs(((values**2 - 1) * (other**2 - 1)).mean()) < 5 * 2 / number**0.5
+    # The seed and the rectangle's size alone decide; one by one, as on the CPU, or all at once, as on a device.
+    _, alone = noisy_rectangles(np.array([[0, 0, 0, 60, 64, 2]]), 80, 80, torch.device("cpu"))
+    assert torch.equal(alone, noise.view(4, -1, 3)[2])
+    assert torch.equal(noise_of(2, alone.numel()).view(-1, 3), alone)
+
+
+def test_noise_beyond_the_end_of_its_table_begins_anew():
+    seed = next(seed for seed in range(1000) if noise_starts(np.array([seed])) > NOISE - 3000)
+    values = noise_of(seed, NOISE)
+    assert values.unique().numel() > 0.9 * NOISE
+    _, noise = noisy_rectangles(np.array([[0, 0, 0, 40, 50, seed]]), 80, 80, torch.device("cpu"))
+    assert torch.equal(noise.flatten(), values[:6000])
 
 
 @pytest.mark.parametrize("recipe", ["finetune", "paper", "demo"])
