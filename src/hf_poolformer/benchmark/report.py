@@ -27,7 +27,7 @@ from .processors import Processing
 from .timing import Deadline
 
 
-LIBRARIES = ("torch", "torchvision", "triton", "transformers", "timm", "onnxruntime", "openvino", "pillow")
+LIBRARIES = ("torch", "torchvision", "triton", "transformers", "timm", "onnxruntime", "openvino", "pillow", "simplejpeg")
 # Ours; PyTorch peers; other runtimes.
 COLOURS = {"ours": "#c2410c", "built-in": "#64748b", "timm": "#94a3b8"}
 RUNTIME_COLOUR = "#334155"
