@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hf_poolformer.data import decoding
 from hf_poolformer.data.decoding import BrokenImage, EncodedImage, decode_image, describe_source
 
 
@@ -253,3 +254,71 @@ def test_damaged_bytes_raise_nothing_else_at_a_reduced_size():
                 assert encoded.decode(4)[0].mode == "RGB"
         except BrokenImage as reason:
             assert str(reason)
+
+
+@pytest.fixture(params=["simplejpeg", "Pillow"])
+def decoder(request, monkeypatch):
+    if request.param == "Pillow":
+        monkeypatch.setattr(decoding, "simplejpeg", None)
+    else:
+        pytest.importorskip("simplejpeg")
+
+
+SAMPLED = {
+    f"{mode} {sampling} {kind}": encode(SMOOTH.convert(mode), "JPEG", quality=85, subsampling=sampling, **options)
+    for mode, sampling in [("RGB", "4:4:4"), ("RGB", "4:2:2"), ("RGB", "4:2:0"), ("L", "4:4:4")]
+    for kind, options in [
+        ("baseline", {}),
+        ("progressive", {"progressive": True}),
+        ("restarts", {"restart_marker_blocks": 3}),
+    ]
+}
+
+
+@pytest.mark.parametrize("kind", [*JPEGS, *SAMPLED])
+def test_the_upper_rows_are_those_of_the_whole_image(kind, decoder):
+    """To the bit, wherever decoding ends; what is no plain JPEG comes whole."""
+    data = {**JPEGS, **SAMPLED}[kind]
+    whole = np.asarray(decode_image(data))
+    for rows in (1, 15, 16, 33, 100, len(whole) - 1, len(whole), None):
+        with EncodedImage(data) as encoded:
+            pixels, reduced = encoded.pixels(rows=rows)
+        assert reduced == 1 and pixels.dtype == np.uint8 and pixels.shape[1:] == whole.shape[1:]
+        wanted = len(whole) if rows is None else rows
+        assert np.array_equal(pixels[:wanted], whole[:wanted]), rows
+        early = kind in ("baseline", "grey") or (kind in SAMPLED and "progressive" not in kind)
+        assert len(pixels) == (min(wanted + 16, len(whole)) if early else len(whole))
+
+
+def test_a_torn_file_is_refused_whatever_is_wanted_of_it(decoder):
+    for data in (JPEGS["baseline"][:-500], JPEGS["baseline"][:-2]):
+        with EncodedImage(data) as encoded:
+            try:
+                expected = np.asarray(decode_image(data))
+            except BrokenImage:
+                with pytest.raises(BrokenImage, match=r"(?i)truncated|broken"):
+                    encoded.pixels(rows=8)
+            else:
+                assert np.array_equal(encoded.pixels(rows=8)[0], expected)
+
+
+def test_damaged_bytes_give_the_same_verdict(decoder):
+    """Images that decode whole are those that decode in part, but for damage below the part."""
+    random = np.random.default_rng(2)
+    for _ in range(200):
+        data = bytearray(JPEGS["baseline"])
+        for position in random.integers(0, len(data), 4):
+            data[position] = random.integers(256)
+        try:
+            expected = np.asarray(decode_image(bytes(data)))
+        except BrokenImage:
+            expected = None
+        try:
+            with EncodedImage(bytes(data)) as encoded:
+                pixels = encoded.pixels()[0]
+                part = encoded.pixels(rows=40)[0]
+        except BrokenImage:
+            assert expected is None
+        else:
+            assert expected is not None and np.array_equal(pixels, expected)
+            assert len(part) >= min(40, len(expected))

@@ -21,12 +21,13 @@ from .exports import Exports
 from .first_step import FirstSteps
 from .floor import Ceilings
 from .growth import Growth
+from .loader import Loading
 from .loop import LoopReport
 from .processors import Processing
 from .timing import Deadline
 
 
-LIBRARIES = ("torch", "torchvision", "triton", "transformers", "timm", "onnxruntime", "openvino", "pillow")
+LIBRARIES = ("torch", "torchvision", "triton", "transformers", "timm", "onnxruntime", "openvino", "pillow", "simplejpeg")
 # Ours; PyTorch peers; other runtimes.
 COLOURS = {"ours": "#c2410c", "built-in": "#64748b", "timm": "#94a3b8"}
 RUNTIME_COLOUR = "#334155"
@@ -78,6 +79,7 @@ TARGETS = (
 )
 FIRST_STEP_TARGETS = {"cold": 20.0, "warm": 5.0}
 PROCESSING_TARGET = 1.5
+LOADING_TARGET = 1.6
 # Export, the row it is held against, the least ratio of their speeds, and the batch.
 EXPORT_TARGETS = (
     ("export openvino float32", "OpenVINO float32", 1.05, 16),
@@ -100,6 +102,7 @@ class Report:
     processing: list[Processing] = dataclasses.field(default_factory=list)
     exports: list[Exports] = dataclasses.field(default_factory=list)
     growth: Growth | None = None
+    loading: Loading | None = None
     loop: LoopReport | None = None
     first_steps: FirstSteps | None = None
     ceilings: dict[str, Ceilings] = dataclasses.field(default_factory=dict)
@@ -108,7 +111,7 @@ class Report:
 
     def failures(self) -> list[str]:
         """One line for each row that did not pass its gate, or ended in an error."""
-        parts = (*self.comparisons, *self.processing, *self.exports)
+        parts = (*self.comparisons, *self.processing, *self.exports, *filter(None, [self.loading]))
         rows = [(part.title, row) for part in parts for row in part.results]
         if self.growth:
             rows += [("growth", row) for row in self.growth.failures()]
@@ -123,6 +126,7 @@ class Report:
             "processing": [dataclasses.asdict(processing) for processing in self.processing],
             "exports": [dataclasses.asdict(exports) for exports in self.exports],
             "growth": dataclasses.asdict(self.growth) if self.growth else None,
+            "loading": dataclasses.asdict(self.loading) if self.loading else None,
             "loop": dataclasses.asdict(self.loop) if self.loop else None,
             "first_steps": dataclasses.asdict(self.first_steps) if self.first_steps else None,
             "targets": targets(self),
@@ -135,6 +139,8 @@ class Report:
         parts += [exports_table(exports) for exports in self.exports]
         if self.growth:
             parts.append(growth_table(self.growth))
+        if self.loading:
+            parts.append(loading_table(self.loading))
         if self.loop:
             parts.append(loop_table(self.loop))
         if self.first_steps:
@@ -236,6 +242,18 @@ def processing_table(processing: Processing) -> str:
     return f"**{processing.title}**\n\n" + results_table(processing.results, columns)
 
 
+def loading_table(loading: Loading) -> str:
+    columns = {
+        "images/s": lambda row: f"{row.images_per_second:.1f}",
+        "spread": _spread,
+        "CPU ms per image": lambda row: (
+            "" if row.cpu_seconds is None else f"{1e3 * row.cpu_seconds / loading.batch_size:.2f}"
+        ),
+        "x timm": lambda row: _ratio(row.times_timm),
+    }
+    return f"**{loading.title}**\n\n" + results_table(loading.results, columns)
+
+
 def exports_table(exports: Exports) -> str:
     peer = next((row.seconds for row in exports.results if row.name == "OpenVINO float32"), None)
     columns = {
@@ -328,6 +346,9 @@ def targets(report: Report) -> list[dict[str, Any]]:
             if result.library == "ours":
                 case = f"{processing.title}, {result.name}"
                 judge(case, "speed against built-in", PROCESSING_TARGET, result.times_built_in)
+    for result in report.loading.results if report.loading else ():
+        if result.library == "ours":
+            judge(f"{report.loading.title}, {result.name}", "speed against timm", LOADING_TARGET, result.times_timm)
     for exports in report.exports:
         seconds = {row.name: row.seconds for row in exports.results if row.seconds is not None}
         for name, against, wanted, batch_size in EXPORT_TARGETS:

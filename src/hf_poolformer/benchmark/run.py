@@ -21,6 +21,7 @@ from .exports import measure_exports
 from .first_step import measure_first_steps
 from .floor import measure_ceilings
 from .growth import VARIANTS, measure_growth
+from .loader import measure_loaders
 from .loop import measure_loop
 from .processors import SIZES, measure_processors
 from .report import Report
@@ -48,6 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
     quieten()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.command == "loader":
+        if arguments.device == "cuda":
+            raise UserError("loader compares on the CPU: leave --device out.")
+        arguments.device = "cpu"
     if arguments.command == "export":
         if arguments.device == "cuda" or arguments.dtype:
             raise UserError(
@@ -85,7 +90,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         deadline=deadline,
         allocator=arguments.allocator,
     )
-    alone = {"process": run_processors, "export": run_exports}.get(arguments.command)
+    alone = {"process": run_processors, "export": run_exports, "loader": run_loaders}.get(arguments.command)
     if getattr(arguments, "loop", False):
         alone = run_loop
     if alone is not None:
@@ -169,6 +174,16 @@ def run_exports(arguments: argparse.Namespace, report: Report) -> None:
     with tempfile.TemporaryDirectory(prefix="hf-poolformer-exports-") as folder:
         how = report.deadline, arguments.seconds, arguments.rounds
         report.exports = measure_exports(base, Path(folder), *how)
+
+
+def run_loaders(arguments: argparse.Namespace, report: Report) -> None:
+    report.loading = measure_loaders(
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        image_size=arguments.image_size,
+        rounds=arguments.rounds,
+        seconds=arguments.seconds,
+    )
 
 
 def run_loop(arguments: argparse.Namespace, report: Report) -> None:

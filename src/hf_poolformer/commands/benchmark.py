@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "forward, backward and optimiser step; with --loop, the training loop and its bottleneck",
     "latency": "one call at a time, milliseconds",
     "process": "image processors, without decoding",
+    "loader": "from JPEGs to augmented batches on one core, next to timm's and torchvision's loaders; CPU",
     "growth": "how cost grows with batch, pixels and model",
     "tune": "which tiles the kernels are fastest with on this GPU, for the next time; not a comparison",
     "export": "exports, in 8 bits, too, next to OpenVINO and onnxruntime of the built-in model; CPU",
@@ -56,7 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         )
     else:
         add("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
-    if command != "process":
+    if command == "loader":
+        add("--batch_size", type=int, default=128, help="default: 128")
+        add("--image_size", type=int, default=224, help="pixels (default: 224)")
+        add("--workers", type=int, default=0, help="processes that decode (default: 0, all in one process)")
+    elif command != "process":
         add(
             "--variant",
             default="poolformer_s12",
@@ -91,7 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     if command == "tune":
         add("--output", type=Path, metavar="FILE", help="keep the tiles here (default: in the user's cache)")
         return
-    add("--seconds", type=float, default=15.0, help="of timing per table (default: 15)")
+    seconds = 60.0 if command == "loader" else 15.0
+    add("--seconds", type=float, default=seconds, help=f"of timing per table (default: {seconds:.0f})")
     add("--rounds", type=int, default=15, help="most turns of each row (default: 15)")
     budget = BUDGETS.get(command)
     said = f"{budget:.0f} seconds" if budget else "none"
@@ -121,6 +127,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         value = getattr(arguments, name, None)
         if value is not None and value <= 0:
             raise UserError(f"--{name} must be positive, not {value}.")
+    if getattr(arguments, "workers", 0) < 0:
+        raise UserError(f"--workers must not be negative, not {arguments.workers}.")
     if getattr(arguments, "loop", False) and arguments.dtype and len(arguments.dtype) > 1:
         raise UserError("--loop takes one --dtype.")
     if arguments.command == "tune":

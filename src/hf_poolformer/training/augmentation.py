@@ -224,8 +224,9 @@ class TrainTransform:
 
     def decode_crop(self, image: EncodedImage, draws: Draws) -> torch.Tensor:
         """As `crop`, of an image that is still encoded."""
-        decoded, reduction = image.decode(self.reduction(draws, image.height, image.width))
-        return self.crop(decoded, draws, reduction)
+        rows = None if draws.crop is None else draws.crop.top + draws.crop.height
+        pixels, reduction = image.pixels(self.reduction(draws, image.height, image.width), rows)
+        return self.crop(pixels, draws, reduction)
 
     def reduction(self, draws: Draws, height: int, width: int) -> int:
         """1, 2, 4 or 8: how many times smaller an image may be decoded, its crop still finer than the example."""
@@ -237,14 +238,20 @@ class TrainTransform:
             spare = min(draws.crop.height / self.height, draws.crop.width / self.width)
         return next((times for times in (8, 4, 2) if spare >= times * OVERSAMPLING), 1)
 
-    def crop(self, image: Image.Image, draws: Draws, reduction: int = 1) -> torch.Tensor:
-        """The part of an image that is used, uint8 (3, height, width); the image may have been decoded smaller."""
+    def crop(self, image: Image.Image | np.ndarray, draws: Draws, reduction: int = 1) -> torch.Tensor:
+        """The part of an image that is used, uint8 (3, height, width).
+
+        Args:
+            image: RGB, or its pixels (height, width, 3). It may have been decoded smaller, and not below the part.
+        """
+        pixels = np.asarray(image)
         if draws.crop is not None:
             top, left, height, width = draws.crop
-            box = (left, top, left + width, top + height)
             # To whole pixels of the smaller image: nobody misses the fraction of a random crop.
-            image = image.crop(tuple(round(edge / reduction) for edge in box))
-        return self.resize(torch.from_numpy(np.array(image)).permute(2, 0, 1), draws)
+            first, last, start, end = (round(edge / reduction) for edge in (top, top + height, left, left + width))
+            pixels = pixels[first:last, start:end]
+        # Copied: of pixels with gaps between their rows, resizing takes longer than that.
+        return self.resize(torch.from_numpy(np.array(pixels)).permute(2, 0, 1), draws)
 
     def resize(self, pixels: torch.Tensor, draws: Draws) -> torch.Tensor:
         """From a crop to uint8 (3, height, width); where none was drawn, from an image to its centre."""
