@@ -136,15 +136,24 @@ def test_growth_and_loop_are_reported(tmp_path):
         for size in (1, 4)
     ]
     report.growth = Growth({"batch": points, "pixels": [], "model": points}, ["batch: 512"])
-    rates = {"loop, synthetic images": 10.0, "loader alone": 40.0, "loop, streamed photographs": 8.0}
-    report.loop = LoopReport(Case("train"), 2, rates, 0.1, "decode and compute", "they share the cores.")
+    rates = {"loader alone": 40.0, "device stage alone": 5e7, "loop, synthetic images": 10.0, "loop, photographs": 8.0}
+    said = {"bottleneck": "loader and compute", "explanation": "they share the cores."}
+    report.loop = LoopReport(Case("train"), 2, dealt="6 files", rates=rates, data_wait_share=0.013, **said)
     written = write(report, tmp_path / "growth")
     assert written[-1].name == "growth.png"
     text = written[1].read_text()
     assert "growth with batch: infer, poolformer_s12, float32, 224 px" in text
     assert "Left out, no time in the budget: batch: 512." in text
-    assert "Bottleneck: decode and compute; they share the cores." in text
+    assert "Data: 6 files. Waiting for data with photographs: 1.3% of the time." in text
+    assert "Bottleneck: loader and compute; they share the cores." in text and "nothing to do" in text
+    assert not report.failures()
     assert json.loads(written[0].read_text())["loop"]["rates"]["loader alone"] == 40.0
+
+
+def test_a_loop_that_was_not_steady_is_a_failure():
+    report = Report("", "cpu", Deadline(None))
+    report.loop = LoopReport(Case("train"), bottleneck="not steady", explanation="the data ended.")
+    assert report.failures() == ["training loop: not steady: the data ended."]
 
 
 def test_failures_are_listed(report):

@@ -9,7 +9,7 @@ comparison.py  one case: build, check, measure, time
 growth.py      how cost grows with batch, pixels and depth
 processors.py  image processors
 exports.py     exports of this package next to OpenVINO and onnxruntime of the built-in model
-loop.py        the training loop: synthetic tensors, streamed photographs, and the bottleneck
+loop.py        the training loop and its parts, each in a steady state, and the bottleneck
 report.py      tables, JSON, charts, targets
 run.py         what the command asks for, one after the other
 """

@@ -27,7 +27,17 @@ from .processors import Processing
 from .timing import Deadline
 
 
-LIBRARIES = ("torch", "torchvision", "triton", "transformers", "timm", "onnxruntime", "openvino", "pillow", "simplejpeg")
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "triton",
+    "transformers",
+    "timm",
+    "onnxruntime",
+    "openvino",
+    "pillow",
+    "simplejpeg",
+)
 # Ours; PyTorch peers; other runtimes.
 COLOURS = {"ours": "#c2410c", "built-in": "#64748b", "timm": "#94a3b8"}
 RUNTIME_COLOUR = "#334155"
@@ -110,12 +120,15 @@ class Report:
     started: float = dataclasses.field(default_factory=time.time)
 
     def failures(self) -> list[str]:
-        """One line for each row that did not pass its gate, or ended in an error."""
+        """One line for each row that failed its gate or ended in an error, and for a loop that was not steady."""
         parts = (*self.comparisons, *self.processing, *self.exports, *filter(None, [self.loading]))
         rows = [(part.title, row) for part in parts for row in part.results]
         if self.growth:
             rows += [("growth", row) for row in self.growth.failures()]
-        return [f"{title}: {row.name}: {row.note}" for title, row in rows if row.status == "failed"]
+        failed = [f"{title}: {row.name}: {row.note}" for title, row in rows if row.status == "failed"]
+        if self.loop and self.loop.failure():
+            failed.append(f"training loop: {self.loop.bottleneck}: {self.loop.failure()}")
+        return failed
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -309,11 +322,13 @@ def _rate(result: Result) -> str:
 
 def loop_table(loop: LoopReport) -> str:
     """Rates of the parts and the whole, and the sentence that names the bottleneck."""
-    rows = [(name, f"{rate:.1f}") for name, rate in loop.rates.items()]
+    # A device stage with nothing to do takes no time worth a figure.
+    rows = [(name, f"{rate:.1f}" if rate < 1e6 else "(nothing to do)") for name, rate in loop.rates.items()]
     return (
-        f"**training loop, {loop.case.title}, {loop.workers} workers**\n\n"
+        f"**training loop, {loop.case.title}, {loop.workers} workers, "
+        f"--device_preprocessing {loop.device_preprocessing}**\n\n"
         + table(("", "images/s"), rows)
-        + f"\n\nWaiting for data with photographs: {loop.data_wait_share:.0%}. "
+        + f"\n\nData: {loop.dealt}. Waiting for data with photographs: {loop.data_wait_share:.1%} of the time. "
         + f"Bottleneck: {loop.bottleneck}; {loop.explanation}"
     )
 

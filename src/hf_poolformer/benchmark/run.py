@@ -188,7 +188,11 @@ def run_loaders(arguments: argparse.Namespace, report: Report) -> None:
 
 def run_loop(arguments: argparse.Namespace, report: Report) -> None:
     case = case_of(arguments, "train", dtypes(arguments)[0])
-    report.loop = measure_loop(case, workers=arguments.num_workers)
+    # The loader, the loop with photographs and the one without, and as long again to start and to warm up.
+    seconds = min(arguments.seconds, max(report.deadline.left / 6, 1.0))
+    report.loop = measure_loop(
+        case, seconds=seconds, workers=arguments.num_workers, device_preprocessing=arguments.device_preprocessing
+    )
 
 
 def show(text: str) -> None:

@@ -32,6 +32,7 @@ python scripts/benchmark.py infer --dtype bfloat16 --rows 'ours*' 'built-in comp
 python scripts/benchmark.py latency --rows all --output benchmarks/latency
 python scripts/benchmark.py growth --budget 300 --output benchmarks/growth
 """
+DEVICE_PREPROCESSING = ("no", "augment", "decode")
 DTYPES = ("float32", "bfloat16", "float16")
 BUDGETS = {"all": 540.0, "growth": 300.0, "export": 240.0}
 
@@ -88,16 +89,26 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     if command in ("infer", "train", "latency"):
         add("--list_rows", action="store_true", help="show the names of the rows and stop")
     if command == "train":
-        add("--loop", action="store_true", help="measure the training loop instead: synthetic and streamed images")
-    if command in ("train", "all"):
+        add("--loop", action="store_true", help="measure the training loop and its parts instead: where it is held up")
         add("--num_workers", type=int, help="processes that decode in the training loop; default: as train.py chooses")
+        add(
+            "--device_preprocessing",
+            choices=[*DEVICE_PREPROCESSING],
+            default="no",
+            help="as of train.py, for the training loop (default: no)",
+        )
     if command == "growth":
         add("--mode", choices=["infer", "train"], default="infer", help="default: infer")
     if command == "tune":
         add("--output", type=Path, metavar="FILE", help="keep the tiles here (default: in the user's cache)")
         return
     seconds = 60.0 if command == "loader" else 15.0
-    add("--seconds", type=float, default=seconds, help=f"of timing per table (default: {seconds:.0f})")
+    add(
+        "--seconds",
+        type=float,
+        default=seconds,
+        help=f"of timing per table, or part of the loop (default: {seconds:.0f})",
+    )
     add("--rounds", type=int, default=15, help="most turns of each row (default: 15)")
     budget = BUDGETS.get(command)
     said = f"{budget:.0f} seconds" if budget else "none"
@@ -117,7 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
 
 @command
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Times. Exit status 1 if a row failed its gate."""
+    """Times. Exit status 1 if a row failed its gate, or the training loop was not steady."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or (argv[0] not in COMMANDS and argv[0] not in ("-h", "--help")):
         argv.insert(0, "all")

@@ -168,6 +168,7 @@ class ImageLoader(DataLoader):
     knows its place.
 
     Attributes:
+        finish: as of `make_loader`.
         seen: images met by this process in the current epoch, broken ones included.
         skipped: how many of them were broken.
         damaged: shards of this process that ended early in the current epoch: where and why.
@@ -189,7 +190,7 @@ class ImageLoader(DataLoader):
         self._max_skipped = max_skipped
         self._max_skipped_shards = max_skipped_shards
         self._drop_incomplete = drop_last
-        self._finish = finish
+        self.finish = finish
         self._place = _Place()
         self._resumed = _Place()  # where `order.start` is
         self.seen = 0
@@ -284,7 +285,7 @@ class ImageLoader(DataLoader):
         for message in super().__iter__():
             # As the worker made it: what is found to be broken later makes a batch smaller, and nothing else.
             whole = len(message.get("labels", ())) == self._images.batch_size
-            message = self._finish(message)
+            message = self.finish(message)
             self._account(message)
             if not whole or "labels" not in message:
                 incomplete.append(message)
@@ -375,7 +376,11 @@ class ImageLoader(DataLoader):
 
 
 class DecodedBatches(torch.utils.data.IterableDataset):
-    """Runs in the workers: takes rows from the worker's lane and yields `Message`s."""
+    """Runs in the workers: takes rows from the worker's lane and yields `Message`s.
+
+    Attributes:
+        made: by lane, how many messages there were, of all epochs, whether or not anybody has taken them yet.
+    """
 
     def __init__(
         self,
@@ -393,6 +398,7 @@ class DecodedBatches(torch.utils.data.IterableDataset):
         self._training = training
         # Shared memory: workers that outlive an epoch see the next one's number.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.made = torch.zeros(order.layout["lanes"], dtype=torch.int64).share_memory_()
 
     @property
     def epoch(self) -> int:
@@ -448,6 +454,7 @@ class DecodedBatches(torch.utils.data.IterableDataset):
         self, examples: list[tuple[Any, Any]], skipped: list[str], seen: int, number: int, lane: Lane
     ) -> Message:
         batch = self._batch(*map(list, zip(*examples, strict=True))) if examples else {}
+        self.made[number] += 1
         damaged = [text for shard, text in lane.damaged.items() if shard not in self._reported]
         self._reported.update(lane.damaged)
         about = {"skipped": skipped, "damaged": damaged, "seen": seen, "lane": number}

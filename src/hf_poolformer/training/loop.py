@@ -254,8 +254,9 @@ def train_epoch(run: Run) -> None:
     batches = iter(run.train_loader)
     first_step, clock = progress.step, time.perf_counter()
     while progress.step < run.total_steps:
+        asked = time.perf_counter()  # since `clock` the curve may have waited for the device, which is not for data
         window = list(itertools.islice(batches, run.accumulation))
-        waited = time.perf_counter() - clock
+        waited = time.perf_counter() - asked
         skipped = [description for batch in window for description in batch["skipped"]]
         run.skipped += len(skipped)
         note_skipped(run.reports.folder, progress.epoch + 1, skipped)
