@@ -22,6 +22,7 @@ from .first_step import FirstSteps
 from .floor import Ceilings
 from .growth import Growth
 from .loop import LoopReport
+from .predict import PIPELINE, PredictReport
 from .processors import Processing
 from .timing import Deadline
 
@@ -101,6 +102,7 @@ class Report:
     exports: list[Exports] = dataclasses.field(default_factory=list)
     growth: Growth | None = None
     loop: LoopReport | None = None
+    predict: PredictReport | None = None
     first_steps: FirstSteps | None = None
     ceilings: dict[str, Ceilings] = dataclasses.field(default_factory=dict)
     allocator: str = "system"
@@ -124,6 +126,7 @@ class Report:
             "exports": [dataclasses.asdict(exports) for exports in self.exports],
             "growth": dataclasses.asdict(self.growth) if self.growth else None,
             "loop": dataclasses.asdict(self.loop) if self.loop else None,
+            "predict": dataclasses.asdict(self.predict) if self.predict else None,
             "first_steps": dataclasses.asdict(self.first_steps) if self.first_steps else None,
             "targets": targets(self),
         }
@@ -137,6 +140,8 @@ class Report:
             parts.append(growth_table(self.growth))
         if self.loop:
             parts.append(loop_table(self.loop))
+        if self.predict:
+            parts.append(predict_table(self.predict))
         if self.first_steps:
             parts.append(first_steps_table(self.first_steps))
         if rows := targets(self):
@@ -297,6 +302,16 @@ def loop_table(loop: LoopReport) -> str:
         + table(("", "images/s"), rows)
         + f"\n\nWaiting for data with photographs: {loop.data_wait_share:.0%}. "
         + f"Bottleneck: {loop.bottleneck}; {loop.explanation}"
+    )
+
+
+def predict_table(found: PredictReport) -> str:
+    """Rates of the parts, the whole and the pipeline, and the sentence that names the bottleneck."""
+    rows = [(name, f"{rate:.1f}", f"{rate / found.rates[PIPELINE]:.2f}") for name, rate in found.rates.items()]
+    return (
+        f"**predict, {found.case.title}, {found.workers} workers, {found.images} JPEG files**\n\n"
+        + table(("", "images/s", "x pipeline"), rows)
+        + f"\n\nMedians of {len(found.rounds[PIPELINE])} rounds. Bottleneck: {found.bottleneck}; {found.explanation}"
     )
 
 

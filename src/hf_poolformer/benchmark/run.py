@@ -22,6 +22,7 @@ from .first_step import measure_first_steps
 from .floor import measure_ceilings
 from .growth import VARIANTS, measure_growth
 from .loop import measure_loop
+from .predict import measure_predict
 from .processors import SIZES, measure_processors
 from .report import Report
 from .rows import all_rows, choose_rows
@@ -85,7 +86,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         deadline=deadline,
         allocator=arguments.allocator,
     )
-    alone = {"process": run_processors, "export": run_exports}.get(arguments.command)
+    alone = {"process": run_processors, "export": run_exports, "predict": run_predict}.get(arguments.command)
     if getattr(arguments, "loop", False):
         alone = run_loop
     if alone is not None:
@@ -174,6 +175,17 @@ def run_exports(arguments: argparse.Namespace, report: Report) -> None:
 def run_loop(arguments: argparse.Namespace, report: Report) -> None:
     case = case_of(arguments, "train", dtypes(arguments)[0])
     report.loop = measure_loop(case, workers=arguments.num_workers)
+
+
+def run_predict(arguments: argparse.Namespace, report: Report) -> None:
+    case = case_of(arguments, "infer", dtypes(arguments)[0])
+    report.predict = measure_predict(
+        case,
+        report.deadline,
+        workers=arguments.num_workers,
+        device_preprocessing=arguments.device_preprocessing,
+        rounds=min(arguments.rounds, 5),
+    )
 
 
 def show(text: str) -> None:

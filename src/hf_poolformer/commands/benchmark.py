@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "forward, backward and optimiser step; with --loop, the training loop and its bottleneck",
     "latency": "one call at a time, milliseconds",
     "process": "image processors, without decoding",
+    "predict": "bulk prediction: reading, the model, both, next to transformers' pipeline",
     "growth": "how cost grows with batch, pixels and model",
     "tune": "which tiles the kernels are fastest with on this GPU, for the next time; not a comparison",
     "export": "exports, in 8 bits, too, next to OpenVINO and onnxruntime of the built-in model; CPU",
@@ -32,7 +33,7 @@ python scripts/benchmark.py latency --rows all --output benchmarks/latency
 python scripts/benchmark.py growth --budget 300 --output benchmarks/growth
 """
 DTYPES = ("float32", "bfloat16", "float16")
-BUDGETS = {"all": 540.0, "growth": 300.0, "export": 240.0}
+BUDGETS = {"all": 540.0, "growth": 300.0, "export": 240.0, "predict": 110.0}
 
 
 def parser(prog: str | None = None) -> CommandParser:
@@ -84,6 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         add("--list_rows", action="store_true", help="show the names of the rows and stop")
     if command == "train":
         add("--loop", action="store_true", help="measure the training loop instead: synthetic and streamed images")
+    if command == "predict":
+        add("--num_workers", type=int, help="processes that decode; default: as predict chooses")
+        add("--device_preprocessing", choices=["no", "decode"], default="no", help="as of predict")
     if command in ("train", "all"):
         add("--num_workers", type=int, help="processes that decode in the training loop; default: as train.py chooses")
     if command == "growth":
