@@ -61,7 +61,7 @@ def measure_predict(
     *,
     workers: int | None = None,
     device_preprocessing: str = "no",
-    batches: int = 8,
+    batches: int = 5,
     rounds: int = 3,
 ) -> PredictReport:
     """
@@ -75,7 +75,7 @@ def measure_predict(
         UserError: photographs are missing, or predict and the pipeline disagree about labels.
     """
     workers = min(16, max(1, cores() - 1)) if workers is None else workers
-    ahead = 2 * workers + 2  # a DataLoader's, and what is on its way
+    ahead = 2 * workers + 1  # what a DataLoader reads ahead, and the batch in hand
     report = PredictReport(case, workers, (2 * ahead + batches) * case.batch_size)
     device = torch.device(case.device)
     with tempfile.TemporaryDirectory(prefix="hf-poolformer-predict-") as name:
