@@ -25,7 +25,8 @@ from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.foundation.files import write_json
 from hf_poolformer.foundation.finite import all_finite, check_finite, check_weights
 from hf_poolformer.foundation.strict_json import to_json
-from hf_poolformer.prediction.inference import Predictor, decode
+from hf_poolformer.prediction.inference import Predictor
+from hf_poolformer.prediction.pixels import decode
 from hf_poolformer.prediction.run import predict
 from hf_poolformer.training.reports import RunLog
 

@@ -24,7 +24,7 @@ from hf_poolformer import (
 )
 from hf_poolformer.data.decoding import BrokenImage, EncodedImage, decode_image
 from hf_poolformer.image_pixels import pil_to_rgb
-from hf_poolformer.prediction.inference import decode
+from hf_poolformer.prediction.pixels import decode
 
 
 PROCESSORS = [PoolFormerImageProcessor, PoolFormerImageProcessorPil]

@@ -90,9 +90,7 @@ def classify(predictor: Predictor, image: Image.Image, shown_class: str | None) 
 
 
 def plain_scores(predictor: Predictor, image: Image.Image) -> dict[str, float]:
-    from ..prediction.inference import decode
-
-    (row,) = predictor.rows(decode([("image", image)], predictor.processor))
+    (row,) = predictor.rows(predictor.preprocessing.load([("image", image)]))
     if row["error"]:
         raise UserError(row["error"])
     return dict(zip(row["labels"], row["scores"], strict=True))

@@ -23,6 +23,7 @@ from .floor import Ceilings
 from .growth import Growth
 from .loader import Loading
 from .loop import LoopReport
+from .predict import PIPELINE, PredictReport
 from .processors import Processing
 from .timing import Deadline
 
@@ -114,6 +115,7 @@ class Report:
     growth: Growth | None = None
     loading: Loading | None = None
     loop: LoopReport | None = None
+    predict: PredictReport | None = None
     first_steps: FirstSteps | None = None
     ceilings: dict[str, Ceilings] = dataclasses.field(default_factory=dict)
     allocator: str = "system"
@@ -141,6 +143,7 @@ class Report:
             "growth": dataclasses.asdict(self.growth) if self.growth else None,
             "loading": dataclasses.asdict(self.loading) if self.loading else None,
             "loop": dataclasses.asdict(self.loop) if self.loop else None,
+            "predict": dataclasses.asdict(self.predict) if self.predict else None,
             "first_steps": dataclasses.asdict(self.first_steps) if self.first_steps else None,
             "targets": targets(self),
         }
@@ -156,6 +159,8 @@ class Report:
             parts.append(loading_table(self.loading))
         if self.loop:
             parts.append(loop_table(self.loop))
+        if self.predict:
+            parts.append(predict_table(self.predict))
         if self.first_steps:
             parts.append(first_steps_table(self.first_steps))
         if rows := targets(self):
@@ -330,6 +335,16 @@ def loop_table(loop: LoopReport) -> str:
         + table(("", "images/s"), rows)
         + f"\n\nData: {loop.dealt}. Waiting for data with photographs: {loop.data_wait_share:.1%} of the time. "
         + f"Bottleneck: {loop.bottleneck}; {loop.explanation}"
+    )
+
+
+def predict_table(found: PredictReport) -> str:
+    """Rates of the parts, the whole and the pipeline, and the sentence that names the bottleneck."""
+    rows = [(name, f"{rate:.1f}", f"{rate / found.rates[PIPELINE]:.2f}") for name, rate in found.rates.items()]
+    return (
+        f"**predict, {found.case.title}, {found.workers} workers, {found.images} JPEG files**\n\n"
+        + table(("", "images/s", "x pipeline"), rows)
+        + f"\n\nMedians of {len(found.rounds[PIPELINE])} rounds. Bottleneck: {found.bottleneck}; {found.explanation}"
     )
 
 

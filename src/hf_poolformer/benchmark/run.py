@@ -23,6 +23,7 @@ from .floor import measure_ceilings
 from .growth import VARIANTS, measure_growth
 from .loader import measure_loaders
 from .loop import measure_loop
+from .predict import measure_predict
 from .processors import SIZES, measure_processors
 from .report import Report
 from .rows import all_rows, choose_rows
@@ -90,7 +91,9 @@ def measure(arguments: argparse.Namespace) -> Report:
         deadline=deadline,
         allocator=arguments.allocator,
     )
-    alone = {"process": run_processors, "export": run_exports, "loader": run_loaders}.get(arguments.command)
+    alone = {"process": run_processors, "export": run_exports, "loader": run_loaders, "predict": run_predict}.get(
+        arguments.command
+    )
     if getattr(arguments, "loop", False):
         alone = run_loop
     if alone is not None:
@@ -192,6 +195,17 @@ def run_loop(arguments: argparse.Namespace, report: Report) -> None:
     seconds = min(arguments.seconds, max(report.deadline.left / 6, 1.0))
     report.loop = measure_loop(
         case, seconds=seconds, workers=arguments.num_workers, device_preprocessing=arguments.device_preprocessing
+    )
+
+
+def run_predict(arguments: argparse.Namespace, report: Report) -> None:
+    case = case_of(arguments, "infer", dtypes(arguments)[0])
+    report.predict = measure_predict(
+        case,
+        report.deadline,
+        workers=arguments.num_workers,
+        device_preprocessing=arguments.device_preprocessing,
+        rounds=min(arguments.rounds, 5),
     )
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "latency": "one call at a time, milliseconds",
     "process": "image processors, without decoding",
     "loader": "from JPEGs to augmented batches on one core, next to timm's and torchvision's loaders; CPU",
+    "predict": "bulk prediction: reading, the model, both, next to transformers' pipeline",
     "growth": "how cost grows with batch, pixels and model",
     "tune": "which tiles the kernels are fastest with on this GPU, for the next time; not a comparison",
     "export": "exports, in 8 bits, too, next to OpenVINO and onnxruntime of the built-in model; CPU",
@@ -34,7 +35,7 @@ python scripts/benchmark.py growth --budget 300 --output benchmarks/growth
 """
 DEVICE_PREPROCESSING = ("no", "augment", "decode")
 DTYPES = ("float32", "bfloat16", "float16")
-BUDGETS = {"all": 540.0, "growth": 300.0, "export": 240.0}
+BUDGETS = {"all": 540.0, "growth": 300.0, "export": 240.0, "predict": 110.0}
 
 
 def parser(prog: str | None = None) -> CommandParser:
@@ -97,6 +98,9 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
             default="no",
             help="as of train.py, for the training loop (default: no)",
         )
+    if command == "predict":
+        add("--num_workers", type=int, help="processes that decode; default: as predict chooses")
+        add("--device_preprocessing", choices=["no", "decode"], default="no", help="as of predict")
     if command == "growth":
         add("--mode", choices=["infer", "train"], default="infer", help="default: infer")
     if command == "tune":

@@ -35,6 +35,12 @@ def parser(prog: str | None = None) -> CommandParser:
     add("--embeddings", action="store_true", help="also write the features that the head classifies")
     add("--part_size", type=int, default=PART_SIZE, help="rows of a part in a folder (default: %(default)s)")
     add("--num_workers", type=int, help="processes that decode (default: by cores)")
+    add(
+        "--device_preprocessing",
+        choices=["no", "decode"],
+        default="no",
+        help="decode: a CUDA GPU decodes and resizes the JPEGs, too (default: %(default)s)",
+    )
     add("--dataset_name", help="Hub dataset to predict")
     add("--dataset_config_name", help="its configuration")
     add("--split", help="its split")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..data.decoding import BrokenImage, decode_image
 from ..foundation.errors import UserError, one_line
 from ..foundation.exported import is_exported
 from ..foundation.finite import finite_answers, refuse_not_finite
@@ -22,34 +22,11 @@ from ..foundation.loading import HERE, belongs_to_head, load_checkpoint
 from ..foundation.machine import cores
 from ..foundation.origin import Origin
 from ..foundation.workers import prepare_worker
+from .pixels import Preprocessing
 
 
 LABEL_COLUMNS = ("label", "score", "labels", "scores")
 NOT_FINITE = "the model gives no finite scores (but NaN or infinity) for this image"
-
-
-def decode(items: Sequence[tuple[str, Any]], processor: Any) -> dict[str, Any]:
-    """Names and undecoded sources to `names`, `errors` (None or a reason) and `groups`: (indices, pixel_values).
-
-    A group holds the images of one size: a processor that does not crop leaves many.
-    """
-    groups: dict[tuple[int, ...], tuple[list[int], list[torch.Tensor]]] = {}
-    errors: list[str | None] = []
-    for index, (_, source) in enumerate(items):
-        try:
-            if isinstance(source, BrokenImage):
-                raise source
-            image = decode_image(source)
-            pixels = processor(image, return_tensors="pt")["pixel_values"][0]
-        except (BrokenImage, ValueError) as error:
-            errors.append(one_line(error))
-            continue
-        errors.append(None)
-        indices, tensors = groups.setdefault(tuple(pixels.shape), ([], []))
-        indices.append(index)
-        tensors.append(pixels)
-    stacked = [(indices, torch.stack(tensors)) for indices, tensors in groups.values()]
-    return {"names": [name for name, _ in items], "errors": errors, "groups": stacked}
 
 
 class Predictor:
@@ -57,6 +34,7 @@ class Predictor:
 
     Attributes:
         name: for messages, which strangers may read: of a folder the last part.
+        preprocessing: from undecoded images to its input.
         columns: what a row holds besides `path` and `error`: `LABEL_COLUMNS` and, if asked for, `embedding`.
         embedding_size: length of an embedding, None if there are none.
     """
@@ -69,6 +47,7 @@ class Predictor:
         embeddings: bool = False,
         device: str | torch.device = "auto",
         dtype: str = "float32",
+        device_preprocessing: str = "no",
         origin: Origin = HERE,
     ):
         """
@@ -77,6 +56,7 @@ class Predictor:
                 without a head.
             embeddings: also give the features that the head classifies: what its first layer takes, after the final
                 norm and the mean over the positions. Of a model without a head, only these, without that norm.
+            device_preprocessing: "no" or "decode", as `prediction/pixels.py` explains.
 
         Raises:
             UserError: no such model, no trained head, no such device.
@@ -116,6 +96,7 @@ class Predictor:
             self.model.to(self.device, getattr(torch, dtype), memory_format=torch.channels_last).eval()
         except (RuntimeError, AttributeError, TypeError) as error:
             raise UserError(f"the model cannot be put on {self.device} as {dtype}: {one_line(error)}") from error
+        self.preprocessing = Preprocessing(self.processor, self.device, device_preprocessing)
         self._graphed = graphed(self.model)
         self.embedding_size = self._measure() if embeddings else None
         self.columns = (*(LABEL_COLUMNS if self._labels else ()), *(("embedding",) if embeddings else ()))
@@ -135,24 +116,24 @@ class Predictor:
 
     @torch.inference_mode()
     def rows(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """Predictions for what `decode` returned, in order; of a broken image all but `path` and `error` is None.
+        """Predictions for what `preprocessing.load` or `decode` gave, in order.
+
+        Of a broken image all but `path` and `error` is None.
 
         An image for which the model gives NaN or infinity is a row with an error.
 
         Raises:
             UserError: so are all images of a size, and there has been no other answer yet; or too little memory.
         """
+        with _enough_memory(len(batch["names"])):
+            groups = self.preprocessing.finish(batch)
         rows = [
             {"path": name, **dict.fromkeys(self.columns), "error": error}
             for name, error in zip(batch["names"], batch["errors"], strict=True)
         ]
-        for indices, pixel_values in batch["groups"]:
-            try:
+        for indices, pixel_values in groups:
+            with _enough_memory(len(pixel_values)):
                 outputs, features = self._forward(pixel_values)
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"{len(pixel_values)} images at once need too much memory: lower --batch_size"
-                ) from error
             finite = finite_answers(outputs.logits.float()) if self._labels else finite_answers(features.float())
             if features is not None:
                 finite &= finite_answers(features.float())
@@ -206,6 +187,14 @@ class Predictor:
         return features.shape[1]
 
 
+@contextmanager
+def _enough_memory(count: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{count} images at once need too much memory: lower --batch_size") from error
+
+
 def class_scores(logits: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
     """Logits (B, classes) as what transformers' pipeline calls scores: probabilities, of a regression the values."""
     if config.problem_type == "regression":
@@ -222,12 +211,12 @@ class Decoder(Dataset):
     process, undecoded, and everything costly is done here. A batch is (items, anything): the latter is passed on.
     """
 
-    def __init__(self, processor: Any):
-        self._processor = processor
+    def __init__(self, preprocessing: Preprocessing):
+        self._preprocessing = preprocessing
 
     def __getitems__(self, batch: tuple[list[tuple[str, Any]], Any]) -> tuple[dict[str, Any], Any]:
         items, tag = batch
-        return decode(items, self._processor), tag
+        return self._preprocessing.load(items), tag
 
 
 def make_loader(
@@ -244,9 +233,9 @@ def make_loader(
     """
     if num_workers is None:
         mine = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        num_workers = 0 if total is not None and total <= batch_size else min(8, max(1, mine - 1))
+        num_workers = 0 if total is not None and total <= batch_size else min(16, max(1, mine - 1))
     return DataLoader(
-        Decoder(predictor.processor),
+        Decoder(predictor.preprocessing),
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_as_is,

@@ -88,6 +88,7 @@ def describe_run(predictor: Predictor, shards: Sequence[Shard], part_size: int) 
         "part_size": part_size,
         "top_k": predictor.top_k,
         "dtype": predictor.dtype,
+        "device_preprocessing": predictor.preprocessing.where,
         "columns": list(predictor.columns),
     }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..foundation.errors import UserError
 from ..foundation.origin import Origin
-from .inference import Predictor, decode
+from .inference import Predictor
 from .tables import parquet_schema
 
 
@@ -100,6 +100,6 @@ class Actor:
             names = batch[self._path_column].to_pylist()
         else:
             names = [source.get("path") if isinstance(source, dict) else None for source in sources]
-        rows = self._predictor.rows(decode(list(zip(names, sources, strict=True)), self._predictor.processor))
+        rows = self._predictor.rows(self._predictor.preprocessing.load(list(zip(names, sources, strict=True))))
         columns = ("path", *self._predictor.columns, "error")
         return pa.Table.from_pylist(rows, schema=parquet_schema(columns, self._predictor.embedding_size))

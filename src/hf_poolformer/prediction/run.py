@@ -40,6 +40,7 @@ class Summary:
         seconds, rate: of this call; the rate is in images per second and process.
         examples: describe the first few broken images it met.
         complete: nothing is missing in the output.
+        held_back: images of this call that the CPU decoded although the device was to, being no plain JPEGs.
     """
 
     output: Path
@@ -50,14 +51,16 @@ class Summary:
     rate: float = 0.0
     examples: list[str] = field(default_factory=list)
     complete: bool = True
+    held_back: int = 0
 
     def __str__(self) -> str:
         where = BROKEN if self.output.is_dir() else "the column `error`"
         broken = f", {self.broken} broken (see {where})" if self.broken else ""
         before = f", {self.before} of them by an earlier start" if self.before else ""
+        held_back = f", {self.held_back} decoded by the CPU (no plain JPEGs)" if self.held_back else ""
         rest = "" if self.complete else "; not complete yet: other processes are at work, or have died"
         return (
-            f"{self.predicted} images predicted{broken}{before}, {self.rate:.1f} images/s, "
+            f"{self.predicted} images predicted{broken}{before}{held_back}, {self.rate:.1f} images/s, "
             f"written to {self.output}{rest}"
         )
 
@@ -73,6 +76,7 @@ def predict(
     part_size: int = PART_SIZE,
     device: str | torch.device = "auto",
     dtype: str = "float32",
+    device_preprocessing: str = "no",
     num_workers: int | None = None,
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
@@ -109,6 +113,7 @@ def predict(
         part_size: rows of a part: what a kill costs at most, for each process.
         device: `auto` takes the accelerator if there is one.
         dtype: of the model's weights and arithmetic.
+        device_preprocessing: "decode" has a CUDA GPU decode the JPEGs, too; see `prediction/pixels.py`.
         num_workers: processes that decode; chosen by the number of images and cores if None.
         dataset_name: a Hub dataset, in the place of inputs or after them; `split` and `dataset_config_name` choose
             within it.
@@ -143,7 +148,8 @@ def predict(
     if not images:
         raise UserError("there is nothing to predict: give files, folders or a dataset")
     origin = Origin(revision, token, cache_dir, trust_remote_code)
-    predictor = Predictor(str(model), top_k=top_k, embeddings=embeddings, device=device, dtype=dtype, origin=origin)
+    how = {"device": device, "dtype": dtype, "device_preprocessing": device_preprocessing}
+    predictor = Predictor(str(model), top_k=top_k, embeddings=embeddings, origin=origin, **how)
     job = Job(predictor, images, output, batch_size, num_workers, progress and index == 0, should_stop)
     if not to_folder:
         return job.fill_table()
@@ -239,6 +245,7 @@ class Job:
                 if self.should_stop():
                     raise KeyboardInterrupt
         summary.seconds = time.perf_counter() - start
+        summary.held_back = self.predictor.preprocessing.held_back
         summary.rate = (summary.predicted + summary.broken) / max(summary.seconds, 1e-9)
         return summary
 

@@ -1,0 +1,201 @@
+"""Undecoded images to what the model takes: one part in worker processes, the other beside the model.
+
+    no      the workers decode, resize and crop; 8-bit pixels cross to the main process, which normalises on the device
+    decode  the workers read headers and hand JPEGs on as they are; a CUDA GPU decodes, resizes, crops and normalises
+
+8-bit pixels take a quarter of the memory of normalised ones, and normalising them is the same two operations in
+float32 wherever it happens, so the results are the same, bit for bit. `decode` differs by what two JPEG decoders and
+the processor's arithmetic on two devices differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..data.decoding import BrokenImage, EncodedImage, decode_image
+from ..foundation.errors import UserError, one_line
+from ..image_processing_poolformer import EvaluationTransform, PoolFormerImageProcessor
+
+
+Groups = list[tuple[list[int], torch.Tensor]]
+
+# What makes a processor of this package stop before it rescales and normalises.
+_EIGHT_BITS = {"do_rescale": False, "do_normalize": False}
+
+
+def decode(items: Sequence[tuple[str, Any]], processor: Any, **options: Any) -> dict[str, Any]:
+    """Names and undecoded sources to `names`, `errors` (None or a reason) and `groups`: (indices, pixel_values).
+
+    A group holds the images of one size: a processor that does not crop leaves many.
+
+    Args:
+        options: for the processor.
+    """
+    groups: dict[tuple[int, ...], tuple[list[int], list[torch.Tensor]]] = {}
+    errors: list[str | None] = []
+    for index, (_, source) in enumerate(items):
+        try:
+            if isinstance(source, BrokenImage):
+                raise source
+            image = decode_image(source)
+            pixels = processor(image, return_tensors="pt", **options)["pixel_values"][0]
+        except (BrokenImage, ValueError) as error:
+            errors.append(one_line(error))
+            continue
+        errors.append(None)
+        _add(groups, index, pixels)
+    return {"names": [name for name, _ in items], "errors": errors, "groups": _stacked(groups)}
+
+
+class Preprocessing:
+    """Both parts of the way from an undecoded image to the model.
+
+    Args:
+        processor: of the model.
+        device: of the model.
+        where: "no" or "decode", as above.
+
+    Attributes:
+        where: as given.
+        decoded: images that the device was given as JPEGs.
+        held_back: images that the workers decoded since they are no plain JPEGs; 0 with "no".
+
+    Raises:
+        UserError: "decode" where the device, this torchvision or the processor cannot.
+    """
+
+    def __init__(self, processor: Any, device: torch.device, where: str = "no"):
+        if where not in ("no", "decode"):
+            raise UserError(f"--device_preprocessing is no or decode, not {where}")
+        if where == "decode":
+            _check(processor, device)
+        self.decoded = self.held_back = 0
+        self._processor, self._device, self.where = processor, device, where
+        self._affine = None
+        if isinstance(processor, EvaluationTransform) and _normalises_last(processor):
+            how = {name: getattr(processor, name) for name in ("do_rescale", "rescale_factor", "do_normalize")}
+            self._affine = processor._affine(3, image_mean=processor.image_mean, image_std=processor.image_std, **how)
+
+    def load(self, items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        """In a worker: what `decode` gives, its pixels 8-bit where the device can do the rest.
+
+        With "decode", also `jpegs`: for each its index, orientation, pixels and bytes, and `encoded`, one uint8 tensor
+        that holds them one behind the other.
+        """
+        options = {} if self._affine is None else _EIGHT_BITS
+        if self.where == "no":
+            return decode(items, self._processor, **options)
+        jpegs: list[tuple[int, int, int, int]] = []
+        contents: list[bytes] = []
+        others: list[tuple[str, Any]] = []
+        for index, (name, source) in enumerate(items):
+            data = None
+            try:
+                if not isinstance(source, BrokenImage):
+                    with EncodedImage(source) as image:
+                        data = image.plain_jpeg()
+                        facts = (index, image.orientation, image.height * image.width)
+            except BrokenImage as error:
+                source = error
+            if data is None:
+                others.append((name, source))
+                continue
+            jpegs.append((*facts, len(data)))
+            contents.append(data)
+        taken = {index for index, *_ in jpegs}
+        places = [index for index in range(len(items)) if index not in taken]
+        rest = decode(others, self._processor, **options)
+        errors: list[str | None] = [None] * len(items)
+        for place, error in zip(places, rest["errors"], strict=True):
+            errors[place] = error
+        groups = [([places[index] for index in indices], pixels) for indices, pixels in rest["groups"]]
+        batch = {"names": [name for name, _ in items], "errors": errors, "groups": groups, "jpegs": jpegs}
+        if jpegs:
+            batch["encoded"] = torch.frombuffer(bytearray(b"".join(contents)), dtype=torch.uint8)
+        return batch
+
+    def finish(self, batch: dict[str, Any]) -> Groups:
+        """Beside the model: (indices, pixel_values on the device) for each size of image; adds to `batch["errors"]`.
+
+        Args:
+            batch: what `load` or `decode` gave.
+        """
+        groups = [(indices, self._normalised(pixels)) for indices, pixels in batch["groups"]]
+        if self.where == "decode":
+            self.held_back += sum(len(indices) for indices, _ in groups)
+        if not batch.get("jpegs"):
+            return groups
+        self.decoded += len(batch["jpegs"])
+        by_size: dict[tuple[int, ...], tuple[list[int], list[torch.Tensor]]] = {}
+        for indices, pixels in [*groups, *self._decoded(batch)]:
+            for index, image in zip(indices, pixels, strict=True):
+                _add(by_size, index, image)
+        return _stacked(by_size)
+
+    def _decoded(self, batch: dict[str, Any]) -> Groups:
+        """The processor's answers for the JPEGs, by the size that they are stored in."""
+        from ..training.device_pipeline import MAX_DECODED_PIXELS, decode_upright, portions
+
+        jpegs = batch["jpegs"]
+        encoded = batch["encoded"].split([size for *_, size in jpegs])
+        found: Groups = []
+        for start, end in portions([pixels for _, _, pixels, _ in jpegs], MAX_DECODED_PIXELS):
+            part = jpegs[start:end]
+            images = decode_upright(encoded[start:end], [orientation for _, orientation, *_ in part], self._device)
+            alike: dict[tuple[int, ...], tuple[list[int], list[torch.Tensor]]] = {}
+            for (index, *_), image in zip(part, images, strict=True):
+                if isinstance(image, BrokenImage):
+                    batch["errors"][index] = one_line(image)
+                else:
+                    _add(alike, index, image)
+            for indices, members in alike.values():
+                try:
+                    pixels = self._processor(members, return_tensors="pt", device=self._device)["pixel_values"]
+                except ValueError as error:  # of their size, which they share
+                    for index in indices:
+                        batch["errors"][index] = one_line(error)
+                    continue
+                found.append((indices, pixels))
+        return found
+
+    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        pixels = pixels.to(self._device, non_blocking=True)
+        if pixels.dtype != torch.uint8 or self._affine is None:
+            return pixels
+        scale, shift = (torch.from_numpy(values).to(self._device) for values in self._affine)
+        return pixels.float().mul_(scale).add_(shift)  # as the processor does it
+
+
+def _check(processor: Any, device: torch.device) -> None:
+    """Raises a UserError unless JPEGs can be decoded and prepared on this device."""
+    if device.type != "cuda":
+        raise UserError(
+            f"--device_preprocessing decode needs a CUDA GPU, and the model is on {device.type}: leave the flag out"
+        )
+    if not isinstance(processor, PoolFormerImageProcessor):
+        raise UserError(
+            f"--device_preprocessing decode needs a PoolFormerImageProcessor, and this model has a "
+            f"{type(processor).__name__}: leave the flag out"
+        )
+    from ..training.device_pipeline import check_decoder
+
+    check_decoder(device)
+
+
+def _normalises_last(processor: EvaluationTransform) -> bool:
+    """Whether the processor gives RGB and rescaling and normalising come after all the rest."""
+    plain = processor.data_format in (None, "channels_first")
+    return bool(processor.do_convert_rgb) and not processor.do_pad and plain
+
+
+def _add(groups: dict[Any, tuple[list[int], list[torch.Tensor]]], index: int, image: torch.Tensor) -> None:
+    indices, images = groups.setdefault(tuple(image.shape), ([], []))
+    indices.append(index)
+    images.append(image)
+
+
+def _stacked(groups: dict[Any, tuple[list[int], list[torch.Tensor]]]) -> Groups:
+    return [(indices, torch.stack(images)) for indices, images in groups.values()]

@@ -1,0 +1,118 @@
+"""How pixels get to the model: as 8 bits from the workers, or as JPEGs that the device decodes."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil
+from hf_poolformer.foundation.errors import UserError
+from hf_poolformer.prediction.pixels import Preprocessing, decode
+from hf_poolformer.training import device_pipeline
+
+
+CPU = torch.device("cpu")
+
+
+def encode(seed: int, kind: str = "JPEG", size: tuple[int, int] = (60, 44), **options) -> bytes:
+    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def by_index(groups) -> dict[int, torch.Tensor]:
+    return {index: image for indices, images in groups for index, image in zip(indices, images, strict=True)}
+
+
+@pytest.mark.parametrize("kind", [PoolFormerImageProcessor, PoolFormerImageProcessorPil])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"crop_size": {"height": 80, "width": 80}},  # larger than the image: padded with black
+        {"do_resize": False, "do_center_crop": False},
+        {"image_mean": 0.4, "image_std": [0.1, 0.2, 0.3]},
+    ],
+)
+def test_8_bits_end_as_what_the_processor_gives(kind, changes):
+    """Bit for bit, on the CPU: two operations in float32, in the same order."""
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    processor = kind(**{**sizes, **changes})
+    items = [("a", encode(0)), ("broken", b"junk"), ("b", encode(1, size=(44, 60))), ("c", encode(2, "PNG"))]
+    preprocessing = Preprocessing(processor, CPU)
+    loaded = preprocessing.load(items)
+    assert all(pixels.dtype == torch.uint8 for _, pixels in loaded["groups"])
+    expected = decode(items, processor)
+    assert loaded["errors"] == expected["errors"] and loaded["errors"][1]
+    found, wanted = by_index(preprocessing.finish(loaded)), by_index(expected["groups"])
+    assert found.keys() == wanted.keys() == {0, 2, 3}
+    for index, pixels in wanted.items():
+        assert found[index].dtype == pixels.dtype and torch.equal(found[index], pixels)
+
+
+def test_jpegs_are_left_to_the_device(monkeypatch):
+    """The device is the CPU here, whose decoder is Pillow's libjpeg, too: a level or two of 255 at most."""
+    monkeypatch.setattr("hf_poolformer.prediction.pixels._check", lambda *_: None)
+    cut = encode(3)[:-200]
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by a quarter
+    items = [
+        ("plain", encode(0)),
+        ("png", encode(1, "PNG")),
+        ("broken", b"junk"),
+        ("turned", encode(2, exif=exif)),
+        ("refused", encode(4, size=(52, 52))),
+        ("cut", cut),
+    ]
+    decode_jpegs = device_pipeline.decode_jpegs
+
+    def refuse(encoded, device):
+        if any(bytes(data.numpy().tobytes()) == items[4][1] for data in encoded):
+            raise RuntimeError("nvjpeg: not supported")
+        return decode_jpegs(encoded, device)
+
+    monkeypatch.setattr(device_pipeline, "decode_jpegs", refuse)
+    processor = PoolFormerImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    preprocessing = Preprocessing(processor, CPU, "decode")
+    loaded = preprocessing.load(items)
+    assert [index for index, *_ in loaded["jpegs"]] == [0, 3, 4]
+    expected = decode(items, processor)
+    found = by_index(preprocessing.finish(loaded))
+    assert loaded["errors"] == expected["errors"] and loaded["errors"][2]
+    wanted = by_index(expected["groups"])
+    assert found.keys() == wanted.keys()
+    for index, pixels in wanted.items():
+        levels = (found[index] - pixels).abs() * 255 * torch.tensor(processor.image_std)[:, None, None]
+        assert levels.max() <= 2.01
+    # Decoded by the workers: all that were read and are no plain JPEGs.
+    assert preprocessing.decoded == 3 and preprocessing.held_back == len(wanted) - 3
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_pixels_are_nearly_those_of_the_cpu():
+    """nvJPEG enlarges colours in another way than libjpeg, which shows at coloured edges."""
+    device = torch.device("cuda")
+    processor = PoolFormerImageProcessor()
+    items = [(f"{seed}", encode(seed, size=(500, 375), quality=90)) for seed in range(8)]
+    preprocessing = Preprocessing(processor, device, "decode")
+    loaded = preprocessing.load(items)
+    found, wanted = by_index(preprocessing.finish(loaded)), by_index(decode(items, processor)["groups"])
+    assert preprocessing.decoded == 8 and found.keys() == wanted.keys()
+    for index, pixels in wanted.items():
+        levels = (found[index].cpu() - pixels).abs() * 255 * torch.tensor(processor.image_std)[:, None, None]
+        assert levels.mean() <= 1 and levels.max() <= 16
+
+
+def test_what_cannot_be_done_is_said():
+    with pytest.raises(UserError, match="needs a CUDA GPU, and the model is on cpu"):
+        Preprocessing(PoolFormerImageProcessor(), CPU, "decode")
+    with pytest.raises(UserError, match="no or decode, not gpu"):
+        Preprocessing(PoolFormerImageProcessor(), CPU, "gpu")
+    with pytest.raises(UserError, match="needs a PoolFormerImageProcessor"):
+        Preprocessing(PoolFormerImageProcessorPil(), torch.device("cuda"), "decode")
