@@ -128,6 +128,7 @@ def simulate(given: argparse.Namespace, folder: Path) -> list[tuple[str, str]]:
     shards = given.gpus * given.workers * given.shards_per_worker
     sizes = write_shards(given, folder, shards)
     layout = {"seed": 0, "window": 2 * given.buffer_size, "num_processes": given.gpus, "lanes": given.workers}
+    layout["local"] = True
     shares = [
         sum(sizes[piece.shard] for piece in lane)  # whole shards: each worker has as many
         for rank in range(given.gpus)

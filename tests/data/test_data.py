@@ -165,16 +165,21 @@ def test_processes_share_disjointly_and_completely(source, num_processes, num_wo
     assert found == Counter(range(COUNT))
 
 
-def test_workers_change_no_count_and_are_not_more_than_shards(tmp_path, caplog):
+def test_workers_change_no_count_and_may_be_more_than_shards(tmp_path, caplog):
     dataset = open_datasets(dataset_name=write_tars(tmp_path / "tars"), train_val_split=0)["train"]
     with caplog.at_level(logging.INFO):
-        loader = make_loader(dataset, to_tensor, batch_size=8, training=False, num_workers=5)
-    assert loader.num_workers == 2
-    assert "2 data workers per process instead of 5" in caplog.text
+        loader = make_loader(dataset, to_tensor, batch_size=8, training=False, num_workers=3)
+    assert loader.num_workers == 3
+    assert "2 shards for 3 data workers, which read 1 row in 3 of 2" in caplog.text
     found = list(loader)
     assert sorted(values_of(found)) == list(range(COUNT))
     # What the workers have left over makes common batches.
     assert sorted(len(batch["labels"]) for batch in found) == [4] + [8] * 7
+    remote = dataclasses.replace(dataset, local=False)
+    with caplog.at_level(logging.INFO):
+        loader = make_loader(remote, to_tensor, batch_size=8, training=False, num_workers=5)
+    assert loader.num_workers == 2
+    assert "2 data workers per process instead of 5" in caplog.text
 
 
 def test_parquet_is_divided_by_row_groups_when_files_are_few(tmp_path):

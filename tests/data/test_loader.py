@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import tarfile
 import textwrap
 from collections import Counter
 
@@ -12,8 +13,10 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
+from hf_poolformer.data import sources
 from hf_poolformer.data.datasets import open_datasets
 from hf_poolformer.data.loader import make_loader
+from hf_poolformer.foundation.errors import UserError
 
 
 COUNT = 70
@@ -131,3 +134,84 @@ def test_workers_do_not_complain_of_a_main_process_that_has_gone():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
     assert done.stderr.strip() == "ValueError: a fault"
+
+
+def write_few(kind, folder, monkeypatch):
+    """Images in one Parquet file of one row group, in one tar of many ranges, or five in a folder."""
+    pixels = []
+    for value in range(5 if kind == "folder" else 40):
+        buffer = io.BytesIO()
+        PILImage.fromarray(np.full((4, 4, 3), value, dtype=np.uint8)).save(buffer, "PNG")
+        pixels.append(buffer.getvalue())
+    if kind == "parquet":
+        features = Features({"image": Image(), "label": ClassLabel(names=["even", "odd"])})
+        rows = {"image": [{"bytes": data, "path": None} for data in pixels], "label": [n % 2 for n in range(40)]}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / "all.parquet")
+    elif kind == "tar":
+        monkeypatch.setattr(sources, "_RANGE", 5000)
+        with tarfile.open(folder / "all.tar", "w") as tar:
+            for number, data in enumerate(pixels):
+                # Two kinds of images, and names that need a header of their own.
+                name = f"{'long/' * 30 * (number % 7 == 0)}{number:03d}."
+                for suffix, content in (("png" if number % 3 else "jpg", data), ("cls", str(number % 2).encode())):
+                    member = tarfile.TarInfo(name + suffix)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    else:
+        for number, data in enumerate(pixels):
+            (folder / f"class{number % 2}").mkdir(exist_ok=True)
+            (folder / f"class{number % 2}" / f"{number}.png").write_bytes(data)
+    return open_datasets(dataset_name=folder, train_val_split=0)["train"], len(pixels)
+
+
+@pytest.mark.parametrize(("kind", "num_workers"), [("parquet", 3), ("tar", 3), ("folder", 8)])
+def test_few_shards_keep_all_workers_busy_and_are_resumed(kind, num_workers, tmp_path, monkeypatch):
+    data, count = write_few(kind, tmp_path, monkeypatch)
+    if kind == "tar":
+        assert data.stream.reshard().num_shards > 4
+    how = {"num_workers": num_workers, "batch_size": 2, "drop_last": False}
+    whole = taken(loader_of(data, **how))
+    assert numbers(whole) == Counter(range(count))
+    loader = loader_of(data, **how)
+    assert loader.num_workers == num_workers
+    batches = iter(loader)
+    first = [next(batches) for _ in range(1 if kind == "folder" else 7)]
+    assert taken(first) == whole[: len(first)]
+    state = loader.state_dict()
+    del batches, loader
+    loader = loader_of(data, **how)
+    assert loader.load_state_dict(state) is None
+    assert taken(loader) == whole[len(first) :]
+    if kind == "folder":  # its batches are put together from what single workers had left over
+        assert "images of its end are left out" in loader_of(data).load_state_dict(state)
+        return
+    found = numbers(taken(first))
+    for rank in range(2):  # other processes, without workers
+        loader = loader_of(data, rank, 2, batch_size=3, drop_last=False)
+        assert "dealt anew" in loader.load_state_dict(state)
+        found += numbers(taken(loader))
+    assert found == Counter(range(count))
+
+
+def test_a_place_of_an_older_way_of_dealing_is_not_read(dataset):
+    loader = loader_of(dataset)
+    next(iter(loader))
+    state = loader.state_dict()
+    del state["format"]
+    other = loader_of(dataset)
+    assert "another way: epoch 3 starts from its beginning" in other.load_state_dict(state)
+    assert taken(other) == taken(loader_of(dataset))
+
+
+def test_workers_that_share_a_damaged_shard_count_it_once(tmp_path, monkeypatch):
+    data, _ = write_few("parquet", tmp_path, monkeypatch)
+    path = tmp_path / "all.parquet"
+    content = bytearray(path.read_bytes())
+    content[4:104] = bytes(100)  # the header of the first page
+    path.write_bytes(content)
+    loader = loader_of(data, num_workers=2, training=False, max_skipped_shards=1)
+    with pytest.raises(UserError, match="is empty"):
+        list(loader)
+    assert len(loader.damaged) == 1 and "shard 0 ends after 0 rows" in loader.damaged[0]
+    with pytest.raises(UserError, match=r"damaged: shard 0 ends .*--max_skipped_shards 1"):
+        list(loader_of(data, num_workers=2, training=False))

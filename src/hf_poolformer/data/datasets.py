@@ -264,6 +264,12 @@ def _open_split(
     if not stream.features:
         raise UserError(f"{name} is empty")
     image_column = find_image_column(stream.features, image_column_name, name)
+    label_column = None
+    if labelled:
+        label_column = find_label_column(stream.features, label_column_name or source.label_column, name)
+    if label_column is not None:
+        root = label_column if label_column in stream.features else label_column.partition(".")[0]
+        stream = source.columns(split, list(dict.fromkeys((image_column, root))))
     # Annotation maps as well: a broken one would end its shard where a filter decodes it.
     pictures = [column for column, feature in stream.features.items() if isinstance(feature, Image)]
     for column in {image_column, *pictures}:
@@ -271,9 +277,7 @@ def _open_split(
     dataset = ImageDataset(
         stream=stream,
         image_column=image_column,
-        label_column=(
-            find_label_column(stream.features, label_column_name or source.label_column, name) if labelled else None
-        ),
+        label_column=label_column,
         num_examples=opened.num_examples,
         name=name,
         token=token,

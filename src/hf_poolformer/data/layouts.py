@@ -35,7 +35,17 @@ from .files import (
     list_files,
     match_pattern,
 )
-from .sources import FileSource, FolderSource, HubSource, Listed, SavedSource, Source, TarSource, rows_of_classes
+from .sources import (
+    FileSource,
+    FolderSource,
+    HubSource,
+    Listed,
+    ParquetSource,
+    SavedSource,
+    Source,
+    TarSource,
+    rows_of_classes,
+)
 from .splits import SPLIT_ALIASES, canonical, parts_below, read_folders, split_finder
 from .tables import (
     MANY_TABLES,
@@ -168,7 +178,7 @@ def _open_saved(place: Location) -> SavedSource | None:
 
 
 def _open_parquet(place: Location) -> FileSource | None:
-    return _open_files(place, place.parquet, FileSource)
+    return _open_files(place, place.parquet, ParquetSource)
 
 
 def _open_tars(place: Location) -> FileSource | None:

@@ -20,13 +20,15 @@ from ..foundation.errors import UserError, one_line
 from ..foundation.workers import prepare_worker
 from .columns import ImageDataset, columns_needed, field_of
 from .decoding import BrokenImage, decode_image, describe_source
-from .stream import Lane, Order, Piece, Row, Start, deal, fresh_pieces, lane_seed, remaining
+from .stream import Lane, Order, Piece, Row, Start, among_lanes, deal, fresh_pieces, lane_seed, remaining
 
 
 logger = logging.getLogger(__name__)
 
 # A share of broken images says nothing before this many were seen.
 MIN_SEEN = 64
+# Of `ImageLoader.state_dict`: with another number, the same numbers in it mean other rows.
+_FORMAT = 2
 
 
 class Batch(TypedDict):
@@ -47,14 +49,14 @@ class Message(Batch, total=False):
     """What a worker sends: a batch, if it has one, and what became of the rows since the message before.
 
     Attributes:
-        damaged: shards that end early.
+        damaged: shards that end early, and what is to be said of each.
         seen: rows, broken ones included.
         lane, state: whose rows these are, and the place behind them (`LaneState`), as JSON, which neither a queue nor
             a thread that pins memory looks into.
         error: in the place of all this: why nothing more can be read.
     """
 
-    damaged: list[str]
+    damaged: dict[str, str]
     seen: int
     lane: int
     state: str
@@ -91,7 +93,7 @@ def make_loader(
     Args:
         transform: RGB image to a tensor (C, H, W) of fixed size; runs in the workers. When training, torch's, numpy's
             and Python's global generators are seeded for each image from `seed`, epoch and its place in the dataset.
-        num_workers: upper limit; no more are started than this process has shards.
+        num_workers: of remote data an upper limit: no more are started than this process has shards.
         shuffle_buffer_size: undecoded images held by each worker, on average.
         max_skipped: the run stops when more than this fraction (float; one image always passes) or number (int) of an
             epoch's images is broken. 1.0 never stops it, 0 does at the first. Rows without a label count as broken
@@ -119,20 +121,13 @@ def make_loader(
         process_index=process_index,
         num_processes=num_processes,
         num_workers=num_workers,
-        divided=stream.num_shards < max(num_workers, 1) * num_processes,  # Parquet: by row group instead of by file
+        local=dataset.local,
     )
-    if process_index == 0 and num_processes > 1 and order.num_shards % num_processes:
-        logger.info(
-            "%s: %d shards do not divide among %d processes, so %d are read by each, which keeps every %dth image",
-            dataset.name,
-            order.num_shards,
-            num_processes,
-            order.num_shards % num_processes,
-            num_processes,
-        )
+    if process_index == 0 and num_processes * num_workers > 1:
+        logger.info("%s: %s", dataset.name, order)
     if process_index == 0 and order.num_workers < num_workers:
         logger.info(
-            "%s: %d data workers per process instead of %d, one for each of its shards",
+            "%s: %d data workers per process instead of %d: it is remote, and more would download the same bytes",
             dataset.name,
             order.num_workers,
             num_workers,
@@ -195,8 +190,12 @@ class ImageLoader(DataLoader):
         self._resumed = _Place()  # where `order.start` is
         self.seen = 0
         self.skipped = 0
-        self.damaged: list[str] = []
+        self._damaged: dict[str, str] = {}
         self._examples: list[str] = []
+
+    @property
+    def damaged(self) -> list[str]:
+        return list(self._damaged.values())
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the shuffle order and the augmentations of the next iteration."""
@@ -210,6 +209,7 @@ class ImageLoader(DataLoader):
         order, epoch, place = self._images.order, self._images.epoch, self._place
         start = order.start_of(epoch)
         return {
+            "format": _FORMAT,
             "epoch": epoch,
             "batch_size": self._images.batch_size,
             "num_shards": order.shards(start.divided).num_shards,
@@ -242,6 +242,11 @@ class ImageLoader(DataLoader):
         epoch, divided = states[0]["epoch"], states[0]["divided"]
         self._iterator = None  # workers that run already would not hear of it
         self.set_epoch(epoch)
+        if states[0].get("format") != _FORMAT:
+            return (
+                f"the checkpoint was written by a version that deals {self._images.name} to its workers in another "
+                f"way: epoch {epoch + 1} starts from its beginning"
+            )
         num_shards = order.shards(divided).num_shards
         if states[0]["num_shards"] != num_shards:
             return (
@@ -259,9 +264,11 @@ class ImageLoader(DataLoader):
             self._place = self._resumed.copy()
             return None
         begun, untouched, unfinished = _left_over(order, states)
-        mine = [deal(pieces, order.num_processes)[order.process_index] for pieces in (begun, untouched)]
-        count = order.layout["lanes"]
-        lanes = [mine[0][number::count] + mine[1][number::count] for number in range(count)]
+        mine = [
+            among_lanes(deal(pieces, order.num_processes)[order.process_index], order.layout)
+            for pieces in (begun, untouched)
+        ]
+        lanes = [first + then for first, then in zip(*mine, strict=True)]
         order.start = Start(epoch, divided, pieces=lanes)
         self._resumed = _Place(batches=max(state["batches"] for state in states))
         self._place = self._resumed.copy()
@@ -279,7 +286,7 @@ class ImageLoader(DataLoader):
         place = self._place = self._resumed.copy() if resumes else _Place()
         self.seen, self.skipped, self._examples = place.seen, place.skipped, list(place.examples)
         states = [json.loads(lane) for lane in place.lanes.values()]
-        self.damaged = [text for state in states for text in state.get("damaged", {}).values()]
+        self._damaged = {shard: text for state in states for shard, text in state.get("damaged", {}).items()}
         held: Message | None = None  # one batch behind, so that late broken images still find one to go with
         incomplete: list[Message] = []  # each worker ends with one; together they may fill batches
         for message in super().__iter__():
@@ -339,9 +346,10 @@ class ImageLoader(DataLoader):
         if "error" in message:
             raise UserError(message["error"])
         self.seen += message["seen"]
-        for damage in message["damaged"]:
-            self.damaged.append(damage)
-            logger.warning("%s: %s", self._images.name, damage)
+        for shard, damage in message["damaged"].items():
+            if shard not in self._damaged:  # several workers may read it
+                self._damaged[shard] = damage
+                logger.warning("%s: %s", self._images.name, damage)
         if len(self.damaged) > self._max_skipped_shards:
             raise UserError(
                 f"{self._images.name} is damaged: {'; '.join(self.damaged[:5])}. Mend it, or go on without what is "
@@ -455,7 +463,7 @@ class DecodedBatches(torch.utils.data.IterableDataset):
     ) -> Message:
         batch = self._batch(*map(list, zip(*examples, strict=True))) if examples else {}
         self.made[number] += 1
-        damaged = [text for shard, text in lane.damaged.items() if shard not in self._reported]
+        damaged = {shard: text for shard, text in lane.damaged.items() if shard not in self._reported}
         self._reported.update(lane.damaged)
         about = {"skipped": skipped, "damaged": damaged, "seen": seen, "lane": number}
         return {**batch, **about, "state": json.dumps(lane.state())}

@@ -6,6 +6,7 @@ and which source a folder is in `layouts.py`.
 
 import abc
 import contextlib
+import copy
 import glob
 import hashlib
 import json
@@ -17,13 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from datasets import ClassLabel, Features, Image, IterableDataset, Value, load_dataset
+from datasets import ClassLabel, Features, Image, IterableDataset, Value, load_dataset, load_dataset_builder
+from datasets.packaged_modules.parquet.parquet import Parquet
 
 from ..foundation.errors import UserError, one_line
 from ..foundation.names import undecodable_escaped
@@ -31,7 +33,9 @@ from .classes import class_key
 from .columns import ImageDataset
 from .decoding import describe_source, read_bytes
 from .files import image_suffixes
+from .parquet import ParquetRows
 from .splits import canonical
+from .tars import TarRanges
 
 
 logger = logging.getLogger(__name__)
@@ -44,6 +48,8 @@ _HASHED_BYTES = 16384
 _TAR_TEXTS = frozenset(["txt", "text", "transcript"])
 _TAR_NUMBERS = frozenset(["cls", "cls2", "index", "inx", "id"])
 _STRUCTURES_READ = 100
+# Tars are cut into ranges of at least so many bytes.
+_RANGE = 1 << 22
 # Counting after a split by content means reading everything once; worth it up to this size.
 _CHEAP_TO_READ = 1 << 30
 
@@ -85,9 +91,13 @@ class Source(abc.ABC):
     def open(self, split: str) -> Split:
         """Opens one of `splits`."""
 
+    def columns(self, split: str, names: list[str]) -> IterableDataset:
+        """Rows of these columns only, without reading the others where the format allows it."""
+        return self.open(split).stream.select_columns(names)
+
     def column(self, split: str, column: str) -> Iterator[Any]:
-        """All values of one column, without reading the others where the format allows it."""
-        for row in self.open(split).stream.select_columns([column]):
+        """All values of one column."""
+        for row in self.columns(split, [column]):
             yield row[column]
 
     def divide(self, split: str, images: ImageDataset, fraction: float) -> tuple[Split, Split]:
@@ -140,16 +150,28 @@ class HubSource(Source):
         self.name = dataset_name
         self.reads_columns = not streaming
         self._streaming = streaming
-        self._arguments = {"path": dataset_name, "name": config_name, "revision": revision, "token": token}
-        self._arguments["cache_dir"] = cache_dir
-        self._opened = self._load()
-        self.splits = list(self._opened)
-
-    def _load(self, **arguments: Any) -> Any:
+        arguments = {"path": dataset_name, "name": config_name, "revision": revision, "token": token}
+        arguments["cache_dir"] = cache_dir
         try:
-            return load_dataset(**self._arguments, streaming=self._streaming, **arguments)
+            if streaming:
+                self._builder = load_dataset_builder(**arguments)
+                self._opened = self._load()
+            else:
+                self._opened = load_dataset(**arguments)
         except Exception as error:
             raise UserError(_hub_failure(self.name, error)) from error
+        self.splits = list(self._opened)
+
+    def _load(self, columns: list[str] | None = None) -> dict[str, IterableDataset]:
+        """Streams of all splits. `columns` is heeded for Parquet, of which others are not even downloaded."""
+        builder = self._builder
+        if not isinstance(builder, Parquet):
+            return builder.as_streaming_dataset()
+        info = copy.deepcopy(builder.info)
+        features, token = builder.config.features, builder.token
+        files = {"data_files": builder.config.data_files, "base_path": builder.base_path, "repo_id": builder.repo_id}
+        how = {"dataset_name": builder.dataset_name, "features": features, "token": token, "columns": columns}
+        return ParquetRows(**files, **how, info=info).as_streaming_dataset()
 
     def split_origin(self, split: str) -> str:
         return f"the Hub's split {split}"
@@ -162,15 +184,15 @@ class HubSource(Source):
         return Split(opened, (described.num_examples or None) if described is not None else None)
 
     def column(self, split: str, column: str) -> Iterator[Any]:
-        if not self._streaming:
+        if self._streaming:
+            yield from super().column(split, column)
+        else:
             yield from self._opened[split].select_columns([column])[column]
-            return
-        try:
-            rows = self._load(columns=[column])[split]  # a Parquet column can be had alone
-        except UserError:
-            rows = self._opened[split].select_columns([column])
-        for row in rows:
-            yield row[column]
+
+    def columns(self, split: str, names: list[str]) -> IterableDataset:
+        if not self._streaming:
+            return super().columns(split, names)
+        return self._load(names)[split].select_columns(names)
 
 
 class SavedSource(Source):
@@ -195,14 +217,12 @@ class SavedSource(Source):
 
 @dataclass
 class FileSource(Source):
-    """Local Parquet files, or others of which each holds many images, read by a builder of `datasets`.
+    """Local files of which each holds many images.
 
     Args:
         files: of each split.
         cache_dir: where `datasets` keeps what it makes of them.
     """
-
-    builder: ClassVar[str] = "parquet"
 
     name: str
     files: dict[str, list[Path]]
@@ -221,21 +241,37 @@ class FileSource(Source):
         except (OSError, ValueError, tarfile.TarError) as error:
             raise UserError(f"{self.name} has a damaged file: {one_line(error)}") from error
 
+    @abc.abstractmethod
+    def _load(self, split: str) -> IterableDataset: ...
+
+    @abc.abstractmethod
+    def _count(self, split: str) -> int: ...
+
+    def _built(self, builder: type[datasets.DatasetBuilder], split: str, **arguments: Any) -> IterableDataset:
+        """A stream of the files of a split, read by a builder of `datasets`."""
+        paths = [glob.escape(str(path)) for path in self.files[split]]
+        try:
+            built = builder(data_files={"data": paths}, cache_dir=self.cache_dir, **arguments)
+            return built.as_streaming_dataset("data")
+        except Exception as error:
+            kind = builder.__mro__[1].__name__
+            raise UserError(f"{self.name} cannot be read as {kind}: {one_line(error)}") from error
+
+
+class ParquetSource(FileSource):
+    """Local Parquet files."""
+
+    def columns(self, split: str, names: list[str]) -> IterableDataset:
+        return self._built(ParquetRows, split, columns=names).select_columns(names)
+
     def column(self, split: str, column: str) -> Iterator[Any]:
         for path in self.files[split]:
             with pyarrow.parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches(columns=[column]):
                     yield from batch.column(0).to_pylist()
 
-    def _load(self, split: str, **arguments: Any) -> IterableDataset:
-        paths = [glob.escape(str(path)) for path in self.files[split]]
-        try:
-            opened = load_dataset(
-                self.builder, data_files={"data": paths}, streaming=True, cache_dir=self.cache_dir, **arguments
-            )
-        except Exception as error:
-            raise UserError(f"{self.name} cannot be read as {self.builder}: {one_line(error)}") from error
-        return opened["data"]
+    def _load(self, split: str) -> IterableDataset:
+        return self._built(ParquetRows, split)
 
     def _count(self, split: str) -> int:
         return sum(pyarrow.parquet.read_metadata(path).num_rows for path in self.files[split])
@@ -244,27 +280,20 @@ class FileSource(Source):
 class TarSource(FileSource):
     """WebDataset tars. Where one sample has its image as .jpg and the next as .png, both are the column `image`."""
 
-    builder = "webdataset"
     reads_columns = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._contents: dict[str, TarContents] = {}
 
-    def column(self, split: str, column: str) -> Iterator[Any]:
-        for row in self._load(split).select_columns([column]):
-            yield row[column]
-
-    def _load(self, split: str, **arguments: Any) -> IterableDataset:
+    def _load(self, split: str) -> IterableDataset:
         try:
-            features = self._look(split).mixed_features()
+            contents = self._look(split)
+            features, alternatives = contents.mixed_features(), contents.alternatives()
         except (OSError, ValueError, tarfile.TarError) as error:
             raise UserError(f"{self.name} has a damaged file: {one_line(error)}") from error
-        if features is None:
-            return super()._load(split, **arguments)
-        stream = super()._load(split, features=features, **arguments)
-        alternatives = self._look(split).alternatives()
-        if not alternatives:
+        stream = self._built(TarRanges, split, features=features, starts=contents.starts)
+        if features is None or not alternatives:
             return stream
         merged = Features({"image": Image(decode=False)})
         merged.update({name: feature for name, feature in features.items() if name not in alternatives})
@@ -287,11 +316,13 @@ class TarContents:
     Attributes:
         count: samples.
         kinds: the sets of fields (`jpg`, `cls`) that samples have.
+        starts: path -> the bytes at which it may be entered: at the first sample, and at others far enough apart.
     """
 
     def __init__(self, paths: Sequence[Path]):
         self.count = 0
         self.kinds: set[frozenset[str]] = set()
+        self.starts: dict[str, list[int]] = {}
         self._structures: dict[str, list[Any]] = {}
         for path in paths:
             self._add(path)
@@ -329,6 +360,7 @@ class TarContents:
                 # Reading will not notice: to tarfile, an archive that breaks off has simply ended.
                 logger.warning("%s has no end-of-archive mark, it is probably truncated", path)
         key, fields = None, set()
+        starts = self.starts[os.path.abspath(path)] = [0]
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 # As WebDataset has it: a sample is what shares a path up to the first dot of the file's name.
@@ -338,6 +370,8 @@ class TarContents:
                     continue
                 if (directory, stem) != key:
                     self._end(fields)
+                    if member.offset >= starts[-1] + _RANGE and not tar.pax_headers:  # these would be missed
+                        starts.append(member.offset)
                     key, fields = (directory, stem), set()
                 fields.add(field)
                 known = self._structures.setdefault(field, []) if field.lower().endswith(("json", "jsn")) else None

@@ -7,6 +7,9 @@ seed, the epoch and `n` alone, and rows leave in the order of their keys. A row 
 about half of `window` rows are held at a time, and a place in the stream is a handful of numbers: how far the lane has
 read, and the key that left last. Whoever continues there reads the last `window` rows once more, still encoded, keeps
 those with greater keys, and is where the other was. No buffer is ever written down.
+
+A lane's rows are read by a thread of its own, a little ahead of whoever decodes them; its place counts only those that
+were taken.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ import bisect
 import heapq
 import itertools
 import math
+import queue
+import threading
+import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
-from datasets import IterableDataset
+from datasets import Features, IterableDataset
 
 from ..foundation.errors import one_line
 from ..foundation.faults import Patience, is_transient
@@ -30,8 +36,14 @@ if TYPE_CHECKING:  # of typing itself from Python 3.11 on
     from typing_extensions import NotRequired
 
 
+_FEW = 4  # with fewer shards than so many for each worker, those that do not go round weigh
 _END = 1 << 62  # a row that no shard reaches
 _KEYS = 4096  # keys are drawn in blocks
+TABLE_ROWS = 16  # rows of an Arrow table: few enough that tables of large images stay small
+# Read ahead of the decoding, for each worker: at most so many rows, and bytes of images.
+_ROWS_AHEAD, _BYTES_AHEAD = 64, 1 << 24
+
+T = TypeVar("T")
 
 
 class Piece(NamedTuple):
@@ -76,6 +88,15 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
+class Stored(NamedTuple):
+    """A row where it is stored: its group, the first row of this group that was read, its own number, its values."""
+
+    group: int
+    first: int
+    index: int
+    values: dict[str, Any]
+
+
 class LaneState(TypedDict):
     """A place in a lane, in plain values.
 
@@ -95,7 +116,15 @@ class LaneState(TypedDict):
 
 
 class DamagedShard(Exception):
-    """A shard cannot be read from here on, now or later: truncated, gone, not what its name says."""
+    """A shard cannot be read from here on, now or later: truncated, gone, not what its name says.
+
+    Attributes:
+        rows: that come before.
+    """
+
+    def __init__(self, reason: str, rows: int):
+        super().__init__(reason)
+        self.rows = rows
 
 
 class Shards:
@@ -110,32 +139,43 @@ class Shards:
         self.num_shards: int = self._stream.num_shards
         self._blocks: dict[int, IterableDataset] = {}
 
-    def rows(self, shard: int, group: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Rows with the number of their group, from the beginning of a group to the end of the shard.
+    def rows(self, piece: Piece, group: int = 0, first: int = 0) -> Iterator[Stored]:
+        """The rows of a piece, from the beginning of a group on.
 
         A group is what can be read without what lies before it: a row group of a Parquet file, elsewhere the shard.
         What breaks off for a passing reason is opened again where it broke.
+
+        Args:
+            first: the number of the group's first row.
 
         Raises:
             DamagedShard: it breaks off for another reason.
         """
         patience = Patience()
-        groups, done = None, 0
-        while True:
+        groups, index = None, first
+        while first < piece.end:
             try:
                 if groups is None:
-                    groups = self._only(shard).reshard()
+                    groups = self._only(piece.shard).reshard()
                 while group < groups.num_shards:
-                    for row in itertools.islice(_rows(groups, group), done, None):
-                        done += 1
-                        patience.renew()
-                        yield group, row
-                    group, done = group + 1, 0
+                    done = index - first
+                    for block in _blocks(groups, group):
+                        # Of a block that was opened again, what was handed out before is left out.
+                        for place in range(min(done, len(block)), len(block)):
+                            if index >= piece.end:
+                                return
+                            if piece.holds(index):
+                                yield Stored(group, first, index, block[place])
+                            index += 1
+                        if len(block) > done:  # it got further than before
+                            patience.renew()
+                        done = max(done - len(block), 0)
+                    group, first = group + 1, index
                 return
             except Exception as error:
                 if not is_transient(error):
-                    raise DamagedShard(one_line(error).rstrip(".")) from error
-                if not patience.wait(f"reading shard {shard} failed: {one_line(error)}"):
+                    raise DamagedShard(one_line(error).rstrip("."), index) from error
+                if not patience.wait(f"reading shard {piece.shard} failed: {one_line(error)}"):
                     raise
 
     def _only(self, shard: int) -> IterableDataset:
@@ -150,11 +190,121 @@ class Shards:
         return self._blocks[block].shard(sizes[block], shard - starts[block])
 
 
-def _rows(groups: IterableDataset, group: int) -> Iterator[dict[str, Any]]:
+class _Table(Sequence):
+    """Rows of an Arrow table, each made a dictionary when it is asked for."""
+
+    def __init__(self, table: Any, features: Features | None):
+        self._table, self._features = table, features
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        (row,) = self._table.slice(index, 1).to_pylist()
+        return self._features.decode_example(row) if self._features else row
+
+
+def _blocks(groups: IterableDataset, group: int) -> Iterator[Sequence[dict[str, Any]]]:
+    """The rows of one group, some at a time."""
     one = groups.shard(groups.num_shards, group) if groups.num_shards > 1 else groups
     # `iter`, because iterating over the stream itself divides it among the workers of a DataLoader.
-    for batch in one.iter(batch_size=1):
-        yield {column: values[0] for column, values in batch.items()}
+    if one._ex_iterable.iter_arrow:
+        # Rows that another worker keeps never become Python's.
+        for table in one.with_format("arrow").iter(batch_size=TABLE_ROWS):
+            yield _Table(table, one.features)
+    else:
+        for batch in one.iter(batch_size=1):
+            yield [{column: values[0] for column, values in batch.items()}]
+
+
+class Ahead(Generic[T]):
+    """The same items, taken in advance by a thread, up to a number of them and of their bytes.
+
+    What `items` raises is raised where the next item would have come. The thread ends with the items, with `close`,
+    when nobody holds this any more, and at the end of the process.
+
+    Args:
+        size: bytes of an item.
+    """
+
+    def __init__(
+        self,
+        items: Iterator[T],
+        size: Callable[[T], int],
+        max_items: int = _ROWS_AHEAD,
+        max_bytes: int = _BYTES_AHEAD,
+    ):
+        self._shelf = _Shelf(max_items, max_bytes)
+        self.close = weakref.finalize(self, self._shelf.end)
+        threading.Thread(target=_fill, args=(items, size, self._shelf), name="reading ahead", daemon=True).start()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        item, error = self._shelf.take()
+        if error is not None:
+            self.close()
+            raise error
+        return item
+
+
+class _Shelf:
+    """What lies between the thread that reads and the one that decodes."""
+
+    def __init__(self, max_items: int, max_bytes: int):
+        self._max_items, self._max_bytes = max_items, max_bytes
+        self._items: queue.SimpleQueue = queue.SimpleQueue()
+        self._room = threading.Condition()
+        self._sizes: deque[int] = deque()
+        self._bytes = 0
+        self._ended = False
+
+    def put(self, item: Any, size: int) -> bool:
+        """Waits until there is room; False where nobody takes anything any more."""
+        with self._room:
+            # A single item may be as large as it likes.
+            while self._sizes and not self._ended:
+                if len(self._sizes) < self._max_items and self._bytes + size <= self._max_bytes:
+                    break
+                self._room.wait()
+            if self._ended:
+                return False
+            self._sizes.append(size)
+            self._bytes += size
+        self._items.put((item, None))
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        self._items.put((None, error))
+
+    def take(self) -> tuple[Any, BaseException | None]:
+        item, error = self._items.get()
+        if error is None:
+            with self._room:
+                self._bytes -= self._sizes.popleft()
+                self._room.notify()
+        else:
+            self._items.put((None, error))  # for whoever asks again
+        return item, error
+
+    def end(self) -> None:
+        with self._room:
+            self._ended = True
+            self._room.notify()
+
+
+def _fill(items: Iterator[T], size: Callable[[T], int], shelf: _Shelf) -> None:
+    try:
+        for item in items:
+            if not shelf.put(item, size(item)):
+                return
+    except BaseException as error:
+        shelf.fail(error)
+    else:
+        shelf.fail(StopIteration())
+    finally:
+        items.close()
 
 
 class Lane:
@@ -216,33 +366,46 @@ class Lane:
 
     def _stored(self) -> Iterator[tuple[int, Row]]:
         """Numbered rows in stored order. Marks note at which number, in which piece, each group begins."""
-        self.read, start, group, first = self._begin or (0, 0, 0, 0)
-        for number in range(start, len(self._pieces)):
-            piece = self._pieces[number]
-            if number > start or self._begin is None:
-                group, first = piece.group, piece.first
-            current = -1
-            rows = self._readable(piece.shard, group, first) if first < piece.end else ()
-            for index, (found, values) in enumerate(rows, first):
-                if found != current:
-                    current = found
-                    self._marks.append((self.read, number, found, index))
-                self._next = index + 1
-                if piece.holds(index):
-                    self.read += 1
-                    yield self.read - 1, Row(piece.shard, index, values)
-                if self._next >= piece.end:
-                    break
-
-    def _readable(self, shard: int, group: int, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Of a damaged shard, what comes before the damage."""
-        count = first
+        self.read, *begin = self._begin or (0, 0, None, None)
+        current = None
+        ahead = Ahead(_read(self._shards, self._pieces, *begin), _size)
         try:
-            for row in self._shards.rows(shard, group):
-                count += 1
-                yield row
+            for number, found in ahead:
+                shard = self._pieces[number].shard
+                if isinstance(found, DamagedShard):
+                    self.damaged.setdefault(str(shard), f"shard {shard} ends after {found.rows} rows: {found}")
+                    continue
+                if (number, found.group) != current:
+                    current = (number, found.group)
+                    self._marks.append((self.read, number, found.group, found.first))
+                self._next = found.index + 1
+                self.read += 1
+                yield self.read - 1, Row(shard, found.index, found.values)
+        finally:
+            ahead.close()
+
+
+def _read(
+    shards: Shards, pieces: Sequence[Piece], begin: int, group: int | None, first: int | None
+) -> Iterator[tuple[int, Stored | DamagedShard]]:
+    """Rows of pieces, with the number of the piece; of a damaged shard, what comes before the damage, and that."""
+    for number in range(begin, len(pieces)):
+        piece = pieces[number]
+        if number > begin or group is None:
+            group, first = piece.group, piece.first
+        try:
+            for row in shards.rows(piece, group, first):
+                yield number, row
         except DamagedShard as error:
-            self.damaged.setdefault(str(shard), f"shard {shard} ends after {count} rows: {error}")
+            yield number, error
+
+
+def _size(item: tuple[int, Stored | DamagedShard]) -> int:
+    """Bytes of a row, but for what is small."""
+    _, row = item
+    values = row.values.values() if isinstance(row, Stored) else ()
+    parts = (part for value in values for part in (value.values() if isinstance(value, dict) else (value,)))
+    return sum(len(part) for part in parts if isinstance(part, (bytes, str)))
 
 
 class Keys:
@@ -262,12 +425,18 @@ class Keys:
 
 
 def deal(pieces: Sequence[Piece], hands: int) -> list[list[Piece]]:
-    """Disjoint shares, whole pieces as far as they go round; each of the rest is divided row by row among all."""
+    """Disjoint shares, whole pieces as far as they go round; the rest is divided row by row.
+
+    Each share has as many pieces as every other. Of the rest, a piece is divided among as few hands as that allows, so
+    that little is read several times: 4 pieces for 16 hands are read by 4 each.
+    """
     whole = len(pieces) // hands * hands
     shares = [list(pieces[hand:whole:hands]) for hand in range(hands)]
-    for piece in pieces[whole:]:
-        for hand, share in enumerate(shares):
-            share.append(piece.part(hand, hands))
+    rest = pieces[whole:]
+    groups = math.gcd(len(rest), hands)
+    for number, piece in enumerate(rest):
+        for part in range(hands // groups):
+            shares[number % groups + part * groups].append(piece.part(part, hands // groups))
     return shares
 
 
@@ -310,8 +479,10 @@ class Order:
         stream: undecoded rows.
         shuffle: the shards anew in each epoch, and the rows of each lane within a window of `2 * buffer_size`, so that
             it holds about `buffer_size` of them.
-        lanes: workers of this process; one where there are none.
-        divided: see `Shards`.
+        num_workers: how many lanes there are; one where there are none.
+        local: a row that two lanes read costs little. Of remote data it would be downloaded twice: there no piece is
+            divided among the lanes of a process, and these are at most as many as its pieces.
+        divided: see `Shards`. By default where whole shards would not go round evenly and are few.
 
     Attributes:
         start: the place to go on from, in the epoch it belongs to; what `ImageLoader.load_state_dict` found out.
@@ -327,17 +498,23 @@ class Order:
         process_index: int,
         num_processes: int,
         num_workers: int,
-        divided: bool,
+        local: bool = True,
+        divided: bool | None = None,
     ):
         self.stream = stream
         self.shuffle, self.seed, self.window = shuffle, seed, 2 * buffer_size if shuffle else 0
         self.process_index, self.num_processes = process_index, num_processes
+        hands = max(num_workers, 1) * num_processes
+        if divided is None:
+            few = stream.num_shards < (_FEW * hands if local else hands)
+            divided = few and stream.num_shards % hands > 0
         self.divided = divided
         self.start: Start | None = None
         self._shards: dict[bool, Shards] = {}
         self.num_shards = self.shards(divided).num_shards
+        self.local = local
         share = len(deal([Piece(shard) for shard in range(self.num_shards)], num_processes)[process_index])
-        self.num_workers = min(num_workers, share)
+        self.num_workers = num_workers if local else min(num_workers, share)
 
     @property
     def layout(self) -> dict[str, int]:
@@ -347,7 +524,26 @@ class Order:
             "window": self.window,
             "num_processes": self.num_processes,
             "lanes": max(self.num_workers, 1),
+            "local": self.local,
         }
+
+    def __str__(self) -> str:
+        """How the data is dealt, in words."""
+        pieces = fresh_pieces(self.num_shards, False, 0, self.layout, self.process_index)[0]
+        undivided = self.stream.num_shards
+        what = f"{undivided} shard{'s' * (undivided != 1)}"
+        if self.divided and self.num_shards != undivided:
+            what += f" in {self.num_shards} parts"
+        hands = f"{max(self.num_workers, 1)} data worker{'s' * (self.num_workers > 1)}"
+        if self.num_processes > 1:
+            hands += f" of each of {self.num_processes} processes"
+        whole = sum(not piece.strides for piece in pieces)
+        shared = len(pieces) - whole
+        parts = [f"{whole} whole"] if whole else []
+        if shared:
+            every = math.prod(parts for _, parts in pieces[-1].strides)
+            parts.append(f"1 row in {every} of {shared}{' more' if whole else ''}")
+        return f"{what} for {hands}, which read{'s' * (self.num_workers < 2)} {' and '.join(parts)}"
 
     def shards(self, divided: bool) -> Shards:
         if divided not in self._shards:
@@ -403,4 +599,10 @@ def fresh_pieces(
     if shuffle:
         shards = np.random.default_rng([layout["seed"], epoch]).permutation(num_shards)
     share = deal([Piece(int(shard)) for shard in shards], layout["num_processes"])[process_index]
-    return [share[number :: layout["lanes"]] for number in range(layout["lanes"])]
+    return among_lanes(share, layout)
+
+
+def among_lanes(pieces: Sequence[Piece], layout: Mapping[str, int]) -> list[list[Piece]]:
+    """By lane, what one process reads."""
+    lanes = layout["lanes"]
+    return deal(pieces, lanes) if layout["local"] else [list(pieces[number::lanes]) for number in range(lanes)]

@@ -144,7 +144,7 @@ class StreamShard(Shard):
         return self.commit or state_of_path(self.prefix) or ""
 
     def read(self, position: Position) -> Iterator[Item]:
-        from ..data.stream import DamagedShard, Shards
+        from ..data.stream import DamagedShard, Piece, Shards
 
         units = Shards(
             self.stream, divided=True
@@ -154,8 +154,8 @@ class StreamShard(Shard):
             for number in range(position.group, len(groups)):
                 if number > position.group:
                     position.group, position.offset = number, 0
-                for _, row in itertools.islice(units.rows(groups[number]), position.offset, None):
-                    source = row[self.image_column]
+                for row in itertools.islice(units.rows(Piece(groups[number])), position.offset, None):
+                    source = row.values[self.image_column]
                     name = describe_source(source) if self.by_name else None
                     index = self.first + position.row
                     position.offset, position.row = position.offset + 1, position.row + 1

@@ -11,7 +11,7 @@ the processor's arithmetic on two devices differ.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,16 @@ Groups = list[tuple[list[int], torch.Tensor]]
 
 # What makes a processor of this package stop before it rescales and normalises.
 _EIGHT_BITS = {"do_rescale": False, "do_normalize": False}
+
+
+class Jpeg(NamedTuple):
+    """What must be known of one that is decoded beside the model: its place in the batch, and its header."""
+
+    index: int
+    orientation: int
+    height: int
+    width: int
+    bytes: int
 
 
 def decode(items: Sequence[tuple[str, Any]], processor: Any, **options: Any) -> dict[str, Any]:
@@ -61,7 +71,7 @@ class Preprocessing:
     Attributes:
         where: as given.
         decoded: images that the device was given as JPEGs.
-        held_back: images that the workers decoded since they are no plain JPEGs; 0 with "no".
+        held_back: images that the CPU decoded, since they are no plain JPEGs or the device could not; 0 with "no".
 
     Raises:
         UserError: "decode" where the device, this torchvision or the processor cannot.
@@ -70,8 +80,7 @@ class Preprocessing:
     def __init__(self, processor: Any, device: torch.device, where: str = "no"):
         if where not in ("no", "decode"):
             raise UserError(f"--device_preprocessing is no or decode, not {where}")
-        if where == "decode":
-            _check(processor, device)
+        self._decoder = _decoder(processor, device) if where == "decode" else ""
         self.decoded = self.held_back = 0
         self._processor, self._device, self.where = processor, device, where
         self._affine = None
@@ -82,13 +91,13 @@ class Preprocessing:
     def load(self, items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         """In a worker: what `decode` gives, its pixels 8-bit where the device can do the rest.
 
-        With "decode", also `jpegs`: for each its index, orientation, pixels and bytes, and `encoded`, one uint8 tensor
-        that holds them one behind the other.
+        With "decode", also `jpegs`, a `Jpeg` for each, and `encoded`, one uint8 tensor that holds them one behind the
+        other.
         """
         options = {} if self._affine is None else _EIGHT_BITS
         if self.where == "no":
             return decode(items, self._processor, **options)
-        jpegs: list[tuple[int, int, int, int]] = []
+        jpegs: list[Jpeg] = []
         contents: list[bytes] = []
         others: list[tuple[str, Any]] = []
         for index, (name, source) in enumerate(items):
@@ -97,15 +106,15 @@ class Preprocessing:
                 if not isinstance(source, BrokenImage):
                     with EncodedImage(source) as image:
                         data = image.plain_jpeg()
-                        facts = (index, image.orientation, image.height * image.width)
+                        header = (index, image.orientation, image.height, image.width)
             except BrokenImage as error:
                 source = error
             if data is None:
                 others.append((name, source))
                 continue
-            jpegs.append((*facts, len(data)))
+            jpegs.append(Jpeg(*header, len(data)))
             contents.append(data)
-        taken = {index for index, *_ in jpegs}
+        taken = {jpeg.index for jpeg in jpegs}
         places = [index for index in range(len(items)) if index not in taken]
         rest = decode(others, self._processor, **options)
         errors: list[str | None] = [None] * len(items)
@@ -137,20 +146,23 @@ class Preprocessing:
 
     def _decoded(self, batch: dict[str, Any]) -> Groups:
         """The processor's answers for the JPEGs, by the size that they are stored in."""
-        from ..training.device_pipeline import MAX_DECODED_PIXELS, decode_upright, portions
+        from ..training.device_pipeline import MAX_DECODED_PIXELS, portions
+        from ..training.jpeg_decoders import decode_upright
 
-        jpegs = batch["jpegs"]
-        encoded = batch["encoded"].split([size for *_, size in jpegs])
+        jpegs: list[Jpeg] = batch["jpegs"]
+        encoded = batch["encoded"].split([jpeg.bytes for jpeg in jpegs])
         found: Groups = []
-        for start, end in portions([pixels for _, _, pixels, _ in jpegs], MAX_DECODED_PIXELS):
+        for start, end in portions([jpeg.height * jpeg.width for jpeg in jpegs], MAX_DECODED_PIXELS):
             part = jpegs[start:end]
-            images = decode_upright(encoded[start:end], [orientation for _, orientation, *_ in part], self._device)
+            images, by_cpu = decode_upright(self._decoder, encoded[start:end], part, self._device)
+            self.held_back += by_cpu
+            self.decoded -= by_cpu
             alike: dict[tuple[int, ...], tuple[list[int], list[torch.Tensor]]] = {}
-            for (index, *_), image in zip(part, images, strict=True):
+            for jpeg, image in zip(part, images, strict=True):
                 if isinstance(image, BrokenImage):
-                    batch["errors"][index] = one_line(image)
+                    batch["errors"][jpeg.index] = one_line(image)
                 else:
-                    _add(alike, index, image)
+                    _add(alike, jpeg.index, image)
             for indices, members in alike.values():
                 try:
                     pixels = self._processor(members, return_tensors="pt", device=self._device)["pixel_values"]
@@ -169,8 +181,8 @@ class Preprocessing:
         return pixels.float().mul_(scale).add_(shift)  # as the processor does it
 
 
-def _check(processor: Any, device: torch.device) -> None:
-    """Raises a UserError unless JPEGs can be decoded and prepared on this device."""
+def _decoder(processor: Any, device: torch.device) -> str:
+    """What decodes JPEGs on this device. Raises a UserError unless they can be decoded and prepared there."""
     if device.type != "cuda":
         raise UserError(
             f"--device_preprocessing decode needs a CUDA GPU, and the model is on {device.type}: leave the flag out"
@@ -180,9 +192,12 @@ def _check(processor: Any, device: torch.device) -> None:
             f"--device_preprocessing decode needs a PoolFormerImageProcessor, and this model has a "
             f"{type(processor).__name__}: leave the flag out"
         )
-    from ..training.device_pipeline import check_decoder
+    from ..training.jpeg_decoders import working_decoders
 
-    check_decoder(device)
+    names, fault = working_decoders(device)
+    if not names:
+        raise UserError(f"nothing here decodes JPEGs on {device} ({fault}): leave --device_preprocessing out")
+    return names[0]
 
 
 def _normalises_last(processor: EvaluationTransform) -> bool:

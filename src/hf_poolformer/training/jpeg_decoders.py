@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,7 +13,14 @@ from PIL import Image
 
 from ..data.decoding import BrokenImage, decode_image
 from ..foundation.errors import one_line
-from .augmentation import ExampleHeader
+
+
+class JpegHeader(Protocol):
+    """EXIF's orientation, and the size of the upright image."""
+
+    orientation: int
+    height: int
+    width: int
 
 
 def by_torchcodec(
@@ -63,7 +71,7 @@ def working_decoders(device: torch.device) -> tuple[list[str], str]:
 
 
 def decode_upright(
-    decoder: str, encoded: Sequence[torch.Tensor], headers: Sequence[ExampleHeader], device: torch.device
+    decoder: str, encoded: Sequence[torch.Tensor], headers: Sequence[JpegHeader], device: torch.device
 ) -> tuple[list[torch.Tensor | BrokenImage], int]:
     """JPEGs decoded on the device, uint8 (3, H, W), turned as EXIF says; Pillow reads those that the device cannot.
 
