@@ -10,7 +10,7 @@ from PIL import Image
 from hf_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.prediction.pixels import Preprocessing, decode
-from hf_poolformer.training import device_pipeline
+from hf_poolformer.training import jpeg_decoders
 
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def test_8_bits_end_as_what_the_processor_gives(kind, changes):
 
 def test_jpegs_are_left_to_the_device(monkeypatch):
     """The device is the CPU here, whose decoder is Pillow's libjpeg, too: a level or two of 255 at most."""
-    monkeypatch.setattr("hf_poolformer.prediction.pixels._check", lambda *_: None)
+    monkeypatch.setattr("hf_poolformer.prediction.pixels._decoder", lambda *_: "torchvision")
     cut = encode(3)[:-200]
     exif = Image.Exif()
     exif[274] = 6  # to be turned by a quarter
@@ -70,18 +70,17 @@ def test_jpegs_are_left_to_the_device(monkeypatch):
         ("refused", encode(4, size=(52, 52))),
         ("cut", cut),
     ]
-    decode_jpegs = device_pipeline.decode_jpegs
 
-    def refuse(encoded, device):
+    def refuse(encoded, orientations, device):
         if any(bytes(data.numpy().tobytes()) == items[4][1] for data in encoded):
             raise RuntimeError("nvjpeg: not supported")
-        return decode_jpegs(encoded, device)
+        return jpeg_decoders.by_torchvision(encoded, orientations, device)
 
-    monkeypatch.setattr(device_pipeline, "decode_jpegs", refuse)
+    monkeypatch.setitem(jpeg_decoders.DECODERS, "torchvision", refuse)
     processor = PoolFormerImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     preprocessing = Preprocessing(processor, CPU, "decode")
     loaded = preprocessing.load(items)
-    assert [index for index, *_ in loaded["jpegs"]] == [0, 3, 4]
+    assert [jpeg.index for jpeg in loaded["jpegs"]] == [0, 3, 4]
     expected = decode(items, processor)
     found = by_index(preprocessing.finish(loaded))
     assert loaded["errors"] == expected["errors"] and loaded["errors"][2]
@@ -90,8 +89,8 @@ def test_jpegs_are_left_to_the_device(monkeypatch):
     for index, pixels in wanted.items():
         levels = (found[index] - pixels).abs() * 255 * torch.tensor(processor.image_std)[:, None, None]
         assert levels.max() <= 2.01
-    # Decoded by the workers: all that were read and are no plain JPEGs.
-    assert preprocessing.decoded == 3 and preprocessing.held_back == len(wanted) - 3
+    # By the CPU: what was read and is no plain JPEG, and the one that the device refuses.
+    assert preprocessing.decoded == 2 and preprocessing.held_back == len(wanted) - 2
 
 
 @pytest.mark.gpu
