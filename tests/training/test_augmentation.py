@@ -1,9 +1,11 @@
 import io
+import random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from hf_poolformer import PoolFormerImageProcessor
 from hf_poolformer.data.decoding import EncodedImage, decode_image
@@ -15,6 +17,7 @@ from hf_poolformer.training.augmentation import (
     Box,
     Draws,
     TrainTransform,
+    draw_crop,
     draw_erased,
     noise_of,
     noise_starts,
@@ -92,7 +95,7 @@ def test_reduced_decoding_in_every_orientation(processor):
 
 
 def test_erased_rectangles_hold_noise_of_the_datas_scale(processor):
-    torch.manual_seed(0)
+    random.seed(0)
     boxes = [draw_erased(32, 32) for _ in range(300)]
     areas = [box.height * box.width / 1024 for box in boxes]
     assert min(areas) + 0.01 >= 0.02 and max(areas) < 0.36 and 0.15 < np.mean(areas) < 0.2
@@ -103,6 +106,24 @@ def test_erased_rectangles_hold_noise_of_the_datas_scale(processor):
     noise = values[values.abs() > 0.05]
     assert 0.1 < noise.numel() / values.numel() < 0.25
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.05
+
+
+def test_crops_are_torchvisions():
+    random.seed(0)
+    torch.manual_seed(0)
+    for height, width in ((300, 400), (50, 60)):
+        crop = v2.RandomResizedCrop(224, scale=(0.08, 1.0))
+        image = torch.empty(3, height, width)
+        theirs = np.array([[crop.make_params([image])[key] for key in Box._fields] for _ in range(3000)])
+        ours = np.array([draw_crop(height, width, 0.08) for _ in range(3000)])
+        assert (ours >= 0).all() and (ours[:, :2] + ours[:, 2:] <= (height, width)).all()
+        # Two means of 3000 each: within five standard errors of their difference.
+        errors = np.sqrt((ours.var(0) + theirs.var(0)) / 3000)
+        assert (np.abs(ours.mean(0) - theirs.mean(0)) < 5 * errors).all()
+    # Where nothing fits, the centre, as torchvision has it.
+    for height, width in ((10, 1000), (1000, 10), (1, 1)):
+        expected = crop.make_params([torch.empty(3, height, width)])
+        assert draw_crop(height, width, 1.0) == tuple(expected[key] for key in Box._fields)
 
 
 def test_noise_is_normal_and_each_values_own():

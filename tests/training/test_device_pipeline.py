@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import re
 import socket
 import sys
@@ -81,6 +82,7 @@ def batch_of(transform, sources, kind=CropBatches):
     """What a worker would deliver, with labels 0, 1, 2, ..., and seeds 0, 1, 2, ... of the draws."""
     loaded = []
     for seed, source in enumerate(sources):
+        random.seed(seed)
         torch.manual_seed(seed)
         with EncodedImage(source) as image:
             loaded.append(transform.load(image))
@@ -97,6 +99,7 @@ def test_the_device_makes_the_workers_examples(processor, recipe):
     images = [encode(photograph(90, 120, seed)) for seed in range(24)]
     expected = []
     for seed, data in enumerate(images):
+        random.seed(seed)
         torch.manual_seed(seed)
         expected.append(transform(decode_image(data)))
     by_worker = DevicePipeline(transform, CPU, NO)(batch_of(transform, images, AugmentedBatches))["pixel_values"]
@@ -218,8 +221,8 @@ def test_a_batch_crosses_in_one_tensor_of_8_bits(make_settings, processor, monke
     for way in (NO, AUGMENT):
         monkeypatch.setattr(classification, "choose_preprocessing", lambda *_, way=way: way)
         loader, _ = task.make_loaders(accelerator, *task.make_model(accelerator, torch.channels_last))
-        finish, messages = loader._finish, []
-        loader._finish = lambda message, finish=finish, messages=messages: messages.append(message) or finish(message)
+        finish, messages = loader.finish, []
+        loader.finish = lambda message, finish=finish, messages=messages: messages.append(message) or finish(message)
         batch = next(iter(loader))
         [content] = [value for value in messages[0].values() if isinstance(value, torch.Tensor)]
         assert content.is_shared() and content.dtype == torch.uint8 and len(content) == 32 * 3 * 32 * 32

@@ -1,5 +1,7 @@
 """Operations against Pillow's: on single images, and on batches, which a device does and the CPU can."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -148,11 +150,11 @@ def test_about_one_of_two_operations_is_drawn():
     assert set(np.sign(angles)) == {-1, 1}
 
 
-def test_drawing_follows_torchs_seed():
+def test_drawing_follows_pythons_seed():
     augment = RandAugment()
-    torch.manual_seed(3)
+    random.seed(3)
     first = [augment.draw() for _ in range(5)]
-    torch.manual_seed(3)
+    random.seed(3)
     assert [augment.draw() for _ in range(5)] == first
 
 
@@ -165,7 +167,7 @@ def drawn_batch(number, num_ops=2, side=40):
 
 @pytest.mark.parametrize("num_ops", [1, 3])
 def test_a_batch_equals_its_images_one_by_one(num_ops):
-    torch.manual_seed(0)
+    random.seed(0)
     images, steps = drawn_batch(30, num_ops)
     flipped = [bool(index % 2) for index in range(30)]
     mirrored = [image.flip(1) if flip else image for image, flip in zip(images, flipped, strict=True)]

@@ -183,7 +183,7 @@ def ours(data: dict[str, str], *, batch_size: int, workers: int, image_size: int
         from hf_poolformer.data.datasets import open_datasets
         from hf_poolformer.data.loader import make_loader
         from hf_poolformer.settings.training import TrainingSettings
-        from hf_poolformer.training.device_pipeline import make_pipeline
+        from hf_poolformer.training.device_pipeline import Preprocessing, make_pipeline
     except ImportError as error:
         raise UserError(f"{error.name} missing: pip install 'hf-poolformer[train]'") from error
 
@@ -198,7 +198,7 @@ def ours(data: dict[str, str], *, batch_size: int, workers: int, image_size: int
         training=True,
         num_workers=workers,
         shuffle_buffer_size=settings.shuffle_buffer_size,
-        **make_pipeline(settings, processor, torch.device("cpu")),
+        **make_pipeline(settings, processor, torch.device("cpu"), Preprocessing()),
     )
     epochs = itertools.count()
 

@@ -33,7 +33,7 @@ python scripts/benchmark.py infer --dtype bfloat16 --rows 'ours*' 'built-in comp
 python scripts/benchmark.py latency --rows all --output benchmarks/latency
 python scripts/benchmark.py growth --budget 300 --output benchmarks/growth
 """
-DEVICE_PREPROCESSING = ("no", "augment", "decode")
+DEVICE_PREPROCESSING = ("no", "augment", "decode", "auto")
 DTYPES = ("float32", "bfloat16", "float16")
 BUDGETS = {"all": 540.0, "growth": 300.0, "export": 240.0, "predict": 110.0}
 

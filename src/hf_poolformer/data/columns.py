@@ -35,6 +35,7 @@ class ImageDataset:
         num_examples: exact if known, else None.
         name: what messages call it.
         other_columns: read besides image and label.
+        unread_columns: there are these, too.
         class_names: stored class -> name, where the source has them beside its rows (COCO's categories).
         token: Hub token, for rows that name remote files.
         origin: what made these rows a split.
@@ -53,6 +54,7 @@ class ImageDataset:
     name: str = "dataset"
     token: str | bool | None = None
     other_columns: tuple[str, ...] = ()
+    unread_columns: tuple[str, ...] = ()
     class_names: Mapping[int, str] | None = None
     origin: str = ""
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)

@@ -264,11 +264,12 @@ def _open_split(
     if not stream.features:
         raise UserError(f"{name} is empty")
     image_column = find_image_column(stream.features, image_column_name, name)
-    label_column = None
+    label_column, unread = None, ()
     if labelled:
         label_column = find_label_column(stream.features, label_column_name or source.label_column, name)
     if label_column is not None:
         root = label_column if label_column in stream.features else label_column.partition(".")[0]
+        unread = tuple(column for column in stream.features if column not in (image_column, root))
         stream = source.columns(split, list(dict.fromkeys((image_column, root))))
     # Annotation maps as well: a broken one would end its shard where a filter decodes it.
     pictures = [column for column, feature in stream.features.items() if isinstance(feature, Image)]
@@ -281,6 +282,7 @@ def _open_split(
         num_examples=opened.num_examples,
         name=name,
         token=token,
+        unread_columns=unread,
         origin=source.split_origin(split),
         left_out=source.left_out,
         class_names=source.class_names,

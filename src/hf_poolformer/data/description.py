@@ -96,7 +96,7 @@ def describe_data(datasets: Mapping[str, ImageDataset]) -> str:
         columns += f", label {first.label_column!r} ({kind_of(feature_of(features, first.label_column))})"
     lines.append(("columns", columns))
     used = {first.image_column, first.label_column, (first.label_column or "").partition(".")[0], *first.other_columns}
-    others = [name for name in features if name not in used and not name.startswith("__")]
+    others = [name for name in (*features, *first.unread_columns) if name not in used and not name.startswith("__")]
     if others:
         lines.append(("not read", _short(others)))
     if first.classes is not None:

@@ -386,6 +386,9 @@ class ImageLoader(DataLoader):
 class DecodedBatches(torch.utils.data.IterableDataset):
     """Runs in the workers: takes rows from the worker's lane and yields `Message`s.
 
+    Args:
+        order: None where nothing is iterated over.
+
     Attributes:
         made: by lane, how many messages there were, of all epochs, whether or not anybody has taken them yet.
     """
@@ -393,7 +396,7 @@ class DecodedBatches(torch.utils.data.IterableDataset):
     def __init__(
         self,
         dataset: ImageDataset,
-        order: Order,
+        order: Order | None,
         transform: Callable[[PILImage.Image], torch.Tensor],
         batch_size: int,
         training: bool,
@@ -406,7 +409,8 @@ class DecodedBatches(torch.utils.data.IterableDataset):
         self._training = training
         # Shared memory: workers that outlive an epoch see the next one's number.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.made = torch.zeros(order.layout["lanes"], dtype=torch.int64).share_memory_()
+        lanes = order.layout["lanes"] if order is not None else 0
+        self.made = torch.zeros(lanes, dtype=torch.int64).share_memory_()
 
     @property
     def epoch(self) -> int:
@@ -416,6 +420,16 @@ class DecodedBatches(torch.utils.data.IterableDataset):
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[Message]:
+        generators = _Generators(kept=get_worker_info() is None)
+        with contextlib.closing(self._messages(generators)) as messages:
+            try:
+                for message in messages:
+                    generators.give_back()
+                    yield message
+            finally:
+                generators.give_back()
+
+    def _messages(self, generators: "_Generators") -> Iterator[Message]:
         worker, epoch = get_worker_info(), self.epoch
         number, lane = self.order.lane(epoch, worker.id if worker is not None else 0)
         self._reported = set(lane.damaged)
@@ -436,10 +450,8 @@ class DecodedBatches(torch.utils.data.IterableDataset):
             try:
                 image, label = self._read(row.values)
                 if self._training:
-                    with _seeded((self.order.seed, epoch, row.shard, row.index), restore=worker is None):
-                        examples.append(self._example(image, label))
-                else:
-                    examples.append(self._example(image, label))
+                    generators.seed((self.order.seed, epoch, row.shard, row.index))
+                examples.append(self._example(image, label))
             except Unlabelled as reason:
                 if self._dataset.counts is None:
                     skipped.append(f"{self._describe(row)}: {reason}")
@@ -560,21 +572,31 @@ def _pieces(state: Mapping[str, Any]) -> list[list[Piece]] | None:
     ]
 
 
-@contextlib.contextmanager
-def _seeded(seed: tuple[int, ...], restore: bool) -> Iterator[None]:
-    """Global generators of the CPU seeded for one image. `restore` gives the main process its own state back."""
-    states = (torch.get_rng_state(), np.random.get_state(), random.getstate()) if restore else None
-    first, second = np.random.SeedSequence(seed).generate_state(2, np.uint64)
-    torch.default_generator.manual_seed(int(first >> np.uint64(1)))  # not torch.manual_seed: that reseeds the GPU too
-    np.random.seed(int(second) & 0xFFFFFFFF)
-    random.seed(int(second))
-    try:
-        yield
-    finally:
-        if states is not None:
-            torch.set_rng_state(states[0])
-            np.random.set_state(states[1])
-            random.setstate(states[2])
+class _Generators:
+    """The global generators of the CPU: torch's, numpy's and Python's.
+
+    Args:
+        kept: whether they are somebody else's, too, the main process's, who gets them back as they were.
+    """
+
+    def __init__(self, kept: bool):
+        self._kept, self._states = kept, None
+
+    def seed(self, seed: tuple[int, ...]) -> None:
+        """For one image."""
+        if self._kept and self._states is None:
+            self._states = (torch.get_rng_state(), np.random.get_state(), random.getstate())
+        first, second = np.random.SeedSequence(seed).generate_state(2, np.uint64)
+        torch.default_generator.manual_seed(int(first >> np.uint64(1)))  # torch.manual_seed reseeds the GPU, too
+        np.random.seed(int(second) & 0xFFFFFFFF)
+        random.seed(int(second))
+
+    def give_back(self) -> None:
+        if self._states is not None:
+            torch.set_rng_state(self._states[0])
+            np.random.set_state(self._states[1])
+            random.setstate(self._states[2])
+            self._states = None
 
 
 def _as_is(message: Any) -> Any:

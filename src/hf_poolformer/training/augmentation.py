@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from ..data.decoding import EncodedImage
 from ..data.transforms import input_size
 from ..settings.classification import ClassificationSettings
 from .movements import Affine, Movement
-from .operations import DrawnOperation, RandAugment, Step, apply_each, apply_together, chance, uniform, upload
+from .operations import DrawnOperation, RandAugment, Step, apply_each, apply_together, chance, upload
 
 
 # A crop decoded at a reduced size stays this many times finer than the example made of it. On photographs the example
@@ -86,15 +87,30 @@ class ExampleHeader:
     name: str | None = None
 
 
+def draw_crop(height: int, width: int, min_scale: float) -> Box:
+    """The crop of torchvision's `RandomResizedCrop`: `min_scale` to all of the area, sides in a ratio of 3/4 to 4/3.
+
+    Where ten do not fit, the largest in the centre whose ratio is allowed.
+    """
+    low, high = 3 / 4, 4 / 3
+    for _ in range(10):
+        area = height * width * random.uniform(min_scale, 1)
+        ratio = math.exp(random.uniform(math.log(low), math.log(high)))
+        rows, columns = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < rows <= height and 0 < columns <= width:
+            return Box(random.randint(0, height - rows), random.randint(0, width - columns), rows, columns)
+    rows, columns = min(height, round(width / low)), min(width, round(height * high))
+    return Box((height - rows) // 2, (width - columns) // 2, rows, columns)
+
+
 def draw_erased(height: int, width: int) -> Box | None:
     """A rectangle of random erasing: 2 to 33 % of the area, sides in a ratio of 0.3 to 3.3; None if ten do not fit."""
     for _ in range(10):
-        area = height * width * uniform(0.02, 1 / 3)
-        ratio = math.exp(uniform(math.log(0.3), math.log(3.3)))
+        area = height * width * random.uniform(0.02, 1 / 3)
+        ratio = math.exp(random.uniform(math.log(0.3), math.log(3.3)))
         rows, columns = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < rows < height and 0 < columns < width:
-            top, left = (int(torch.randint(0, room + 1, ())) for room in (height - rows, width - columns))
-            return Box(top, left, rows, columns)
+            return Box(random.randint(0, height - rows), random.randint(0, width - columns), rows, columns)
     return None
 
 
@@ -170,9 +186,8 @@ class TrainTransform:
         )
         self.reduced_decoding = settings.reduced_decoding
         self.horizontal_flip, self.random_erasing = settings.horizontal_flip, settings.random_erasing
-        self.resized_crop = self.random_affine = self.rand_augment = None
-        if settings.crop_min_scale < 1:
-            self.resized_crop = v2.RandomResizedCrop((self.height, self.width), scale=(settings.crop_min_scale, 1.0))
+        self.crop_min_scale = settings.crop_min_scale
+        self.random_affine = self.rand_augment = None
         if settings.affine_degrees or settings.affine_translate or settings.affine_scale:
             self.random_affine = v2.RandomAffine(
                 degrees=settings.affine_degrees,
@@ -207,10 +222,10 @@ class TrainTransform:
         return ExampleHeader(draws), self.decode_crop(image, draws)
 
     def draw(self, height: int, width: int) -> Draws:
-        """What is to happen to an image of this size, from torch's global generator."""
+        """What is to happen to an image of this size, from Python's global generator, affine movements from torch's."""
         crop, bicubic = None, True
-        if self.resized_crop is not None:
-            crop = Box(**self.resized_crop.make_params([_sized(height, width)]))
+        if self.crop_min_scale < 1:
+            crop = draw_crop(height, width, self.crop_min_scale)
             bicubic = chance(0.5)  # timm's `interpolation="random"`
         flip = bool(self.horizontal_flip) and chance(self.horizontal_flip)
         affine = None
@@ -219,7 +234,7 @@ class TrainTransform:
         operations = self.rand_augment.draw() if self.rand_augment is not None else ()
         erased, noise = None, 0
         if self.random_erasing and chance(self.random_erasing):
-            erased, noise = draw_erased(self.height, self.width), int(torch.randint(2**31, ()))
+            erased, noise = draw_erased(self.height, self.width), random.getrandbits(31)
         return Draws(crop, bicubic, flip, affine, operations, erased, noise)
 
     def decode_crop(self, image: EncodedImage, draws: Draws) -> torch.Tensor:

@@ -7,6 +7,7 @@ is saved with the model.
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from torchvision.transforms.v2 import functional as F
 from ...data.dense.annotations import Objects
 from ...image_processing_dense import IGNORE_INDEX, rescaled_size
 from ...settings.dense import DenseSettings
-from ..operations import uniform
 
 
 Sample = dict[str, Any]
@@ -84,7 +84,7 @@ class DenseTrainTransform:
         return pixel_values, object_labels(sample)
 
     def resized(self, sample: Sample) -> Sample:
-        scale = self.scales[0] if self.scales[0] == self.scales[1] else uniform(*self.scales)
+        scale = self.scales[0] if self.scales[0] == self.scales[1] else random.uniform(*self.scales)
         height, width = sample["image"].shape[-2:]
         limits = max(round(self.short * scale), 1), max(round(self.long * scale), 1)
         size = [max(edge, 1) for edge in rescaled_size(height, width, *limits)]
