@@ -40,9 +40,10 @@ from .tars import TarRanges
 
 logger = logging.getLogger(__name__)
 
-# Shards of a folder are only lists of paths: enough of them for any number of workers, and a power of two so that
-# they divide evenly among processes.
+# Shards of a folder are only lists of paths: a power of two, so that they divide evenly among processes, and not too
+# short, for opening one takes a millisecond.
 _FOLDER_SHARDS = 1024
+_FOLDER_ROWS = 32
 _HASHED_BYTES = 16384
 # Fields of WebDataset samples whose type their suffix tells, and how many .json are read to find out about theirs.
 _TAR_TEXTS = frozenset(["txt", "text", "transcript"])
@@ -510,7 +511,7 @@ def _stream(rows: Listed) -> Split:
         features.update(rows.features or Features.from_arrow_schema(rows.table.schema))
     # Files of one class lie together on disk: dealt out at random, every shard is a sample of the whole.
     order = np.random.default_rng(0).permutation(len(rows))
-    num_shards = min(_FOLDER_SHARDS, 1 << max(len(rows).bit_length() - 1, 0))
+    num_shards = min(_FOLDER_SHARDS, 1 << max((len(rows) // _FOLDER_ROWS).bit_length() - 1, 0))
     shards = []
     for shard in range(num_shards):
         chosen = rows.taken(order[shard::num_shards])
