@@ -298,7 +298,12 @@ class ParquetSource(FileSource):
             UserError: it cannot be kept here, and there are other processes. Some might have it, and deal by it.
         """
         builder = self._builder(ParquetRows, split, columns=names, batch_size=_COPIED_ROWS)
-        logger.info("%s has few and large row groups: data workers read a copy in %s", self.name, builder.cache_dir)
+        logger.info(
+            "%s has few and large row groups: data workers read a copy of what they need, at most %d MiB, in %s",
+            self.name,
+            self.local_bytes >> 20,
+            builder.cache_dir,
+        )
         # `datasets` refuses to begin if there is less room. As much again stays for what else is going to be written.
         builder.info.size_in_bytes = 2 * self.local_bytes
         try:
