@@ -6,6 +6,7 @@ Here a few rows are decoded at a time, from a buffer of each column.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,9 +14,10 @@ import pyarrow
 import pyarrow.parquet
 from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets.utils.file_utils import is_local_path
 
 
-_ROWS = 16  # of a table
+_ROWS = 16  # of a table, unless `batch_size` tells otherwise
 _BUFFER = 1 << 22  # bytes that are read of a column at a time: one request, where it is remote
 
 
@@ -27,13 +29,14 @@ class ParquetRows(Parquet):
     ) -> Iterator[tuple[Any, pyarrow.Table]]:
         columns = list(self.info.features)
         for number, (path, groups) in enumerate(zip(files, row_groups_list, strict=True)):
-            # `datasets` replaces `open` in the modules of its builders by one that knows the Hub.
-            with (
-                open(path, "rb") as file,
-                pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False) as rows,
-            ):
+            with contextlib.ExitStack() as stack:
+                # What is local, Arrow reads without asking Python. `datasets` replaces `open` in the modules of its
+                # builders by one that knows the Hub.
+                file = path if is_local_path(path) else stack.enter_context(open(path, "rb"))
+                rows = stack.enter_context(pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False))
                 # Files may lack a column that others have.
                 known = [name for name in columns if name in rows.schema_arrow.names]
-                batches = rows.iter_batches(_ROWS, row_groups=groups, columns=known, use_threads=False)
+                size = self.config.batch_size or _ROWS
+                batches = rows.iter_batches(size, row_groups=groups, columns=known, use_threads=False)
                 for count, batch in enumerate(batches):
                     yield Key(number, count), self._cast_table(pyarrow.Table.from_batches([batch]))

@@ -51,6 +51,11 @@ _TAR_NUMBERS = frozenset(["cls", "cls2", "index", "inx", "id"])
 _STRUCTURES_READ = 100
 # Tars are cut into ranges of at least so many bytes.
 _RANGE = 1 << 22
+# A dataset mapped into memory is cut into so many shards. Parquet with fewer row groups, one of them of so many bytes,
+# is copied to be mapped, some rows at a time.
+_SHARDS = 64
+_LARGE_GROUP = 1 << 25
+_COPIED_ROWS = 256
 # Counting after a split by content means reading everything once; worth it up to this size.
 _CHEAP_TO_READ = 1 << 30
 
@@ -250,26 +255,72 @@ class FileSource(Source):
 
     def _built(self, builder: type[datasets.DatasetBuilder], split: str, **arguments: Any) -> IterableDataset:
         """A stream of the files of a split, read by a builder of `datasets`."""
-        paths = [glob.escape(str(path)) for path in self.files[split]]
         try:
-            built = builder(data_files={"data": paths}, cache_dir=self.cache_dir, **arguments)
-            return built.as_streaming_dataset("data")
+            return self._builder(builder, split, **arguments).as_streaming_dataset("data")
         except Exception as error:
             kind = builder.__mro__[1].__name__
             raise UserError(f"{self.name} cannot be read as {kind}: {one_line(error)}") from error
 
+    def _builder(
+        self, builder: type[datasets.DatasetBuilder], split: str, **arguments: Any
+    ) -> datasets.DatasetBuilder:
+        paths = [glob.escape(str(path)) for path in self.files[split]]
+        return builder(data_files={"data": paths}, cache_dir=self.cache_dir, **arguments)
+
 
 class ParquetSource(FileSource):
-    """Local Parquet files."""
+    """Local Parquet files.
+
+    A row in the middle of a row group is had by decoding all that lies before it, and pages of it may be as large as
+    the file. Where row groups are large and few, workers would decode the same bytes over and over: the columns that
+    are needed are then written once, as `datasets` does for whatever it does not stream, and mapped into memory.
+    """
 
     def columns(self, split: str, names: list[str]) -> IterableDataset:
-        return self._built(ParquetRows, split, columns=names).select_columns(names)
+        copied = self._copy(split, names) if self._is_hard_to_share(split) else None
+        stream = self._built(ParquetRows, split, columns=names) if copied is None else _from_memory_map(copied).stream
+        return stream.select_columns(names)
 
     def column(self, split: str, column: str) -> Iterator[Any]:
         for path in self.files[split]:
             with pyarrow.parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches(columns=[column]):
                     yield from batch.column(0).to_pylist()
+
+    def _is_hard_to_share(self, split: str) -> bool:
+        known = [pyarrow.parquet.read_metadata(path) for path in self.files[split]]
+        sizes = [file.row_group(group).total_byte_size for file in known for group in range(file.num_row_groups)]
+        return len(sizes) < _SHARDS and max(sizes, default=0) >= _LARGE_GROUP
+
+    def _copy(self, split: str, names: list[str]) -> datasets.Dataset | None:
+        """These columns in a file that can be mapped, written unless it is there; None where that fails.
+
+        Raises:
+            UserError: it cannot be kept here, and there are other processes. Some might have it, and deal by it.
+        """
+        builder = self._builder(ParquetRows, split, columns=names, batch_size=_COPIED_ROWS)
+        logger.info(
+            "%s has few and large row groups: data workers read a copy of what they need, at most %d MiB, in %s",
+            self.name,
+            self.local_bytes >> 20,
+            builder.cache_dir,
+        )
+        # `datasets` refuses to begin if there is less room. As much again stays for what else is going to be written.
+        builder.info.size_in_bytes = 2 * self.local_bytes
+        try:
+            builder.download_and_prepare()
+            return builder.as_dataset("data")
+        except Exception as error:
+            reason = one_line(error.__cause__ or error)
+            # What is damaged is so for everybody, and as a stream it is read up to the damage.
+            damaged = isinstance(error, datasets.exceptions.DatasetGenerationError)
+            if not damaged and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise UserError(
+                    f"{self.name} has few and large row groups, and a copy for the data workers cannot be kept in "
+                    f"{builder.cache_dir}: {reason}. Give another --cache_dir, or write it with smaller row groups"
+                ) from error
+            logger.warning("%s is read without a copy, slowly if there are many workers: %s", self.name, reason)
+            return None
 
     def _load(self, split: str) -> IterableDataset:
         return self._built(ParquetRows, split)
@@ -564,7 +615,7 @@ def _key(size: int, head: bytes, tail: bytes) -> bytes:
 
 
 def _from_memory_map(dataset: datasets.Dataset) -> Split:
-    num_shards = max(1, min(64, len(dataset)))
+    num_shards = max(1, min(_SHARDS, len(dataset)))
     return Split(dataset.to_iterable_dataset(num_shards=num_shards), len(dataset))
 
 
