@@ -1,6 +1,7 @@
 """What is read of a Parquet file: the columns that are needed; and how files that are hard to share are shared."""
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -144,3 +145,14 @@ def test_an_interruption_ends_all_processes(wide, num_workers):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
+
+
+def test_a_disk_that_fills_while_copying_is_no_damage(single, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.write_table", full)
+    assert opened(single).stream.num_shards == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"--cache_dir"):
+        opened(single)

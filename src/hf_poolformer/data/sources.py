@@ -7,6 +7,7 @@ and which source a folder is in `layouts.py`.
 import abc
 import contextlib
 import copy
+import errno
 import glob
 import hashlib
 import json
@@ -313,7 +314,8 @@ class ParquetSource(FileSource):
         except Exception as error:
             reason = one_line(error.__cause__ or error)
             # What is damaged is so for everybody, and as a stream it is read up to the damage.
-            damaged = isinstance(error, datasets.exceptions.DatasetGenerationError)
+            full = getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            damaged = isinstance(error, datasets.exceptions.DatasetGenerationError) and not full
             if not damaged and int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise UserError(
                     f"{self.name} has few and large row groups, and a copy for the data workers cannot be kept in "

@@ -222,7 +222,7 @@ class TrainTransform:
         return ExampleHeader(draws), self.decode_crop(image, draws)
 
     def draw(self, height: int, width: int) -> Draws:
-        """What is to happen to an image of this size, from Python's global generator, affine movements from torch's."""
+        """What is to happen to an image of this size, from Python's generator, affine movements from torch's."""
         crop, bicubic = None, True
         if self.crop_min_scale < 1:
             crop = draw_crop(height, width, self.crop_min_scale)
