@@ -24,7 +24,9 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--cpu"]
 
 
-@pytest.mark.parametrize("task", ["semantic-segmentation", "instance-segmentation"])
+@pytest.mark.parametrize(
+    "task", ["semantic-segmentation", pytest.param("instance-segmentation", marks=pytest.mark.slow)]
+)
 def test_two_processes_train_and_evaluate_exactly(make_settings, tmp_path, task):
     # Batches of five leave an incomplete one, and 11 images do not divide by two.
     # After three steps no detection is sure of itself: all of them are taken.
