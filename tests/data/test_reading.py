@@ -121,7 +121,8 @@ def test_without_room_for_a_copy(single, monkeypatch, caplog):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_interruption_ends_all_processes(wide, num_workers):
     script = textwrap.dedent("""
-        import sys, torch
+        import signal, sys, torch
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
         from hf_poolformer.data.datasets import open_datasets
         from hf_poolformer.data.loader import make_loader
         dataset = open_datasets(dataset_name=sys.argv[1], train_val_split=0)["train"]
