@@ -300,7 +300,9 @@ class ParquetSource(FileSource):
             UserError: it cannot be kept here, and there are other processes. Some might have it, and deal by it.
         """
         builder = self._builder(ParquetRows, split, columns=names, batch_size=_COPIED_ROWS)
-        logger.info(
+        # Seen in a plain run, too, before it takes the disk.
+        say = logger.info if os.path.isdir(builder.cache_dir) else logger.warning
+        say(
             "%s has few and large row groups: data workers read a copy of what they need, at most %d MiB, in %s",
             self.name,
             self.local_bytes >> 20,
