@@ -62,8 +62,9 @@ def toy(monkeypatch):
 def test_rows_are_found_by_name_by_configuration_and_by_pipeline():
     for name, task in TASKS.items():
         assert task_named(name) is task
-        assert task_of_config({"architectures": [f"PoolFormer{task.head}"]}) is task
-        assert task_of_config(PoolFormerConfig(architectures=[f"MetaFormer{task.head}"])) is task
+        facts = {"problem_type": task.problem_type}
+        assert task_of_config({"architectures": [f"PoolFormer{task.head}"], **facts}) is task
+        assert task_of_config(PoolFormerConfig(architectures=[f"MetaFormer{task.head}"], **facts)) is task
         assert task in tasks_of_pipeline(task.pipeline_tag)
     assert task_of_config({}) is task_of_config({"architectures": ["PoolFormerModel"]}) is None
     assert task_of_config(PoolFormerConfig()) is None

@@ -46,7 +46,9 @@ class Task:
         auto_class: of transformers.
         pipeline_tag: the Hub's, and the name of transformers' pipeline.
         built_in: transformers has a PoolFormer with this head, which it loads without this package.
-        reads: what stands beside an image in a dataset: a class, a map of classes, boxes, or boxes with masks.
+        problem_type: in the configuration of a model whose head more than one task shares; else None.
+        reads: what stands beside an image in a dataset: a class, any number of classes, numbers, a map of classes,
+            boxes, or boxes with masks.
         gives: what a model answers: scores of the classes, a map of classes, or objects.
         figures: those for people, the one that says which of two models is better first.
         kept_by: all figures that `--keep_best` can go by.
@@ -69,7 +71,7 @@ class Task:
     noun: str
     auto_class: str
     pipeline_tag: str
-    reads: Literal["class", "map", "boxes", "masks"]
+    reads: Literal["class", "classes", "numbers", "map", "boxes", "masks"]
     gives: Literal["scores", "map", "objects"]
     figures: tuple[Figure, ...]
     kept_by: tuple[str, ...]
@@ -85,6 +87,7 @@ class Task:
     exported_imports: str = ""
     exported_code: str = ""
     built_in: bool = False
+    problem_type: str | None = None
 
     @property
     def head(self) -> str:
@@ -99,7 +102,7 @@ class Task:
     @property
     def is_dense(self) -> bool:
         """Whether it says something about places of an image, as `train-dense` learns it."""
-        return self.reads != "class"
+        return self.reads in ("map", "boxes", "masks")
 
     @property
     def shown(self) -> list[Figure]:
@@ -122,6 +125,8 @@ class Task:
 
 
 CLASSIFICATION = "image-classification"
+MULTI_LABEL = "multi-label-classification"
+REGRESSION = "image-regression"
 
 BOX_FIGURES = (
     Figure("eval_map", "mean_average_precision", "Box AP (IoU 0.50:0.95)", "mAP, IoU .50 to .95"),
@@ -177,48 +182,73 @@ def dense_model(auto_class: str, code: str) -> str:
     return model_code(auto_class, "    outputs = model(**inputs)\n" + code, IMPORT + "\n")
 
 
-_ROWS = (
-    Task(
-        name=CLASSIFICATION,
-        title="Image classification",
-        noun="image classifier",
-        auto_class="AutoModelForImageClassification",
-        built_in=True,
-        pipeline_tag="image-classification",
-        reads="class",
-        gives="scores",
-        figures=(
-            Figure("eval_accuracy", "accuracy", "Top-1 accuracy", "top-1"),
-            Figure("eval_top5_accuracy", "accuracy", "Top-5 accuracy", "top-5", least_classes=6),
-            Figure("eval_loss", "loss", "Loss", "loss"),
-        ),
-        kept_by=("eval_accuracy", "eval_loss", "eval_top5_accuracy"),
-        per_class=("eval_per_class_accuracy", "accuracy"),
-        settings="hf_poolformer.settings.classification:ClassificationSettings",
-        training="hf_poolformer.training.classification:ClassificationTraining",
-        exported_output="ImageClassifierOutput",
-        pipeline_code=(
-            "from transformers import pipeline\n\n"
-            'classify = pipeline("image-classification", model={source})\n'
-            'print(classify("photo.jpg"))'
-        ),
-        model_code=model_code(
-            "AutoModelForImageClassification",
-            "    logits = model(**inputs).logits  # (1, number of classes)\n"
-            "print(model.config.id2label[logits.argmax(-1).item()])",
-        ),
-        exported_imports="from transformers import pipeline",
-        exported_code=(
-            'classify = pipeline("image-classification", model=model, image_processor=model.image_processor)\n'
-            'print(classify("photo.jpg"))'
-        ),
-        limits=(
-            "The model knows only the {classes} it was trained on and gives one of them to every image, whatever the "
-            "image shows.",
-            "It was measured on images like those it was trained on, if at all; a photograph from another camera, "
-            "country or population can fare worse. Nobody has examined this checkpoint for social bias.",
-        ),
+_CLASSIFICATION = Task(
+    name=CLASSIFICATION,
+    title="Image classification",
+    noun="image classifier",
+    auto_class="AutoModelForImageClassification",
+    built_in=True,
+    problem_type="single_label_classification",
+    pipeline_tag="image-classification",
+    reads="class",
+    gives="scores",
+    figures=(
+        Figure("eval_accuracy", "accuracy", "Top-1 accuracy", "top-1"),
+        Figure("eval_top5_accuracy", "accuracy", "Top-5 accuracy", "top-5", least_classes=6),
+        Figure("eval_loss", "loss", "Loss", "loss"),
     ),
+    kept_by=("eval_accuracy", "eval_loss", "eval_top5_accuracy"),
+    per_class=("eval_per_class_accuracy", "accuracy"),
+    settings="hf_poolformer.settings.classification:ClassificationSettings",
+    training="hf_poolformer.training.classification:ClassificationTraining",
+    exported_output="ImageClassifierOutput",
+    pipeline_code=(
+        "from transformers import pipeline\n\n"
+        'classify = pipeline("image-classification", model={source})\n'
+        'print(classify("photo.jpg"))'
+    ),
+    model_code=model_code(
+        "AutoModelForImageClassification",
+        "    logits = model(**inputs).logits  # (1, number of classes)\n"
+        "print(model.config.id2label[logits.argmax(-1).item()])",
+    ),
+    exported_imports="from transformers import pipeline",
+    exported_code=(
+        'classify = pipeline("image-classification", model=model, image_processor=model.image_processor)\n'
+        'print(classify("photo.jpg"))'
+    ),
+    limits=(
+        "The model knows only the {classes} it was trained on and gives one of them to every image, whatever the "
+        "image shows.",
+        "It was measured on images like those it was trained on, if at all; a photograph from another camera, "
+        "country or population can fare worse. Nobody has examined this checkpoint for social bias.",
+    ),
+)
+_MULTI_LABEL = replace(
+    _CLASSIFICATION,
+    name=MULTI_LABEL,
+    title="Multi-label image classification",
+    noun="multi-label image classifier",
+    problem_type="multi_label_classification",
+    reads="classes",
+    settings="hf_poolformer.settings.classification:MultiLabelSettings",
+    training="hf_poolformer.training.multi_label:MultiLabelTraining",
+)
+_REGRESSION = replace(
+    _CLASSIFICATION,
+    name=REGRESSION,
+    title="Image regression",
+    noun="image regressor",
+    problem_type="regression",
+    reads="numbers",
+    settings="hf_poolformer.settings.classification:RegressionSettings",
+    training="hf_poolformer.training.regression:RegressionTraining",
+)
+
+_ROWS = (
+    _CLASSIFICATION,
+    _MULTI_LABEL,
+    _REGRESSION,
     Task(
         name="semantic-segmentation",
         title="Semantic segmentation",
@@ -384,5 +414,7 @@ def task_of_config(config: Any, headless: bool = False) -> Task | None:
     """
     named = config.get("architectures") if isinstance(config, Mapping) else getattr(config, "architectures", None)
     architecture = str((named or [""])[0])
-    rows = (*TASKS.values(), *(HEADLESS if headless else ()))
+    problem = config.get("problem_type") if isinstance(config, Mapping) else getattr(config, "problem_type", None)
+    rows = [*TASKS.values(), *(HEADLESS if headless else ())]
+    rows.sort(key=lambda task: task.problem_type != problem)  # among those of one head
     return next((task for task in rows if architecture.endswith(task.head)), None)

@@ -168,3 +168,13 @@ class ClassificationSettings(
         if (self.lora or self.freeze_backbone) and not self.model_name_or_path:
             flag = "--lora" if self.lora else "--freeze_backbone"
             raise UserError(f"{flag} adapts a trained model: give one with --model_name_or_path.")
+
+
+@dataclass
+class MultiLabelSettings(ClassificationSettings):
+    """Images with any number of classes each."""
+
+
+@dataclass
+class RegressionSettings(ClassificationSettings):
+    """Images with numbers."""
