@@ -35,6 +35,7 @@ def test_accelerate_launches_the_package(things, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stdout
+    assert done.stdout.count("Reading: ") == 1 and " of each of 2 processes, which read" in done.stdout
     trained = json.loads((tmp_path / "run" / "all_results.json").read_text())
     done = subprocess.run(
         [*launch, "evaluate", tmp_path / "run", "--dataset_name", things.photos, "--json"],

@@ -66,7 +66,8 @@ def test_a_run_learns_and_leaves_everything(make_settings, tmp_path, capsys):
     losses = [row["loss"] for row in log if "loss" in row]
     assert len(losses) == 70 and losses[-1] < 0.7 * losses[0]
     assert [row["epoch"] for row in log if "eval_accuracy" in row] == [7, 14]
-    assert str(run) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert str(run) in said and "for 1 data worker, which reads " in said
 
     config = AutoConfig.from_pretrained(run)
     assert config.id2label[3] == "digit 3" and config.problem_type == "single_label_classification"

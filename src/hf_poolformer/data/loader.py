@@ -123,8 +123,6 @@ def make_loader(
         num_workers=num_workers,
         local=dataset.local,
     )
-    if process_index == 0 and num_processes * num_workers > 1:
-        logger.info("%s: %s", dataset.name, order)
     if process_index == 0 and order.num_workers < num_workers:
         logger.info(
             "%s: %d data workers per process instead of %d: it is remote, and more would download the same bytes",
@@ -192,6 +190,11 @@ class ImageLoader(DataLoader):
         self.skipped = 0
         self._damaged: dict[str, str] = {}
         self._examples: list[str] = []
+
+    @property
+    def dealing(self) -> str:
+        """Who reads what, in words."""
+        return str(self._images.order)
 
     @property
     def damaged(self) -> list[str]:

@@ -111,6 +111,8 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
     model.to(accelerator.device, memory_format=torch.contiguous_format if fsdp else memory_format)
     replica = copy.deepcopy(model).requires_grad_(False) if fsdp and not settings.ema_decay else None
     train_loader, eval_loader = task.make_loaders(accelerator, model, processor)
+    if hasattr(train_loader, "dealing"):  # a loader of made-up images has none
+        accelerator.print(f"Reading: {train_loader.dealing}.")
 
     # Optimiser, and how far it goes.
     global_batch = (
