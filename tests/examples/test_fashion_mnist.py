@@ -29,8 +29,8 @@ def source(tmp_path):
     return folder
 
 
-def convert(source, target):
-    command = [sys.executable, str(SCRIPT), str(target), "--source", str(source)]
+def convert(source, target, *flags):
+    command = [sys.executable, str(SCRIPT), str(target), "--source", str(source), *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -44,6 +44,19 @@ def test_every_image_and_label_arrives(source, tmp_path):
     assert b"".join(np.asarray(row["image"]).tobytes() for row in rows) == raw
     assert [row["label"] for row in rows] == [index % 10 for index in range(83)]
     assert stream.features["label"].names[9] == "Ankle boot"
+
+
+def test_an_outfit_has_the_labels_of_its_items(source, tmp_path):
+    labels = (np.arange(83) % 10).astype(np.uint8)
+    images = np.broadcast_to(10 * labels[:, None, None] + 10, (83, 28, 28)).astype(np.uint8)  # a shade per class
+    (source / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
+    done = convert(source, tmp_path / "outfits", "--outfits")
+    assert done.returncode == 0, done.stderr
+    rows = list(datasets.load_dataset(str(tmp_path / "outfits"), split="train"))
+    shades = [np.unique(np.asarray(row["image"])).tolist() for row in rows]
+    assert [[0] + [10 * label + 10 for label in row["labels"]] for row in rows] == shades
+    items = [(np.asarray(row["image"]) > 0).sum() / 28**2 for row in rows]
+    assert set(items) == {2, 3, 4} and sum(items) <= 83, "whole, side by side, and none of them twice"
 
 
 @pytest.mark.parametrize(
