@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ..data.datasets import align_labels
@@ -29,6 +28,7 @@ from .device_choice import choose_preprocessing
 from .device_pipeline import DevicePipeline, make_pipeline
 from .distillation import distillation_loss, load_teacher
 from .initialisation import initial_model, labels_in_model_order
+from .objectives import Criterion, cross_entropy
 from .task import TaskTraining
 
 
@@ -73,7 +73,12 @@ class ClassificationTraining(TaskTraining):
             settings.mixup_switch_prob,
             settings.label_smoothing,
         )
+        self.criterion = self.make_criterion(accelerator.device)
         return model, processor
+
+    def make_criterion(self, device: torch.device) -> Criterion:
+        """What answers cost; whatever it holds of the data is on the device."""
+        return cross_entropy
 
     def make_loaders(self, accelerator: Accelerator, model: PreTrainedModel, processor: Any) -> tuple[Any, Any | None]:
         """As `TaskTraining.make_loaders`, with the labels numbered as the model does.
@@ -145,7 +150,7 @@ class ClassificationTraining(TaskTraining):
         pixel_values = batch["pixel_values"].to(device, memory_format=run.memory_format, non_blocking=True)
         pixel_values, targets = self.mixer(pixel_values, batch["labels"].to(device, non_blocking=True))
         logits = run.model(pixel_values=pixel_values).logits.float()
-        labels = cross_entropy(logits, targets)
+        labels = self.criterion(logits, targets)
         if self.teacher is None:
             return [labels]
         settings = self.settings
