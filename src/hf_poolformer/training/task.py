@@ -27,12 +27,16 @@ class TaskTraining(ABC):
     Attributes:
         loss_parts: names of what `losses` gives beside what is minimised, for the log.
         may_be_distributed: whether each process may hold but a part of the model (FSDP).
+        answers: what the model gives one of for each of its labels, several of them.
+        saves_again: whether the last evaluation decides something that is saved with the model.
         choices: what the task chose for itself by looking at the machine, fit for JSON. Checkpoints keep it, and a run
             that goes on from one finds it here.
     """
 
     loss_parts: Sequence[str] = ()
     may_be_distributed = False
+    answers = "classes"
+    saves_again = False
 
     def __init__(self, settings: TrainingSettings):
         self.settings = settings
