@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..data.columns import ImageDataset
+from ..data.classes import class_key
 from ..data.datasets import align_labels
 from ..evaluation.thresholds import choose_thresholds
 from ..foundation.errors import UserError
-from ..foundation.names import first_few
+from ..foundation.names import first_few, printable
 from ..foundation.settings import check_names
 from ..settings.classification import MultiLabelSettings
 from .classification import ClassificationTraining
@@ -26,8 +26,20 @@ if TYPE_CHECKING:
     from .loop import Run
 
 
-# A class that one image in a thousand has would count a thousand times, and a handful of images decide every step.
-MOST = 20.0
+# The most that `--pos_weight auto` gives. A class that one image in a thousand has would weigh 999, and the few images
+# that have it would drown all others.
+MOST_WEIGHT = 20.0
+
+
+def positive_weights(counts: Sequence[int], images: int) -> list[float]:
+    """For each class, how many times as many images lack it as have it, from 1 / `MOST_WEIGHT` to `MOST_WEIGHT`.
+
+    Args:
+        counts: images that have each class. A class without any weighs 1.
+        images: in all, those without any class included.
+    """
+    ratios = [(images - count) / count if count else 1.0 for count in counts]
+    return [min(max(ratio, 1 / MOST_WEIGHT), MOST_WEIGHT) for ratio in ratios]
 
 
 class MultiLabelTraining(ClassificationTraining):
@@ -37,15 +49,31 @@ class MultiLabelTraining(ClassificationTraining):
         self.label_thresholds: list[float] | None = None  # until they are chosen
 
     def open_data(self, accelerator: Accelerator) -> list[str]:
-        names, settings = super().open_data(accelerator), self.settings
-        if settings.pos_weight == "none":
-            return names
-        if "pos_weight" not in self.choices:
-            self.choices["pos_weight"] = positive_weights(settings, self.datasets["train"], names)
-        weights = self.choices["pos_weight"]
-        shown = [f"{name} {weight:.3g}" for name, weight in zip(names, weights, strict=True)]
-        accelerator.print(f"  pos_weight  {first_few(shown, 8)}")
+        names = super().open_data(accelerator)
+        if self.settings.pos_weight != "none" and "pos_weight" not in self.choices:
+            self.choices["pos_weight"] = self.weights_asked_for()
+        if weights := self.choices.get("pos_weight"):
+            shown = [f"{name} {weight:.3g}" for name, weight in zip(names, weights, strict=True)]
+            accelerator.print(f"  pos_weight  {printable(first_few(shown, 8), 116)}")
         return names
+
+    def weights_asked_for(self) -> list[float]:
+        """`--pos_weight` by class, in the model's order."""
+        names, given = self.label_names, self.settings.given_pos_weight()
+        if given is None:
+            images = align_labels(self.datasets["train"], {name: index for index, name in enumerate(names)})
+            if images.counts is None:
+                raise UserError(
+                    f"--pos_weight auto needs to know how many images have each class, and those of {images.name} are "
+                    "not counted."
+                )
+            return positive_weights(images.counts, images.labelled)
+        if not isinstance(given, dict):
+            return [float(given)] * len(names)
+        keys = {class_key(name): float(weight) for name, weight in given.items()}
+        unknown = [name for name in given if class_key(name) not in map(class_key, names)]
+        check_names(unknown, names, "class in --pos_weight")
+        return [keys.get(class_key(name), 1.0) for name in names]
 
     def make_criterion(self, device: torch.device) -> Criterion:
         settings, weights = self.settings, self.choices.get("pos_weight")
