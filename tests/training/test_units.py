@@ -58,7 +58,14 @@ def test_every_head(head_type, scramble):
 
 @pytest.mark.parametrize(
     "name",
-    ["poolformer_s12", "metaformer_ppff_s12", "metaformer_ppaa_s12", "randformer_s12", "convformer_s18", "caformer_s18"],
+    [
+        "poolformer_s12",
+        "metaformer_ppff_s12",
+        "metaformer_ppaa_s12",
+        "randformer_s12",
+        "convformer_s18",
+        "caformer_s18",
+    ],
 )
 def test_every_family(name, scramble):
     config = MetaFormerConfig.from_variant(name, **SMALL)

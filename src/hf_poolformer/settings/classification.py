@@ -193,9 +193,7 @@ class MultiLabelSettings(ClassificationSettings):
     asymmetric_gamma_negative: float = setting(
         4.0, "Of the asymmetric loss: how much less an easy class that is not there counts.", low=0, shown=True
     )
-    asymmetric_gamma_positive: float = setting(
-        1.0, "The same for an easy class that is there.", low=0, shown=True
-    )
+    asymmetric_gamma_positive: float = setting(1.0, "The same for an easy class that is there.", low=0, shown=True)
     asymmetric_clip: float = setting(
         0.05, "A class that is not there costs nothing below this probability.", low=0, high=0.5, shown=True
     )

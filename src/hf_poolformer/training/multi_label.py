@@ -81,7 +81,10 @@ class MultiLabelTraining(ClassificationTraining):
         if settings.loss == "bce":
             return BinaryCrossEntropy(pos_weight)
         return AsymmetricLoss(
-            settings.asymmetric_gamma_negative, settings.asymmetric_gamma_positive, settings.asymmetric_clip, pos_weight
+            settings.asymmetric_gamma_negative,
+            settings.asymmetric_gamma_positive,
+            settings.asymmetric_clip,
+            pos_weight,
         )
 
     def method(self) -> dict[str, Any]:
