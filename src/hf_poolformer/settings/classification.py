@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
 from ..foundation.settings import setting
 from .data import ClassificationDataSettings
 from .training import (
@@ -89,6 +92,83 @@ class TransferSettings:
     freeze_backbone: bool = setting(False, "Train nothing but the checkpoint's head (linear probe).", shown=True)
 
 
+@dataclass
+class RareClassSettings:
+    _argument_group_name = "rare classes"
+
+    class_weights: str = setting(
+        "none",
+        "How much an image counts in the loss, by its class. none: all alike; auto: in inverse proportion to the "
+        "images of the class; effective: less so (arXiv 1901.05555); or numbers by the names of classes, as JSON "
+        "('{\"cat\": 5}', others: 1; in YAML, a mapping) or in a JSON file.",
+        shown=True,
+        path=True,
+        in_file="mapping",
+    )
+    class_weights_beta: float | None = setting(
+        None,
+        "Of --class_weights effective: from 0, all alike, towards 1, as auto. Unset: 1 - 1 / number of images.",
+        low=0,
+        high=1 - 1e-12,
+        shown=True,
+    )
+    focal_gamma: float = setting(
+        0.0,
+        "Focal loss: the more probable the right label is already, the less an image counts, by this power; 0: off.",
+        low=0,
+        high=10,
+        shown=True,
+    )
+    sampling: Literal["shuffle", "balanced"] = setting(
+        "shuffle",
+        "How often an image comes in an epoch. shuffle: once; balanced: the rarer its class, the more often, so that "
+        "all classes come equally often. An epoch has as many images either way.",
+        shown=True,
+    )
+    sampling_power: float = setting(
+        1.0, "Of --sampling balanced: 1 balances all, 0.5 goes half of the way, 0 none of it.", low=0, high=1, shown=True
+    )
+
+    @property
+    def asks_for_counts(self) -> bool:
+        """Whether it must be known how many images each class has."""
+        return self.class_weights != "none" or self.sampling != "shuffle"
+
+    def given_weights(self) -> dict[str, float] | None:
+        """Those of `class_weights` that are given by name; None where it names a rule.
+
+        Raises:
+            UserError: it is neither, or no file that can be read, or holds other things than weights.
+        """
+        given = self.class_weights.strip()
+        if given in ("none", "auto", "effective"):
+            return None
+        try:
+            text = given if given.startswith("{") else Path(given).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--class_weights {given} is neither none, auto or effective, nor JSON, nor a file that can be read "
+                f"({one_line(error)})."
+            ) from error
+        try:
+            weights = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--class_weights is not JSON ({error}): {text[:100]!r}.") from error
+        if not isinstance(weights, dict):
+            raise UserError(f"--class_weights takes weights by the names of classes, not {text[:100]!r}.")
+        for name, weight in weights.items():
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
+            if not number or weight < 0:
+                raise UserError(f"--class_weights: the weight of {name} is {weight!r}, and not a number from 0 on.")
+        return weights
+
+    def refuse_rare_classes(self, why: str) -> None:
+        """Raises a UserError if any of this is asked for where it means nothing."""
+        for name, off in (("class_weights", "none"), ("focal_gamma", 0), ("sampling", "shuffle")):
+            if getattr(self, name) != off:
+                raise UserError(f"--{name} {getattr(self, name)}: {why}.")
+
+
 # What each recipe changes; `finetune` is what the fields above say.
 RECIPES: dict[str, dict[str, Any]] = {
     # From a pretrained checkpoint to your own images.
@@ -145,6 +225,7 @@ class ClassificationSettings(
     PublishingSettings,
     RunSettings,
     TransferSettings,
+    RareClassSettings,
     OptimisationSettings,
     AugmentationSettings,
     ClassificationDataSettings,
@@ -161,6 +242,7 @@ class ClassificationSettings(
         super().check()
         if (self.dataset_name is None) == (self.train_dir is None):
             raise UserError("give the training images by either --dataset_name or --train_dir.")
+        self.given_weights()
         if self.distillation == "hard" and not self.teacher:
             raise UserError("--distillation hard needs a teacher: --teacher MODEL.")
         if self.lora and self.freeze_backbone:
@@ -178,3 +260,7 @@ class MultiLabelSettings(ClassificationSettings):
 @dataclass
 class RegressionSettings(ClassificationSettings):
     """Images with numbers."""
+
+    def check(self) -> None:
+        super().check()
+        self.refuse_rare_classes("numbers have no classes that could be rare")
