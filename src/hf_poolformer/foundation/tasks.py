@@ -403,6 +403,12 @@ def tasks_of_pipeline(tag: str) -> list[Task]:
     return [task for task in TASKS.values() if task.pipeline_tag == tag]
 
 
+def task_of_problem(problem_type: str | None) -> Task:
+    """The task among those of one head, by a configuration's `problem_type`; what says nothing is a classifier."""
+    wanted = problem_type or _CLASSIFICATION.problem_type
+    return next((task for task in TASKS.values() if task.problem_type == wanted), _CLASSIFICATION)
+
+
 def task_of_config(config: Any, headless: bool = False) -> Task | None:
     """The task of a model by its configuration, an object or the content of a `config.json`.
 
