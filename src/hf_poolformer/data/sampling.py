@@ -1,10 +1,10 @@
 """How often each image of a stream comes in an epoch, so that rare classes are seen more and frequent ones less.
 
-An image of class c comes `r_c` times in an epoch on average, its repeat factor, and there are as many images in an
-epoch as without. In epoch e it comes `floor((e + 1) * r_c + u) - floor(e * r_c + u)` times, `u` being uniform in [0, 1)
-and a function of the seed and of where the image is stored alone. So what an epoch leaves out comes in a later one,
-after `1 / r_c` epochs at the latest; nobody has to remember anything; and the epochs of a run that was interrupted,
-or is divided among other processes, are those that were planned.
+An image of class c comes `r` times in an epoch on average, its repeat factor, and there are as many images in an epoch
+as without. In epoch e it comes `floor((e + 1) * r + u) - floor(e * r + u)` times; `u` is uniform in [0, 1), and a
+function of the seed and of where the image is stored alone. So an image that an epoch leaves out comes in one of the
+next `1 / r`; nobody has to remember anything; and a run that was interrupted, or is divided among other processes,
+goes on as planned.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ about half of `window` rows are held at a time, and a place in the stream is a h
 read, and the key that left last. Whoever continues there reads the last `window` rows once more, still encoded, keeps
 those with greater keys, and is where the other was. No buffer is ever written down.
 
-Where rows are repeated or left out (see `sampling.py`), row `n` has as many keys as it comes in the epoch: `n + window *
-u(n)` and the same with `u(n)` moved on by the golden ratio, again and again, around the interval. Each of them is
-uniform like the first, and however many there are, they lie far from each other, so that the copies of an image come in
-different batches.
+Where rows are repeated or left out (see `sampling.py`), row `n` has as many keys as the times that it comes: the one
+above, and the same with `u(n)` moved on around the interval by the golden ratio, again and again. Each of them is
+uniform like the first, and however many there are, they lie far from each other, so that the copies of an image come
+in different batches.
 
 A lane's rows are read by a thread of its own, a little ahead of whoever decodes them; its place counts only those that
 were taken.
@@ -74,9 +74,7 @@ class Piece(NamedTuple):
     def part(self, part: int, parts: int) -> Piece:
         """One of `parts` disjoint parts of this piece."""
         mine = slice(part, None, parts)
-        return self._replace(
-            strides=(*self.strides, (part, parts)), extra=self.extra[mine], copies=self.copies[mine]
-        )
+        return self._replace(strides=(*self.strides, (part, parts)), extra=self.extra[mine], copies=self.copies[mine])
 
     def holds(self, row: int) -> bool:
         if row < self.start:

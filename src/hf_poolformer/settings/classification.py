@@ -126,13 +126,30 @@ class RareClassSettings:
         shown=True,
     )
     sampling_power: float = setting(
-        1.0, "Of --sampling balanced: 1 balances all, 0.5 goes half of the way, 0 none of it.", low=0, high=1, shown=True
+        1.0,
+        "Of --sampling balanced: 1 balances all, 0.5 goes half of the way, 0 none of it.",
+        low=0,
+        high=1,
+        shown=True,
     )
 
     @property
     def asks_for_counts(self) -> bool:
         """Whether it must be known how many images each class has."""
         return self.class_weights != "none" or self.sampling != "shuffle"
+
+    def rare_class_choices(self) -> dict[str, Any]:
+        """Of these settings, those that do anything, with what they mean wherever it stands."""
+        chosen: dict[str, Any] = {}
+        if self.class_weights != "none":
+            chosen["class_weights"] = self.given_weights() or self.class_weights
+        if self.class_weights == "effective":
+            chosen["class_weights_beta"] = self.class_weights_beta
+        if self.focal_gamma:
+            chosen["focal_gamma"] = self.focal_gamma
+        if self.sampling != "shuffle":
+            chosen |= {"sampling": self.sampling, "sampling_power": self.sampling_power}
+        return chosen
 
     def given_weights(self) -> dict[str, float] | None:
         """Those of `class_weights` that are given by name; None where it names a rule.
@@ -164,9 +181,8 @@ class RareClassSettings:
 
     def refuse_rare_classes(self, why: str) -> None:
         """Raises a UserError if any of this is asked for where it means nothing."""
-        for name, off in (("class_weights", "none"), ("focal_gamma", 0), ("sampling", "shuffle")):
-            if getattr(self, name) != off:
-                raise UserError(f"--{name} {getattr(self, name)}: {why}.")
+        for name, value in self.rare_class_choices().items():
+            raise UserError(f"--{name} {value}: {why}.")
 
 
 # What each recipe changes; `finetune` is what the fields above say.

@@ -33,8 +33,8 @@ class RareClasses:
         weights: how much an image counts in the loss; None: 1.
     """
 
-    names: Sequence[str]
-    counts: Sequence[int]
+    names: Sequence[str] = ()
+    counts: Sequence[int] = ()
     repeats: Sequence[float] | None = None
     weights: Sequence[float] | None = None
 
@@ -51,8 +51,8 @@ class RareClasses:
         return "\n".join(lines)
 
 
-def rare_classes(settings: RareClassSettings, dataset: ImageDataset, label_names: Sequence[str]) -> RareClasses | None:
-    """What the settings make of the images that there are; None where they ask for nothing that depends on these.
+def rare_classes(settings: RareClassSettings, dataset: ImageDataset, label_names: Sequence[str]) -> RareClasses:
+    """What the settings make of the images that there are.
 
     Args:
         label_names: in the model's order.
@@ -61,11 +61,13 @@ def rare_classes(settings: RareClassSettings, dataset: ImageDataset, label_names
         UserError: it is not known how many images each class has; a class that is given a weight does not exist.
     """
     if not settings.asks_for_counts:
-        return None
+        return RareClasses()
     counts = align_labels(dataset, {name: index for index, name in enumerate(label_names)}).counts
     if counts is None:
         flag = "--class_weights" if settings.class_weights != "none" else "--sampling"
-        raise UserError(f"{flag} needs to know how many images each class has, and those of {dataset.name} are not counted.")
+        raise UserError(
+            f"{flag} needs to know how many images each class has, and those of {dataset.name} are not counted."
+        )
     repeats = weights = None
     if settings.sampling == "balanced":
         repeats = repeat_factors(counts, settings.sampling_power)
@@ -106,7 +108,9 @@ def effective_number(images: float, beta: float) -> float:
 def by_name(given: Mapping[str, float], names: Sequence[str]) -> list[float]:
     """Weights in the order of the names; 1 for those that are not given."""
     keys = {class_key(name): float(weight) for name, weight in given.items()}
-    check_names([name for name in given if class_key(name) not in map(class_key, names)], names, "class in --class_weights")
+    check_names(
+        [name for name in given if class_key(name) not in map(class_key, names)], names, "class in --class_weights"
+    )
     return [keys.get(class_key(name), 1.0) for name in names]
 
 
@@ -115,12 +119,12 @@ class RareClassLoss:
 
         loss = -(sum_c w_c s_c) sum_c t_c (1 - p_c)^gamma log p_c
 
-    s is the target before label smoothing: the label, or what mixup and CutMix have made of two. So an image counts as
-    its labels do, the smoothed target is learnt as it is, and the mean weight of the images stays 1. (Weights inside of
-    the sum, as torch has them, would move every image's target towards the classes with large weights.)
+    s is the target before label smoothing: the label, or what mixup and CutMix have made of two. So an image counts
+    as its labels do, the smoothed target is learnt as it is, and the mean weight of the images stays 1. (Weights
+    inside of the sum, as torch has them, would move every target towards the classes with large weights.)
 
-    Calling it with logits (batch, classes) and targets (batch, classes) that sum to 1 returns the mean over the images,
-    not over their weights, so that micro-batches and processes of equal size add up to one.
+    Calling it with logits (batch, classes) and targets (batch, classes) that sum to 1 returns the mean over the
+    images, not over their weights, so that micro-batches and processes of equal size add up to one.
 
     Args:
         weights: w (classes,) on the device; None for 1.
@@ -131,7 +135,9 @@ class RareClassLoss:
     def __init__(self, weights: torch.Tensor | None = None, gamma: float = 0.0, label_smoothing: float = 0.0):
         self.gamma = gamma
         # t = (1 - e) s + e / C for each class, so that these weights make of t what w makes of s.
-        self.weights = None if weights is None else (weights - label_smoothing * weights.mean()) / (1 - label_smoothing)
+        self.weights = (
+            None if weights is None else (weights - label_smoothing * weights.mean()) / (1 - label_smoothing)
+        )
 
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         costs = logits.log_softmax(-1)

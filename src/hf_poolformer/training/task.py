@@ -27,12 +27,14 @@ class TaskTraining(ABC):
     Attributes:
         loss_parts: names of what `losses` gives beside what is minimised, for the log.
         may_be_distributed: whether each process may hold but a part of the model (FSDP).
+        epochs_vary: whether chance decides how many images an epoch has, so that steps tell when a run is over.
         choices: what the task chose for itself by looking at the machine, fit for JSON. Checkpoints keep it, and a run
             that goes on from one finds it here.
     """
 
     loss_parts: Sequence[str] = ()
     may_be_distributed = False
+    epochs_vary = False
 
     def __init__(self, settings: TrainingSettings):
         self.settings = settings
