@@ -11,8 +11,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
 
-from hf_poolformer.data.columns import ImageDataset
 from hf_poolformer.data.classes import Classes
+from hf_poolformer.data.columns import ImageDataset
 from hf_poolformer.data.datasets import open_datasets
 from hf_poolformer.data.loader import make_loader
 from hf_poolformer.data.sampling import Repeats, repeat_factors
@@ -95,8 +95,8 @@ def test_a_lane_hands_out_the_plan_with_copies_far_apart():
         places.setdefault(row.values["value"], []).append((place, row.copy))
     for found in places.values():
         assert sorted(copy for _, copy in found) == list(range(len(found)))
-    # Eight copies are an eighth of the epoch apart, over sqrt(5): here 53 rows. Drawn at random, 24 rows of these would
-    # have a copy in their own batch of 32.
+    # Eight copies are at least an eighth of the epoch over sqrt(5) apart: here 53 rows. Drawn at random, 24 rows would
+    # come in a batch of 32 with a copy of theirs.
     gaps = [np.diff([place for place, _ in found]).min() for found in places.values() if len(found) > 1]
     assert len(gaps) > 100 and min(gaps) > 32
 

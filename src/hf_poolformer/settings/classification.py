@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..foundation.errors import UserError, one_line
-from ..foundation.settings import setting
+from ..foundation.settings import altered, setting
 from .data import ClassificationDataSettings
 from .training import (
     ModelSettings,
@@ -272,11 +272,106 @@ class ClassificationSettings(
 class MultiLabelSettings(ClassificationSettings):
     """Images with any number of classes each."""
 
+    _argument_group_name = "several labels"
+
+    label_smoothing: float = altered(
+        AugmentationSettings,
+        "label_smoothing",
+        0.0,
+        "How far the target of each class is drawn towards one half: (1 - s) y + s / 2.",
+    )
+    loss: Literal["bce", "asymmetric"] = setting(
+        "bce",
+        "What each class costs. bce: binary cross-entropy; asymmetric: the same with less weight on what is easy, above "
+        "all on the many classes that an image does not have (arXiv 2009.14119).",
+        shown=True,
+    )
+    asymmetric_gamma_negative: float = setting(
+        4.0, "Of the asymmetric loss: how much less an easy class that is not there counts.", low=0, shown=True
+    )
+    asymmetric_gamma_positive: float = setting(
+        1.0, "The same for an easy class that is there.", low=0, shown=True
+    )
+    asymmetric_clip: float = setting(
+        0.05, "A class that is not there costs nothing below this probability.", low=0, high=0.5, shown=True
+    )
+    pos_weight: str = setting(
+        "none",
+        "How many times as much it costs to miss a class than to find it where it is not. none: once; auto: as many "
+        "times as more images lack it than have it, 20 at most and a twentieth at least; or a number, or numbers by "
+        "the names of classes, as JSON ('{\"cat\": 5}', others: 1; in YAML, a mapping).",
+        shown=True,
+        in_file="mapping",
+    )
+    label_thresholds: Literal["f1", "0.5"] = setting(
+        "f1",
+        "From which probability on an image has a class, which is saved with the model. f1: for each class what gives "
+        "a good F1 on the validation images, chosen at the end; 0.5: one half.",
+        shown=True,
+    )
+
+    def check(self) -> None:
+        super().check()
+        self.given_pos_weight()
+
+    def given_pos_weight(self) -> float | dict[str, float] | None:
+        """What `pos_weight` says in JSON; None where it names a rule.
+
+        Raises:
+            UserError: it is neither, or holds other things than weights.
+        """
+        if self.pos_weight in ("none", "auto"):
+            return None
+        try:
+            given = json.loads(self.pos_weight)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--pos_weight {self.pos_weight} is neither none nor auto nor JSON ({error}).") from error
+        for weight in given.values() if isinstance(given, dict) else [given]:
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+                raise UserError(f"--pos_weight takes numbers above 0, not {weight!r}.")
+        return given
+
+
+# What nothing of a number can be.
+_OF_CLASSES = {
+    "cutmix_alpha": "what a part of another image shows is no part of its number. --mixup_alpha mixes numbers, too",
+    "label_smoothing": "there are no classes that a number could be spread over",
+}
+
 
 @dataclass
 class RegressionSettings(ClassificationSettings):
     """Images with numbers."""
 
+    _argument_group_name = "numbers"
+
+    cutmix_alpha: float = altered(AugmentationSettings, "cutmix_alpha", 0.0, "Nothing for numbers.")
+    label_smoothing: float = altered(AugmentationSettings, "label_smoothing", 0.0, "Nothing for numbers.")
+    loss: Literal["mse", "l1", "huber"] = setting(
+        "mse",
+        "What a wrong number costs: its square, its absolute value, or the square up to --huber_delta and then "
+        "linear. Numbers are standardised for it, to mean 0 and standard deviation 1.",
+        shown=True,
+    )
+    huber_delta: float = setting(
+        1.0, "Of --loss huber: from here on linear, in standard deviations.", low=0.001, shown=True
+    )
+
+    @classmethod
+    def recipes(cls, task: str) -> Mapping[str, Mapping[str, Any]]:
+        """Those of classifiers, without what is only of classes."""
+        return {
+            recipe: {name: value for name, value in changes.items() if name not in _OF_CLASSES}
+            for recipe, changes in RECIPES.items()
+        }
+
     def check(self) -> None:
         super().check()
+        for name, reason in _OF_CLASSES.items():
+            if getattr(self, name):
+                raise UserError(f"--{name} is nothing for --task {self.task}: {reason}.")
         self.refuse_rare_classes("numbers have no classes that could be rare")
+        if self.distillation == "hard":
+            raise UserError(
+                f"--distillation hard is nothing for --task {self.task}: a teacher's number has no most probable label."
+            )

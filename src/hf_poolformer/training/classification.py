@@ -66,7 +66,7 @@ class ClassificationTraining(TaskTraining):
 
     def make_model(self, accelerator: Accelerator, memory_format: torch.memory_format) -> tuple[PreTrainedModel, Any]:
         settings = self.settings
-        model, processor = initial_model(settings, self.label_names)
+        model, processor, self.head_is_trained = initial_model(settings, self.label_names)
         adapt(model, settings)
         self.teacher = None
         if settings.teacher:
@@ -157,19 +157,29 @@ class ClassificationTraining(TaskTraining):
     def losses(self, run: Run, batch: dict[str, Any]) -> list[torch.Tensor]:
         """With a teacher the parts are the labels' loss and the teacher's."""
         device = run.accelerator.device
-        check_labels(batch["labels"], self.mixer.num_labels)
+        targets = self.targets(batch["labels"])
         pixel_values = batch["pixel_values"].to(device, memory_format=run.memory_format, non_blocking=True)
-        pixel_values, targets = self.mixer(pixel_values, batch["labels"].to(device, non_blocking=True))
+        pixel_values, targets = self.mixer(pixel_values, targets.to(device, non_blocking=True))
         logits = run.model(pixel_values=pixel_values).logits.float()
         labels = self.criterion(logits, targets)
         if self.teacher is None:
             return [labels]
-        settings = self.settings
-        teachers = distillation_loss(
-            logits, self.teacher(pixel_values), settings.distillation, settings.distillation_temperature
-        )
-        part = settings.distillation_alpha
+        teachers, part = self.distil(logits, self.teacher(pixel_values)), self.settings.distillation_alpha
         return [(1 - part) * labels + part * teachers, labels, teachers]
+
+    def targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """The labels of a batch, on the host, as they are mixed and compared.
+
+        Raises:
+            UserError: there are none like these.
+        """
+        check_labels(labels, self.mixer.num_labels)
+        return labels
+
+    def distil(self, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+        """What the teacher's answers cost a model that gives others."""
+        settings = self.settings
+        return distillation_loss(logits, teacher_logits, settings.distillation, settings.distillation_temperature)
 
     def finished(self, model: PreTrainedModel) -> PreTrainedModel:
         return merged(model) if self.settings.lora else model

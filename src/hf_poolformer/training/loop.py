@@ -145,7 +145,7 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
     )
     reports = Reports(settings, accelerator, None if resume_from is None else progress.step)
     accelerator.print(
-        f"{settings.task}: {describe_parameters(model)}, {len(label_names)} classes, "
+        f"{settings.task}: {describe_parameters(model)}, {len(label_names)} {task.answers}, "
         f"{task.num_examples or 'unknown number of'} training images {task.describe_images(processor)}, "
         f"{total_steps} steps of {global_batch} images, learning rate {learning_rate:.2e}, "
         f"{accelerator.num_processes} x {accelerator.device.type}."
@@ -173,6 +173,8 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         train_epochs(run, epochs)
         leave_model(run)
         evaluation, shown = evaluate_now(run, final=True) if eval_loader is not None else ({}, None)
+        if task.saves_again and eval_loader is not None:
+            leave_model(run)
         saver.finish()
 
     results = {**evaluation, **training_figures(run), **task.figures()}
@@ -436,10 +438,11 @@ def training_figures(run: Run) -> dict[str, Any]:
 
 def finished_model(run: Run) -> PreTrainedModel:
     """What is saved: the moving average if there is one, whole, and without adapters. Every process must call it."""
-    if run.replica is None:
-        return run.task.finished(run.state.model if run.state.ema is None else run.state.ema.module)
-    run.replica.load_state_dict({name: whole(value) for name, value in run.state.model.state_dict().items()})
-    return run.replica
+    model = run.state.model if run.state.ema is None else run.state.ema.module
+    if run.replica is not None:
+        model = run.replica
+        model.load_state_dict({name: whole(value) for name, value in run.state.model.state_dict().items()})
+    return run.task.finished(model)
 
 
 def evaluated_model(run: Run) -> nn.Module:
