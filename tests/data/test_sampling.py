@@ -209,7 +209,6 @@ def test_a_loader_goes_on_from_any_place(images, count, num_workers):
     # Rare images come several times, each time augmented otherwise, and one that is broken is counted once.
     pixels = [tuple(image) for batches in whole for found, _, _ in batches for image in found]
     assert len(set(pixels)) == len(pixels) and numbers(whole[0])[0] + numbers(whole[-1])[0] >= 3
-    assert all(len({int(image[0]) for image in found}) == len(found) for batches in whole for found, _, _ in batches)
     assert sum(len(skipped) for batches in whole for _, _, skipped in batches) == 1
 
 
