@@ -53,6 +53,13 @@ RUN_FIGURES = {
     "trained_parameters": "parameters trained",
 }
 
+# Settings that do something only where another one has this value.
+ONLY_WITH = {
+    "distillation_temperature": ("distillation", "soft"),
+    "class_weights_beta": ("class_weights", "effective"),
+    "sampling_power": ("sampling", "balanced"),
+}
+
 # What the run says about the machine it ran on -> what it is called in the card.
 ENVIRONMENT = {"device": "device", "num_processes": "processes", "mixed_precision": "precision"}
 
@@ -312,9 +319,11 @@ def _distillation(settings: Mapping[str, Any]) -> str:
 
 
 def _in_force(key: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a setting of distillation or adaptation did anything."""
-    if key == "distillation_temperature" and settings.get("distillation") == "hard":
-        return False
+    """Whether a setting that belongs to another one did anything."""
+    if key in ONLY_WITH:
+        name, value = ONLY_WITH[key]
+        if settings.get(name) != value:
+            return False
     needs = {"distillation": "teacher", "lora": "lora", "freeze": "freeze_backbone"}.get(key.split("_")[0])
     return needs is None or bool(settings.get(needs))
 

@@ -6,9 +6,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
 from ..foundation.settings import altered, setting
 from .data import ClassificationDataSettings
 from .training import (
@@ -91,6 +92,99 @@ class TransferSettings:
     freeze_backbone: bool = setting(False, "Train nothing but the checkpoint's head (linear probe).", shown=True)
 
 
+@dataclass
+class RareClassSettings:
+    _argument_group_name = "rare classes"
+
+    class_weights: str = setting(
+        "none",
+        "How much an image counts in the loss, by its class. none: all alike; auto: in inverse proportion to the "
+        "images of the class; effective: less so (arXiv 1901.05555); or numbers by the names of classes, as JSON "
+        "('{\"cat\": 5}', others: 1; in YAML, a mapping) or in a JSON file.",
+        shown=True,
+        path=True,
+        in_file="mapping",
+    )
+    class_weights_beta: float | None = setting(
+        None,
+        "Of --class_weights effective: from 0, all alike, towards 1, as auto. Unset: 1 - 1 / number of images.",
+        low=0,
+        high=1 - 1e-12,
+        shown=True,
+    )
+    focal_gamma: float = setting(
+        0.0,
+        "Focal loss: the more probable the right label is already, the less an image counts, by this power; 0: off.",
+        low=0,
+        high=10,
+        shown=True,
+    )
+    sampling: Literal["shuffle", "balanced"] = setting(
+        "shuffle",
+        "How often an image comes in an epoch. shuffle: once; balanced: the rarer its class, the more often, so that "
+        "all classes come equally often. An epoch has as many images either way.",
+        shown=True,
+    )
+    sampling_power: float = setting(
+        1.0,
+        "Of --sampling balanced: 1 balances all, 0.5 goes half of the way, 0 none of it.",
+        low=0,
+        high=1,
+        shown=True,
+    )
+
+    @property
+    def asks_for_counts(self) -> bool:
+        """Whether it must be known how many images each class has."""
+        return self.class_weights != "none" or self.sampling != "shuffle"
+
+    def rare_class_choices(self) -> dict[str, Any]:
+        """Of these settings, those that do anything, with what they mean wherever it stands."""
+        chosen: dict[str, Any] = {}
+        if self.class_weights != "none":
+            chosen["class_weights"] = self.given_weights() or self.class_weights
+        if self.class_weights == "effective":
+            chosen["class_weights_beta"] = self.class_weights_beta
+        if self.focal_gamma:
+            chosen["focal_gamma"] = self.focal_gamma
+        if self.sampling != "shuffle":
+            chosen |= {"sampling": self.sampling, "sampling_power": self.sampling_power}
+        return chosen
+
+    def given_weights(self) -> dict[str, float] | None:
+        """Those of `class_weights` that are given by name; None where it names a rule.
+
+        Raises:
+            UserError: it is neither, or no file that can be read, or holds other things than weights.
+        """
+        given = self.class_weights.strip()
+        if given in ("none", "auto", "effective"):
+            return None
+        try:
+            text = given if given.startswith("{") else Path(given).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--class_weights {given} is neither none, auto or effective, nor JSON, nor a file that can be read "
+                f"({one_line(error)})."
+            ) from error
+        try:
+            weights = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--class_weights is not JSON ({error}): {text[:100]!r}.") from error
+        if not isinstance(weights, dict):
+            raise UserError(f"--class_weights takes weights by the names of classes, not {text[:100]!r}.")
+        for name, weight in weights.items():
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
+            if not number or weight < 0:
+                raise UserError(f"--class_weights: the weight of {name} is {weight!r}, and not a number from 0 on.")
+        return weights
+
+    def refuse_rare_classes(self, why: str) -> None:
+        """Raises a UserError if any of this is asked for where it means nothing."""
+        for name, value in self.rare_class_choices().items():
+            raise UserError(f"--{name} {value}: {why}.")
+
+
 # What each recipe changes; `finetune` is what the fields above say.
 RECIPES: dict[str, dict[str, Any]] = {
     # From a pretrained checkpoint to your own images.
@@ -147,6 +241,7 @@ class ClassificationSettings(
     PublishingSettings,
     RunSettings,
     TransferSettings,
+    RareClassSettings,
     OptimisationSettings,
     AugmentationSettings,
     ClassificationDataSettings,
@@ -163,6 +258,7 @@ class ClassificationSettings(
         super().check()
         if (self.dataset_name is None) == (self.train_dir is None):
             raise UserError("give the training images by either --dataset_name or --train_dir.")
+        self.given_weights()
         if self.distillation == "hard" and not self.teacher:
             raise UserError("--distillation hard needs a teacher: --teacher MODEL.")
         if self.lora and self.freeze_backbone:
@@ -186,8 +282,8 @@ class MultiLabelSettings(ClassificationSettings):
     )
     loss: Literal["bce", "asymmetric"] = setting(
         "bce",
-        "What each class costs. bce: binary cross-entropy; asymmetric: the same with less weight on what is easy, above "
-        "all on the many classes that an image does not have (arXiv 2009.14119).",
+        "What each class costs. bce: binary cross-entropy; asymmetric: the same with less weight on what is easy, "
+        "above all on the many classes that an image does not have (arXiv 2009.14119).",
         shown=True,
     )
     asymmetric_gamma_negative: float = setting(
@@ -212,9 +308,14 @@ class MultiLabelSettings(ClassificationSettings):
         shown=True,
     )
 
+    @property
+    def asks_for_counts(self) -> bool:
+        return super().asks_for_counts or self.pos_weight == "auto"
+
     def check(self) -> None:
         super().check()
         self.given_pos_weight()
+        self.refuse_rare_classes("it is for one class per image. --pos_weight and --loss asymmetric help with several")
 
     def given_pos_weight(self) -> float | dict[str, float] | None:
         """What `pos_weight` says in JSON; None where it names a rule.
@@ -272,7 +373,6 @@ class RegressionSettings(ClassificationSettings):
         for name, reason in _OF_CLASSES.items():
             if getattr(self, name):
                 raise UserError(f"--{name} is nothing for --task {self.task}: {reason}.")
+        self.refuse_rare_classes("numbers have no classes that could be rare")
         if self.distillation == "hard":
-            raise UserError(
-                f"--distillation hard is nothing for --task {self.task}: a teacher's number has no most probable label."
-            )
+            raise UserError(f"--distillation hard is nothing for --task {self.task}: numbers have no likely label.")

@@ -199,8 +199,10 @@ class TrainingSettings:
     of_architecture = ("config_name", "config_overrides")
 
     def __post_init__(self) -> None:
-        if isinstance(self.config_overrides, dict):
-            self.config_overrides = json.dumps(self.config_overrides)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.metadata.get("in_file") == "mapping" and isinstance(value, dict):
+                setattr(self, field.name, json.dumps(value))
         self.check()
 
     @classmethod

@@ -17,7 +17,7 @@ from ..data.description import describe_data, judge
 from ..data.loader import make_loader, skip_limit
 from ..data.opening import loader_arguments, open_splits
 from ..data.transforms import EvalTransform, input_size
-from ..evaluation.classification import check_classification, check_labels, describe_results, evaluate
+from ..evaluation.classification import check_labels, describe_results, evaluate
 from ..evaluation.pictures import write_confusion_matrix
 from ..evaluation.processes import named_results
 from ..foundation.files import best_effort
@@ -29,6 +29,7 @@ from .device_pipeline import DevicePipeline, make_pipeline
 from .distillation import distillation_loss, load_teacher
 from .initialisation import initial_model, labels_in_model_order
 from .objectives import Criterion, cross_entropy
+from .rare_classes import RareClassLoss, rare_classes
 from .task import TaskTraining
 
 
@@ -47,12 +48,14 @@ class ClassificationTraining(TaskTraining):
 
     def open_data(self, accelerator: Accelerator) -> list[str]:
         settings = self.settings
-        self.datasets = open_splits(settings)
-        for dataset in self.datasets.values():
-            check_classification(dataset)
+        self.datasets = open_splits(settings, counted=settings.asks_for_counts)
         accelerator.print(describe_data(self.datasets))
         judge(self.datasets, skip_limit(settings.max_skipped))
         self.label_names = labels_in_model_order(settings, self.datasets["train"].label_names)
+        self.rare = rare_classes(settings, self.datasets["train"], self.label_names)
+        self.epochs_vary = self.rare.repeats is not None
+        if text := str(self.rare):
+            accelerator.print(text)
         return self.label_names
 
     @property
@@ -78,7 +81,11 @@ class ClassificationTraining(TaskTraining):
 
     def make_criterion(self, device: torch.device) -> Criterion:
         """What answers cost; whatever it holds of the data is on the device."""
-        return cross_entropy
+        settings, weights = self.settings, self.rare.weights
+        if weights is None and not settings.focal_gamma:
+            return cross_entropy
+        weights = None if weights is None else torch.tensor(weights, device=device)
+        return RareClassLoss(weights, settings.focal_gamma, settings.label_smoothing)
 
     def make_loaders(self, accelerator: Accelerator, model: PreTrainedModel, processor: Any) -> tuple[Any, Any | None]:
         """As `TaskTraining.make_loaders`, with the labels numbered as the model does.
@@ -104,6 +111,7 @@ class ClassificationTraining(TaskTraining):
             batch_size=settings.per_device_train_batch_size,
             training=True,
             shuffle_buffer_size=settings.shuffle_buffer_size,
+            repeats=self.rare.repeats,
             **pipeline,
             **common,
         )
@@ -122,7 +130,7 @@ class ClassificationTraining(TaskTraining):
         return LinearProbe(model) if self.settings.freeze_backbone else model
 
     def method(self) -> dict[str, Any]:
-        """How a run distils and adapts."""
+        """How a run distils and adapts, and what it does for rare classes."""
         names: list[str] = []
         if self.settings.teacher:
             names += ["distillation", "distillation_alpha", "distillation_temperature"]
@@ -131,7 +139,8 @@ class ClassificationTraining(TaskTraining):
         if self.settings.freeze_backbone:
             names.append("freeze_backbone")
         teacher = {"teacher": self.teacher.fingerprint()} if self.teacher else {}
-        return {**teacher, **{name: getattr(self.settings, name) for name in names}}
+        chosen = {name: getattr(self.settings, name) for name in names}
+        return {**teacher, **chosen, **self.settings.rare_class_choices()}
 
     def describe_images(self, processor: Any) -> str:
         return f"at {'x'.join(map(str, input_size(processor)))}"

@@ -205,12 +205,11 @@ def running(state: TrainingState, total_steps: int) -> Iterator[tuple[StopSignal
 def train_epochs(run: Run, epochs: float) -> None:
     """All that is left of a run, with the evaluations (but the last) and checkpoints between its epochs."""
     progress, settings = run.progress, run.settings
+    by_steps = settings.max_train_steps or run.task.epochs_vary
     # Resumed behind its last step, a run has still an epoch to close.
-    while (progress.step < run.total_steps or progress.batches) and (
-        settings.max_train_steps or progress.epoch < epochs
-    ):
+    while (progress.step < run.total_steps or progress.batches) and (by_steps or progress.epoch < epochs):
         train_epoch(run)
-        done = progress.step >= run.total_steps or (not settings.max_train_steps and progress.epoch >= epochs)
+        done = progress.step >= run.total_steps or (not by_steps and progress.epoch >= epochs)
         every = settings.eval_epochs
         if run.eval_loader is not None and not done and every and progress.epoch % every == 0:
             evaluate_now(run)

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.classes import class_key
 from ..data.datasets import align_labels
-from ..evaluation.thresholds import choose_thresholds
 from ..foundation.errors import UserError
 from ..foundation.names import first_few, printable
 from ..foundation.settings import check_names
@@ -23,7 +21,7 @@ from .objectives import AsymmetricLoss, BinaryCrossEntropy, Criterion
 
 
 if TYPE_CHECKING:
-    from .loop import Run
+    pass
 
 
 # The most that `--pos_weight auto` gives. A class that one image in a thousand has would weigh 999, and the few images
@@ -62,11 +60,6 @@ class MultiLabelTraining(ClassificationTraining):
         names, given = self.label_names, self.settings.given_pos_weight()
         if given is None:
             images = align_labels(self.datasets["train"], {name: index for index, name in enumerate(names)})
-            if images.counts is None:
-                raise UserError(
-                    f"--pos_weight auto needs to know how many images have each class, and those of {images.name} are "
-                    "not counted."
-                )
             return positive_weights(images.counts, images.labelled)
         if not isinstance(given, dict):
             return [float(given)] * len(names)

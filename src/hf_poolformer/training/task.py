@@ -27,6 +27,7 @@ class TaskTraining(ABC):
     Attributes:
         loss_parts: names of what `losses` gives beside what is minimised, for the log.
         may_be_distributed: whether each process may hold but a part of the model (FSDP).
+        epochs_vary: whether chance decides how many images an epoch has, so that steps tell when a run is over.
         answers: what the model gives one of for each of its labels, several of them.
         saves_again: whether the last evaluation decides something that is saved with the model.
         choices: what the task chose for itself by looking at the machine, fit for JSON. Checkpoints keep it, and a run
@@ -35,6 +36,7 @@ class TaskTraining(ABC):
 
     loss_parts: Sequence[str] = ()
     may_be_distributed = False
+    epochs_vary = False
     answers = "classes"
     saves_again = False
 
