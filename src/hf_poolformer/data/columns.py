@@ -2,7 +2,6 @@
 
 import dataclasses
 import fnmatch
-import glob
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -215,19 +214,21 @@ def find_label_columns(
 
 def _wanted_columns(features: datasets.Features, wanted: str, name: str) -> tuple[str, ...]:
     """The columns that a flag names; fields of structures also without the name of the structure."""
-    plain = [column for column, _, feature in _fields(features) if is_plain(feature)]
+    fields = [(column, is_plain(feature)) for column, _, feature in _fields(features)]
     found: list[str] = []
     for part in [wanted] if feature_of(features, wanted) is not None else wanted.split(","):
         column = part.strip()
         if feature_of(features, column) is not None:
             found.append(column)
             continue
-        pattern = column if "*" in column else glob.escape(column)
-        matching = [
-            known
-            for known in plain
-            if fnmatch.fnmatchcase(known, pattern) or fnmatch.fnmatchcase(known.partition(".")[2], pattern)
-        ]
+        if "*" in column:
+            matching = [
+                known
+                for known, plain in fields
+                if plain and any(fnmatch.fnmatchcase(name, column) for name in (known, known.partition(".")[2]))
+            ]
+        else:
+            matching = [known for known, _ in fields if known.partition(".")[2] == column]
         if not matching:
             raise UserError(f"{name} has no column {column!r} (--label_column_name), only {columns_of(features)}")
         found += matching

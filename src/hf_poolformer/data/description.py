@@ -6,6 +6,7 @@ A wrong guess that is printed costs a minute, one that is not costs a run.
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -112,7 +113,7 @@ def describe_data(datasets: Mapping[str, ImageDataset]) -> str:
         if dataset.unlabelled:
             lines.append(("no label", f"{dataset.unlabelled} rows of {dataset.name}, left out"))
     for file in dict.fromkeys(dataset.counts_from for dataset in datasets.values() if dataset.counts_from):
-        lines.append(("counted", f"in an earlier run, which wrote {file}"))
+        lines.append(("counted", f"in an earlier run: {os.path.basename(file)} in the cache"))
     left_out = {kind: count for dataset in datasets.values() for kind, count in dataset.left_out.items()}
     if left_out:
         kinds = sorted(left_out, key=lambda kind: -left_out[kind])
