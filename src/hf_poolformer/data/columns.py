@@ -178,7 +178,7 @@ def find_label_columns(
         return () if found is None else (found,)
     fields = _fields(features)
     if wanted is not None:
-        return _wanted_columns(features, wanted, name, [column for column, _, feature in fields if is_plain(feature)])
+        return _wanted_columns(features, wanted, name)
     if known and all(is_plain(feature_of(features, column)) for column in known):
         return tuple(known)
     if problem_type == "regression":
@@ -212,15 +212,23 @@ def find_label_columns(
     return tuple(flags)
 
 
-def _wanted_columns(features: datasets.Features, wanted: str, name: str, plain: Sequence[str]) -> tuple[str, ...]:
-    """The columns that a flag names; a pattern may mean those of `plain`."""
+def _wanted_columns(features: datasets.Features, wanted: str, name: str) -> tuple[str, ...]:
+    """The columns that a flag names; fields of structures also without the name of the structure."""
+    fields = [(column, is_plain(feature)) for column, _, feature in _fields(features)]
     found: list[str] = []
     for part in [wanted] if feature_of(features, wanted) is not None else wanted.split(","):
         column = part.strip()
         if feature_of(features, column) is not None:
             found.append(column)
             continue
-        matching = [known for known in plain if fnmatch.fnmatchcase(known, column)] if "*" in column else []
+        if "*" in column:
+            matching = [
+                known
+                for known, plain in fields
+                if plain and any(fnmatch.fnmatchcase(name, column) for name in (known, known.partition(".")[2]))
+            ]
+        else:
+            matching = [known for known, _ in fields if known.partition(".")[2] == column]
         if not matching:
             raise UserError(f"{name} has no column {column!r} (--label_column_name), only {columns_of(features)}")
         found += matching
@@ -321,6 +329,8 @@ def root_of(features: Mapping[str, Any], column: str) -> str:
 
 
 def kind_of(feature: Any) -> str:
+    if (element := element_of(feature)) is not None:
+        return f"list of {kind_of(element)}"
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 

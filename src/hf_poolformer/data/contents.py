@@ -168,7 +168,7 @@ def read_numbers(
             try:
                 numbers = storage.numbers(values)
             except UserError as error:
-                raise UserError(f"{dataset.name}: {error}") from error
+                raise UserError(f"{dataset.name}: {error}, as in the rows before") from error
             if numbers is None:
                 unlabelled += 1
                 storage = storage if rows else None
@@ -232,7 +232,7 @@ def _storage(
     values = [value for (value,) in stored if value is not None]
     if element is None:
         return _text_storage(dataset, values, separator, known, like)
-    if not values or getattr(element, "dtype", "").endswith("string"):
+    if any(isinstance(item, str) for value in values for item in value) or not any(values):
         return Lists()
     what = f"the lists in the column {columns[0]!r} of {dataset.name}"
     typed, truths = isinstance(element, ClassLabel), element.dtype == "bool"

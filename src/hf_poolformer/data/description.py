@@ -6,6 +6,7 @@ A wrong guess that is printed costs a minute, one that is not costs a run.
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -49,11 +50,13 @@ def judge_labels(dataset: ImageDataset, max_skipped: float | int) -> None:
     if dataset.labelled is None or not dataset.unlabelled:
         return
     rows = dataset.unlabelled + dataset.labelled
+    several = dataset.problem_type == "multi_label_classification"
+    none = ". An image that has none of the classes is told by an empty list, in a text by []" if several else ""
     what = "NaN or infinity" if dataset.problem_type == "regression" else "a negative number"
     if too_many_broken(dataset.unlabelled, rows, max_skipped):
         raise UserError(
             f"{dataset.unlabelled} of {rows} rows of {dataset.name} have no label: nothing, or {what} that stands for "
-            f"it. To train on the others: --max_skipped {_fraction(dataset.unlabelled, rows)}"
+            f"it. To train on the others: --max_skipped {_fraction(dataset.unlabelled, rows)}{none}"
         )
 
 
@@ -110,7 +113,7 @@ def describe_data(datasets: Mapping[str, ImageDataset]) -> str:
         if dataset.unlabelled:
             lines.append(("no label", f"{dataset.unlabelled} rows of {dataset.name}, left out"))
     for file in dict.fromkeys(dataset.counts_from for dataset in datasets.values() if dataset.counts_from):
-        lines.append(("counted", f"in an earlier run, which wrote {file}"))
+        lines.append(("counted", f"in an earlier run: {os.path.basename(file)} in the cache"))
     left_out = {kind: count for dataset in datasets.values() for kind, count in dataset.left_out.items()}
     if left_out:
         kinds = sorted(left_out, key=lambda kind: -left_out[kind])
@@ -121,7 +124,7 @@ def describe_data(datasets: Mapping[str, ImageDataset]) -> str:
 def _class_lines(datasets: Mapping[str, ImageDataset]) -> list[tuple[str, str]]:
     dataset = next(iter(datasets.values()))
     names, lines = dataset.classes.names, []
-    title = f"{len(names)} classes"
+    title = f"{len(names)} classes" if len(names) > 1 else "1 class"
     if dataset.counts is None:
         return [(title, f"{_short(names)} (not counted)")]
     counts = dict(enumerate(dataset.counts))

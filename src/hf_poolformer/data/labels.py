@@ -110,6 +110,8 @@ class Texts(Several):
             return None
         if not isinstance(text, str):  # a split whose only labels are numbers, one each
             return _keys([text])
+        if text.strip() == "[]":
+            return frozenset()
         if not self.separator:
             return _keys(_listed(text))
         if '"' in text and len(self.separator) == 1:
@@ -188,7 +190,7 @@ class Numbers(Storage):
         if any(value is None or not math.isfinite(value) for value in stored):
             return None
         if len(stored) != len(self.order):
-            raise UserError(f"its label has {len(stored)} numbers, and there are {len(self.order)} targets")
+            raise UserError(f"its label has {len(stored)} numbers instead of {len(self.order)}")
         return [float(stored[place]) for place in self.order]
 
 

@@ -367,6 +367,9 @@ class TarSource(FileSource):
         except (OSError, ValueError, tarfile.TarError) as error:
             raise UserError(f"{self.name} has a damaged file: {one_line(error)}") from error
         stream = self._built(TarRanges, split, features=features, starts=contents.starts)
+        if features is None and "Value('null')" in repr(stream.features):
+            # `datasets` looks at five samples, in which a list may be empty, or a field missing.
+            stream = self._built(TarRanges, split, features=contents.features(), starts=contents.starts)
         if features is None or not alternatives:
             return stream
         merged = Features({"image": Image(decode=False)})
@@ -409,8 +412,11 @@ class TarContents:
 
     def mixed_features(self) -> Features | None:
         """Features of all fields where samples differ in theirs, which `datasets` does not read of itself."""
-        if len(self.kinds) < 2:
-            return None
+        return self.features() if len(self.kinds) > 1 else None
+
+    def features(self) -> Features | None:
+        """Features of all fields, by their names and by more samples than `datasets` looks at; None where these do
+        not tell them."""
         features = Features({"__key__": Value("string"), "__url__": Value("string")})
         for name in sorted({name for kind in self.kinds for name in kind}):
             suffix = name.rsplit(".", 1)[-1].lower()

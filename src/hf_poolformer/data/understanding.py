@@ -155,8 +155,8 @@ def _multi(
         dataset, source, split, wanted.cache_dir, separator=wanted.separator, known=known, like=like, whole=whole
     )
     if isinstance(found.storage, Vector):
-        names = map(str, range(found.storage.length)) if known is None else known.names
-        classes = Classes.numbered(tuple(names))
+        names = [str(index) for index in range(found.storage.length)] if known is None else known.names
+        classes = Classes.numbered(names)
     elif isinstance(found.storage, Flags) and known is None:
         classes = Classes.named(found.storage.names)
     else:
@@ -229,21 +229,25 @@ def _label_columns(dataset: ImageDataset, source: Source) -> tuple[str, ...]:
     """
     if dataset.label_columns:
         return dataset.label_columns
-    if source.unlabelled:
+    if source.unlabelled and dataset.problem_type == _SINGLE:
         raise UserError(source.unlabelled)
     features = dataset.stream.features
     # Of numbers a dataset has many that nobody means to learn.
-    others = [problem for problem in (_SINGLE, _MULTI, _REGRESSION) if problem != dataset.problem_type]
-    for problem in others if _SINGLE in others else [_MULTI]:
+    others = [_MULTI] if dataset.problem_type == _SINGLE else [_SINGLE, _MULTI]
+    for problem in others:
         found: tuple[str, ...] = ()
         with contextlib.suppress(UserError):
             found = find_label_columns(features, None, dataset.name, problem)
-        if found:
+        right = _learned_by(feature_of(features, found[0])) if len(found) == 1 else problem
+        if found and right != dataset.problem_type:
             columns = few([f"{column} ({kind_of(feature_of(features, column))})" for column in found])
             raise UserError(
-                f"{dataset.name} has no {_NEEDS[dataset.problem_type]} in a column that could be told: --task "
-                f"{_task(problem)} would learn {columns}; else name the column with --label_column_name"
+                f"{dataset.name} has no labels that could be told for {_task(dataset.problem_type)}, which needs "
+                f"{_NEEDS[dataset.problem_type]}. --task {_task(right)} would learn {columns}; if another column is "
+                "meant, name it with --label_column_name"
             )
+    if source.unlabelled:
+        raise UserError(source.unlabelled)
     refuse_columns("label", features, dataset.name)
 
 
@@ -267,7 +271,7 @@ def _is_fraction(value: Any) -> bool:
 
 
 def _is_label(element: Any) -> bool:
-    return isinstance(element, ClassLabel) or (is_plain(element))
+    return isinstance(element, ClassLabel) or is_plain(element)
 
 
 def _is_typed(dataset: ImageDataset) -> bool:
@@ -280,18 +284,26 @@ def _task(problem_type: str) -> str:
     return next(name for name, task in TASKS.items() if task.problem_type == problem_type)
 
 
+def _learned_by(feature: Any) -> str | None:
+    """The kind of problem that a column is the labels of, by its type."""
+    element = element_of(feature)
+    if holds_fractions(feature if element is None else element):
+        return _REGRESSION
+    if _is_label(element):
+        return _MULTI
+    return _SINGLE if _is_label(feature) else None
+
+
 def _wrong_kind(dataset: ImageDataset, column: str, what: str = "", right: str | None = None) -> UserError:
     """What to say of a column whose labels are not what the task needs, with the task that they are for."""
     feature = feature_of(dataset.stream.features, column)
-    element = element_of(feature)
-    if right is None:
-        right = _SINGLE if _is_label(feature) and not holds_fractions(feature) else None
-        right = _REGRESSION if holds_fractions(element or feature) else _MULTI if _is_label(element) else right
-    learns = f", which --task {_task(right)} learns" if right not in (None, dataset.problem_type) else ""
-    what = what or (f"lists of {kind_of(element)}" if element is not None else kind_of(feature))
+    right = right or _learned_by(feature)
+    own, learns = dataset.problem_type, ""
+    if right not in (None, own):
+        learns = f", which --task {_task(right)} learns"
     return UserError(
-        f"the label column {column!r} of {dataset.name} holds {what}{learns}; {_task(dataset.problem_type)} needs "
-        f"{_NEEDS[dataset.problem_type]}"
+        f"the label column {column!r} of {dataset.name} holds {what or kind_of(feature)}{learns}; {_task(own)} needs "
+        f"{_NEEDS[own]}"
     )
 
 

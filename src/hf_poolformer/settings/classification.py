@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..foundation.errors import UserError, one_line
 from ..foundation.settings import altered, setting
-from .data import ClassificationDataSettings
+from .data import ClassificationDataSettings, SeveralLabelsSettings
 from .training import (
     ModelSettings,
     OptimisationSettings,
@@ -269,7 +269,7 @@ class ClassificationSettings(
 
 
 @dataclass
-class MultiLabelSettings(ClassificationSettings):
+class MultiLabelSettings(SeveralLabelsSettings, ClassificationSettings):
     """Images with any number of classes each."""
 
     _argument_group_name = "several labels"
