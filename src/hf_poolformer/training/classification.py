@@ -48,7 +48,7 @@ class ClassificationTraining(TaskTraining):
 
     def open_data(self, accelerator: Accelerator) -> list[str]:
         settings = self.settings
-        self.datasets = open_splits(settings)
+        self.datasets = open_splits(settings, counted=settings.asks_for_counts)
         for dataset in self.datasets.values():
             check_classification(dataset)
         accelerator.print(describe_data(self.datasets))

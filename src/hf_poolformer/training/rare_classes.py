@@ -62,7 +62,8 @@ def rare_classes(settings: RareClassSettings, dataset: ImageDataset, label_names
     """
     if not settings.asks_for_counts:
         return RareClasses()
-    counts = align_labels(dataset, {name: index for index, name in enumerate(label_names)}).counts
+    dataset = align_labels(dataset, {name: index for index, name in enumerate(label_names)})
+    counts, several = dataset.counts, dataset.per_image
     if counts is None:
         flag = "--class_weights" if settings.class_weights != "none" else "--sampling"
         raise UserError(
@@ -70,7 +71,8 @@ def rare_classes(settings: RareClassSettings, dataset: ImageDataset, label_names
         )
     repeats = weights = None
     if settings.sampling == "balanced":
-        repeats = repeat_factors(counts, settings.sampling_power)
+        images = None if several is None else dataset.labelled - several.none
+        repeats = repeat_factors(counts, settings.sampling_power, images)
     if settings.class_weights != "none":
         # What sampling does is not done a second time.
         seen = counts if repeats is None else [n * times for n, times in zip(counts, repeats, strict=True)]
