@@ -409,7 +409,7 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
                 # Of other classes.
                 for name in ("id2label", "label2id", "label_thresholds"):
                     config_dict.pop(name, None)
-            chosen = cls.own_fields() | {"id2label", "label2id"}
+            chosen = cls.own_fields() | {"id2label", "label2id", "problem_type"}
             config_dict |= {name: kwargs.pop(name) for name in chosen & kwargs.keys()}
             cls.warn_of_misspellings(kwargs)
             result = super().from_dict(config_dict, **kwargs)

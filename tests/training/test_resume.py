@@ -171,14 +171,13 @@ def test_killed_at_any_moment(make_settings, tmp_path, num_workers, count):
 
 
 def test_the_best_checkpoint_is_kept_beyond_the_limit(make_settings, tmp_path):
-    with pytest.raises(UserError, match="--keep_best accuracy: an evaluation gives eval_accuracy"):
-        train(make_settings(max_train_steps=1, keep_best="accuracy"))
     folder = tmp_path / "kept"
-    changes = {"num_train_epochs": 3, "eval_epochs": 1, "keep_best": "eval_accuracy", "save_total_limit": 1}
-    train(make_settings(output_dir=str(folder), **changes))
+    changes = {"num_train_epochs": 3, "eval_epochs": 1, "metric_for_best_model": "accuracy", "save_total_limit": 1}
+    results = train(make_settings(output_dir=str(folder), **changes))
     rows = [row for row in map(json.loads, (folder / "training_log.jsonl").open()) if "eval_accuracy" in row]
     best = max(rows, key=lambda row: row["eval_accuracy"])
-    assert checkpoints.best_of(folder / "checkpoints") == (best["step"], best["eval_accuracy"])
+    found = [results[f"best_{name}"] for name in ("metric", "value", "step", "epoch")]
+    assert found == ["eval_accuracy", best["eval_accuracy"], best["step"], best["epoch"]]
     steps = {checkpoints.step_of(path) for path in checkpoints.all_steps(folder / "checkpoints")}
     assert steps == {best["step"], rows[-1]["step"]}
 

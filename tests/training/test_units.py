@@ -13,12 +13,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
-from transformers import (
-    PoolFormerConfig as BuiltInConfig,
-)
-from transformers import (
-    PoolFormerForImageClassification as BuiltInPoolFormer,
-)
+from transformers.models.poolformer import configuration_poolformer, modeling_poolformer
 
 from hf_poolformer import VARIANTS, MetaFormerConfig, MetaFormerForImageClassification
 from hf_poolformer.foundation.errors import UserError
@@ -62,7 +57,14 @@ def test_every_head(head_type, scramble):
 
 @pytest.mark.parametrize(
     "name",
-    ["poolformer_s12", "metaformer_ppff_s12", "metaformer_ppaa_s12", "randformer_s12", "convformer_s18", "caformer_s18"],
+    [
+        "poolformer_s12",
+        "metaformer_ppff_s12",
+        "metaformer_ppaa_s12",
+        "randformer_s12",
+        "convformer_s18",
+        "caformer_s18",
+    ],
 )
 def test_every_family(name, scramble):
     config = MetaFormerConfig.from_variant(name, **SMALL)
@@ -79,7 +81,11 @@ def test_every_family(name, scramble):
         lambda: ResNetForImageClassification(
             ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], **THREE)
         ),
-        lambda: BuiltInPoolFormer(BuiltInConfig(**{**SMALL, "hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]})),
+        lambda: modeling_poolformer.PoolFormerForImageClassification(
+            configuration_poolformer.PoolFormerConfig(
+                **{**SMALL, "hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]}
+            )
+        ),
     ],
     ids=["ViT", "ResNet", "built-in PoolFormer"],
 )
@@ -91,12 +97,12 @@ def test_a_head_that_is_not_known_is_refused():
     two_heads = DeiTForImageClassificationWithTeacher(
         DeiTConfig(image_size=32, patch_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, **THREE)
     )
-    with pytest.raises(UserError, match="--task image-regression must know which part of a DeiT.* is its head"):
+    with pytest.raises(UserError, match=r"--task image-regression must know which part of a DeiT.* is its head"):
         last_layer(two_heads)
     model = ViTForImageClassification(
         ViTConfig(image_size=32, patch_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, **THREE)
     )
     for head in (torch.nn.Linear(16, 3, bias=False), torch.nn.Linear(16, 4), torch.nn.Sequential(torch.nn.ReLU())):
         model.classifier = head
-        with pytest.raises(UserError, match="ends with a linear layer with a bias|which part"):
+        with pytest.raises(UserError, match=r"ends with a linear layer with a bias|which part"):
             last_layer(model)

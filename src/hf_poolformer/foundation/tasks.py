@@ -51,7 +51,7 @@ class Task:
             boxes, or boxes with masks.
         gives: what a model answers: scores of the classes, a map of classes, or objects.
         figures: those for people, the one that says which of two models is better first.
-        kept_by: all figures that `--keep_best` can go by.
+        kept_by: all figures that `--metric_for_best_model` can go by.
         per_class: key in `all_results.json` of the figures of single classes, and the heading of their table.
         processor: constructor among those of PoolFormerImageProcessor; empty for the class itself.
         evaluation: `module:class` of a `Judge` of evaluation/dense.py; empty for classes, which have a way of
@@ -98,6 +98,10 @@ class Task:
     def best(self) -> str:
         """Key of the figure that says which of two models is better."""
         return self.figures[0].key
+
+    def is_error(self, key: str) -> bool:
+        """Whether less of this figure of `kept_by` is better."""
+        return key.endswith("loss")
 
     @property
     def is_dense(self) -> bool:

@@ -45,6 +45,7 @@ MAX_CLASSES_IN_TABLE = 50
 # Keys of all_results.json -> what they are called in the card.
 RUN_FIGURES = {
     "epoch": "epochs trained",
+    "best_epoch": "epoch of the best evaluation",
     "train_loss": "training loss",
     "train_runtime": "training time, s",
     "train_samples_per_second": "training images per second",

@@ -282,16 +282,14 @@ class MultiLabelSettings(ClassificationSettings):
     )
     loss: Literal["bce", "asymmetric"] = setting(
         "bce",
-        "What each class costs. bce: binary cross-entropy; asymmetric: the same with less weight on what is easy, above "
-        "all on the many classes that an image does not have (arXiv 2009.14119).",
+        "What each class costs. bce: binary cross-entropy; asymmetric: the same with less weight on what is easy, "
+        "above all on the many classes that an image does not have (arXiv 2009.14119).",
         shown=True,
     )
     asymmetric_gamma_negative: float = setting(
         4.0, "Of the asymmetric loss: how much less an easy class that is not there counts.", low=0, shown=True
     )
-    asymmetric_gamma_positive: float = setting(
-        1.0, "The same for an easy class that is there.", low=0, shown=True
-    )
+    asymmetric_gamma_positive: float = setting(1.0, "The same for an easy class that is there.", low=0, shown=True)
     asymmetric_clip: float = setting(
         0.05, "A class that is not there costs nothing below this probability.", low=0, high=0.5, shown=True
     )
@@ -310,9 +308,14 @@ class MultiLabelSettings(ClassificationSettings):
         shown=True,
     )
 
+    @property
+    def asks_for_counts(self) -> bool:
+        return super().asks_for_counts or self.pos_weight == "auto"
+
     def check(self) -> None:
         super().check()
         self.given_pos_weight()
+        self.refuse_rare_classes("it is for one class per image. --pos_weight and --loss asymmetric help with several")
 
     def given_pos_weight(self) -> float | dict[str, float] | None:
         """What `pos_weight` says in JSON; None where it names a rule.
@@ -372,6 +375,4 @@ class RegressionSettings(ClassificationSettings):
                 raise UserError(f"--{name} is nothing for --task {self.task}: {reason}.")
         self.refuse_rare_classes("numbers have no classes that could be rare")
         if self.distillation == "hard":
-            raise UserError(
-                f"--distillation hard is nothing for --task {self.task}: a teacher's number has no most probable label."
-            )
+            raise UserError(f"--distillation hard is nothing for --task {self.task}: numbers have no likely label.")

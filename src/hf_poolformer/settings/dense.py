@@ -88,12 +88,6 @@ class DenseOptimisationSettings(OptimisationSettings):
 class DenseRunSettings(RunSettings):
     logging_steps: int = altered(RunSettings, "logging_steps", 50)
     per_device_eval_batch_size: int = altered(RunSettings, "per_device_eval_batch_size", 1)
-    keep_best: str | None = altered(
-        RunSettings,
-        "keep_best",
-        None,
-        "Keep the best checkpoint by this metric (eval_miou, eval_map, ...), beyond --save_total_limit.",
-    )
 
 
 # arXiv 2111.11418, sections 4.2 and 4.3, and the configurations of the official repository (detection/configs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pkgutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -138,10 +138,20 @@ class RunSettings:
         "epoch", "Checkpoint every so many steps, or at each 'epoch', or 'no'.", decides=False
     )
     save_total_limit: int = setting(2, "Checkpoints to keep; 0: all.", low=0, decides=False)
-    keep_best: str | None = setting(
+    metric_for_best_model: str | None = setting(
         None,
-        "Keep the best checkpoint by this metric (eval_accuracy, eval_loss, ...), beyond --save_total_limit.",
-        decides=False,
+        "Figure that says which evaluation was the best (eval_accuracy, loss, ...); its checkpoint is kept beyond "
+        "--save_total_limit. Unset: the task's first figure, if one of the next flags needs it.",
+        shown=True,
+    )
+    load_best_model_at_end: bool = setting(
+        False, "Save the model of the best evaluation, and not that of the last step.", shown=True
+    )
+    early_stopping_patience: int | None = setting(
+        None, "End the run after so many evaluations in a row without improvement.", low=1, shown=True
+    )
+    early_stopping_threshold: float = setting(
+        0.0, "What an evaluation must be better by to count as improvement.", low=0, shown=True
     )
     checkpoint_failure: Literal["stop", "continue"] = setting(
         "stop", "What the run does when a checkpoint cannot be written, on a full disk say.", decides=False
@@ -224,7 +234,7 @@ class TrainingSettings:
                 f"{type(self).__name__} are not for {self.task}: TrainingSettings.from_recipe finds those."
             )
         check_values(self)
-        check_keep_best(self.keep_best, TASKS[self.task].kept_by)
+        self.check_best_model()
         if self.output_dir is None:
             raise UserError("say where the run is to be written: --output_dir FOLDER.")
         if self.model_name_or_path and self.config_name:
@@ -240,6 +250,29 @@ class TrainingSettings:
                 f"--checkpointing_steps takes a number of steps, 'epoch' or 'no', not {self.checkpointing_steps!r}."
             )
         self.overrides()
+
+    @property
+    def best_by(self) -> str | None:
+        """Key of the figure that says which evaluation was the best; None if nothing asks for it."""
+        known, metric = TASKS[self.task].kept_by, self.metric_for_best_model
+        if metric is None:
+            return TASKS[self.task].best if self.load_best_model_at_end or self.early_stopping_patience else None
+        return metric if metric in known else f"eval_{metric}"
+
+    def check_best_model(self) -> None:
+        """Refuses, before anything is trained, a metric that no evaluation gives, and patience without evaluations."""
+        known, metric = TASKS[self.task].kept_by, self.metric_for_best_model
+        if metric is not None and self.best_by not in known:
+            near = near_names(metric, known)
+            hint = f"; did you mean {' or '.join(near)}?" if near else "."
+            raise UserError(f"--metric_for_best_model {metric}: an evaluation gives {', '.join(known)}{hint}")
+        if self.early_stopping_patience and not self.eval_epochs:
+            raise UserError(
+                "--early_stopping_patience counts evaluations, and --eval_epochs 0 leaves one, at the end: give "
+                "--eval_epochs 1, for example."
+            )
+        if self.early_stopping_threshold and not self.early_stopping_patience:
+            raise UserError("--early_stopping_threshold says nothing without --early_stopping_patience N.")
 
     def overrides(self) -> dict[str, Any]:
         """`config_overrides` as a dictionary."""
@@ -308,11 +341,3 @@ def defaults_of(task: str, recipe: str, given: Iterable[str] = ()) -> dict[str, 
     if "config_name" in given:
         replaced.update(("model_name_or_path", "config_overrides"))
     return {name: value for name, value in recipes[recipe].items() if name not in replaced}
-
-
-def check_keep_best(metric: str | None, known: Sequence[str]) -> None:
-    """Refuses, before anything is trained, a metric that no evaluation gives."""
-    if metric is not None and metric not in known:
-        near = [name for name in known if name.removeprefix("eval_") == metric] or near_names(metric, known)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
-        raise UserError(f"--keep_best {metric}: an evaluation gives {', '.join(known)}{hint}")

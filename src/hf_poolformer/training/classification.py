@@ -17,7 +17,7 @@ from ..data.description import describe_data, judge
 from ..data.loader import make_loader, skip_limit
 from ..data.opening import loader_arguments, open_splits
 from ..data.transforms import EvalTransform, input_size
-from ..evaluation.classification import check_classification, check_labels, describe_results, evaluate
+from ..evaluation.classification import check_labels, describe_results, evaluate
 from ..evaluation.pictures import write_confusion_matrix
 from ..evaluation.processes import named_results
 from ..foundation.files import best_effort
@@ -49,8 +49,6 @@ class ClassificationTraining(TaskTraining):
     def open_data(self, accelerator: Accelerator) -> list[str]:
         settings = self.settings
         self.datasets = open_splits(settings, counted=settings.asks_for_counts)
-        for dataset in self.datasets.values():
-            check_classification(dataset)
         accelerator.print(describe_data(self.datasets))
         judge(self.datasets, skip_limit(settings.max_skipped))
         self.label_names = labels_in_model_order(settings, self.datasets["train"].label_names)

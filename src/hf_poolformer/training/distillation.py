@@ -45,8 +45,8 @@ def binary_distillation_loss(
 ) -> torch.Tensor:
     """As `distillation_loss` where an image has any number of labels; the mean over images and labels.
 
-        soft  T^2 KL(teacher || model) of each label being there or not, with sigmoid(logits / T)
-        hard  binary cross-entropy with the labels that the teacher thinks more probable than not
+    soft  T^2 KL(teacher || model) of each label being there or not, with sigmoid(logits / T)
+    hard  binary cross-entropy with the labels that the teacher thinks more probable than not
     """
     if kind == "hard":
         return F.binary_cross_entropy_with_logits(logits, (teacher_logits > 0).to(logits.dtype))

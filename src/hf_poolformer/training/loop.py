@@ -22,7 +22,15 @@ from transformers import PreTrainedModel
 
 from ..foundation.errors import Diverged, UserError
 from ..foundation.files import best_effort
-from ..foundation.processes import Agreement, Stopped, StopSignal, alone_in_its_folder, telling_of_lost_processes
+from ..foundation.processes import (
+    Agreement,
+    Stopped,
+    StopSignal,
+    alone_in_its_folder,
+    found_by_main,
+    telling_of_lost_processes,
+)
+from ..foundation.tasks import TASKS
 from ..settings.training import TrainingSettings
 from . import checkpoints
 from .adaptation import describe_parameters
@@ -52,6 +60,7 @@ class Run:
     reports: Reports
     bar: tqdm
     total_steps: int
+    epochs: float  # that these are, as planned
     replica: nn.Module | None  # of a model that is distributed, to be filled when it is needed
     processor: Any  # saved beside the model
     losses: list[torch.Tensor] = field(default_factory=list)  # since the last point of the curve, on the device
@@ -67,6 +76,18 @@ class Run:
     @property
     def accumulation(self) -> int:
         return self.accelerator.gradient_accumulation_steps
+
+    @property
+    def complete(self) -> bool:
+        """Whether it has gone as far as was planned, but for an epoch to be closed."""
+        return self.progress.step >= self.total_steps or (
+            not (self.settings.max_train_steps or self.task.epochs_vary) and self.progress.epoch >= self.epochs
+        )
+
+    @property
+    def out_of_patience(self) -> bool:
+        patience = self.settings.early_stopping_patience
+        return bool(patience) and self.progress.evaluations_without_improvement >= patience
 
 
 @alone_in_its_folder
@@ -111,6 +132,8 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
     model.to(accelerator.device, memory_format=torch.contiguous_format if fsdp else memory_format)
     replica = copy.deepcopy(model).requires_grad_(False) if fsdp and not settings.ema_decay else None
     train_loader, eval_loader = task.make_loaders(accelerator, model, processor)
+    if settings.best_by and eval_loader is None:
+        raise UserError(f"nothing says which model is the best by {settings.best_by}: there are no validation images.")
 
     # Optimiser, and how far it goes.
     global_batch = (
@@ -167,12 +190,13 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
             reports=reports,
             bar=bar,
             total_steps=total_steps,
+            epochs=epochs,
             replica=replica,
             processor=processor,
         )
-        train_epochs(run, epochs)
+        train_epochs(run)
         leave_model(run)
-        evaluation, shown = evaluate_now(run, final=True) if eval_loader is not None else ({}, None)
+        evaluation, shown = evaluate_at_end(run) if eval_loader is not None else ({}, None)
         if task.saves_again and eval_loader is not None:
             leave_model(run)
         saver.finish()
@@ -202,19 +226,55 @@ def running(state: TrainingState, total_steps: int) -> Iterator[tuple[StopSignal
         yield stop, bar
 
 
-def train_epochs(run: Run, epochs: float) -> None:
+def train_epochs(run: Run) -> None:
     """All that is left of a run, with the evaluations (but the last) and checkpoints between its epochs."""
-    progress, settings = run.progress, run.settings
-    by_steps = settings.max_train_steps or run.task.epochs_vary
+    progress = run.progress
+    evaluate_if_due(run)  # a run that was told to stop while it evaluated
     # Resumed behind its last step, a run has still an epoch to close.
-    while (progress.step < run.total_steps or progress.batches) and (by_steps or progress.epoch < epochs):
+    while not run.out_of_patience and (not run.complete or progress.batches):
         train_epoch(run)
-        done = progress.step >= run.total_steps or (not by_steps and progress.epoch >= epochs)
-        every = settings.eval_epochs
-        if run.eval_loader is not None and not done and every and progress.epoch % every == 0:
-            evaluate_now(run)
-        if settings.checkpointing_steps == "epoch":
+        evaluate_if_due(run)
+        if run.settings.checkpointing_steps == "epoch":
             save_checkpoint(run)
+    if run.out_of_patience and not run.complete:
+        count = progress.evaluations_without_improvement
+        told = f"{count} evaluations" if count > 1 else "one evaluation"
+        say(
+            run,
+            f"stopped early at epoch {progress.epoch} of {math.ceil(run.epochs)}: {run.settings.best_by} has not "
+            f"improved for {told}.",
+        )
+
+
+def say(run: Run, text: str) -> None:
+    if run.accelerator.is_main_process:
+        run.bar.write(text)
+
+
+def evaluate_if_due(run: Run) -> None:
+    """An evaluation between two epochs, unless it was made before a checkpoint from which the run goes on."""
+    progress, every = run.progress, run.settings.eval_epochs
+    due = bool(every) and progress.epoch % every == 0 and progress.epoch > progress.evaluated_epochs
+    if due and run.eval_loader is not None and not progress.batches and not run.complete:
+        evaluate_now(run)
+
+
+def evaluate_at_end(run: Run) -> tuple[dict[str, Any], Any]:
+    """Evaluates the model that is saved: the last one or, if that is wanted, the best, which then takes its place."""
+    progress, wanted = run.progress, run.settings.load_best_model_at_end
+    results: tuple[dict[str, Any], Any] = {}, None
+    # What has ended the run early need not be looked at again to know that it is not the best.
+    if not (wanted and progress.evaluated_epochs == progress.epoch and has_better(progress)):
+        results = evaluate_now(run, final=True)
+    if not (wanted and has_better(progress)):
+        return results
+    run.saver.finish()
+    with leaving_the_model(run):
+        checkpoints.load_best(run.saver.root, run.state)
+    leave_model(run)
+    best = progress.best
+    say(run, f"The model of epoch {best['epoch']} is saved, the best by {best['metric']} ({best['value']:.4g}).")
+    return evaluate_now(run, final=True, step=best["step"], epoch=best["epoch"])
 
 
 def finish(run: Run, results: dict[str, Any], shown: Any) -> None:
@@ -364,37 +424,57 @@ def log_point(run: Run) -> None:
     run.losses, run.images, run.skipped, run.seconds, run.waited = [], 0, 0, 0.0, 0.0
 
 
-def evaluate_now(run: Run, final: bool = False) -> tuple[dict[str, Any], Any]:
-    """Evaluates what would be saved now, as the task's `evaluate` says."""
-    task = run.task
+def has_better(progress: Progress) -> bool:
+    """Whether a model of some steps ago was better than the last one."""
+    return progress.best.get("step", progress.step) != progress.step
+
+
+def evaluate_now(
+    run: Run, final: bool = False, step: int | None = None, epoch: int | None = None
+) -> tuple[dict[str, Any], Any]:
+    """Evaluates what would be saved now, as the task's `evaluate` says.
+
+    Args:
+        step, epoch: of the model where it is not the last one, and its evaluation no news.
+    """
+    task, progress = run.task, run.progress
     with leaving_the_model(run):
         results, shown = task.evaluate(run, evaluated_model(run), final)
     if not results:
         save_and_leave(run, -run.agreement.minimum(-run.stop.check())[0])
-    figures = {name: value for name, value in results.items() if isinstance(value, (int, float))}
-    run.reports.add({"step": run.progress.step, "epoch": run.progress.epoch, **figures})
     if run.accelerator.is_main_process:
-        run.bar.write(f"epoch {run.progress.epoch}: {task.describe(results)}", file=sys.stderr)
-    if run.settings.keep_best:
-        keep_if_best(run, figures)
+        run.bar.write(f"epoch {epoch or progress.epoch}: {task.describe(results)}", file=sys.stderr)
+    if step is None and progress.evaluated_epochs < progress.epoch:
+        figures = {name: value for name, value in results.items() if isinstance(value, (int, float))}
+        run.reports.add({"step": progress.step, "epoch": progress.epoch, **figures})
+        progress.evaluated_epochs = progress.epoch
+        if run.settings.best_by:
+            judge_evaluation(run, figures)
     return results, shown
 
 
-def keep_if_best(run: Run, figures: dict[str, float]) -> None:
-    """Saves a checkpoint that stays, if what `--keep_best` names was never better; every process must call it."""
-    progress, metric, root = run.progress, run.settings.keep_best, run.saver.root
-    if metric not in figures:  # no number this time: there was nothing to measure it on
+def judge_evaluation(run: Run, figures: dict[str, float]) -> None:
+    """Counts an evaluation without improvement, or saves a checkpoint that stays; every process must call it."""
+    progress, metric = run.progress, run.settings.best_by
+    [value] = broadcast_object_list([figures.get(metric)])
+    if value is None:  # there was nothing to measure it on
         return
-    best, sign = checkpoints.best_of(root), -1 if metric.endswith("loss") else 1
-    # A mark from a later step is from before this run was set back.
-    better = best is None or best[0] > progress.step or sign * figures[metric] > sign * best[1]
-    if not broadcast_object_list([better])[0]:
+    former = progress.best if progress.best.get("metric") == metric else {}
+    gain = math.inf
+    if former:
+        gain = former["value"] - value if TASKS[run.settings.task].is_error(metric) else value - former["value"]
+    improved = gain > run.settings.early_stopping_threshold
+    progress.evaluations_without_improvement = 0 if improved else progress.evaluations_without_improvement + 1
+    if gain <= 0:
         return
+    progress.best = {"metric": metric, "value": value, "step": progress.step, "epoch": progress.epoch}
     save_checkpoint(run)
-    saved = run.saver.finish()
-    if saved is not None and run.accelerator.is_main_process:
-        checkpoints.mark_best(root, progress.step, figures[metric])
-        checkpoints.prune(root, run.saver.keep)  # of the former best, perhaps
+    saver = run.saver
+    if saver.finish() is None:  # it could not be written, and the run goes on
+        kept = former and found_by_main((saver.root / f"step-{former['step']}").is_dir)
+        progress.best = former if kept else {}
+    elif run.accelerator.is_main_process:
+        checkpoints.prune(saver.root, saver.keep, progress.step)  # the former best, perhaps
 
 
 def save_checkpoint(run: Run) -> None:
@@ -420,7 +500,8 @@ def save_and_leave(run: Run, number: int) -> None:
 
 def training_figures(run: Run) -> dict[str, Any]:
     """What a run tells of itself in `all_results.json`."""
-    progress = run.progress
+    progress, best = run.progress, run.progress.best
+    judged = {f"best_{name}": best[name] for name in ("metric", "value", "step", "epoch")} if best else {}
     return {
         "train_loss": progress.train_loss,
         "train_runtime": progress.train_seconds,
@@ -428,6 +509,7 @@ def training_figures(run: Run) -> dict[str, Any]:
         "train_data_wait_share": progress.wait_seconds / max(progress.train_seconds, 1e-9),
         "epoch": progress.epoch,
         "step": progress.step,
+        **judged,
         "skipped_images": progress.skipped_images,
         "skipped_shards": progress.damaged_shards,
         "device": device_name(run.accelerator.device),

@@ -60,11 +60,6 @@ class MultiLabelTraining(ClassificationTraining):
         names, given = self.label_names, self.settings.given_pos_weight()
         if given is None:
             images = align_labels(self.datasets["train"], {name: index for index, name in enumerate(names)})
-            if images.counts is None:
-                raise UserError(
-                    f"--pos_weight auto needs to know how many images have each class, and those of {images.name} are "
-                    "not counted."
-                )
             return positive_weights(images.counts, images.labelled)
         if not isinstance(given, dict):
             return [float(given)] * len(names)
@@ -79,7 +74,10 @@ class MultiLabelTraining(ClassificationTraining):
         if settings.loss == "bce":
             return BinaryCrossEntropy(pos_weight)
         return AsymmetricLoss(
-            settings.asymmetric_gamma_negative, settings.asymmetric_gamma_positive, settings.asymmetric_clip, pos_weight
+            settings.asymmetric_gamma_negative,
+            settings.asymmetric_gamma_positive,
+            settings.asymmetric_clip,
+            pos_weight,
         )
 
     def method(self) -> dict[str, Any]:

@@ -148,6 +148,11 @@ def prepare_output(settings: TrainingSettings, accelerator: Accelerator) -> Path
             checkpoints.set_aside(root, after=checkpoints.step_of(found))
     accelerator.wait_for_everyone()
     blind = machines_without(output_dir)
+    if blind and settings.load_best_model_at_end:
+        raise UserError(
+            f"--load_best_model_at_end: {output_dir} is not there on {', '.join(blind)}, and all machines read the "
+            "best checkpoint. Give a folder that they share, by its whole path."
+        )
     if blind and accelerator.is_main_process:
         logger.warning(
             "%s is not there on %s: this run can go on from a checkpoint only if all machines share --output_dir, "

@@ -1,8 +1,8 @@
 """What training for numbers does its own way.
 
 While it is trained the model answers with standardised numbers: mean 0 and standard deviation 1 over the training
-images, so that a loss and a learning rate suit years and millimetres alike. What is evaluated and saved is a copy whose
-last layer gives the numbers in their units, and nobody who uses it knows of the rest.
+images, so that a loss and a learning rate suit years and millimetres alike. What is evaluated and saved is a copy
+whose last layer gives the numbers in their units, and nobody who uses it knows of the rest.
 """
 
 from __future__ import annotations
@@ -39,9 +39,6 @@ class RegressionTraining(ClassificationTraining):
         self.mean, self.std = (
             torch.tensor(self.choices[choice], dtype=torch.float64) for choice in ("target_mean", "target_std")
         )
-        for name, deviation in zip(names, self.std.tolist(), strict=True):
-            if not deviation:
-                raise UserError(f"{name} is the same number for all images of {dataset.name}: nothing can be learnt.")
         return names
 
     def make_model(self, accelerator: Accelerator, memory_format: torch.memory_format) -> tuple[PreTrainedModel, Any]:
