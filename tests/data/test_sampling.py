@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 from hf_poolformer.data.classes import Classes
 from hf_poolformer.data.columns import ImageDataset
 from hf_poolformer.data.datasets import open_datasets
+from hf_poolformer.data.labels import Lists, One
 from hf_poolformer.data.loader import make_loader
 from hf_poolformer.data.sampling import Repeats, repeat_factors
 from hf_poolformer.data.stream import Lane, Order, Piece, Row, Shards, deal, remaining
@@ -36,7 +37,7 @@ def rows_of(shards):
 def make_dataset(sizes):
     features = Features({"value": Value("int64"), "label": Value("int64")})
     stream = IterableDataset.from_generator(rows_of, features, gen_kwargs={"shards": list(enumerate(sizes))})
-    return ImageDataset(stream, "value", "label", sum(sizes), classes=Classes.numbered(NAMES))
+    return ImageDataset(stream, "value", ("label",), sum(sizes), storage=One(), classes=Classes.numbered(NAMES))
 
 
 def plan(dataset, sizes, factors, seed, epoch):
@@ -141,6 +142,25 @@ def test_processes_and_workers_share_one_plan():
             for worker in range(max(workers, 1)):
                 found.update(values(order.lane(2, worker)[1]))
         assert found == plan(dataset, sizes, factors, 5, 2)
+
+
+def test_several_labels_draw_an_image_by_way_of_each():
+    labels = [[0], [0], [0], [0, 1], [1, 2], [], None, [0]] * 50
+    counts, images = (250, 100, 50), 300  # 50 rows have none, and of 50 nobody knows
+    classes = Classes.numbered(NAMES)
+    dataset = ImageDataset(None, "image", ("tags",), 400, Lists(), "multi_label_classification", classes)
+    for power in (1.0, 0.5):
+        factors = repeat_factors(counts, power, images)
+        repeats, times = Repeats(dataset, factors), np.zeros(len(labels))
+        for epoch in range(30):
+            draws = repeats.draws(0, epoch)
+            times += [draws(Row(0, index, {"tags": label})) for index, label in enumerate(labels)]
+        expected = [sum(factors[c] for c in label) if label else 1 for label in labels]
+        assert np.abs(times - 30 * np.array(expected)).max() < 1
+        assert times.sum() / 30 == pytest.approx(400, abs=1)  # an epoch is as long as it was
+        if power == 1:
+            np.testing.assert_allclose(factors, [100 / n for n in counts])  # each class draws a third of the 300
+    assert times[labels.index([])] == times[labels.index(None)] == 30
 
 
 def test_a_class_that_is_too_rare_is_refused():

@@ -37,6 +37,9 @@ SETTINGS = {
     "mixup_alpha": 0.8,
     "cutmix_alpha": 1.0,
     "drop_path_rate": 0.2,
+    "sampling": "balanced",
+    "class_weights": "effective",
+    "focal_gamma": 1.0,
     "ema_decay": 0.9,
     "resume_from_checkpoint": "latest",
 }

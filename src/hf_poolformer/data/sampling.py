@@ -13,8 +13,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..foundation.errors import UserError
 from .columns import ImageDataset, field_of
+from .decoding import BrokenImage
 
 
 if TYPE_CHECKING:
@@ -24,26 +27,32 @@ if TYPE_CHECKING:
 # An image that comes more often than so in an epoch is learnt by heart, whatever is done to it.
 MOST_REPEATS = 1000
 _BITS = (1 << 64) - 1
+_KNOWN = 100_000  # factors of stored labels are kept, for so many different labels
 
 
-def repeat_factors(counts: Sequence[int], power: float = 1.0) -> tuple[float, ...]:
-    """How often an image of each class comes in an epoch, on average, for images of one class each.
+def repeat_factors(counts: Sequence[int], power: float = 1.0, images: int | None = None) -> tuple[float, ...]:
+    """How often an image comes in an epoch, on average, for each class that it has.
 
-    In proportion to `(1 / count) ** power`: with 1 all classes come equally often, 0 leaves the images as they are.
-    The number of images in an epoch stays what it is. A class without images has the factor 1, which nothing uses.
+    In proportion to `(1 / count) ** power`: with 1 all classes come equally often; with 0 they come as they do, if an
+    image has one class each. The number of images in an epoch stays what it is. A class without images has the factor
+    1, which nothing uses.
 
     Args:
-        counts: images of each class, by index.
+        counts: images that have each class, by index.
+        images: that have any class; by default as many as they have classes, one each.
     """
     raw = [(1 / count) ** power if count else 0.0 for count in counts]
-    share = sum(counts) / sum(count * factor for count, factor in zip(counts, raw, strict=True))
+    drawn = sum(count * factor for count, factor in zip(counts, raw, strict=True))
+    share = (sum(counts) if images is None else images) / drawn
     return tuple(factor * share if count else 1.0 for count, factor in zip(counts, raw, strict=True))
 
 
 class Repeats:
     """How often the rows of a dataset come, told by their labels, which are read undecoded.
 
-    A row without a label comes once, and so does one whose label is no class: whoever decodes it says so.
+    A row with several classes comes as often as all of them make it: it is drawn by way of each (class-aware sampling,
+    as arXiv 2007.09654 has it for several labels). So the length of an epoch follows from the counts of the classes.
+    A row with none comes once, and so does one whose label cannot be read: whoever decodes it says so.
 
     Args:
         factors: of each class, by the indices of the dataset.
@@ -56,14 +65,16 @@ class Repeats:
     """
 
     def __init__(self, dataset: ImageDataset, factors: Sequence[float]):
-        self.most = math.ceil(max(factors))
-        if self.most > MOST_REPEATS:
+        most = math.ceil(max(factors))
+        if most > MOST_REPEATS:
             rarest = dataset.classes.names[factors.index(max(factors))]
             raise UserError(
-                f"an image of the class {rarest} would come {self.most} times in an epoch, so rare it is: lower "
-                "--sampling_power, 0.5 say, or leave out the class."
+                f"an image of the class {rarest} would come {most} times in an epoch, so rare it is: lower "
+                "--sampling_power, to 0.5 say, or leave out the class."
             )
-        self._dataset, self._factors = dataset, tuple(factors)
+        several = dataset.problem_type == "multi_label_classification"
+        self.most = min(math.ceil(sum(factors)) if several else most, MOST_REPEATS)
+        self._dataset, self._factors = dataset, np.array(factors)
         self._known: dict[Any, float] = {}
 
     def draws(self, seed: int, epoch: int) -> Callable[[Row], int]:
@@ -79,15 +90,21 @@ class Repeats:
 
         return copies
 
-    def _factor(self, values: Mapping[str, Any]) -> float:
-        stored = field_of(values, self._dataset.label_column)
+    def _factor(self, row: Mapping[str, Any]) -> float:
+        columns = self._dataset.label_columns
+        stored = field_of(row, columns[0]) if len(columns) == 1 else tuple(field_of(row, column) for column in columns)
+        if isinstance(stored, list):
+            stored = tuple(stored)
         factor = self._known.get(stored)
         if factor is None:
             try:
-                index = self._dataset.classes.index(stored)
-            except UserError:
-                index = None
-            factor = self._known[stored] = 1.0 if index is None else self._factors[index]
+                label = self._dataset.label(row)
+            except (UserError, BrokenImage):
+                label = np.zeros(len(self._factors))
+            # An index, or ones and zeros.
+            factor = float(self._factors @ label if label.ndim else self._factors[label]) or 1.0
+            if len(self._known) < _KNOWN:
+                self._known[stored] = factor
         return factor
 
 

@@ -315,7 +315,13 @@ class MultiLabelSettings(SeveralLabelsSettings, ClassificationSettings):
     def check(self) -> None:
         super().check()
         self.given_pos_weight()
-        self.refuse_rare_classes("it is for one class per image. --pos_weight and --loss asymmetric help with several")
+        if self.focal_gamma and self.loss == "asymmetric":
+            raise UserError("--focal_gamma is for --loss bce: the asymmetric loss has gammas of its own.")
+        if self.sampling == "balanced" and self.class_weights in ("auto", "effective"):
+            raise UserError(
+                f"--sampling balanced and --class_weights {self.class_weights} exclude each other for --task "
+                f"{self.task}: how often each class comes is not known beforehand where images have several."
+            )
 
     def given_pos_weight(self) -> float | dict[str, float] | None:
         """What `pos_weight` says in JSON; None where it names a rule.

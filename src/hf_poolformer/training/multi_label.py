@@ -9,15 +9,14 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from ..data.classes import class_key
 from ..data.datasets import align_labels
 from ..foundation.errors import UserError
 from ..foundation.names import first_few, printable
-from ..foundation.settings import check_names
 from ..settings.classification import MultiLabelSettings
 from .classification import ClassificationTraining
 from .distillation import binary_distillation_loss
 from .objectives import AsymmetricLoss, BinaryCrossEntropy, Criterion
+from .rare_classes import by_name
 
 
 if TYPE_CHECKING:
@@ -63,21 +62,24 @@ class MultiLabelTraining(ClassificationTraining):
             return positive_weights(images.counts, images.labelled)
         if not isinstance(given, dict):
             return [float(given)] * len(names)
-        keys = {class_key(name): float(weight) for name, weight in given.items()}
-        unknown = [name for name in given if class_key(name) not in map(class_key, names)]
-        check_names(unknown, names, "class in --pos_weight")
-        return [keys.get(class_key(name), 1.0) for name in names]
+        return by_name(given, names, "--pos_weight")
 
     def make_criterion(self, device: torch.device) -> Criterion:
-        settings, weights = self.settings, self.choices.get("pos_weight")
-        pos_weight = None if weights is None else torch.tensor(weights, device=device)
-        if settings.loss == "bce":
-            return BinaryCrossEntropy(pos_weight)
+        settings, gamma = self.settings, self.settings.focal_gamma
+        pos_weight, weight = (
+            None if weights is None else torch.tensor(weights, device=device)
+            for weights in (self.choices.get("pos_weight"), self.rare.weights)
+        )
+        if settings.loss == "bce" and not gamma:
+            return BinaryCrossEntropy(pos_weight, weight)
+        if settings.loss == "bce":  # focal
+            return AsymmetricLoss(gamma, gamma, 0.0, pos_weight, weight)
         return AsymmetricLoss(
             settings.asymmetric_gamma_negative,
             settings.asymmetric_gamma_positive,
             settings.asymmetric_clip,
             pos_weight,
+            weight,
         )
 
     def method(self) -> dict[str, Any]:

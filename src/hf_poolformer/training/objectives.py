@@ -31,12 +31,14 @@ class BinaryCrossEntropy:
 
     Attributes:
         pos_weight: w of each class (labels,), None for 1.
+        weight: how much each class counts beside the others (labels,), None for 1.
     """
 
     pos_weight: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
 
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.pos_weight)
+        return F.binary_cross_entropy_with_logits(logits, targets, self.weight, pos_weight=self.pos_weight)
 
 
 @dataclass
@@ -51,12 +53,14 @@ class AsymmetricLoss:
         gamma_negative, gamma_positive: g- and g+.
         clip: a class that an image does not have costs nothing below this probability.
         pos_weight: w of each class (labels,), None for 1.
+        weight: how much each class counts beside the others (labels,), None for 1.
     """
 
     gamma_negative: float = 4.0
     gamma_positive: float = 1.0
     clip: float = 0.05
     pos_weight: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
 
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         # log p and log(1 - p), and powers of 1 - p through its logarithm: p itself is soon 1 in float32.
@@ -68,7 +72,8 @@ class AsymmetricLoss:
         if self.clip:
             absent = (-shifted).log1p()
         negative = shifted**self.gamma_negative * absent
-        return -(targets * positive + (1 - targets) * negative).mean()
+        losses = -(targets * positive + (1 - targets) * negative)
+        return (losses if self.weight is None else losses * self.weight).mean()
 
 
 @dataclass

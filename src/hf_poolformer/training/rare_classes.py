@@ -62,7 +62,8 @@ def rare_classes(settings: RareClassSettings, dataset: ImageDataset, label_names
     """
     if not settings.asks_for_counts:
         return RareClasses()
-    counts = align_labels(dataset, {name: index for index, name in enumerate(label_names)}).counts
+    dataset = align_labels(dataset, {name: index for index, name in enumerate(label_names)})
+    counts, several = dataset.counts, dataset.per_image
     if counts is None:
         flag = "--class_weights" if settings.class_weights != "none" else "--sampling"
         raise UserError(
@@ -70,31 +71,36 @@ def rare_classes(settings: RareClassSettings, dataset: ImageDataset, label_names
         )
     repeats = weights = None
     if settings.sampling == "balanced":
-        repeats = repeat_factors(counts, settings.sampling_power)
+        images = None if several is None else dataset.labelled - several.none
+        repeats = repeat_factors(counts, settings.sampling_power, images)
     if settings.class_weights != "none":
         # What sampling does is not done a second time.
         seen = counts if repeats is None else [n * times for n, times in zip(counts, repeats, strict=True)]
-        weights = class_weights(settings, label_names, seen)
+        weights = class_weights(settings, label_names, seen, several=several is not None)
     return RareClasses(tuple(label_names), counts, repeats, weights)
 
 
-def class_weights(settings: RareClassSettings, names: Sequence[str], seen: Sequence[float]) -> tuple[float, ...]:
-    """Weights whose mean over the images of an epoch is 1.
+def class_weights(
+    settings: RareClassSettings, names: Sequence[str], seen: Sequence[float], several: bool = False
+) -> tuple[float, ...]:
+    """Weights of the classes, 1 on the average: over the images of an epoch; of several labels, over the classes.
 
-    A class without images, which nothing uses, has the weight 1.
+    A class without images has the weight 1.
 
     Args:
         seen: images of each class in an epoch, on average.
+        several: an image can have several classes, each of which is learnt for itself.
     """
     given, total = settings.given_weights(), sum(seen)
     if given is not None:
-        raw = by_name(given, names)
+        raw = by_name(given, names, "--class_weights")
     elif settings.class_weights == "auto":
         raw = [1 / n if n else 0.0 for n in seen]
     else:
         beta = settings.class_weights_beta
         raw = [1 / effective_number(n, 1 - 1 / total if beta is None else beta) if n else 0.0 for n in seen]
-    mean = sum(weight * n for weight, n in zip(raw, seen, strict=True)) / total
+    shares = [bool(n) / sum(map(bool, seen)) if several else n / total for n in seen]
+    mean = sum(weight * share for weight, share in zip(raw, shares, strict=True))
     if mean == 0:
         raise UserError("--class_weights: no image would count, since each class that has images has the weight 0.")
     return tuple(weight / mean if n else 1.0 for weight, n in zip(raw, seen, strict=True))
@@ -105,12 +111,15 @@ def effective_number(images: float, beta: float) -> float:
     return -math.expm1(images * math.log1p(beta - 1)) / (1 - beta) if beta else 1.0
 
 
-def by_name(given: Mapping[str, float], names: Sequence[str]) -> list[float]:
-    """Weights in the order of the names; 1 for those that are not given."""
+def by_name(given: Mapping[str, float], names: Sequence[str], flag: str) -> list[float]:
+    """What a flag gives by name, in the order of the names; 1 for those that it does not name.
+
+    Raises:
+        UserError: it names a class that does not exist.
+    """
     keys = {class_key(name): float(weight) for name, weight in given.items()}
-    check_names(
-        [name for name in given if class_key(name) not in map(class_key, names)], names, "class in --class_weights"
-    )
+    unknown = [name for name in given if class_key(name) not in map(class_key, names)]
+    check_names(unknown, names, f"class in {flag}")
     return [keys.get(class_key(name), 1.0) for name in names]
 
 
