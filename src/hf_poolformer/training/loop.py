@@ -20,8 +20,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..foundation.errors import Diverged, UserError
+from ..foundation.errors import Diverged, UserError, one_line
 from ..foundation.files import best_effort
+from ..foundation.memory import is_out_of_memory
 from ..foundation.processes import (
     Agreement,
     Stopped,
@@ -34,6 +35,7 @@ from ..foundation.tasks import TASKS
 from ..settings.training import TrainingSettings
 from . import checkpoints
 from .adaptation import describe_parameters
+from .batch_size import with_fitting_batches
 from .checkpoints import Progress, Saver, TrainingState, whole
 from .emissions import EmissionsMeter, device_name
 from .optimisation import WeightAverage, length_of_training, make_optimizer, make_schedule, scaled_learning_rate
@@ -131,6 +133,10 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
     fsdp = accelerator.distributed_type == DistributedType.FSDP
     model.to(accelerator.device, memory_format=torch.contiguous_format if fsdp else memory_format)
     replica = copy.deepcopy(model).requires_grad_(False) if fsdp and not settings.ema_decay else None
+    asked = settings  # as they go into the folder: what `auto` means here is a choice, kept by checkpoints
+    if settings.per_device_train_batch_size == "auto":
+        settings = with_fitting_batches(settings, task, model, processor, accelerator, memory_format)
+        task.settings = settings
     train_loader, eval_loader = task.make_loaders(accelerator, model, processor)
     if settings.best_by and eval_loader is None:
         raise UserError(f"nothing says which model is the best by {settings.best_by}: there are no validation images.")
@@ -166,7 +172,7 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         background=accelerator.device.type != "cpu" if background is None else background,
         carry_on=settings.checkpoint_failure == "continue",
     )
-    reports = Reports(settings, accelerator, None if resume_from is None else progress.step)
+    reports = Reports(asked, accelerator, None if resume_from is None else progress.step)
     accelerator.print(
         f"{settings.task}: {describe_parameters(model)}, {len(label_names)} classes, "
         f"{task.num_examples or 'unknown number of'} training images {task.describe_images(processor)}, "
@@ -230,7 +236,8 @@ def train_epochs(run: Run) -> None:
     evaluate_if_due(run)  # a run that was told to stop while it evaluated
     # Resumed behind its last step, a run has still an epoch to close.
     while not run.out_of_patience and (not run.complete or progress.batches):
-        train_epoch(run)
+        with telling_of_memory(run, training=True):
+            train_epoch(run)
         evaluate_if_due(run)
         if run.settings.checkpointing_steps == "epoch":
             save_checkpoint(run)
@@ -436,7 +443,7 @@ def evaluate_now(
         step, epoch: of the model where it is not the last one, and its evaluation no news.
     """
     task, progress = run.task, run.progress
-    with leaving_the_model(run):
+    with telling_of_memory(run, training=False), leaving_the_model(run):
         results, shown = task.evaluate(run, evaluated_model(run), final)
     if not results:
         save_and_leave(run, -run.agreement.minimum(-run.stop.check())[0])
@@ -508,6 +515,7 @@ def training_figures(run: Run) -> dict[str, Any]:
         "epoch": progress.epoch,
         "step": progress.step,
         **judged,
+        "per_device_train_batch_size": run.settings.per_device_train_batch_size,
         "skipped_images": progress.skipped_images,
         "skipped_shards": progress.damaged_shards,
         "device": device_name(run.accelerator.device),
@@ -539,6 +547,42 @@ def leave_model(run: Run) -> None:
     if run.accelerator.is_main_process:
         model.save_pretrained(run.reports.folder)
         run.processor.save_pretrained(run.reports.folder)
+
+
+@contextlib.contextmanager
+def telling_of_memory(run: Run, training: bool) -> Iterator[None]:
+    """Turns what is said where memory runs out into what helps, and how the run goes on.
+
+    Args:
+        training: or evaluating, which leaves everything as it was trained: a run of one process saves it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        fault = one_line(error).rstrip(".")
+    else:
+        return
+    settings, accelerator = run.settings, run.accelerator
+    kind = "train" if training else "eval"
+    size = getattr(settings, f"per_device_{kind}_batch_size")
+    smaller = [f"--per_device_{kind}_batch_size", str(max(size // 2, 1))]
+    if training and settings.total_train_batch_size is None:
+        smaller += ["--total_train_batch_size", str(run.progress.global_batch)]  # a step stays what it was
+    helps = ["--per_device_train_batch_size auto or a smaller one" if training else smaller[0] + " with a smaller one"]
+    helps += ["--gradient_checkpointing"] if training and not settings.gradient_checkpointing else []
+    helps += ["--mixed_precision bf16"] if accelerator.mixed_precision == "no" else []
+    if not training and accelerator.num_processes == 1:
+        save_checkpoint(run)
+        run.saver.finish()
+    last = run.saver.newest()
+    command = resume_command(run.reports.folder, accelerator.num_processes, accelerator.device.type == "cpu", smaller)
+    raise UserError(
+        f"out of memory {'in step' if training else 'evaluating after step'} {run.progress.step + training}, with "
+        f"{size} images per device ({fault}). What helps: {', '.join(helps)}. "
+        + (f"The last checkpoint is {last}. To go on from it: {command}" if last else "There is no checkpoint yet.")
+    )
 
 
 @contextlib.contextmanager

@@ -79,6 +79,11 @@ class TaskTraining(ABC):
     def losses(self, run: Run, batch: dict[str, Any]) -> list[torch.Tensor]:
         """Of a micro-batch what is minimised, a mean over its images, then its parts."""
 
+    def tiled(self, batch: dict[str, Any], size: int) -> dict[str, Any]:
+        """A batch of `size` images made of a smaller one, none of which needs less memory than any of the run's."""
+        places = [index % len(batch["labels"]) for index in range(size)]
+        return {**batch, "skipped": [], **{name: chosen(batch[name], places) for name in ("pixel_values", "labels")}}
+
     def finished(self, model: PreTrainedModel) -> PreTrainedModel:
         """What is evaluated and saved of a model that was trained; a copy where it has to be changed."""
         return model
@@ -101,6 +106,11 @@ class TaskTraining(ABC):
     @abstractmethod
     def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
         """What the last evaluation leaves for the eyes. A picture that cannot be drawn is missing, no more."""
+
+
+def chosen(values: Any, places: list[int]) -> Any:
+    """Of a tensor or a list the elements at these places."""
+    return values[places] if isinstance(values, torch.Tensor) else [values[place] for place in places]
 
 
 def training_of(settings: TrainingSettings) -> TaskTraining:
