@@ -40,6 +40,7 @@ from .checkpoints import Progress, Saver, TrainingState, whole
 from .emissions import EmissionsMeter, device_name
 from .optimisation import WeightAverage, length_of_training, make_optimizer, make_schedule, scaled_learning_rate
 from .preparation import in_micro_batches, prepare_output, resume, training_accelerator
+from .range_test import LOWEST, choose_learning_rate, set_learning_rate
 from .reports import Reports, note_skipped, resume_command, summary
 from .task import TaskTraining, training_of
 
@@ -63,6 +64,7 @@ class Run:
     bar: tqdm
     total_steps: int
     epochs: float  # that these are, as planned
+    learning_rate: float  # at its peak
     replica: nn.Module | None  # of a model that is distributed, to be filled when it is needed
     processor: Any  # saved beside the model
     losses: list[torch.Tensor] = field(default_factory=list)  # since the last point of the curve, on the device
@@ -119,6 +121,11 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
     meter = EmissionsMeter(settings.emissions_country) if measured else None
     if resume_from is not None:
         task.choices = checkpoints.choices_of(resume_from)
+        if settings.learning_rate == "auto" and "learning_rate" not in task.choices:
+            raise UserError(
+                f"--learning_rate auto chooses before the first step, and {resume_from} was made with a number: go on "
+                "with that."
+            )
 
     # The data's classes decide the model's head.
     label_names = task.open_data(accelerator)
@@ -146,7 +153,11 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         settings.per_device_train_batch_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
     )
     total_steps, epochs = length_of_training(settings, task.num_examples, global_batch)
-    learning_rate = scaled_learning_rate(settings, global_batch)
+    to_be_found = settings.learning_rate == "auto" and resume_from is None
+    if settings.learning_rate != "auto":
+        learning_rate = scaled_learning_rate(settings, global_batch)
+    else:  # which is not scaled; before a range test any will do
+        learning_rate = LOWEST if to_be_found else task.choices["learning_rate"]
     optimizer = make_optimizer(model, settings, learning_rate)
     scheduler = make_schedule(optimizer, settings, learning_rate, total_steps, epochs)
     ema = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
@@ -173,10 +184,11 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         carry_on=settings.checkpoint_failure == "continue",
     )
     reports = Reports(asked, accelerator, None if resume_from is None else progress.step)
+    rate = "to be found" if to_be_found else f"{learning_rate:.2e}"
     accelerator.print(
         f"{settings.task}: {describe_parameters(model)}, {len(label_names)} classes, "
         f"{task.num_examples or 'unknown number of'} training images {task.describe_images(processor)}, "
-        f"{total_steps} steps of {global_batch} images, learning rate {learning_rate:.2e}, "
+        f"{total_steps} steps of {global_batch} images, learning rate {rate}, "
         f"{accelerator.num_processes} x {accelerator.device.type}."
     )
 
@@ -197,12 +209,15 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
             bar=bar,
             total_steps=total_steps,
             epochs=epochs,
+            learning_rate=learning_rate,
             replica=replica,
             processor=processor,
         )
+        if to_be_found:
+            find_learning_rate(run)
         train_epochs(run)
         leave_model(run)
-        evaluation, shown = evaluate_at_end(run) if eval_loader is not None else ({}, None)
+        evaluation, shown = evaluate_at_end(run) if run.eval_loader is not None else ({}, None)
         saver.finish()
 
     results = {**evaluation, **training_figures(run), **task.figures()}
@@ -228,6 +243,15 @@ def running(state: TrainingState, total_steps: int) -> Iterator[tuple[StopSignal
         ) as bar,
     ):
         yield stop, bar
+
+
+def find_learning_rate(run: Run) -> None:
+    """Chooses by a range test, and sets everything back to where the run begins."""
+    with telling_of_memory(run, training=True):
+        rate = choose_learning_rate(run, optimiser_step)
+    set_learning_rate(run, rate)
+    run.task.choices["learning_rate"] = rate
+    run.train_loader, run.eval_loader = run.task.make_loaders(run.accelerator, run.state.model, run.processor)
 
 
 def train_epochs(run: Run) -> None:
@@ -515,6 +539,7 @@ def training_figures(run: Run) -> dict[str, Any]:
         "epoch": progress.epoch,
         "step": progress.step,
         **judged,
+        "learning_rate": run.learning_rate,
         "per_device_train_batch_size": run.settings.per_device_train_batch_size,
         "skipped_images": progress.skipped_images,
         "skipped_shards": progress.damaged_shards,
