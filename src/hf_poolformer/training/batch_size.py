@@ -45,7 +45,7 @@ MEASURED_STEPS = 6
 
 @dataclass
 class Trial:
-    """In the place of the `Run` that `TaskTraining.losses` knows: a model that is in no wrapper yet."""
+    """What `TaskTraining.losses` asks of a `Run`, with a model that is in no wrapper yet."""
 
     settings: TrainingSettings
     accelerator: Accelerator
@@ -79,6 +79,7 @@ def with_fitting_batches(
             found = *largest(settings, task, model, processor, accelerator, memory_format, sizes), None
         except UserError as error:  # the others would wait for this process
             found = 0, "", str(error)
+        release(accelerator.device)
         everybody = gather_object([found])
         fault = next((theirs for *_, theirs in everybody if theirs), None)
         if fault:
@@ -295,9 +296,9 @@ def on_its_own(model: nn.Module) -> Iterator[None]:
 def release(device: torch.device) -> None:
     """Hands back what a failed or finished step held."""
     gc.collect()
-    if device.type != "cpu":
-        torch.accelerator.empty_cache()
-        torch.accelerator.reset_peak_memory_stats(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def memory_of_process() -> int:

@@ -106,7 +106,8 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
     Returns:
         what `all_results.json` holds: `eval_*` figures of the model that is saved, `train_loss` (mean of the last
         epoch), `train_runtime` in seconds, `train_samples_per_second`, `train_data_wait_share`, `epoch`, `step`,
-        `skipped_images`.
+        `skipped_images`, `learning_rate` at its peak, `per_device_train_batch_size`; and, where a figure says which
+        evaluation was the best, its `best_metric`, `best_value`, `best_step`, `best_epoch`.
 
     Raises:
         UserError: what was asked for cannot be done; the message says why.

@@ -27,8 +27,9 @@ class TaskTraining(ABC):
     Attributes:
         loss_parts: names of what `losses` gives beside what is minimised, for the log.
         may_be_distributed: whether each process may hold but a part of the model (FSDP).
-        choices: what the task chose for itself by looking at the machine, fit for JSON. Checkpoints keep it, and a run
-            that goes on from one finds it here.
+        settings: what `auto` means is a number in them when the loaders are made.
+        choices: what the run chose for itself by looking at the machine and the data, fit for JSON. Checkpoints keep
+            it, and a run that goes on from one finds it here.
     """
 
     loss_parts: Sequence[str] = ()
@@ -77,7 +78,12 @@ class TaskTraining(ABC):
 
     @abstractmethod
     def losses(self, run: Run, batch: dict[str, Any]) -> list[torch.Tensor]:
-        """Of a micro-batch what is minimised, a mean over its images, then its parts."""
+        """Of a micro-batch what is minimised, a mean over its images, then its parts.
+
+        Args:
+            run: only its `settings`, `accelerator`, `model`, `memory_format` and `progress` are there where batches
+                are tried before the run begins.
+        """
 
     def tiled(self, batch: dict[str, Any], size: int) -> dict[str, Any]:
         """A batch of `size` images made of a smaller one, none of which needs less memory than any of the run's."""
