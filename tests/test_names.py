@@ -181,6 +181,8 @@ def test_settings_without_value_or_sense_are_told(tmp_path, text, message):
         ("", "seed", 42),
         ("recipe:", "recipe", "demo"),
         ("image_size: null", "image_size", None),
+        ("per_device_train_batch_size: auto", "per_device_train_batch_size", "auto"),
+        ("learning_rate: auto", "learning_rate", "auto"),
         ("checkpointing_steps: no", "checkpointing_steps", "no"),
         ("mixed_precision: no", "mixed_precision", "no"),
         ("streaming: no", "streaming", False),

@@ -179,7 +179,7 @@ def model_card(
             else "How and on what it was trained is not recorded here."
         ),
         settings=[
-            (key, _plain(settings[key]))
+            (key, _plain(settings[key]) + (f": {_plain(results[key])}" if _was_chosen(key, settings, results) else ""))
             for key in shown_settings(settings.get("task"))
             if settings.get(key) is not None and _in_force(key, settings)
         ],
@@ -198,6 +198,11 @@ def model_card(
         limits=[paragraph.replace("{classes}", classes) for paragraph in task.limits],
         citations=citations_of(config.get("model_type", "poolformer")),
     )
+
+
+def _was_chosen(key: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
+    """Whether the run found out itself what it takes for a setting, and says so in its results."""
+    return settings[key] == "auto" and key in results
 
 
 # A converted model ------------------------------------------------------------------------------------------

@@ -59,8 +59,10 @@ class GeometrySettings:
 @dataclass
 class DenseOptimisationSettings(OptimisationSettings):
     num_train_epochs: int = altered(OptimisationSettings, "num_train_epochs", 12)
-    per_device_train_batch_size: int = altered(OptimisationSettings, "per_device_train_batch_size", 16)
-    learning_rate: float = altered(OptimisationSettings, "learning_rate", 1e-4)
+    per_device_train_batch_size: int | Literal["auto"] = altered(
+        OptimisationSettings, "per_device_train_batch_size", 16
+    )
+    learning_rate: float | Literal["auto"] = altered(OptimisationSettings, "learning_rate", 1e-4)
     lr_scheduler_type: Literal["poly", "step", "cosine", "linear", "constant"] = altered(
         OptimisationSettings, "lr_scheduler_type", "step"
     )

@@ -68,7 +68,13 @@ class OptimisationSettings:
     max_train_steps: int | None = setting(
         None, "Optimiser steps in all; wins over the number of epochs.", low=1, shown=True
     )
-    per_device_train_batch_size: int = setting(32, "Images per device and micro-batch.", low=1, shown=True)
+    per_device_train_batch_size: int | Literal["auto"] = setting(
+        32,
+        "Images per device and micro-batch; auto: as many as the device has memory for, found before the first step. "
+        "With auto, a step is of as many images as without: the recipe's, or --total_train_batch_size.",
+        low=1,
+        shown=True,
+    )
     gradient_accumulation_steps: int = setting(1, "Micro-batches per optimiser step.", low=1, shown=True)
     total_train_batch_size: int | None = setting(
         None,
@@ -77,7 +83,12 @@ class OptimisationSettings:
         low=1,
         shown=True,
     )
-    learning_rate: float = setting(2e-4, "Peak learning rate.", low=0, shown=True)
+    learning_rate: float | Literal["auto"] = setting(
+        2e-4,
+        "Peak learning rate; auto: chosen before the first step by a range test on the run's first batches.",
+        low=0,
+        shown=True,
+    )
     scale_learning_rate: bool = setting(
         False,
         "Take the learning rates as given for 1024 images per step, and scale --learning_rate to the batch.",
@@ -252,6 +263,12 @@ class TrainingSettings:
         self.overrides()
 
     @property
+    def batch_size_of_recipe(self) -> int:
+        """What `per_device_train_batch_size` would be if it were not `auto`."""
+        usual = type(self).__dataclass_fields__["per_device_train_batch_size"].default
+        return self.recipes(self.task).get(self.recipe, {}).get("per_device_train_batch_size", usual)
+
+    @property
     def best_by(self) -> str | None:
         """Key of the figure that says which evaluation was the best; None if nothing asks for it."""
         known, metric = TASKS[self.task].kept_by, self.metric_for_best_model
@@ -263,7 +280,7 @@ class TrainingSettings:
         """Refuses, before anything is trained, a metric that no evaluation gives, and patience without evaluations."""
         known, metric = TASKS[self.task].kept_by, self.metric_for_best_model
         if metric is not None and self.best_by not in known:
-            near = near_names(metric, known)
+            near = near_names(f"eval_{metric.removeprefix('eval_')}", known)
             hint = f"; did you mean {' or '.join(near)}?" if near else "."
             raise UserError(f"--metric_for_best_model {metric}: an evaluation gives {', '.join(known)}{hint}")
         if self.early_stopping_patience and not self.eval_epochs:

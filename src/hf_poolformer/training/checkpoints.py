@@ -205,6 +205,12 @@ class Saver:
             logger.warning("%s Training goes on without it.", fault)
         return None
 
+    def newest(self) -> Path | None:
+        """The last checkpoint on the disk, of this process alone: for when the others may be gone."""
+        if self._writer is not None:
+            self._writer.join()
+        return newest(self.root)
+
     def _write(self, taken: Snapshot) -> None:
         try:
             write(self.root, taken, self.keep)

@@ -20,8 +20,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..foundation.errors import Diverged, UserError
+from ..foundation.errors import Diverged, UserError, one_line
 from ..foundation.files import best_effort
+from ..foundation.memory import is_out_of_memory
 from ..foundation.processes import (
     Agreement,
     Stopped,
@@ -34,10 +35,12 @@ from ..foundation.tasks import TASKS
 from ..settings.training import TrainingSettings
 from . import checkpoints
 from .adaptation import describe_parameters
+from .batch_size import with_fitting_batches
 from .checkpoints import Progress, Saver, TrainingState, whole
 from .emissions import EmissionsMeter, device_name
 from .optimisation import WeightAverage, length_of_training, make_optimizer, make_schedule, scaled_learning_rate
 from .preparation import in_micro_batches, prepare_output, resume, training_accelerator
+from .range_test import LOWEST, choose_learning_rate, set_learning_rate
 from .reports import Reports, note_skipped, resume_command, summary
 from .task import TaskTraining, training_of
 
@@ -61,6 +64,7 @@ class Run:
     bar: tqdm
     total_steps: int
     epochs: float  # that these are, as planned
+    learning_rate: float  # at its peak
     replica: nn.Module | None  # of a model that is distributed, to be filled when it is needed
     processor: Any  # saved beside the model
     losses: list[torch.Tensor] = field(default_factory=list)  # since the last point of the curve, on the device
@@ -102,7 +106,8 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
     Returns:
         what `all_results.json` holds: `eval_*` figures of the model that is saved, `train_loss` (mean of the last
         epoch), `train_runtime` in seconds, `train_samples_per_second`, `train_data_wait_share`, `epoch`, `step`,
-        `skipped_images`.
+        `skipped_images`, `learning_rate` at its peak, `per_device_train_batch_size`; and, where a figure says which
+        evaluation was the best, its `best_metric`, `best_value`, `best_step`, `best_epoch`.
 
     Raises:
         UserError: what was asked for cannot be done; the message says why.
@@ -117,6 +122,11 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
     meter = EmissionsMeter(settings.emissions_country) if measured else None
     if resume_from is not None:
         task.choices = checkpoints.choices_of(resume_from)
+        if settings.learning_rate == "auto" and "learning_rate" not in task.choices:
+            raise UserError(
+                f"--learning_rate auto chooses before the first step, and {resume_from} was made with a number: go on "
+                "with that."
+            )
 
     # The data's classes decide the model's head.
     label_names = task.open_data(accelerator)
@@ -131,6 +141,10 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
     fsdp = accelerator.distributed_type == DistributedType.FSDP
     model.to(accelerator.device, memory_format=torch.contiguous_format if fsdp else memory_format)
     replica = copy.deepcopy(model).requires_grad_(False) if fsdp and not settings.ema_decay else None
+    asked = settings  # as they go into the folder: what `auto` means here is a choice, kept by checkpoints
+    if settings.per_device_train_batch_size == "auto":
+        settings = with_fitting_batches(settings, task, model, processor, accelerator, memory_format)
+        task.settings = settings
     train_loader, eval_loader = task.make_loaders(accelerator, model, processor)
     if settings.best_by and eval_loader is None:
         raise UserError(f"nothing says which model is the best by {settings.best_by}: there are no validation images.")
@@ -140,7 +154,11 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         settings.per_device_train_batch_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
     )
     total_steps, epochs = length_of_training(settings, task.num_examples, global_batch)
-    learning_rate = scaled_learning_rate(settings, global_batch)
+    to_be_found = settings.learning_rate == "auto" and resume_from is None
+    if settings.learning_rate != "auto":
+        learning_rate = scaled_learning_rate(settings, global_batch)
+    else:  # which is not scaled; before a range test any will do
+        learning_rate = LOWEST if to_be_found else task.choices["learning_rate"]
     optimizer = make_optimizer(model, settings, learning_rate)
     scheduler = make_schedule(optimizer, settings, learning_rate, total_steps, epochs)
     ema = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
@@ -166,11 +184,12 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         background=accelerator.device.type != "cpu" if background is None else background,
         carry_on=settings.checkpoint_failure == "continue",
     )
-    reports = Reports(settings, accelerator, None if resume_from is None else progress.step)
+    reports = Reports(asked, accelerator, None if resume_from is None else progress.step)
+    rate = "to be found" if to_be_found else f"{learning_rate:.2e}"
     accelerator.print(
         f"{settings.task}: {describe_parameters(model)}, {len(label_names)} {task.answers}, "
         f"{task.num_examples or 'unknown number of'} training images {task.describe_images(processor)}, "
-        f"{total_steps} steps of {global_batch} images, learning rate {learning_rate:.2e}, "
+        f"{total_steps} steps of {global_batch} images, learning rate {rate}, "
         f"{accelerator.num_processes} x {accelerator.device.type}."
     )
 
@@ -191,13 +210,16 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
             bar=bar,
             total_steps=total_steps,
             epochs=epochs,
+            learning_rate=learning_rate,
             replica=replica,
             processor=processor,
         )
+        if to_be_found:
+            find_learning_rate(run)
         train_epochs(run)
         leave_model(run)
-        evaluation, shown = evaluate_at_end(run) if eval_loader is not None else ({}, None)
-        if task.saves_again and eval_loader is not None:
+        evaluation, shown = evaluate_at_end(run) if run.eval_loader is not None else ({}, None)
+        if task.saves_again and run.eval_loader is not None:
             leave_model(run)
         saver.finish()
 
@@ -226,13 +248,23 @@ def running(state: TrainingState, total_steps: int) -> Iterator[tuple[StopSignal
         yield stop, bar
 
 
+def find_learning_rate(run: Run) -> None:
+    """Chooses by a range test, and sets everything back to where the run begins."""
+    with telling_of_memory(run, training=True):
+        rate = choose_learning_rate(run, optimiser_step)
+    set_learning_rate(run, rate)
+    run.task.choices["learning_rate"] = rate
+    run.train_loader, run.eval_loader = run.task.make_loaders(run.accelerator, run.state.model, run.processor)
+
+
 def train_epochs(run: Run) -> None:
     """All that is left of a run, with the evaluations (but the last) and checkpoints between its epochs."""
     progress = run.progress
     evaluate_if_due(run)  # a run that was told to stop while it evaluated
     # Resumed behind its last step, a run has still an epoch to close.
     while not run.out_of_patience and (not run.complete or progress.batches):
-        train_epoch(run)
+        with telling_of_memory(run, training=True):
+            train_epoch(run)
         evaluate_if_due(run)
         if run.settings.checkpointing_steps == "epoch":
             save_checkpoint(run)
@@ -438,7 +470,7 @@ def evaluate_now(
         step, epoch: of the model where it is not the last one, and its evaluation no news.
     """
     task, progress = run.task, run.progress
-    with leaving_the_model(run):
+    with telling_of_memory(run, training=False), leaving_the_model(run):
         results, shown = task.evaluate(run, evaluated_model(run), final)
     if not results:
         save_and_leave(run, -run.agreement.minimum(-run.stop.check())[0])
@@ -510,6 +542,8 @@ def training_figures(run: Run) -> dict[str, Any]:
         "epoch": progress.epoch,
         "step": progress.step,
         **judged,
+        "learning_rate": run.learning_rate,
+        "per_device_train_batch_size": run.settings.per_device_train_batch_size,
         "skipped_images": progress.skipped_images,
         "skipped_shards": progress.damaged_shards,
         "device": device_name(run.accelerator.device),
@@ -542,6 +576,42 @@ def leave_model(run: Run) -> None:
     if run.accelerator.is_main_process:
         model.save_pretrained(run.reports.folder)
         run.processor.save_pretrained(run.reports.folder)
+
+
+@contextlib.contextmanager
+def telling_of_memory(run: Run, training: bool) -> Iterator[None]:
+    """Turns what is said where memory runs out into what helps, and how the run goes on.
+
+    Args:
+        training: or evaluating, which leaves everything as it was trained: a run of one process saves it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        fault = one_line(error).rstrip(".")
+    else:
+        return
+    settings, accelerator = run.settings, run.accelerator
+    kind = "train" if training else "eval"
+    size = getattr(settings, f"per_device_{kind}_batch_size")
+    smaller = [f"--per_device_{kind}_batch_size", str(max(size // 2, 1))]
+    if training and settings.total_train_batch_size is None:
+        smaller += ["--total_train_batch_size", str(run.progress.global_batch)]  # a step stays what it was
+    helps = ["--per_device_train_batch_size auto or a smaller one" if training else smaller[0] + " with a smaller one"]
+    helps += ["--gradient_checkpointing"] if training and not settings.gradient_checkpointing else []
+    helps += ["--mixed_precision bf16"] if accelerator.mixed_precision == "no" else []
+    if not training and accelerator.num_processes == 1:
+        save_checkpoint(run)
+        run.saver.finish()
+    last = run.saver.newest()
+    command = resume_command(run.reports.folder, accelerator.num_processes, accelerator.device.type == "cpu", smaller)
+    raise UserError(
+        f"out of memory {'in step' if training else 'evaluating after step'} {run.progress.step + training}, with "
+        f"{size} images per device ({fault}). What helps: {', '.join(helps)}. "
+        + (f"The last checkpoint is {last}. To go on from it: {command}" if last else "There is no checkpoint yet.")
+    )
 
 
 @contextlib.contextmanager

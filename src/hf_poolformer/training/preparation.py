@@ -35,6 +35,8 @@ def in_micro_batches(settings: TrainingSettings) -> TrainingSettings:
             f"--total_train_batch_size {total} does not divide among {count} processes: {fewer or count} or "
             f"{(total // count + 1) * count} would."
         )
+    if settings.per_device_train_batch_size == "auto":
+        return settings  # what it is comes out when there is a model to try with
     share = total // count
     size = next(size for size in range(min(settings.per_device_train_batch_size, share), 0, -1) if share % size == 0)
     return dataclasses.replace(settings, per_device_train_batch_size=size, gradient_accumulation_steps=share // size)
