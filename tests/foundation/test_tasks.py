@@ -51,7 +51,7 @@ def toy(monkeypatch):
         auto_class="AutoModelForTileSegmentation",
         figures=(Figure("eval_fit", "fit", "Share of fitting tiles", "fit"),),
         kept_by=("eval_fit",),
-        per_class=("eval_per_class_fit", "fit"),
+        per_class=(Figure("eval_per_class_fit", "fit", "fit"),),
         evaluation=f"{__name__}:{MisfitJudge.__name__}",
         limits=("It sees tiles everywhere.",),
     )

@@ -47,7 +47,7 @@ class EvaluationSettings(SeveralLabelsSettings, LabelledSettings, CheckpointSett
 def parse_evaluation(argv: Sequence[str] | None = None, prog: str | None = None) -> EvaluationSettings:
     """Settings of `hf-poolformer evaluate` from the command line."""
     parser = SettingsParser(
-        EvaluationSettings, prog=prog, description="Evaluates an image classifier on a labelled dataset."
+        EvaluationSettings, prog=prog, description="Evaluates an image classifier or regressor on a labelled dataset."
     )
     parser.add_argument("model", metavar="MODEL", help="Checkpoint: a Hub id or a folder.")
     told = parser.parse(argv)

@@ -17,10 +17,9 @@ from ..data.description import describe_data, judge
 from ..data.loader import make_loader, skip_limit
 from ..data.opening import loader_arguments, open_splits
 from ..data.transforms import EvalTransform, input_size
-from ..evaluation.classification import check_labels, describe_results, evaluate
-from ..evaluation.pictures import write_confusion_matrix
-from ..evaluation.processes import named_results
-from ..foundation.files import best_effort
+from ..evaluation.classification import check_labels, draw_results, evaluate
+from ..evaluation.processes import describe_results, named_results
+from ..foundation.tasks import TASKS
 from ..settings.classification import ClassificationSettings
 from .adaptation import LinearProbe, adapt, merged
 from .augmentation import BatchMixer
@@ -188,15 +187,18 @@ class ClassificationTraining(TaskTraining):
             run.eval_loader,
             accelerator=run.accelerator,
             num_labels=len(self.label_names),
+            task=self.settings.task,
+            thresholds=getattr(run.state.model.config, "label_thresholds", None),
+            intervals=final,
             memory_format=run.memory_format,
             progress=run.accelerator.is_main_process and sys.stderr.isatty(),
             should_stop=run.stop.check,
         )
-        return named_results(results, self.label_names), results.get("confusion_matrix") if final else None
+        return named_results(results, self.label_names), results if final else None
 
     def describe(self, results: dict[str, Any]) -> str:
-        return describe_results(results)
+        first = getattr(self.settings, "metric_for_best_model", None)
+        return describe_results(results, TASKS[self.settings.task], first)
 
     def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
-        with best_effort("drawing the confusion matrix"):
-            write_confusion_matrix(folder / "confusion_matrix.png", shown, self.label_names)
+        draw_results(folder, TASKS[self.settings.task], shown, self.label_names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,10 +17,6 @@ from .classification import ClassificationTraining
 from .distillation import binary_distillation_loss
 from .objectives import AsymmetricLoss, BinaryCrossEntropy, Criterion
 from .rare_classes import by_name
-
-
-if TYPE_CHECKING:
-    pass
 
 
 # The most that `--pos_weight auto` gives. A class that one image in a thousand has would weigh 999, and the few images

@@ -21,7 +21,7 @@ from ...data.opening import loader_arguments
 from ...evaluation.dense import DIVISOR, evaluate
 from ...evaluation.dense_metrics import pycocotools
 from ...evaluation.dense_pictures import write_predictions
-from ...evaluation.processes import named_results
+from ...evaluation.processes import describe_results, named_results
 from ...foundation.files import best_effort
 from ...foundation.tasks import TASKS
 from ...settings.dense import DenseSettings
@@ -106,14 +106,7 @@ class DenseTraining(TaskTraining):
         return named_results(results, self.label_names), examples or None
 
     def describe(self, results: dict[str, Any]) -> str:
-        shown = [figure for figure in self.task.shown if results.get(figure.key) is not None]
-        parts = [f"{figure.short} {results[figure.key]:.3f}" for figure in shown]
-        skipped = results["eval_skipped_images"]
-        return (
-            f"{', '.join(parts) or 'nothing to find'}, {results['eval_samples']} images at "
-            f"{results['eval_samples_per_second']:.1f} images/s"
-            + (f", {skipped} broken images left out" if skipped else "")
-        )
+        return describe_results(results, self.task, getattr(self.settings, "metric_for_best_model", None))
 
     def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
         colours = processor.image_mean, processor.image_std
