@@ -67,7 +67,7 @@ cards: $(VENV)/.installed-demo
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python scripts/benchmark.py all --device cpu --output benchmarks/cpu
 
-# GPU machines come with a torch of their own; only rooms that need neither datasets nor evaluate are tested here. After
+# GPU machines come with a torch of their own; only rooms that need no datasets are tested here. After
 # two minutes the tests are interrupted as by Ctrl-C, so that pytest still says which have failed; so do the last lines.
 gpu: export PYTHONPATH = src
 gpu:

@@ -44,7 +44,6 @@ TEST_PACKAGES = (
     "pytest-xdist",
     "scikit-learn",
     "timm",
-    "torchmetrics",
 )
 # Model and processor: every file that lies flat in tests, but these. Then kernels, conversion, data and training.
 OTHER_FILES = (

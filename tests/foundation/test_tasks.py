@@ -51,7 +51,7 @@ def toy(monkeypatch):
         auto_class="AutoModelForTileSegmentation",
         figures=(Figure("eval_fit", "fit", "Share of fitting tiles", "fit"),),
         kept_by=("eval_fit",),
-        per_class=("eval_per_class_fit", "fit"),
+        per_class=(Figure("eval_per_class_fit", "fit", "fit"),),
         evaluation=f"{__name__}:{MisfitJudge.__name__}",
         limits=("It sees tiles everywhere.",),
     )
@@ -86,17 +86,17 @@ def test_settings_take_it(toy, tmp_path, capsys):
         "--config_name",
         "poolformer_s12",
     ]
-    settings = parse([*flags, "--keep_best", "eval_fit", "--reduce_labels", "true"])
+    settings = parse([*flags, "--metric_for_best_model", "eval_fit", "--reduce_labels", "true"])
     assert settings == TrainingSettings.from_recipe(
         task=toy.name,
         dataset_name="x",
         output_dir=str(tmp_path),
         config_name="poolformer_s12",
-        keep_best="eval_fit",
+        metric_for_best_model="eval_fit",
         reduce_labels=True,
     )
     with pytest.raises(UserError, match="an evaluation gives eval_fit"):
-        parse([*flags, "--keep_best", "eval_miou"])
+        parse([*flags, "--metric_for_best_model", "eval_miou"])
     with pytest.raises(SystemExit):
         parse(["--help"])
     assert toy.name in capsys.readouterr().out

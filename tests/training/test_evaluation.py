@@ -1,3 +1,5 @@
+import functools
+import json
 import math
 
 import numpy as np
@@ -9,10 +11,12 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from hf_poolformer import PoolFormerForImageClassification, PoolFormerImageProcessor
 from hf_poolformer.evaluation import processes
 from hf_poolformer.evaluation.classification import evaluate, evaluate_checkpoint
-from hf_poolformer.evaluation.pictures import write_confusion_matrix
+from hf_poolformer.evaluation.pictures import write_confusion_matrix, write_label_figures, write_scatter
 from hf_poolformer.evaluation.processes import named_results
 from hf_poolformer.evaluation.settings import EvaluationSettings
 from hf_poolformer.foundation.errors import UserError
+from hf_poolformer.foundation.strict_json import to_json
+from hf_poolformer.foundation.tasks import MULTI_LABEL, REGRESSION
 
 
 @pytest.fixture
@@ -37,16 +41,13 @@ def batches(images, labels, size=8):
 
 def test_against_scikit_learn(model, images):
     labels = torch.arange(25) % 9
-    results = evaluate(
-        model.train(), batches(images, labels), accelerator=Accelerator(), num_labels=10, topk=(1, 3, 5)
-    )
+    results = evaluate(model.train(), batches(images, labels), accelerator=Accelerator(), num_labels=10)
     assert model.training
     with torch.no_grad():
         scores = model.eval()(pixel_values=images).logits.softmax(1).double().numpy()
     truth = labels.numpy()
     assert results["eval_accuracy"] == accuracy_score(truth, scores.argmax(1))
-    for k in (3, 5):
-        assert results[f"eval_top{k}_accuracy"] == top_k_accuracy_score(truth, scores, k=k, labels=range(10))
+    assert results["eval_top5_accuracy"] == top_k_accuracy_score(truth, scores, k=5, labels=range(10))
     scores /= scores.sum(1, keepdims=True)
     assert results["eval_loss"] == pytest.approx(log_loss(truth, scores, labels=range(10)), rel=1e-4)
     assert results["eval_samples"] == 25 and results["eval_skipped_images"] == 1
@@ -56,11 +57,13 @@ def test_against_scikit_learn(model, images):
     assert named["eval_per_class_accuracy"]["class 9"] is None and "confusion_matrix" not in named
 
 
-def test_fewer_classes_than_k(poolformer_config, images):
-    poolformer_config.num_labels = 2
+@pytest.mark.parametrize("classes", [2, 5])
+def test_five_best_of_five_classes_say_nothing(poolformer_config, images, classes):
+    poolformer_config.num_labels = classes
     model = PoolFormerForImageClassification(poolformer_config)
-    results = evaluate(model, batches(images, torch.arange(25) % 2), accelerator=Accelerator(), num_labels=2)
-    assert results["eval_top5_accuracy"] == 1.0
+    labels = torch.arange(25) % classes
+    results = evaluate(model, batches(images, labels), accelerator=Accelerator(), num_labels=classes)
+    assert results["eval_samples"] == 25 and not [name for name in results if "top" in name]
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([3, 10]), torch.tensor([-1, 3])])
@@ -155,3 +158,59 @@ def test_confusion_matrix_is_drawn_for_few_and_many_classes(tmp_path, count):
     write_confusion_matrix(tmp_path / "matrix.png", matrix, [f"class {index}" for index in range(count)])
     assert (tmp_path / "matrix.png").stat().st_size > 5000
     assert [path.name for path in tmp_path.iterdir()] == ["matrix.png"]
+
+
+@pytest.mark.parametrize("count", [1, 4, 70])
+def test_figures_of_labels_are_drawn_for_few_and_many(tmp_path, count):
+    figures = {name: np.linspace(0.2, 1, count) for name in ("precision", "recall", "f1")}
+    figures["precision"][0] = math.nan  # never predicted
+    write_label_figures(tmp_path / "labels.png", figures, [f"_$x$ {index}" for index in range(count)])
+    assert (tmp_path / "labels.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("targets", [1, 2, 4, 12])
+def test_numbers_are_drawn_against_the_truth(tmp_path, targets):
+    truth = np.random.default_rng(0).normal(size=(7000, targets))
+    write_scatter(tmp_path / "scatter.png", truth + 0.1, truth, [f"$x$ {index}" for index in range(targets)])
+    assert (tmp_path / "scatter.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("task", [MULTI_LABEL, REGRESSION])
+def test_labels_that_do_not_fit_are_refused(model, images, task):
+    ask = functools.partial(evaluate, model, accelerator=Accelerator(), num_labels=10, task=task)
+    with pytest.raises(UserError, match="has 4 numbers per image, but the model gives 10"):
+        ask(batches(images, torch.zeros(25, 4)))
+    labels = torch.zeros(25, 10)
+    labels[9, 3] = math.nan
+    with pytest.raises(UserError, match="a label that is no number"):
+        ask(batches(images, labels))
+
+
+def test_several_labels_and_numbers_of_a_model(model, images):
+    """Through the loop: logits in evaluation mode, thresholds, answers, and a broken image."""
+    truth = (torch.rand(25, 10) < 0.4).float()
+    thresholds = torch.linspace(0.2, 0.8, 10).tolist()
+    results = evaluate(
+        model.train(),
+        batches(images, truth),
+        accelerator=Accelerator(),
+        num_labels=10,
+        task=MULTI_LABEL,
+        thresholds=thresholds,
+        intervals=True,
+        keep_answers=True,
+    )
+    with torch.no_grad():
+        logits = model.eval()(pixel_values=images).logits
+    assert results["answers"] == pytest.approx(logits.sigmoid().numpy(), rel=1e-4)
+    assert np.array_equal(results["references"], truth.numpy())
+    right = (logits.sigmoid() >= torch.tensor(thresholds)) == truth.bool()
+    assert results["eval_hamming_accuracy"] == pytest.approx(right.double().mean().item())
+    assert results["eval_samples"] == 25 and results["eval_skipped_images"] == 1
+    named = named_results(results, [f"label {index}" for index in range(10)])
+    assert json.loads(to_json(named)) == named, "fit for JSON"
+    low, high = named["eval_confidence_intervals"]["eval_per_class_recall"]["label 3"]
+    assert 0 <= low <= named["eval_per_class_recall"]["label 3"] <= high <= 1
+    targets = torch.randn(25, 10)
+    results = evaluate(model, batches(images, targets), accelerator=Accelerator(), num_labels=10, task=REGRESSION)
+    assert results["eval_mae"] == pytest.approx((logits - targets).abs().double().mean().item(), rel=1e-5)

@@ -1,4 +1,4 @@
-"""`hf-poolformer evaluate`: top-1, top-5 and per-class accuracy, on one device or many."""
+"""`hf-poolformer evaluate`: how right a classifier or regressor is on labelled images, on one device or many."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     quieten()
     from accelerate import PartialState
 
-    from ..evaluation.classification import describe_results, evaluate_checkpoint
+    from ..evaluation.classification import evaluate_checkpoint
+    from ..evaluation.processes import describe_results
+    from ..foundation.tasks import TASKS
 
     results = evaluate_checkpoint(settings)
     if not PartialState().is_main_process:
@@ -30,7 +32,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if settings.json:
         print(to_json({"model": settings.model, **results}, indent=2))
         return 0
-    print(f"{settings.model}: {describe_results(results)}.")
+    task = TASKS[results["task"]]
+    print(f"{settings.model}: {describe_results(results, task)}.")
     if settings.output_dir:
-        print(f"Written to {settings.output_dir}: all_results.json, confusion_matrix.png")
+        print(f"Written to {settings.output_dir}: all_results.json, {task.judge.picture}")
     return 0

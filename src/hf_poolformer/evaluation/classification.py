@@ -1,20 +1,18 @@
-"""Evaluation of a classifier, exact for any number of processes and any division of the images among them."""
+"""Evaluation of classifiers, of one label or several, and of regressors: exact for any number of processes and any
+division of the images among them."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm import tqdm
 
 from ..data.classes import Classes
 from ..data.columns import ImageDataset
@@ -26,20 +24,15 @@ from ..data.transforms import EvalTransform
 from ..foundation.errors import UserError, one_line
 from ..foundation.exported import is_exported
 from ..foundation.files import best_effort, write_json
-from ..foundation.finite import finite_answers, refuse_not_finite
 from ..foundation.graphs import graphed
 from ..foundation.loading import load_checkpoint
 from ..foundation.settings import read_yaml
-from .metrics import Accuracy, ConfusionMatrix, PerClassAccuracy, TopKAccuracy
-from .pictures import write_confusion_matrix
-from .processes import count_images, gather, named_results
+from ..foundation.tasks import CLASSIFICATION, TASKS, Task, task_of_config
+from .processes import measure, named_results
 from .settings import EvaluationSettings
 
 
 logger = logging.getLogger(__name__)
-
-# Beyond this a confusion matrix (int64, classes squared) costs more memory than anyone will look at.
-MAX_CONFUSION_CLASSES = 5000
 
 
 @torch.inference_mode()
@@ -49,104 +42,57 @@ def evaluate(
     *,
     accelerator: Accelerator,
     num_labels: int,
-    topk: Sequence[int] = (1, 5),
+    task: str = CLASSIFICATION,
+    thresholds: Sequence[float] | None = None,
+    intervals: bool = False,
+    keep_answers: bool = False,
     memory_format: torch.memory_format = torch.contiguous_format,
     progress: bool = False,
     should_stop: Callable[[], int] = lambda: 0,
 ) -> dict[str, Any]:
-    """Metrics of a classifier over all images that the processes' loaders yield together.
-
-    No process waits for another before its own images are through, so their numbers may differ at will; rankings
-    and labels are then brought together, once, and every process returns the same results.
+    """Metrics over all images that the processes' loaders yield together: see `processes.measure`.
 
     Args:
         model: bare or wrapped by accelerate; its mode is restored.
-        loader: yields `pixel_values` (batch, channels, height, width), `labels` (batch,) and `skipped`.
-        topk: the k of the top-k accuracies; with fewer classes than k, all of them count.
+        loader: yields `pixel_values` (batch, channels, height, width), `labels` as the task has them, and `skipped`.
+        num_labels: what the model answers, classes or targets.
+        thresholds: of several labels per image, the probability from which on each is predicted; None: 0.5.
+        intervals: add `eval_confidence_intervals`, if there are few images.
+        keep_answers: add `answers` (images, num_labels), float32: probabilities, or numbers in units; and the labels
+            as `references`, in the same order.
         should_stop: asked after each batch; when it says so on any process, the result is empty.
 
     Returns:
-        `eval_accuracy`, `eval_top5_accuracy` (for each k > 1), `eval_loss` (cross-entropy), `eval_samples`,
-        `eval_skipped_images`, `eval_runtime` in seconds, `eval_samples_per_second`, `eval_per_class_accuracy` (a list;
-        NaN for classes without images), `confusion_matrix` (int64 array, true by predicted; None beyond 5000 classes).
+        what `measure` returns, with the figures of `metrics.ClassJudge`, `LabelsJudge` or `NumbersJudge`.
 
     Raises:
         UserError: no image at all, labels that the model does not have, or outputs that are not finite.
     """
-    # The bare model: DistributedDataParallel would wait for the others in every forward pass.
     bare = accelerator.unwrap_model(model)
-    was_training = bare.training
-    bare.eval()
-    classify = graphed(bare)
-    device, depth = accelerator.device, min(max(topk), num_labels)
-    loss_sum = torch.zeros((), device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-    unusable = torch.zeros((), device=device, dtype=torch.int64)
-    rankings, references, skipped, stopped, fault = [], [], 0, False, None
-    start = time.perf_counter()
-    try:
-        for batch in tqdm(loader, desc="evaluating", unit="batch", disable=not progress, leave=False):
-            skipped += len(batch.get("skipped", ()))
-            labels = batch["labels"]
-            if not len(labels):
-                continue
+    answer = graphed(bare)
+    judge = TASKS[task].new_judge(num_labels, thresholds=thresholds, intervals=intervals, keep_answers=keep_answers)
+
+    def look(batch: dict[str, Any]) -> int:
+        labels = batch["labels"]
+        if len(labels):
             check_labels(labels, num_labels)
-            pixel_values = batch["pixel_values"].to(device, memory_format=memory_format, non_blocking=True)
+            pixel_values = batch["pixel_values"].to(accelerator.device, memory_format=memory_format, non_blocking=True)
             with accelerator.autocast():
-                logits = classify(pixel_values=pixel_values).logits.float()
-            unusable += (~finite_answers(logits)).sum()  # counted on the device, which nobody waits for
-            loss_sum += nn.functional.cross_entropy(logits, labels.to(device, non_blocking=True), reduction="sum")
-            rankings.append(logits.topk(depth).indices)
-            references.append(labels)
-            if stopped := bool(should_stop()):
-                break
-    except UserError as error:  # the others would wait for this process
-        fault = str(error)
-    mine = {
-        "fault": fault,
-        "stopped": stopped,
-        "ranked": torch.cat(rankings).cpu().numpy() if rankings else np.zeros((0, depth), dtype=np.int64),
-        "labels": torch.cat(references).numpy() if references else np.zeros(0, dtype=np.int64),
-        "loss": loss_sum.item(),
-        "unusable": unusable.item(),
-        "count": sum(map(len, references)),
-        "skipped": skipped,
-    }
-    bare.train(was_training)
-    parts = gather(mine)
-    seconds = time.perf_counter() - start
-    if not parts:
-        return {}
-    count, missed = count_images(parts, loader)
-    ranked = np.concatenate([part["ranked"] for part in parts])
-    labels = np.concatenate([part["labels"] for part in parts])
-    refuse_not_finite(sum(part["unusable"] for part in parts), count, "the model")
-    best = {"predictions": ranked[:, 0], "references": labels}
-    results = {
-        "eval_accuracy": metric(Accuracy).compute(**best)["accuracy"],
-        "eval_loss": sum(part["loss"] for part in parts) / count,
-        "eval_samples": count,
-        "eval_skipped_images": missed,
-        "eval_runtime": seconds,
-        "eval_samples_per_second": count / seconds,
-    }
-    for k in sorted(set(topk) - {1}):
-        top = metric(TopKAccuracy).compute(predictions=ranked, references=labels, k=k)
-        results[f"eval_top{k}_accuracy"] = top[f"top{k}_accuracy"]
-    per_class = metric(PerClassAccuracy).compute(**best, num_labels=num_labels)
-    results["eval_per_class_accuracy"] = per_class["per_class_accuracy"]
-    results["confusion_matrix"] = None
-    if num_labels <= MAX_CONFUSION_CLASSES:
-        results |= metric(ConfusionMatrix).compute(**best, num_labels=num_labels)
-    return results
+                logits = answer(pixel_values=pixel_values).logits
+            judge.add(labels, logits)
+        return len(labels)
 
-
-def metric(kind: type) -> Any:
-    """In memory: the default writes Arrow files into the user's cache."""
-    return kind(keep_in_memory=True)
+    return measure(bare, loader, look, judge, accelerator=accelerator, progress=progress, should_stop=should_stop)
 
 
 def check_labels(labels: torch.Tensor, num_labels: int) -> None:
-    """Raises a UserError for labels outside 0..num_labels-1; `labels` are on the host."""
+    """Raises a UserError unless labels, on the host, fit the model: classes (B,), or numbers (B, num_labels)."""
+    if labels.ndim == 2:
+        if labels.shape[1] != num_labels:
+            raise UserError(f"the dataset has {labels.shape[1]} numbers per image, but the model gives {num_labels}.")
+        if not labels.isfinite().all():
+            raise UserError("the dataset has an image with a label that is no number (NaN or infinity).")
+        return
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_labels:
         wrong = low if low < 0 else high
@@ -166,14 +112,11 @@ def check_classification(dataset: ImageDataset) -> None:
         )
 
 
-def describe_results(results: dict[str, Any]) -> str:
-    """The results of an evaluation in one line."""
-    return (
-        f"top-1 {results['eval_accuracy']:.2%}, top-5 {results['eval_top5_accuracy']:.2%}, "
-        f"loss {results['eval_loss']:.4f}, {results['eval_samples']} images at "
-        f"{results['eval_samples_per_second']:.0f} images/s"
-        + (f", {results['eval_skipped_images']} broken images left out" if results["eval_skipped_images"] else "")
-    )
+def draw_results(folder: Path, task: Task, results: dict[str, Any], label_names: Sequence[str]) -> None:
+    """The picture of what `evaluate` returned; one that cannot be drawn is missing, no more."""
+    judge = task.judge
+    with best_effort(f"drawing {judge.picture}"):
+        judge.draw(folder / judge.picture, results, label_names)
 
 
 def accelerator_on_device(settings: EvaluationSettings) -> Accelerator:
@@ -218,7 +161,7 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
     """Loads a checkpoint and a labelled dataset, evaluates, and writes the results if there is an `output_dir`.
 
     Returns:
-        what `all_results.json` holds.
+        what `all_results.json` holds: figures, and under `task` what the model does.
 
     Raises:
         UserError: not a model, not a labelled dataset, or labels that do not belong together.
@@ -235,6 +178,7 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
         raise UserError(f"{settings.model} is not a trained classifier of its own shape: it lacks {fresh[0]}.")
     if not model.config.num_labels:
         raise UserError(f"{settings.model} has no classes: it is a feature extractor (num_labels is 0).")
+    task = task_of_config(model.config) or TASKS[CLASSIFICATION]
     label_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     folder = {"train_dir": None, "validation_dir": settings.validation_dir}
     if fraction:  # what is divided is a training folder; a validation folder is one as a whole
@@ -270,15 +214,16 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
         loader,
         accelerator=accelerator,
         num_labels=len(label_names),
+        task=task.name,
+        thresholds=getattr(model.config, "label_thresholds", None),
+        intervals=True,
         memory_format=memory_format,
         progress=accelerator.is_main_process,
     )
-    named = named_results(results, label_names)
+    named = {"task": task.name, **named_results(results, label_names)}
     if settings.output_dir and accelerator.is_main_process:
         folder = Path(settings.output_dir)
         write_json(folder / "all_results.json", {"model": settings.model, **named})
-        if results["confusion_matrix"] is not None:
-            with best_effort("drawing the confusion matrix"):
-                write_confusion_matrix(folder / "confusion_matrix.png", results["confusion_matrix"], label_names)
+        draw_results(folder, task, results, label_names)
     accelerator.end_training()
     return named

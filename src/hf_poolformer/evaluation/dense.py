@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
-from tqdm import tqdm
 
 from ..data.dense.batches import collate
 from ..data.dense.datasets import Truth
-from ..foundation.errors import UserError
 from ..foundation.finite import check_finite, check_weights
 from ..foundation.tasks import task_named
 from .dense_metrics import DetectionMetric, SegmentationMetric
-from .processes import count_images, gather
+from .processes import Judge, measure
 
 
 DIVISOR = 32  # of the sides of a batch; the stride of the last stage
@@ -40,9 +36,8 @@ class EvaluatedImage:
     found: Any
 
 
-class Judge(Protocol):
-    """What an evaluation does for one task; `Task.evaluation` names the class. Made with the number of classes.
-
+class DenseJudge(Judge, Protocol):
+    """
     Attributes:
         divisor: what sides of a batch are padded to a multiple of.
     """
@@ -54,13 +49,6 @@ class Judge(Protocol):
 
     def add(self, truth: Truth, found: Any) -> None:
         """Counts one image."""
-
-    def state(self) -> Any:
-        """What was counted in this process; can be pickled."""
-
-    @staticmethod
-    def compute(states: Sequence[Any]) -> dict[str, Any]:
-        """The figures, named `eval_*`, of the states of all processes."""
 
 
 class MapJudge(SegmentationMetric):
@@ -132,8 +120,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[EvaluatedImage]]:
     """Metrics over all images that the processes' loaders yield together, in the pixels of the stored images.
 
-    What an image gives does not depend on those beside it: only images of one size share a batch. No process waits for
-    another before its own images are through; their counts or detections are then brought together, once.
+    What an image gives does not depend on those beside it: only images of one size share a batch.
 
     Args:
         model: bare or wrapped by accelerate; its mode is restored.
@@ -143,52 +130,27 @@ def evaluate(
         should_stop: asked after each batch; when it says so on any process, the results are empty.
 
     Returns:
-        Results, the same on every process: those of the task's metric, `eval_samples`, `eval_skipped_images`,
-        `eval_runtime` in seconds, `eval_samples_per_second`; and the examples.
+        what `measure` returns, with the figures of the task's metric; and the examples.
 
     Raises:
         UserError: there is no image to evaluate on, or outputs are not finite.
     """
-    # The bare model: DistributedDataParallel would wait for the others in every forward pass.
     bare = accelerator.unwrap_model(model)
     check_weights(bare, "the model")  # a detector finds nothing where its scores are NaN, and says no more
-    was_training = bare.training
-    bare.eval()
     judge = task_named(task).new_judge(num_labels)
     examples: list[EvaluatedImage] = []
-    skipped, count, stopped, fault = 0, 0, False, None
-    start = time.perf_counter()
-    try:
-        for batch in tqdm(loader, desc="evaluating", unit="batch", disable=not progress, leave=False):
-            skipped += len(batch["skipped"])
-            for pixel_values, truths in alike(batch["pixel_values"], batch["labels"]):
-                found = predict(bare, pixel_values, truths, judge, processor, accelerator)
-                for image, truth, prediction in zip(pixel_values, truths, found, strict=True):
-                    count += 1
-                    judge.add(truth, prediction)
-                    if len(examples) < keep:
-                        examples.append(EvaluatedImage(image, truth, prediction))
-            if stopped := bool(should_stop()):
-                break
-    except UserError as error:  # the others would wait for this process
-        fault = str(error)
-    mine = {"fault": fault, "stopped": stopped, "skipped": skipped, "count": count, "state": judge.state()}
-    bare.train(was_training)
-    parts = gather(mine)
-    if not parts:
-        return {}, []
-    samples, missed = count_images(parts, loader)
-    # Once, not in every process: COCO's evaluation of a large split takes its time and memory.
-    results = [type(judge).compute([part["state"] for part in parts]) if accelerator.is_main_process else None]
-    broadcast_object_list(results)
-    seconds = time.perf_counter() - start
-    return {
-        **results[0],
-        "eval_samples": samples,
-        "eval_skipped_images": missed,
-        "eval_runtime": seconds,
-        "eval_samples_per_second": samples / seconds,
-    }, examples
+
+    def look(batch: dict[str, Any]) -> int:
+        for pixel_values, truths in alike(batch["pixel_values"], batch["labels"]):
+            found = predict(bare, pixel_values, truths, judge, processor, accelerator)
+            for image, truth, prediction in zip(pixel_values, truths, found, strict=True):
+                judge.add(truth, prediction)
+                if len(examples) < keep:
+                    examples.append(EvaluatedImage(image, truth, prediction))
+        return len(batch["labels"])
+
+    results = measure(bare, loader, look, judge, accelerator=accelerator, progress=progress, should_stop=should_stop)
+    return results, examples if results else []
 
 
 def alike(images: list[torch.Tensor], truths: list[Truth]) -> Iterator[tuple[list[torch.Tensor], list[Truth]]]:
@@ -204,7 +166,7 @@ def predict(
     model: nn.Module,
     images: list[torch.Tensor],
     truths: list[Truth],
-    judge: Judge,
+    judge: DenseJudge,
     processor: Any,
     accelerator: Accelerator,
 ) -> list[Any]:

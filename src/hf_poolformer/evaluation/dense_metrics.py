@@ -16,6 +16,7 @@ import numpy as np
 from ..data.dense.annotations import Objects
 from ..foundation.errors import UserError
 from ..image_processing_dense import IGNORE_INDEX
+from .metrics import mean
 
 
 class SegmentationMetric:
@@ -174,7 +175,7 @@ def coco(images: Sequence[dict[str, Any]], kind: str, num_labels: int) -> dict[s
         evaluation.summarize()
     # (IoU, recall, class, size of the objects, number of detections); -1 where a class has no object.
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    per_class = [mean(np.where(part > -1, part, np.nan)) for part in np.moveaxis(precision, 2, 0)]
+    per_class = [mean(np.where(part > -1, part, np.nan).ravel()) for part in np.moveaxis(precision, 2, 0)]
     values = {name: float(evaluation.stats[row]) for row, name in SUMMARY.items()}
     return {
         **{name: value if value > -1 else float("nan") for name, value in values.items()},
@@ -190,9 +191,3 @@ def pycocotools() -> Any:
     except ImportError as error:
         raise UserError("boxes and masks need pycocotools: pip install 'hf-poolformer[dense]'.") from error
     return pycocotools
-
-
-def mean(values: np.ndarray) -> float:
-    """Of those that are numbers; NaN if there are none."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else float("nan")

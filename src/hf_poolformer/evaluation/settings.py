@@ -9,11 +9,11 @@ from typing import Literal
 
 from ..foundation.errors import UserError
 from ..foundation.settings import SettingsParser, altered, check_values, setting
-from ..settings.data import CheckpointSettings, LabelledSettings
+from ..settings.data import CheckpointSettings, LabelledSettings, SeveralLabelsSettings
 
 
 @dataclass
-class EvaluationSettings(LabelledSettings, CheckpointSettings):
+class EvaluationSettings(SeveralLabelsSettings, LabelledSettings, CheckpointSettings):
     """Everything that `evaluation.classification.evaluate_checkpoint` needs to know."""
 
     _argument_group_name = "evaluation"
@@ -47,7 +47,7 @@ class EvaluationSettings(LabelledSettings, CheckpointSettings):
 def parse_evaluation(argv: Sequence[str] | None = None, prog: str | None = None) -> EvaluationSettings:
     """Settings of `hf-poolformer evaluate` from the command line."""
     parser = SettingsParser(
-        EvaluationSettings, prog=prog, description="Evaluates an image classifier on a labelled dataset."
+        EvaluationSettings, prog=prog, description="Evaluates an image classifier or regressor on a labelled dataset."
     )
     parser.add_argument("model", metavar="MODEL", help="Checkpoint: a Hub id or a folder.")
     told = parser.parse(argv)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,10 +22,12 @@ class Figure:
 
     Attributes:
         key: in `all_results.json`, where it begins with `eval_`.
-        metric: what the Hub calls the kind of number; all but `loss` are shares, 0 to 1, of which more is better.
+        metric: what the Hub calls the kind of number.
         name: in cards.
         short: in the lines and curves of a run; without, only cards show it.
         least_classes: with fewer it says nothing.
+        better: whether more or less of it is better.
+        share: whether it is a share of something, 0 to 1, which cards give in per cent.
     """
 
     key: str
@@ -33,6 +35,29 @@ class Figure:
     name: str
     short: str = ""
     least_classes: int = 0
+    better: Literal["high", "low"] = "high"
+    share: bool = True
+
+    def text(self, value: float, interval: Sequence[float] | None = None, *, percent: bool = False) -> str:
+        """Its value, and behind it in brackets the interval (low, high) in which it probably lies.
+
+        Args:
+            percent: of a share.
+        """
+        unit = " %" if percent and self.share else ""
+
+        def digits(number: float) -> str:
+            if isinstance(number, int):
+                return str(number)
+            if self.share:
+                return f"{100 * number:.2f}" if unit else f"{number:.3f}"
+            return f"{number:.4g}" if abs(number) < 1e4 else f"{number:.0f}"
+
+        text = digits(value) + unit
+        if interval:
+            low, high = map(digits, interval)
+            text += f" ({low} to {high}{unit})"
+        return text
 
 
 @dataclass(frozen=True)
@@ -51,11 +76,10 @@ class Task:
             boxes, or boxes with masks.
         gives: what a model answers: scores of the classes, a map of classes, or objects.
         figures: those for people, the one that says which of two models is better first.
-        kept_by: all figures that `--keep_best` can go by.
-        per_class: key in `all_results.json` of the figures of single classes, and the heading of their table.
+        kept_by: all figures that `--metric_for_best_model` can go by.
+        per_class: the figures of single classes, or of single numbers: columns of a table.
         processor: constructor among those of PoolFormerImageProcessor; empty for the class itself.
-        evaluation: `module:class` of a `Judge` of evaluation/dense.py; empty for classes, which have a way of
-            their own.
+        evaluation: `module:class` of a `Judge` of evaluation/processes.py.
         settings: `module:class` of what its training can be told.
         training: `module:class` of what its training does its own way, as `training.loop` asks it.
         exported_output: class among transformers.modeling_outputs for the answer of an exported model; empty where a
@@ -75,7 +99,7 @@ class Task:
     gives: Literal["scores", "map", "objects"]
     figures: tuple[Figure, ...]
     kept_by: tuple[str, ...]
-    per_class: tuple[str, str]
+    per_class: tuple[Figure, ...]
     pipeline_code: str
     model_code: str
     limits: tuple[str, ...]
@@ -99,6 +123,26 @@ class Task:
         """Key of the figure that says which of two models is better."""
         return self.figures[0].key
 
+    def is_error(self, key: str) -> bool:
+        """Whether less of this figure of `kept_by` is better."""
+        return any(figure.key == key and figure.better == "low" for figure in self.figures)
+
+    def figures_of(self, num_labels: int, first: str | None = None) -> list[Figure]:
+        """The figures that say something of a model with so many labels.
+
+        Args:
+            first: key, perhaps without `eval_`, of the one that matters most; unset, the row knows.
+        """
+        shown = [figure for figure in self.figures if num_labels >= figure.least_classes]
+        return sorted(
+            shown, key=lambda figure: figure.key.removeprefix("eval_") != (first or "").removeprefix("eval_")
+        )
+
+    @property
+    def answer_noun(self) -> tuple[str, str]:
+        """What cards call one of the things that a model answers with, and several."""
+        return ("target", "targets") if self.reads == "numbers" else ("class", "classes")
+
     @property
     def is_dense(self) -> bool:
         """Whether it says something about places of an image, as `train-dense` learns it."""
@@ -119,15 +163,64 @@ class Task:
         make = getattr(PoolFormerImageProcessor, self.processor) if self.processor else PoolFormerImageProcessor
         return make(**settings)
 
-    def new_judge(self, num_labels: int) -> Any:
-        """The object of `evaluation` that gathers what a model says, for a dense task."""
-        return pkgutil.resolve_name(self.evaluation)(num_labels)
+    @property
+    def judge(self) -> Any:
+        return pkgutil.resolve_name(self.evaluation)
+
+    def new_judge(self, num_labels: int, **options: Any) -> Any:
+        """The object of `evaluation` that gathers what a model says."""
+        return self.judge(num_labels, **options)
 
 
 CLASSIFICATION = "image-classification"
 MULTI_LABEL = "multi-label-classification"
 REGRESSION = "image-regression"
 
+LOSS = Figure("eval_loss", "loss", "Loss", "loss", better="low", share=False)
+CLASS_FIGURES = (
+    Figure("eval_accuracy", "accuracy", "Top-1 accuracy", "top-1"),
+    Figure("eval_balanced_accuracy", "balanced_accuracy", "Balanced accuracy"),
+    Figure("eval_f1_macro", "f1", "Macro F1", "macro F1"),
+    Figure("eval_precision_macro", "precision", "Macro precision"),
+    Figure("eval_recall_macro", "recall", "Macro recall"),
+    Figure("eval_f1_weighted", "f1", "Weighted F1"),
+    Figure("eval_precision_weighted", "precision", "Weighted precision"),
+    Figure("eval_mcc", "matthews_correlation", "Matthews correlation", share=False),
+    Figure("eval_auroc", "roc_auc", "AUROC", share=False),
+    Figure("eval_average_precision", "average_precision", "Average precision", share=False),
+    Figure("eval_top5_accuracy", "accuracy", "Top-5 accuracy", "top-5", least_classes=6),
+    Figure(
+        "eval_calibration_error",
+        "expected_calibration_error",
+        "Calibration error (15 bins)",
+        better="low",
+        share=False,
+    ),
+    LOSS,
+)
+LABEL_FIGURES = (
+    Figure("eval_average_precision", "mean_average_precision", "Mean average precision", "mAP", share=False),
+    Figure("eval_f1_macro", "f1", "Macro F1", "macro F1"),
+    Figure("eval_f1_micro", "f1", "Micro F1"),
+    Figure("eval_precision_macro", "precision", "Macro precision"),
+    Figure("eval_recall_macro", "recall", "Macro recall"),
+    Figure("eval_auroc", "roc_auc", "AUROC", share=False),
+    Figure("eval_exact_match", "accuracy", "Images with exactly the right labels", "exact match"),
+    Figure("eval_hamming_accuracy", "accuracy", "Labels rightly there or not"),
+    LOSS,
+)
+NUMBER_FIGURES = (
+    Figure("eval_mae", "mae", "Mean absolute error", "MAE", better="low", share=False),
+    Figure("eval_rmse", "rmse", "Root mean square error", "RMSE", better="low", share=False),
+    Figure("eval_r2", "r_squared", "R²", "R²", share=False),
+    replace(LOSS, name="Mean square error"),
+)
+OF_EACH_CLASS = (
+    Figure("eval_per_class_precision", "precision", "precision"),
+    Figure("eval_per_class_recall", "recall", "recall"),
+    Figure("eval_per_class_f1", "f1", "F1"),
+    Figure("eval_per_class_samples", "count", "images", share=False),
+)
 BOX_FIGURES = (
     Figure("eval_map", "mean_average_precision", "Box AP (IoU 0.50:0.95)", "mAP, IoU .50 to .95"),
     Figure("eval_map_50", "mean_average_precision", "Box AP (IoU 0.50)", "mAP, IoU .50"),
@@ -145,6 +238,12 @@ MASK_FIGURES = (
 AVERAGES = tuple(
     f"eval_{end}" for end in ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")
 )
+
+
+def keys_of(figures: Sequence[Figure]) -> tuple[str, ...]:
+    return tuple(sorted(figure.key for figure in figures))
+
+
 # The dense heads are this package's own, so that transformers alone has no class for them.
 IMPORT = "import hf_poolformer  # pip install hf-poolformer; or trust_remote_code=True below, without it\n"
 OTHER_DATA = (
@@ -192,13 +291,11 @@ _CLASSIFICATION = Task(
     pipeline_tag="image-classification",
     reads="class",
     gives="scores",
-    figures=(
-        Figure("eval_accuracy", "accuracy", "Top-1 accuracy", "top-1"),
-        Figure("eval_top5_accuracy", "accuracy", "Top-5 accuracy", "top-5", least_classes=6),
-        Figure("eval_loss", "loss", "Loss", "loss"),
-    ),
-    kept_by=("eval_accuracy", "eval_loss", "eval_top5_accuracy"),
-    per_class=("eval_per_class_accuracy", "accuracy"),
+    figures=CLASS_FIGURES,
+    kept_by=keys_of(CLASS_FIGURES),
+    # Of the images of a class, the share that is recognised is its recall and, as most people call it, its accuracy.
+    per_class=(OF_EACH_CLASS[0], replace(OF_EACH_CLASS[1], key="eval_per_class_accuracy"), *OF_EACH_CLASS[2:]),
+    evaluation="hf_poolformer.evaluation.metrics:ClassJudge",
     settings="hf_poolformer.settings.classification:ClassificationSettings",
     training="hf_poolformer.training.classification:ClassificationTraining",
     exported_output="ImageClassifierOutput",
@@ -233,6 +330,13 @@ _MULTI_LABEL = replace(
     reads="classes",
     settings="hf_poolformer.settings.classification:MultiLabelSettings",
     training="hf_poolformer.training.multi_label:MultiLabelTraining",
+    figures=LABEL_FIGURES,
+    kept_by=keys_of(LABEL_FIGURES),
+    per_class=(
+        *OF_EACH_CLASS,
+        Figure("eval_per_class_average_precision", "average_precision", "average precision", share=False),
+    ),
+    evaluation="hf_poolformer.evaluation.metrics:LabelsJudge",
 )
 _REGRESSION = replace(
     _CLASSIFICATION,
@@ -243,6 +347,12 @@ _REGRESSION = replace(
     reads="numbers",
     settings="hf_poolformer.settings.classification:RegressionSettings",
     training="hf_poolformer.training.regression:RegressionTraining",
+    figures=NUMBER_FIGURES,
+    kept_by=keys_of(NUMBER_FIGURES),
+    per_class=tuple(
+        replace(figure, key=figure.key.replace("eval_", "eval_per_target_")) for figure in NUMBER_FIGURES[:3]
+    ),
+    evaluation="hf_poolformer.evaluation.metrics:NumbersJudge",
 )
 
 _ROWS = (
@@ -263,7 +373,7 @@ _ROWS = (
             Figure("eval_mean_accuracy", "accuracy", "Mean accuracy of the classes"),
         ),
         kept_by=("eval_miou", "eval_mean_accuracy", "eval_pixel_accuracy"),
-        per_class=("eval_per_class_iou", "IoU"),
+        per_class=(Figure("eval_per_class_iou", "mean_iou", "IoU"),),
         processor="for_segmentation",
         evaluation="hf_poolformer.evaluation.dense:MapJudge",
         exported_output="SemanticSegmenterOutput",
@@ -295,7 +405,7 @@ _ROWS = (
         gives="objects",
         figures=BOX_FIGURES,
         kept_by=AVERAGES,
-        per_class=("eval_per_class_map", "box AP"),
+        per_class=(Figure("eval_per_class_map", "mean_average_precision", "box AP"),),
         processor="for_detection",
         evaluation="hf_poolformer.evaluation.dense:BoxJudge",
         pipeline_code=dense_pipeline(
@@ -319,7 +429,7 @@ _ROWS = (
         gives="objects",
         figures=MASK_FIGURES,
         kept_by=(*AVERAGES, *(name.replace("eval_", "eval_mask_") for name in AVERAGES)),
-        per_class=("eval_mask_per_class_map", "mask AP"),
+        per_class=(Figure("eval_mask_per_class_map", "mean_average_precision", "mask AP"),),
         processor="for_detection",
         evaluation="hf_poolformer.evaluation.dense:MaskJudge",
         pipeline_code=dense_pipeline(
@@ -350,7 +460,7 @@ ENCODER = Task(
     gives="scores",
     figures=(),
     kept_by=(),
-    per_class=("", ""),
+    per_class=(),
     pipeline_code=(
         "from transformers import pipeline\n\n"
         'extract = pipeline("image-feature-extraction", model={source})\n'
@@ -401,6 +511,12 @@ def exportable_tasks() -> list[str]:
 def tasks_of_pipeline(tag: str) -> list[Task]:
     """The tasks whose models a pipeline of transformers runs, by its name, which is the Hub's tag."""
     return [task for task in TASKS.values() if task.pipeline_tag == tag]
+
+
+def task_of_problem(problem_type: str | None) -> Task:
+    """The task among those of one head, by a configuration's `problem_type`; what says nothing is a classifier."""
+    wanted = problem_type or _CLASSIFICATION.problem_type
+    return next((task for task in TASKS.values() if task.problem_type == wanted), _CLASSIFICATION)
 
 
 def task_of_config(config: Any, headless: bool = False) -> Task | None:

@@ -45,12 +45,32 @@ MAX_CLASSES_IN_TABLE = 50
 # Keys of all_results.json -> what they are called in the card.
 RUN_FIGURES = {
     "epoch": "epochs trained",
+    "best_epoch": "epoch of the best evaluation",
     "train_loss": "training loss",
     "train_runtime": "training time, s",
     "train_samples_per_second": "training images per second",
     "train_data_wait_share": "share of the time spent waiting for data",
     "skipped_images": "images skipped as broken",
     "trained_parameters": "parameters trained",
+}
+
+# Settings that do something only where another one has this value.
+ONLY_WITH = {
+    "distillation_temperature": ("distillation", "soft"),
+    "class_weights_beta": ("class_weights", "effective"),
+    "sampling_power": ("sampling", "balanced"),
+    "asymmetric_gamma_negative": ("loss", "asymmetric"),
+    "asymmetric_gamma_positive": ("loss", "asymmetric"),
+    "asymmetric_clip": ("loss", "asymmetric"),
+    "huber_delta": ("loss", "huber"),
+}
+
+# Pictures of results -> what they show.
+RESULT_PICTURES = {
+    "confusion_matrix.png": "Confusion matrix",
+    "label_figures.png": "Precision, recall and F1 of each class",
+    "scatter.png": "Predicted against true",
+    "predictions.png": "Truth and predictions",
 }
 
 # What the run says about the machine it ran on -> what it is called in the card.
@@ -64,8 +84,8 @@ def folder_card(
 ) -> str:
     """The card of a model's folder, from what a run or a conversion left there, or else from the model alone.
 
-    Of a run these are `all_results.json`, `training_settings.yaml`, `curves.png`, `confusion_matrix.png` and the
-    pictures in `examples/`; each is made use of where it is present.
+    Of a run these are `all_results.json`, `training_settings.yaml`, `curves.png`, the pictures of RESULT_PICTURES and
+    those in `examples/`; each is made use of where it is present.
 
     Args:
         repo_id: where the model will be published, if that is known.
@@ -117,18 +137,18 @@ def model_card(
     called = name or model_dir.resolve().name
     name = repo_id.rpartition("/")[2] if repo_id else clean_line(called)
     data_text = _data_text(dataset_name, dataset_id)
-    classes = f"{len(label_names)} class" + ("" if len(label_names) == 1 else "es")
     emissions = _emissions(results, base_model)
     task = TASKS.get(settings.get("task")) or task_of_config(config, headless=True) or TASKS[CLASSIFICATION]
     tag = task.pipeline_tag
-    shown = [figure for figure in task.figures if len(label_names) >= figure.least_classes]
+    classes = f"{len(label_names)} {task.answer_noun[len(label_names) != 1]}"
+    shown = task.figures_of(len(label_names), settings.get("metric_for_best_model"))
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag=tag,
         license=license,
         tags=[tag, "vision", family.lower(), "hf-poolformer"],
         datasets=[dataset_id] if dataset_id else None,
-        metrics=[task.figures[0].metric] if task.figures else None,
+        metrics=[shown[0].metric] if shown else None,
         base_model=base_id,
         base_model_relation="finetune" if base_id else None,
         model_name=name,
@@ -147,6 +167,7 @@ def model_card(
     eval_split = settings.get("validation_split")
     samples = finite_number(results.get("eval_samples"))
     evaluated = f"{int(samples)} images" if samples is not None else "images"
+    sure = " Behind a figure, in brackets: its 95 % confidence interval." if _intervals(results) else ""
     where = f"of the split `{clean_line(str(eval_split))}`" if _is_plain(eval_split) else "held out from training"
     adaptation, distillation = _adaptation(settings), _distillation(settings)
     how = f", {origin} on {data_text}{adaptation}{distillation}" if trained else ""
@@ -159,11 +180,10 @@ def model_card(
         facts=_converted_facts(config, conversion) if conversion else [],
         **code_examples(task, _place(repo_id, called), config.get("model_type", "poolformer")),
         results=_result_rows(results, shown),
-        results_intro=f"Measured on {evaluated} {where}, by the training script itself; nobody else verified it.",
-        per_class=_per_class(results.get(task.per_class[0]), label_names),
-        per_class_heading=task.per_class[1],
-        has_predictions=(model_dir / "predictions.png").is_file(),
-        has_confusion_matrix=(model_dir / "confusion_matrix.png").is_file(),
+        results_intro=f"Measured on {evaluated} {where}, by the training script itself; nobody else verified it."
+        + sure,
+        per_class=_per_class(results, task, label_names),
+        pictures=[(text, name) for name, text in RESULT_PICTURES.items() if (model_dir / name).is_file()],
         sections=_conversion_section(conversion, official=False) if conversion else [],
         training_intro=(
             f"Data: {data_text}. Start: {origin}{adaptation}{distillation}."
@@ -171,7 +191,7 @@ def model_card(
             else "How and on what it was trained is not recorded here."
         ),
         settings=[
-            (key, _plain(settings[key]))
+            (key, _plain(settings[key]) + (f": {_plain(results[key])}" if _was_chosen(key, settings, results) else ""))
             for key in shown_settings(settings.get("task"))
             if settings.get(key) is not None and _in_force(key, settings)
         ],
@@ -190,6 +210,11 @@ def model_card(
         limits=[paragraph.replace("{classes}", classes) for paragraph in task.limits],
         citations=citations_of(config.get("model_type", "poolformer")),
     )
+
+
+def _was_chosen(key: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
+    """Whether the run found out itself what it takes for a setting, and says so in its results."""
+    return settings[key] == "auto" and key in results
 
 
 # A converted model ------------------------------------------------------------------------------------------
@@ -312,9 +337,11 @@ def _distillation(settings: Mapping[str, Any]) -> str:
 
 
 def _in_force(key: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a setting of distillation or adaptation did anything."""
-    if key == "distillation_temperature" and settings.get("distillation") == "hard":
-        return False
+    """Whether a setting that belongs to another one did anything."""
+    if key in ONLY_WITH:
+        name, value = ONLY_WITH[key]
+        if settings.get(name) != value:
+            return False
     needs = {"distillation": "teacher", "lora": "lora", "freeze": "freeze_backbone"}.get(key.split("_")[0])
     return needs is None or bool(settings.get(needs))
 
@@ -353,27 +380,42 @@ def _plain(value: Any) -> str:
     return f"{number:.4g}"
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f} %"
+def _intervals(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The confidence intervals of figures, by their keys."""
+    found = results.get("eval_confidence_intervals")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _figure_text(figure: Figure, value: Any, interval: Any = None) -> str:
+    """What a table says of a figure; a dash where it is no number, of a class without images say."""
+    number = finite_number(value)
+    bounds = [finite_number(bound) for bound in interval] if isinstance(interval, list) else []
+    known = len(bounds) == 2 and None not in bounds
+    return "-" if number is None else figure.text(number, bounds if known else None, percent=True)
 
 
 def _result_rows(results: Mapping[str, Any], shown: Sequence[Figure]) -> list[tuple[str, str]]:
-    rows = []
-    for figure in shown:
-        value = finite_number(results.get(figure.key))
-        if value is not None:
-            rows.append((figure.name, f"{value:.4f}" if figure.metric == "loss" else _percent(value)))
-    return rows
+    intervals = _intervals(results)
+    return [
+        (figure.name, _figure_text(figure, results[figure.key], intervals.get(figure.key)))
+        for figure in shown
+        if finite_number(results.get(figure.key)) is not None
+    ]
 
 
-def _per_class(accuracies: Any, label_names: Sequence[str]) -> list[tuple[str, str]]:
-    """Rows of the per-class table. A class that had no image (NaN or None) shows a dash."""
-    if not accuracies or len(label_names) > MAX_CLASSES_IN_TABLE:
+def _per_class(results: Mapping[str, Any], task: Task, label_names: Sequence[str]) -> list[list[str]]:
+    """A table of the figures of single classes, or targets, from its heading on; none for many classes."""
+    intervals = _intervals(results)
+    columns = [figure for figure in task.per_class if isinstance(results.get(figure.key), Mapping)]
+    if not columns or len(label_names) > MAX_CLASSES_IN_TABLE:
         return []
-    rows = []
+    rows = [[task.answer_noun[0], *(figure.name for figure in columns)]]
     for name in label_names:
-        value = finite_number(accuracies.get(name))
-        rows.append((name, "-" if value is None else _percent(value)))
+        bounds = ((intervals.get(figure.key) or {}).get(name) for figure in columns)
+        cells = (
+            _figure_text(figure, results[figure.key].get(name), of) for figure, of in zip(columns, bounds, strict=True)
+        )
+        rows.append([name, *cells])
     return rows
 
 

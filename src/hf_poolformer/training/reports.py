@@ -144,16 +144,20 @@ def note_skipped(output_dir: Path, epoch: int, descriptions: Sequence[str]) -> N
             file.write(lines.getvalue())
 
 
-def resume_command(output_dir: Path, num_processes: int, cpu: bool) -> str:
-    """The shell command that goes on with a run from its newest checkpoint."""
+def resume_command(output_dir: Path, num_processes: int, cpu: bool, changes: Sequence[str] = ()) -> str:
+    """The shell command that goes on with a run from its newest checkpoint, with some flags changed."""
     several = ["--num_processes", str(num_processes), *(["--cpu"] if cpu else [])] if num_processes > 1 else []
     words = command_words("train", ["accelerate", "launch", *several], alone=not several)
     words += ["--config_file", str(output_dir / "training_settings.yaml"), "--resume_from_checkpoint", "latest"]
+    words += changes
     return shlex.join(words)
 
 
 def write_curves(path: Path, rows: Sequence[dict[str, Any]], task: str) -> None:
-    """PNG of losses (left) and the task's figures (right) over optimiser steps, from the rows of a log."""
+    """PNG of losses (left) and the task's figures (right) over optimiser steps, from the rows of a log.
+
+    On the right are those of which more is better if that is so for the one that matters most, and else the errors.
+    """
 
     def draw(axes: Any, key: str, label: str, style: str = "o-") -> list[float]:
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
@@ -166,9 +170,11 @@ def write_curves(path: Path, rows: Sequence[dict[str, Any]], task: str) -> None:
     draw(left, "loss", "training", "-")
     draw(left, "eval_loss", "evaluation")
     left.set(xlabel="optimiser step", ylabel="loss", title="Loss")
-    shares = [shown for shown in TASKS[task].shown if shown.metric != "loss"]
-    low = min((value for shown in shares for value in draw(right, shown.key, shown.short)), default=0.0)
-    right.set(xlabel="optimiser step", title="Evaluation split", ylim=(max(0.0, 1.1 * low - 0.11), 1.01))
+    errors = TASKS[task].is_error(TASKS[task].best)
+    figures = [shown for shown in TASKS[task].shown if shown.metric != "loss" and (shown.better == "low") == errors]
+    low = min((value for shown in figures for value in draw(right, shown.key, shown.short)), default=0.0)
+    right.set(xlabel="optimiser step", title="Evaluation split")
+    right.set_ylim(*((0.0, None) if errors else (max(0.0, 1.1 * low - 0.11), 1.01)))
     for axes in (left, right):
         axes.grid(alpha=0.3)
     save_figure(figure, path)

@@ -21,7 +21,7 @@ from ...data.opening import loader_arguments
 from ...evaluation.dense import DIVISOR, evaluate
 from ...evaluation.dense_metrics import pycocotools
 from ...evaluation.dense_pictures import write_predictions
-from ...evaluation.processes import named_results
+from ...evaluation.processes import describe_results, named_results
 from ...foundation.files import best_effort
 from ...foundation.tasks import TASKS
 from ...settings.dense import DenseSettings
@@ -78,6 +78,18 @@ class DenseTraining(TaskTraining):
         """What the model computes itself, without parts."""
         return [run.model(**model_inputs(batch, run.accelerator.device, run.memory_format)).loss]
 
+    def tiled(self, batch: dict[str, Any], size: int) -> dict[str, Any]:
+        """As `TaskTraining.tiled`: without crops, wide images among tall ones are padded to their longest edges."""
+        batch, settings = super().tiled(batch, size), self.settings
+        if settings.crop_size:
+            return batch
+        edge = round(settings.longest_edge * settings.scale_max)
+        labels = [
+            {**label, "masks": padded(label["masks"], edge)} if isinstance(label, dict) and "masks" in label else label
+            for label in batch["labels"]
+        ]
+        return {**batch, "pixel_values": [padded(image, edge) for image in batch["pixel_values"]], "labels": labels}
+
     def evaluate(self, run: Run, model: nn.Module, final: bool) -> tuple[dict[str, Any], Any]:
         main = run.accelerator.is_main_process
         results, examples = evaluate(
@@ -94,14 +106,7 @@ class DenseTraining(TaskTraining):
         return named_results(results, self.label_names), examples or None
 
     def describe(self, results: dict[str, Any]) -> str:
-        shown = [figure for figure in self.task.shown if results.get(figure.key) is not None]
-        parts = [f"{figure.short} {results[figure.key]:.3f}" for figure in shown]
-        skipped = results["eval_skipped_images"]
-        return (
-            f"{', '.join(parts) or 'nothing to find'}, {results['eval_samples']} images at "
-            f"{results['eval_samples_per_second']:.1f} images/s"
-            + (f", {skipped} broken images left out" if skipped else "")
-        )
+        return describe_results(results, self.task, getattr(self.settings, "metric_for_best_model", None))
 
     def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
         colours = processor.image_mean, processor.image_std
@@ -135,6 +140,12 @@ def make_dense_loader(
         batches=functools.partial(DenseBatches, dense=dataset),
         **{**common, "pin_memory": training and common["pin_memory"]},
     )
+
+
+def padded(image: torch.Tensor, edge: int) -> torch.Tensor:
+    """A tensor (N, height, width) with zeros at the bottom and on the right up to this edge."""
+    height, width = image.shape[-2:]
+    return nn.functional.pad(image, (0, max(edge - width, 0), 0, max(edge - height, 0)))
 
 
 def model_inputs(batch: dict[str, Any], device: torch.device, memory_format: torch.memory_format) -> dict[str, Any]:
