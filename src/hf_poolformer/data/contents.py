@@ -16,6 +16,7 @@ import math
 import os
 import tempfile
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -161,33 +162,33 @@ def read_numbers(
     """
 
     def read() -> dict[str, Any]:
-        rows, unlabelled, lengths, storage = [], 0, (), None
+        known, unlabelled, lengths, storage = array("d"), 0, (), None
         for values in _rows(dataset, source, split, None if whole else _FIRST_ROWS):
-            own = tuple(len(value) if isinstance(value, (list, np.ndarray)) else 1 for value in values)
-            storage = storage or Numbers(tuple(range(sum(own))))
+            if not known:
+                lengths = tuple(len(value) if isinstance(value, (list, np.ndarray)) else 1 for value in values)
+                storage = Numbers(tuple(range(sum(lengths))))
             try:
                 numbers = storage.numbers(values)
             except UserError as error:
                 raise UserError(f"{dataset.name}: {error}, as in the rows before") from error
             if numbers is None:
                 unlabelled += 1
-                storage = storage if rows else None
             else:
-                rows.append(np.array(numbers))
-                lengths = own
-        if not rows:
+                known.extend(numbers)
+        if not known:
             raise UserError(f"{dataset.name}: no row has a label: choose another split, or --label_column_name")
-        targets = np.stack(rows, axis=1)  # (targets, rows)
+        targets = np.frombuffer(known).reshape(-1, sum(lengths)).T
         if np.abs(targets).max() > np.finfo(np.float32).max:
             raise UserError(f"{dataset.name}: a label is {np.abs(targets).max():g}, more than 32 bits hold")
-        mean = [math.fsum(numbers) / len(rows) for numbers in targets]
+        rows = targets.shape[1]
+        mean = [math.fsum(numbers) / rows for numbers in targets]
         spread = [math.fsum((numbers - centre) ** 2) for numbers, centre in zip(targets, mean, strict=True)]
         return {
             "lengths": lengths,
-            "labelled": len(rows),
+            "labelled": rows,
             "unlabelled": unlabelled,
             "mean": mean,
-            "std": [math.sqrt(total / len(rows)) for total in spread],
+            "std": [math.sqrt(total / rows) for total in spread],
             "range": [[float(numbers.min()), float(numbers.max())] for numbers in targets],
         }
 
@@ -209,6 +210,9 @@ def _rows(dataset: ImageDataset, source: Source, split: str, number: int | None 
             rows = source.values(split, roots)
         else:
             rows = (tuple(map(row.get, roots)) for row in itertools.islice(source.columns(split, roots), number))
+        if roots == list(dataset.label_columns):
+            yield from rows
+            return
         for values in rows:
             row = dict(zip(roots, values, strict=True))
             yield tuple(field_of(row, column) for column in dataset.label_columns)
