@@ -91,3 +91,34 @@ def test_the_next_row_group_comes_while_a_row_is_decoded_and_other_columns_stay_
     assert done.stdout.split("\n")[0] == " ".join(f"row {row % 5}" for row in range(GROUPS * ROWS))
     assert events[:4] == ["begin", "asked for the next row group", "a row is held", "answered"]
     assert 0 < sum(asked) < GROUPS * BALLAST * 0.6
+
+
+COUNT = """
+import sys
+from pathlib import Path
+from hf_poolformer.data import contents
+from hf_poolformer.data.datasets import open_datasets
+
+contents.WORTH_KEEPING = 0
+for revision in ("1" * 40, "1" * 40, "main", "main"):
+    arguments = {"problem_type": "multi_label_classification", "train_val_split": 0, "cache_dir": sys.argv[1]}
+    dataset = open_datasets(dataset_name="me/photos", revision=revision, **arguments)["train"]
+    print(*dataset.label_names, *dataset.counts, dataset.labelled, Path(dataset.counts_from).name or "read")
+"""
+
+
+def test_labels_that_were_counted_once_are_remembered_until_the_next_commit(hub, run_with_hub, tmp_path):
+    def data(lists):
+        file, image = io.BytesIO(), io.BytesIO()
+        Image.new("RGB", (8, 8)).save(image, "PNG")
+        pq.write_table(pa.table({"image": [image.getvalue()] * len(lists), "tags": lists}), file)
+        return {"data/train-00000-of-00001.parquet": file.getvalue()}
+
+    lists = [["a"], ["a", "b"], [], ["b", "c"]] * 5
+    commits = [Commit("1" * 40, "photos", data(lists)), Commit("2" * 40, "more", data([*lists, ["c"]]))]
+    hub.repos["datasets", "me/photos"] = Repo(branches={"main": commits})
+    done = run_with_hub(COUNT, str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert [line.rpartition(" ")[0] for line in said] == ["a b c 10 10 5 20"] * 2 + ["a b c 10 10 6 21"] * 2
+    assert [line.endswith(" read") for line in said] == [True, False, True, False]

@@ -1,16 +1,18 @@
 """What the columns of a dataset mean: which holds the images, which the labels, and what a row's label is."""
 
 import dataclasses
+import fnmatch
 import logging
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import datasets
-from datasets import ClassLabel, Image, IterableDataset, Value
+from datasets import ClassLabel, Image, IterableDataset, LargeList, List, Value
 
 from ..foundation.errors import UserError
 from ..foundation.names import first_few
 from .classes import Classes
+from .labels import Storage
 
 
 logger = logging.getLogger(__name__)
@@ -18,6 +20,21 @@ logger = logging.getLogger(__name__)
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
 _LABEL_NAMES = ("label", "labels", "cls", "class", "target", "category", "fine_label", "class_label", "label_name")
 _CAPTION_NAMES = ("cls.txt", "txt")  # a tar without .cls may keep the class name in .txt
+_SEVERAL_NAMES = (*_LABEL_NAMES, "classes", "targets", "categories", "tags", "attributes", "keywords")
+_NUMBER_NAMES = (*_LABEL_NAMES, "targets", "value", "values", "score", "scores")
+
+
+class PerImage(NamedTuple):
+    """How many labels the labelled images have.
+
+    Attributes:
+        none: images without any.
+    """
+
+    mean: float
+    least: int
+    most: int
+    none: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +43,20 @@ class ImageDataset:
 
     Attributes:
         stream: rows; the image column holds `{"bytes", "path"}`.
-        label_column: None if unlabelled; `json.label` means the field `label` of the column `json`.
-        classes: None for unlabelled images and for regression.
-        counts: images of each class, by index, where that could be had cheaply; None otherwise. Of a part that was
-            divided off, those of the whole.
-        unlabelled: rows without a label, where `counts` are known.
+        label_columns: none if unlabelled; `json.label` means the field `label` of the column `json`.
+        storage: what the values of these columns are in a batch; None if unlabelled, and for dense tasks.
         problem_type: as in a model's config; None if unlabelled.
+        classes: None for unlabelled images and for regression.
+        target_names: of regression.
+        labelled: rows with a label, where they were counted; None otherwise. This and all figures below are those of
+            the whole where a part was divided off.
+        unlabelled: rows without a label, where they were counted.
+        counts: images that have each class, by index, where they were counted; None otherwise.
+        per_image: of several labels per image, how many these are, where they were counted.
+        target_mean, target_std: of each target, over the rows with a label (population), in units; None where they
+            were not read.
+        target_range: least and most of each target.
+        counts_from: the file that knew all this from an earlier run; empty where the columns were read.
         num_examples: exact if known, else None.
         name: what messages call it.
         other_columns: read besides image and label.
@@ -45,12 +70,20 @@ class ImageDataset:
 
     stream: IterableDataset
     image_column: str
-    label_column: str | None
+    label_columns: tuple[str, ...]
     num_examples: int | None
-    classes: Classes | None = None
-    counts: tuple[int, ...] | None = None
-    unlabelled: int = 0
+    storage: Storage | None = None
     problem_type: str | None = None
+    classes: Classes | None = None
+    target_names: tuple[str, ...] = ()
+    labelled: int | None = None
+    unlabelled: int = 0
+    counts: tuple[int, ...] | None = None
+    per_image: PerImage | None = None
+    target_mean: tuple[float, ...] | None = None
+    target_std: tuple[float, ...] | None = None
+    target_range: tuple[tuple[float, float], ...] | None = None
+    counts_from: str = ""
     name: str = "dataset"
     token: str | bool | None = None
     other_columns: tuple[str, ...] = ()
@@ -62,8 +95,19 @@ class ImageDataset:
 
     @property
     def label_names(self) -> list[str] | None:
-        """Class names by index."""
-        return None if self.classes is None else list(self.classes.names)
+        """What a model for it answers, by index: names of the classes, or of the targets; None if unlabelled."""
+        if self.classes is not None:
+            return list(self.classes.names)
+        return list(self.target_names) or None
+
+    @property
+    def label_column(self) -> str | None:
+        """The only column with labels."""
+        return self.label_columns[0] if len(self.label_columns) == 1 else None
+
+    def label(self, row: Mapping[str, Any]) -> Any:
+        """The label of a row, as it goes into a batch: see `Storage.label`."""
+        return self.storage.label([field_of(row, column) for column in self.label_columns], self.classes)
 
 
 def find_image_column(features: datasets.Features, wanted: str | None, name: str) -> str:
@@ -113,6 +157,126 @@ def find_label_column(features: datasets.Features, wanted: str | None, name: str
     return None
 
 
+def find_label_columns(
+    features: datasets.Features, wanted: str | None, name: str, problem_type: str, known: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The columns that hold what is to be learned.
+
+    Args:
+        wanted: a column; of several labels per image and of numbers also several, separated by commas, or a pattern
+            with `*`.
+        known: what a model answers; columns of these names are what is meant, unless others are wanted.
+
+    Returns:
+        empty where no column can be told.
+
+    Raises:
+        UserError: there is no column that is wanted, or several might be meant.
+    """
+    if problem_type == "single_label_classification":
+        found = find_label_column(features, wanted, name)
+        return () if found is None else (found,)
+    fields = _fields(features)
+    if wanted is not None:
+        return _wanted_columns(features, wanted, name)
+    if known and all(is_plain(feature_of(features, column)) for column in known):
+        return tuple(known)
+    if problem_type == "regression":
+        numbers = [(column, short) for column, short, feature in fields if holds_numbers(feature)]
+        named = [column for column, short in numbers if short in _NUMBER_NAMES]
+        fractions = [column for column, _, feature in fields if _dtype(feature).startswith(_FRACTIONS)]
+        found = _choose(
+            named or (fractions if len(fractions) == 1 else []), _NUMBER_NAMES[:2], "label", features, name
+        )
+        return () if found is None else (found,)
+    lists = [(column, short, element_of(feature)) for column, short, feature in fields if element_of(feature)]
+    named = [column for column, short, element in lists if short in _SEVERAL_NAMES and _is_label(element)]
+    typed = [column for column, _, element in lists if isinstance(element, ClassLabel)]
+    texts = [column for column, _, element in lists if _dtype(element).endswith("string")]
+    if found := _choose(named or typed or texts, _SEVERAL_NAMES[:2], "label", features, name):
+        return (found,)
+    texts = [
+        column
+        for column, short, feature in fields
+        if short in (*_SEVERAL_NAMES, *_CAPTION_NAMES) and _dtype(feature).endswith("string")
+    ]
+    flags = [column for column, _, feature in fields if _dtype(feature) == "bool"]
+    if len(flags) < 2:
+        found = _choose(texts, _SEVERAL_NAMES[:2], "label", features, name)
+        return () if found is None else (found,)
+    if texts:
+        raise UserError(
+            f"{name} has labels in the column {texts[0]!r}, or in the columns {few(flags)}: say which with "
+            f"--label_column_name {texts[0]} or --label_column_name {','.join(flags[:3])}{',...' * (len(flags) > 3)}"
+        )
+    return tuple(flags)
+
+
+def _wanted_columns(features: datasets.Features, wanted: str, name: str) -> tuple[str, ...]:
+    """The columns that a flag names; fields of structures also without the name of the structure."""
+    fields = [(column, is_plain(feature)) for column, _, feature in _fields(features)]
+    found: list[str] = []
+    for part in [wanted] if feature_of(features, wanted) is not None else wanted.split(","):
+        column = part.strip()
+        if feature_of(features, column) is not None:
+            found.append(column)
+            continue
+        if "*" in column:
+            matching = [
+                known
+                for known, plain in fields
+                if plain and any(fnmatch.fnmatchcase(name, column) for name in (known, known.partition(".")[2]))
+            ]
+        else:
+            matching = [known for known, _ in fields if known.partition(".")[2] == column]
+        if not matching:
+            raise UserError(f"{name} has no column {column!r} (--label_column_name), only {columns_of(features)}")
+        found += matching
+    return tuple(dict.fromkeys(found))
+
+
+def _fields(features: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    """Columns and the fields of structures: full name, the last part of it in lower case, feature."""
+    fields = [(column, column.lower(), feature) for column, feature in features.items()]
+    for column, feature in features.items():
+        if isinstance(feature, dict) and "bytes" not in feature:
+            fields += [(f"{column}.{field}", field.lower(), inside) for field, inside in feature.items()]
+    return [(column, short, feature) for column, short, feature in fields if not column.startswith("__")]
+
+
+_FRACTIONS = ("float", "double", "decimal")
+
+
+def element_of(feature: Any) -> Any:
+    """What a list holds; None for what is no list."""
+    if isinstance(feature, list):
+        return feature[0] if feature else None
+    return feature.feature if isinstance(feature, List | LargeList) else None
+
+
+def holds_numbers(feature: Any) -> bool:
+    """Whether a column, or the lists in it, are of numbers."""
+    dtype = _dtype(element_of(feature) or feature)
+    return dtype.startswith((*_FRACTIONS, "int", "uint"))
+
+
+def holds_fractions(feature: Any) -> bool:
+    return _dtype(feature).startswith(_FRACTIONS)
+
+
+def _dtype(feature: Any) -> str:
+    return feature.dtype if isinstance(feature, Value) else ""
+
+
+def is_plain(feature: Any) -> bool:
+    """Whether a column holds one number, truth or text in each row."""
+    return _dtype(feature) != "" and not _dtype(feature).endswith("binary")
+
+
+def _is_label(element: Any) -> bool:
+    return isinstance(element, ClassLabel) or is_plain(element)
+
+
 def _choose(
     candidates: list[str], preferred: tuple[str, ...], kind: str, features: datasets.Features, name: str
 ) -> str | None:
@@ -155,13 +319,18 @@ def field_of(row: Mapping[str, Any], column: str) -> Any:
 
 
 def columns_needed(dataset: ImageDataset) -> list[str]:
-    label_column = dataset.label_column
-    if label_column not in dataset.stream.features:
-        label_column = label_column.partition(".")[0]
-    return [dataset.image_column, label_column, *dataset.other_columns]
+    labels = [root_of(dataset.stream.features, column) for column in dataset.label_columns]
+    return list(dict.fromkeys([dataset.image_column, *labels, *dataset.other_columns]))
+
+
+def root_of(features: Mapping[str, Any], column: str) -> str:
+    """The column of a dataset that holds a field."""
+    return column if column in features else column.partition(".")[0]
 
 
 def kind_of(feature: Any) -> str:
+    if (element := element_of(feature)) is not None:
+        return f"list of {kind_of(element)}"
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 

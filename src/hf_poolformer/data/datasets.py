@@ -7,34 +7,25 @@ batches. Nothing is decoded before a worker does it, so that one broken image co
 import dataclasses
 import logging
 import os
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import ClassLabel, Image, Value
+from datasets import Image
 
-from ..foundation.errors import UserError, one_line
-from .classes import Classes, class_key, is_number, marks_nothing
-from .columns import (
-    ImageDataset,
-    feature_of,
-    few,
-    field_of,
-    find_image_column,
-    find_label_column,
-    kind_of,
-    refuse_columns,
-)
+from ..foundation.errors import UserError
+from .class_names import told_classes
+from .classes import Classes, class_key
+from .columns import ImageDataset, few, find_image_column, find_label_columns, root_of
+from .labels import Numbers
 from .layouts import open_source
 from .sources import Source
+from .understanding import Wanted, begins_labelled, first_row, with_labels, with_labels_of
 
 
 logger = logging.getLogger(__name__)
 
 # Ends the name of what was divided off.
 HELD_OUT = "(held-out part)"
-# In so many rows a column whose values hardly ever occur twice is none of classes; with fewer they may.
-_MANY, _SOME = 100, 10
 
 
 def open_datasets(
@@ -53,6 +44,10 @@ def open_datasets(
     token: str | bool | None = None,
     cache_dir: str | None = None,
     streaming: bool = True,
+    problem_type: str = "single_label_classification",
+    label_separator: str | None = None,
+    label_names: str | None = None,
+    counted: bool = False,
     labelled: bool = True,
 ) -> dict[str, ImageDataset]:
     """Opens a labelled dataset as `{"train": ..., "validation": ...}`.
@@ -66,20 +61,33 @@ def open_datasets(
             neither, `train_val_split` of the training split is held out by a hash of each image's encoded bytes: the
             same images whatever the order, the shards and the number of workers and processes.
         train_val_split: fraction held out then; 0 or None holds nothing out.
+        label_column_name: of several labels per image, and of numbers, also several columns: names with commas between
+            them, or a pattern such as `has_*`.
         classes: what bare integers or texts mean where the dataset does not name its classes; spares the pass over
-            the label column that finds them otherwise. Usually those of a checkpoint.
+            the label column that finds them otherwise. Usually those of a checkpoint; of one that answers numbers, the
+            names of its targets.
         streaming: False downloads a Hub dataset first; local data is always read where it lies.
+        problem_type: what is learned, as a model's config says it: `single_label_classification`,
+            `multi_label_classification` or `regression`.
+        label_separator: what stands between several names in a text; found where only one of | ; , can be meant.
+        label_names: of several labels per image, names of the classes, with commas between them, or a JSON file: what
+            integers or places in a vector of zeros and ones mean.
+        counted: read the label columns even where the classes are known and that takes reading the whole dataset.
         labelled: False opens and splits the same way, and leaves it to the caller what the columns beside the image
             mean: annotation maps, boxes.
 
     Raises:
-        UserError: nothing there, no images, no labels, an empty split, columns or splits that cannot be told.
+        UserError: nothing there, no images, no labels, an empty split, columns or splits that cannot be told; labels
+            of another kind, with the `--task` that learns them.
     """
     fraction = float(train_val_split or 0.0)
     if not 0.0 <= fraction < 1.0:
         raise UserError(f"--train_val_split must lie in [0, 1), not {train_val_split}")
     if (dataset_name is None) == (train_dir is None and validation_dir is None):
         raise UserError("name the data by either --dataset_name or --train_dir / --validation_dir")
+    wanted = Wanted(problem_type, classes, label_separator, told_classes(label_names), counted, cache_dir)
+    columns = {"image_column_name": image_column_name, "label_column_name": label_column_name, "token": token}
+    columns["wanted"] = wanted if labelled else None
     where = {"extra_splits": tuple(filter(None, (train_split, validation_split))), "cache_dir": cache_dir}
     source = train = validation = held_out_from = None
     if dataset_name is not None:
@@ -92,7 +100,7 @@ def open_datasets(
     if validation_dir is not None:
         validation = (open_source(validation_dir, whole=True, **where), "train")
     elif source is not None:
-        validation = _validation_split(source, validation_split, train, image_column_name, label_column_name, labelled)
+        validation = _validation_split(source, validation_split, train, columns)
     if validation is None:
         base = train or (source, _named_split(source, "train", "--validation_split"))
         if fraction > 0.0:
@@ -100,12 +108,10 @@ def open_datasets(
         elif train is None:
             validation = base
 
-    columns = {"image_column_name": image_column_name, "label_column_name": label_column_name, "token": token}
-    columns["labelled"] = labelled
     if held_out_from is not None:
         whole = _open_split(*held_out_from, **columns)
         if labelled:
-            whole = _with_labels(whole, *held_out_from, classes)
+            whole = with_labels(whole, *held_out_from, wanted)
         parts = dict(zip(("train", "validation"), _divide(whole, *held_out_from, fraction), strict=True))
         return parts if train is not None else {"validation": parts["validation"]}
     parts = {name: part for name, part in (("train", train), ("validation", validation)) if part is not None}
@@ -114,9 +120,11 @@ def open_datasets(
         return opened
     for name, dataset in opened.items():
         if name == "validation" and train is not None:
-            opened[name] = _with_labels_of(dataset, *validation, opened["train"])
+            understood = with_labels_of(dataset, *validation, wanted, opened["train"])
+            numbers = {label: index for index, label in enumerate(opened["train"].label_names)}
+            opened[name] = align_labels(understood, numbers, subset=True, whose=opened["train"].name)
         else:
-            opened[name] = _with_labels(dataset, *parts[name], classes)
+            opened[name] = with_labels(dataset, *parts[name], wanted)
     return opened
 
 
@@ -146,13 +154,16 @@ def open_images(
         whole=split is None,
     )
     name = _named_split(source, split, "--split") if split else _only_split(source, "--split")
-    return _open_split(source, name, image_column_name=image_column_name, token=token, labelled=False)
+    return _open_split(source, name, image_column_name=image_column_name, token=token)
 
 
 def align_labels(
     dataset: ImageDataset, label2id: Mapping[str, int], *, subset: bool = False, whose: str = "the checkpoint"
 ) -> ImageDataset:
     """Renumbers a dataset's labels to the indices of a checkpoint that knows the same names in another order.
+
+    Targets of regression are brought into the checkpoint's order. Single targets are taken for each other, whatever
+    their names.
 
     A checkpoint whose names are the placeholders `LABEL_0`, `LABEL_1`, ... is taken by position.
 
@@ -164,26 +175,45 @@ def align_labels(
     Raises:
         UserError: the label sets differ.
     """
-    classes = dataset.classes
-    if classes is None:
-        return dataset
     names = [name for name, _ in sorted(label2id.items(), key=lambda item: int(item[1]))]
-    if list(classes.names) == names:
+    own = dataset.label_names
+    if own is None or own == names:
         return dataset
-    if len(names) == len(classes.names) and set(names) == {f"LABEL_{index}" for index in range(len(names))}:
+    if len(names) == len(own) and set(names) == {f"LABEL_{index}" for index in range(len(names))}:
         logger.info("the checkpoint has no class names: those of %s are taken in their order", dataset.name)
         return dataset
-    ours, theirs = ({class_key(name): name for name in group} for group in (classes.names, names))
+    ours, theirs = ({class_key(name): name for name in group} for group in (own, names))
     foreign = [name for key, name in ours.items() if key not in theirs]
     absent = [name for key, name in theirs.items() if key not in ours]
+    if dataset.classes is None and len(names) == len(own) == 1:
+        logger.warning("%s: the column %r is taken for %s's %r", dataset.name, own[0], whose, names[0])
+        return dataclasses.replace(dataset, target_names=tuple(names))
     if dataset.counts is not None:  # a name that no image has does no harm
-        foreign = [name for name in foreign if dataset.counts[classes.names.index(name)]]
-    if foreign or (absent and not subset):
+        foreign = [name for name in foreign if dataset.counts[dataset.classes.names.index(name)]]
+    if foreign or (absent and not (subset and dataset.classes is not None)):
         raise UserError(
             f"{dataset.name} has other labels than {whose}: {few(dataset.label_names)} against {few(names)}; only "
             f"in the dataset: {few(sorted(foreign))}, only in {whose}: {few(sorted(absent))}"
         )
-    return _renumbered(dataset, names)
+    return _reordered(dataset, names) if dataset.classes is None else _renumbered(dataset, names)
+
+
+def _reordered(dataset: ImageDataset, names: Sequence[str]) -> ImageDataset:
+    """With its targets in the order of `names`."""
+    keys = [class_key(name) for name in dataset.target_names]
+    places = [keys.index(class_key(name)) for name in names]
+
+    def moved(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        return None if values is None else tuple(values[place] for place in places)
+
+    return dataclasses.replace(
+        dataset,
+        storage=Numbers(moved(dataset.storage.order)),
+        target_names=tuple(names),
+        target_mean=moved(dataset.target_mean),
+        target_std=moved(dataset.target_std),
+        target_range=moved(dataset.target_range),
+    )
 
 
 def _renumbered(dataset: ImageDataset, names: Sequence[str]) -> ImageDataset:
@@ -216,15 +246,10 @@ def _only_split(source: Source, flag: str) -> str:
 
 
 def _validation_split(
-    source: Source,
-    wanted: str | None,
-    train: tuple[Source, str] | None,
-    image_column_name: str | None,
-    label_column_name: str | None,
-    labelled: bool,
+    source: Source, name: str | None, train: tuple[Source, str] | None, columns: Mapping[str, Any]
 ) -> tuple[Source, str] | None:
-    if wanted:
-        return source, _named_split(source, wanted, "--validation_split")
+    if name:
+        return source, _named_split(source, name, "--validation_split")
     used = train[1] if train is not None else None
     validation = source.split_named("validation")
     if validation is not None and validation != used:
@@ -232,14 +257,11 @@ def _validation_split(
     test = source.split_named("test")
     if test is None or test == used:
         return None
-    if not labelled:
+    if columns["wanted"] is None:
         return source, test
     # Public test splits often come without labels, or with -1 in their place.
-    dataset = _open_split(
-        source, test, image_column_name=image_column_name, label_column_name=label_column_name, token=None
-    )
-    label = class_key(field_of(_first_row(dataset), dataset.label_column)) if dataset.label_column else None
-    if label is None or marks_nothing(label):
+    dataset = _open_split(source, test, **columns)
+    if not begins_labelled(dataset):
         logger.info("%s is unlabelled and not used for validation", dataset.name)
         return None
     logger.info("%s has no validation split: evaluating on %r", source.name, test)
@@ -253,9 +275,9 @@ def _open_split(
     image_column_name: str | None,
     label_column_name: str | None = None,
     token: str | bool | None,
-    labelled: bool = True,
+    wanted: Wanted | None = None,
 ) -> ImageDataset:
-    """A split with its columns found; labels not looked at yet, and their column not looked for unless `labelled`."""
+    """A split with its columns found; labels not looked at yet, and their columns not looked for unless `wanted`."""
     name = f"{source.name} ({split})" if len(source.splits) > 1 else source.name
     opened = source.open(split)
     stream = opened.stream
@@ -264,13 +286,14 @@ def _open_split(
     if not stream.features:
         raise UserError(f"{name} is empty")
     image_column = find_image_column(stream.features, image_column_name, name)
-    label_column, unread = None, ()
-    if labelled:
-        label_column = find_label_column(stream.features, label_column_name or source.label_column, name)
-    if label_column is not None:
-        root = label_column if label_column in stream.features else label_column.partition(".")[0]
-        unread = tuple(column for column in stream.features if column not in (image_column, root))
-        stream = source.columns(split, list(dict.fromkeys((image_column, root))))
+    labels, unread = (), ()
+    if wanted is not None:
+        named = label_column_name or source.label_column
+        labels = find_label_columns(stream.features, named, name, wanted.problem_type, wanted.answers)
+    if labels:
+        read = list(dict.fromkeys([image_column, *(root_of(stream.features, column) for column in labels)]))
+        unread = tuple(column for column in stream.features if column not in read)
+        stream = source.columns(split, read)
     # Annotation maps as well: a broken one would end its shard where a filter decodes it.
     pictures = [column for column, feature in stream.features.items() if isinstance(feature, Image)]
     for column in {image_column, *pictures}:
@@ -278,7 +301,8 @@ def _open_split(
     dataset = ImageDataset(
         stream=stream,
         image_column=image_column,
-        label_column=label_column,
+        label_columns=labels,
+        problem_type=None if wanted is None else wanted.problem_type,
         num_examples=opened.num_examples,
         name=name,
         token=token,
@@ -288,158 +312,8 @@ def _open_split(
         class_names=source.class_names,
         local=source.local,
     )
-    _first_row(dataset)
+    first_row(dataset)
     return dataset
-
-
-def _first_row(dataset: ImageDataset) -> dict[str, Any]:
-    try:
-        row = next(iter(dataset.stream), None)
-    except Exception as error:
-        raise UserError(f"{dataset.name} cannot be read: {one_line(error)}") from error
-    if row is None:
-        raise UserError(f"{dataset.name} is empty")
-    return row
-
-
-def _with_labels(dataset: ImageDataset, source: Source, split: str, given: Classes | None) -> ImageDataset:
-    """Finds out what the labels are: from ClassLabel, from the classes given, or by one pass over the column."""
-    feature = _label_feature(dataset, source)
-    if isinstance(feature, ClassLabel):
-        classes = Classes.numbered(feature.names)
-    elif given is not None and not (_holds_fractions(feature) and _is_fraction(_first_label(dataset))):
-        classes = given
-    else:
-        classes = None
-    counted = _counted(dataset, source, split) if classes is None or source.reads_columns else None
-    if classes is None:
-        if _holds_fractions(feature) and any(map(_is_fraction, counted)):
-            return dataclasses.replace(dataset, problem_type="regression")
-        classes = _classes_found(dataset, counted)
-    _refuse_unlabelled(dataset, classes, counted)
-    if len(classes.names) < 2 and given is None:
-        raise UserError(
-            f"{dataset.name} has a single class, {few(classes.names)}: there is nothing to tell apart. If the "
-            "classes are the folders below it, give that folder instead"
-        )
-    return _counting(dataset, classes, counted)
-
-
-def _with_labels_of(dataset: ImageDataset, source: Source, split: str, train: ImageDataset) -> ImageDataset:
-    """Gives the validation split the classes of the training split, by name."""
-    feature = _label_feature(dataset, source)
-    if train.classes is None:
-        return dataclasses.replace(dataset, problem_type=train.problem_type)
-    counted = _counted(dataset, source, split) if source.reads_columns else None
-    if isinstance(feature, ClassLabel):
-        own = Classes.numbered(feature.names)
-        _refuse_unlabelled(dataset, own, counted)
-        label2id = {name: index for index, name in enumerate(train.label_names)}
-        return align_labels(_counting(dataset, own, counted), label2id, subset=True, whose=train.name)
-    typed = isinstance(feature_of(train.stream.features, train.label_column), ClassLabel)
-    classes = Classes.named(train.label_names) if typed else train.classes
-    _refuse_unlabelled(dataset, classes, counted)
-    return _counting(dataset, classes, counted)
-
-
-def _label_feature(dataset: ImageDataset, source: Source) -> Any:
-    column = dataset.label_column
-    if column is None:
-        if source.unlabelled:
-            raise UserError(source.unlabelled)
-        refuse_columns("label", dataset.stream.features, dataset.name)
-    feature = feature_of(dataset.stream.features, column)
-    if not isinstance(feature, Value | ClassLabel):
-        raise UserError(
-            f"the label column {column!r} of {dataset.name} holds {kind_of(feature)}; a class index, a class name or "
-            "a number for regression is needed"
-        )
-    return feature
-
-
-def _holds_fractions(feature: Any) -> bool:
-    return isinstance(feature, Value) and feature.dtype.startswith(("float", "double", "decimal"))
-
-
-def _is_fraction(value: Any) -> bool:
-    key = class_key(value)
-    return key is not None and not is_number(key)
-
-
-def _first_label(dataset: ImageDataset) -> Any:
-    return field_of(_first_row(dataset), dataset.label_column)
-
-
-def _counted(dataset: ImageDataset, source: Source, split: str) -> Counter[str | None]:
-    """How many rows have which key, by one pass over the label column; None stands for no label."""
-    column = dataset.label_column
-    root = column if column in dataset.stream.features else column.partition(".")[0]
-    if not source.reads_columns:
-        logger.info("%s: reading the column %r once to find the classes", dataset.name, column)
-    try:
-        stored = Counter(field_of({root: value}, column) for value in source.column(split, root))
-    except Exception as error:
-        raise UserError(f"the label column of {dataset.name} cannot be read: {one_line(error)}") from error
-    counted: Counter[str | None] = Counter()
-    for value, count in stored.items():
-        counted[class_key(value)] += count
-    return counted
-
-
-def _classes_found(dataset: ImageDataset, counted: Counter[str | None]) -> Classes:
-    column, keys, count = dataset.label_column, {key for key in counted if key is not None}, counted.total()
-    if not keys:
-        raise UserError(f"the label column {column!r} of {dataset.name} is empty")
-    if len(keys) > count * (1 / 2 if count >= _MANY else 9 / 10) and count >= _SOME:
-        raise UserError(
-            f"the column {column!r} of {dataset.name} has {len(keys)} different values in {count} rows, so it is no "
-            "class label: name the right one with --label_column_name"
-        )
-    markers = {key for key in keys if marks_nothing(key)}
-    if markers == keys:
-        raise UserError(f"{dataset.name}: {_unlabelled(markers)}")
-    # One negative number among others means that there is no label; but -1 and 1 alone are two classes.
-    if len(markers) == 1 and keys != {"-1", "1"}:
-        keys -= markers
-    return Classes.stored(keys)
-
-
-def _refuse_unlabelled(dataset: ImageDataset, classes: Classes, counted: Counter[str | None] | None) -> None:
-    """Raises a UserError for a split without labels, or with labels that no class has."""
-    if counted is None:
-        key = class_key(_first_label(dataset))
-        if key is not None and key not in classes.table and marks_nothing(key):
-            raise UserError(f"{dataset.name}: {_unlabelled([key])}")
-        return
-    unknown = {key: count for key, count in counted.items() if key is not None and key not in classes.table}
-    markers = [key for key in unknown if marks_nothing(key)]
-    if not any(key in classes.table for key in counted) and (markers or not unknown):
-        raise UserError(f"{dataset.name}: {_unlabelled(markers)}")
-    strange = {key: count for key, count in unknown.items() if key not in markers}
-    if strange:
-        shown = few([f"{key!r} ({count} rows)" for key, count in sorted(strange.items())])
-        raise UserError(f"{dataset.name} has labels that are none of the classes {classes.shown()}: {shown}")
-
-
-def _unlabelled(markers: Collection[str]) -> str:
-    if not markers:
-        return "no row has a label: choose another split, or the column with --label_column_name"
-    return f"label {few(sorted(markers))}, which stands for `no label` in test splits: choose another split"
-
-
-def _counting(dataset: ImageDataset, classes: Classes, counted: Counter[str | None] | None) -> ImageDataset:
-    """The dataset with its classes and, if they were counted, their images."""
-    found = dataclasses.replace(dataset, classes=classes, problem_type="single_label_classification")
-    if counted is None:
-        return found
-    counts = [0] * len(classes.names)
-    for key, count in counted.items():
-        if key in classes.table:
-            counts[classes.table[key]] += count
-    number = None if dataset.num_examples is None else sum(counts)
-    return dataclasses.replace(
-        found, counts=tuple(counts), unlabelled=counted.total() - sum(counts), num_examples=number
-    )
 
 
 def _divide(dataset: ImageDataset, source: Source, split: str, fraction: float) -> tuple[ImageDataset, ImageDataset]:

@@ -6,6 +6,7 @@ A wrong guess that is printed costs a minute, one that is not costs a run.
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from ..foundation.errors import UserError
 from ..foundation.names import printable
 from ..foundation.processes import found_by_main
-from .columns import ImageDataset, feature_of, kind_of
+from .columns import ImageDataset, columns_needed, feature_of, kind_of
 from .decoding import BrokenImage, decode_image, describe_source
 from .loader import MIN_SEEN, too_many_broken
 
@@ -46,13 +47,16 @@ def judge(datasets: Mapping[str, ImageDataset], max_skipped: float | int) -> Non
 
 
 def judge_labels(dataset: ImageDataset, max_skipped: float | int) -> None:
-    if dataset.counts is None or not dataset.unlabelled:
+    if dataset.labelled is None or not dataset.unlabelled:
         return
-    rows = dataset.unlabelled + sum(dataset.counts)
+    rows = dataset.unlabelled + dataset.labelled
+    several = dataset.problem_type == "multi_label_classification"
+    none = ". An image that has none of the classes is told by an empty list, in a text by []" if several else ""
+    what = "NaN or infinity" if dataset.problem_type == "regression" else "a negative number"
     if too_many_broken(dataset.unlabelled, rows, max_skipped):
         raise UserError(
-            f"{dataset.unlabelled} of {rows} rows of {dataset.name} have no label: nothing, or a negative number that "
-            f"stands for it. To train on the others: --max_skipped {_fraction(dataset.unlabelled, rows)}"
+            f"{dataset.unlabelled} of {rows} rows of {dataset.name} have no label: nothing, or {what} that stands for "
+            f"it. To train on the others: --max_skipped {_fraction(dataset.unlabelled, rows)}{none}"
         )
 
 
@@ -92,18 +96,24 @@ def describe_data(datasets: Mapping[str, ImageDataset]) -> str:
     first = next(iter(datasets.values()))
     features = first.stream.features
     columns = f"image {first.image_column!r}"
-    if first.label_column is not None:
-        columns += f", label {first.label_column!r} ({kind_of(feature_of(features, first.label_column))})"
+    if first.label_columns:
+        kinds = dict.fromkeys(kind_of(feature_of(features, column)) for column in first.label_columns)
+        how = ": ".join(filter(None, [", ".join(kinds), first.storage.described() if first.storage else ""]))
+        what = "label " if len(first.label_columns) == 1 else "labels "
+        columns += f", {what}{_short(list(map(repr, first.label_columns)))} ({how})"
     lines.append(("columns", columns))
-    used = {first.image_column, first.label_column, (first.label_column or "").partition(".")[0], *first.other_columns}
+    used = {*columns_needed(first), *first.label_columns}
     others = [name for name in (*features, *first.unread_columns) if name not in used and not name.startswith("__")]
     if others:
         lines.append(("not read", _short(others)))
     if first.classes is not None:
         lines += _class_lines(datasets)
+    lines += _label_lines(datasets)
     for dataset in datasets.values():
         if dataset.unlabelled:
             lines.append(("no label", f"{dataset.unlabelled} rows of {dataset.name}, left out"))
+    for file in dict.fromkeys(dataset.counts_from for dataset in datasets.values() if dataset.counts_from):
+        lines.append(("counted", f"in an earlier run: {os.path.basename(file)} in the cache"))
     left_out = {kind: count for dataset in datasets.values() for kind, count in dataset.left_out.items()}
     if left_out:
         kinds = sorted(left_out, key=lambda kind: -left_out[kind])
@@ -114,7 +124,7 @@ def describe_data(datasets: Mapping[str, ImageDataset]) -> str:
 def _class_lines(datasets: Mapping[str, ImageDataset]) -> list[tuple[str, str]]:
     dataset = next(iter(datasets.values()))
     names, lines = dataset.classes.names, []
-    title = f"{len(names)} classes"
+    title = f"{len(names)} classes" if len(names) > 1 else "1 class"
     if dataset.counts is None:
         return [(title, f"{_short(names)} (not counted)")]
     counts = dict(enumerate(dataset.counts))
@@ -133,6 +143,28 @@ def _class_lines(datasets: Mapping[str, ImageDataset]) -> list[tuple[str, str]]:
         absent = [name for name, count in zip(other.label_names, other.counts or (), strict=False) if not count]
         if absent:
             lines.append(("no image", f"in {split} of {len(absent)} of the classes: {_short(absent)}"))
+    return lines
+
+
+def _label_lines(datasets: Mapping[str, ImageDataset]) -> list[tuple[str, str]]:
+    """Of several labels per image, how many they are; of numbers, where they lie."""
+    lines, said = [], []
+    for split, dataset in datasets.items():
+        figures = dataset.per_image or dataset.target_range
+        if figures is None or any(figures is known for known in said):
+            continue  # of parts that were divided, those of the whole
+        said.append(figures)
+        where = f" ({split})" if len(datasets) > 1 else ""
+        if dataset.per_image is not None:
+            mean, least, most, none = dataset.per_image
+            without = f"; {none} images have none of the classes" if none else ""
+            lines.append(("per image", f"{mean:.3g} labels on average, {least} to {most}{without}{where}"))
+            continue
+        targets = zip(dataset.target_names, dataset.target_mean, dataset.target_std, figures, strict=True)
+        for name, mean, std, (least, most) in itertools.islice(targets, _SHOWN):
+            lines.append(("target", f"{name}: mean {mean:.4g}, std {std:.4g}, {least:.4g} to {most:.4g}{where}"))
+        if len(figures) > _SHOWN:
+            lines.append(("target", f"... ({len(figures)} in all)"))
     return lines
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from .files import list_files
+
+
+# Seconds that some file systems round times of change to.
+_UNSETTLED = 2
 
 
 def state_of_files(files: Iterable[str | os.PathLike]) -> str:
@@ -26,6 +32,15 @@ def state_of_files(files: Iterable[str | os.PathLike]) -> str:
             text = f"{os.fspath(file)}\0{type(error).__name__}\n"
         sha.update(text.encode("utf-8", "surrogateescape"))
     return sha.hexdigest()[:32]
+
+
+def settled_state(files: Iterable[str | os.PathLike]) -> str | None:
+    """`state_of_files`; None while one of them is so new that it might change again and have the same time."""
+    files = [os.path.realpath(file) for file in files]
+    with contextlib.suppress(OSError):  # what is gone has a state, too
+        if files and max(os.stat(file).st_mtime for file in files) > time.time() - _UNSETTLED:
+            return None
+    return state_of_files(files)
 
 
 def state_of_path(path: str | os.PathLike) -> str | None:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +17,9 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from ..foundation.errors import UserError, one_line
 from ..foundation.workers import prepare_worker
-from .columns import ImageDataset, columns_needed, field_of
+from .columns import ImageDataset, columns_needed
 from .decoding import BrokenImage, decode_image, describe_source
+from .labels import Unlabelled
 from .stream import Lane, Order, Piece, Row, Start, among_lanes, deal, fresh_pieces, lane_seed, remaining
 
 
@@ -36,7 +36,8 @@ class Batch(TypedDict):
 
     Attributes:
         pixel_values: float32 (B, C, H, W); of dense tasks a list of (C, H, W).
-        labels: int64 class indices (B,), or float32 for regression; of dense tasks a list.
+        labels: of one class per image int64 (B,), its index; of several float32 (B, classes), 1 for each that the
+            image has, else 0; of regression float32 (B, targets), in units; of dense tasks a list.
         skipped: describes the broken images that were met since the batch before.
     """
 
@@ -101,14 +102,14 @@ def make_loader(
         max_skipped_shards: the run stops when more of this process's shards than this end early, because they are
             truncated, say, or gone.
         drop_last: overrides the rule above.
-        batches: what makes examples and batches of rows, where these are not images with one label each.
+        batches: what makes examples and batches of rows, where these are not images with labels.
         finish: what the main process does with each message of the workers, on the device say; it may leave out images
             and describe them in `skipped`.
 
     Raises:
         UserError: from the loader's iteration too: too many broken images, a label outside the range, nothing to read.
     """
-    if dataset.label_column is None:
+    if not dataset.label_columns:
         raise UserError(f"{dataset.name} has no labels")
     if batch_size < 1 or num_workers < 0:
         raise UserError(f"a batch needs at least one image and zero workers, not {batch_size} and {num_workers}")
@@ -152,10 +153,6 @@ def too_many_broken(broken: int, seen: int, limit: float | int) -> bool:
     One is never too many for a fraction: of a small set it would always be.
     """
     return broken > (limit if isinstance(limit, int) else max(limit * seen, 1))
-
-
-class Unlabelled(BrokenImage):
-    """A row without a label."""
 
 
 class ImageLoader(DataLoader):
@@ -453,7 +450,7 @@ class DecodedBatches(torch.utils.data.IterableDataset):
                     generators.seed((self.order.seed, epoch, row.shard, row.index))
                 examples.append(self._example(image, label))
             except Unlabelled as reason:
-                if self._dataset.counts is None:
+                if self._dataset.labelled is None:
                     skipped.append(f"{self._describe(row)}: {reason}")
                 else:  # they were counted, and judged, before
                     seen -= 1
@@ -480,11 +477,11 @@ class DecodedBatches(torch.utils.data.IterableDataset):
         about = {"skipped": skipped, "damaged": damaged, "seen": seen, "lane": number}
         return {**batch, **about, "state": json.dumps(lane.state())}
 
-    # What a subclass may replace, to read something else than one label per image: these three.
+    # What a subclass may replace, to read something else than labels: these three.
 
     def _read(self, row: Mapping[str, Any]) -> tuple[PILImage.Image, Any]:
         """Image and label of a row. BrokenImage leaves the row out and counts it, UserError ends the run."""
-        label = self._label(row)
+        label = self._dataset.label(row)
         return decode_image(row[self._dataset.image_column], token=self._dataset.token), label
 
     def _example(self, image: PILImage.Image, label: Any) -> tuple[Any, Any]:
@@ -493,23 +490,8 @@ class DecodedBatches(torch.utils.data.IterableDataset):
 
     def _batch(self, pixels: list[Any], labels: list[Any]) -> dict[str, Any]:
         """`pixel_values` and `labels`, each a tensor or a list, one element per image."""
-        dtype = torch.float32 if self._dataset.problem_type == "regression" else torch.int64
         # default_collate stacks straight into shared memory when it runs in a worker.
-        return {"pixel_values": default_collate(pixels), "labels": torch.tensor(labels, dtype=dtype)}
-
-    def _label(self, row: Mapping[str, Any]) -> int | float:
-        dataset = self._dataset
-        value = field_of(row, dataset.label_column)
-        if value is None:
-            raise Unlabelled("it has no label")
-        if dataset.problem_type == "regression":
-            if not math.isfinite(value):
-                raise BrokenImage(f"its label is {value}")
-            return float(value)
-        index = dataset.classes.index(value)
-        if index is None:
-            raise Unlabelled(f"its label is {value}, which stands for none")
-        return index
+        return {"pixel_values": default_collate(pixels), "labels": torch.from_numpy(np.stack(labels))}
 
     def _describe(self, row: Row) -> str:
         path = describe_source(row.values[self._dataset.image_column])

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from ..foundation.tasks import TASKS
 from ..settings.data import ReadingSettings
 from .columns import ImageDataset
 from .datasets import open_datasets
@@ -14,7 +15,7 @@ from .loader import data_workers, skip_limit
 
 
 def open_splits(settings: ReadingSettings, **changes: Any) -> dict[str, ImageDataset]:
-    """`open_datasets` with what the settings say; its arguments are called as they are.
+    """`open_datasets` with what the settings say and the task needs; its arguments are called as they are.
 
     Args:
         changes: arguments that are not as the settings say.
@@ -22,6 +23,9 @@ def open_splits(settings: ReadingSettings, **changes: Any) -> dict[str, ImageDat
     named = {
         name: getattr(settings, name) for name in inspect.signature(open_datasets).parameters.keys() & vars(settings)
     }
+    task = TASKS.get(getattr(settings, "task", ""))
+    if task is not None and task.problem_type is not None:
+        named["problem_type"] = task.problem_type
     return open_datasets(**{**named, "revision": settings.dataset_revision, "token": settings.hub_token, **changes})
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ from .classes import class_key
 from .columns import ImageDataset
 from .decoding import describe_source, read_bytes
 from .files import image_suffixes
+from .fingerprints import settled_state
 from .parquet import ParquetRows
 from .splits import canonical
 from .tars import TarRanges
@@ -102,10 +104,15 @@ class Source(abc.ABC):
         """Rows of these columns only, without reading the others where the format allows it."""
         return self.open(split).stream.select_columns(names)
 
-    def column(self, split: str, column: str) -> Iterator[Any]:
-        """All values of one column."""
-        for row in self.columns(split, [column]):
-            yield row[column]
+    def values(self, split: str, names: list[str]) -> Iterator[tuple[Any, ...]]:
+        """What each row has in these columns."""
+        for row in self.columns(split, names):
+            yield tuple(row[name] for name in names)
+
+    def state(self, split: str) -> str | None:
+        """A text that is another one when the rows of a split are others; None where that cannot be told, or where
+        reading them again costs nothing."""
+        return None
 
     def divide(self, split: str, images: ImageDataset, fraction: float) -> tuple[Split, Split]:
         """A training part and a held-out part of a split, told apart by the content of each image.
@@ -190,11 +197,16 @@ class HubSource(Source):
         described = (opened.info.splits or {}).get(split)
         return Split(opened, (described.num_examples or None) if described is not None else None)
 
-    def column(self, split: str, column: str) -> Iterator[Any]:
-        if self._streaming:
-            yield from super().column(split, column)
-        else:
-            yield from self._opened[split].select_columns([column])[column]
+    def values(self, split: str, names: list[str]) -> Iterator[tuple[Any, ...]]:
+        return super().values(split, names) if self._streaming else _values(self._opened[split], names)
+
+    def state(self, split: str) -> str | None:
+        if not self._streaming:
+            return _state_of_maps(self._opened[split])
+        builder = self._builder
+        # Of a dataset on the Hub, its commit.
+        commit = re.fullmatch(r"[0-9a-f]{40}", builder.hash or "")
+        return f"{builder.repo_id} {builder.config_id} {commit[0]}" if commit and builder.repo_id else None
 
     def columns(self, split: str, names: list[str]) -> IterableDataset:
         if not self._streaming:
@@ -218,8 +230,11 @@ class SavedSource(Source):
     def open(self, split: str) -> Split:
         return _from_memory_map(self._opened[split])
 
-    def column(self, split: str, column: str) -> Iterator[Any]:
-        yield from self._opened[split].select_columns([column])[column]
+    def values(self, split: str, names: list[str]) -> Iterator[tuple[Any, ...]]:
+        return _values(self._opened[split], names)
+
+    def state(self, split: str) -> str | None:
+        return _state_of_maps(self._opened[split])
 
 
 @dataclass
@@ -247,6 +262,9 @@ class FileSource(Source):
             return Split(stream, self._count(split))
         except (OSError, ValueError, tarfile.TarError) as error:
             raise UserError(f"{self.name} has a damaged file: {one_line(error)}") from error
+
+    def state(self, split: str) -> str | None:
+        return settled_state(self.files[split])
 
     @abc.abstractmethod
     def _load(self, split: str) -> IterableDataset: ...
@@ -282,11 +300,11 @@ class ParquetSource(FileSource):
         stream = self._built(ParquetRows, split, columns=names) if copied is None else _from_memory_map(copied).stream
         return stream.select_columns(names)
 
-    def column(self, split: str, column: str) -> Iterator[Any]:
+    def values(self, split: str, names: list[str]) -> Iterator[tuple[Any, ...]]:
         for path in self.files[split]:
             with pyarrow.parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(columns=[column]):
-                    yield from batch.column(0).to_pylist()
+                for batch in file.iter_batches(columns=names):
+                    yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
 
     def _is_hard_to_share(self, split: str) -> bool:
         known = [pyarrow.parquet.read_metadata(path) for path in self.files[split]]
@@ -349,6 +367,9 @@ class TarSource(FileSource):
         except (OSError, ValueError, tarfile.TarError) as error:
             raise UserError(f"{self.name} has a damaged file: {one_line(error)}") from error
         stream = self._built(TarRanges, split, features=features, starts=contents.starts)
+        if features is None and "Value('null')" in repr(stream.features):
+            # `datasets` looks at five samples, in which a list may be empty, or a field missing.
+            stream = self._built(TarRanges, split, features=contents.features(), starts=contents.starts)
         if features is None or not alternatives:
             return stream
         merged = Features({"image": Image(decode=False)})
@@ -391,8 +412,11 @@ class TarContents:
 
     def mixed_features(self) -> Features | None:
         """Features of all fields where samples differ in theirs, which `datasets` does not read of itself."""
-        if len(self.kinds) < 2:
-            return None
+        return self.features() if len(self.kinds) > 1 else None
+
+    def features(self) -> Features | None:
+        """Features of all fields, by their names and by more samples than `datasets` looks at; None where these do
+        not tell them."""
         features = Features({"__key__": Value("string"), "__url__": Value("string")})
         for name in sorted({name for kind in self.kinds for name in kind}):
             suffix = name.rsplit(".", 1)[-1].lower()
@@ -499,12 +523,11 @@ class FolderSource(Source):
     def open(self, split: str) -> Split:
         return _stream(self.rows[split])
 
-    def column(self, split: str, column: str) -> Iterator[Any]:
+    def values(self, split: str, names: list[str]) -> Iterator[tuple[Any, ...]]:
         table = self.rows[split].table
-        if table is None or column not in table.column_names:
-            yield from super().column(split, column)
-        else:
-            yield from table[column].to_pylist()
+        if table is None or not set(names).issubset(table.column_names):
+            return super().values(split, names)
+        return zip(*(table[name].to_pylist() for name in names), strict=True)
 
     def divide(self, split: str, images: ImageDataset, fraction: float) -> tuple[Split, Split]:
         """As of any source; but the files are read once, here, not at every pass."""
@@ -616,6 +639,15 @@ def is_held_out(key: bytes, fraction: float) -> bool:
 
 def _key(size: int, head: bytes, tail: bytes) -> bytes:
     return hashlib.blake2b(size.to_bytes(8, "big") + head + tail, digest_size=16).digest()
+
+
+def _values(dataset: datasets.Dataset, names: list[str]) -> Iterator[tuple[Any, ...]]:
+    columns = dataset.select_columns(names)
+    return zip(*(columns[name] for name in names), strict=True)
+
+
+def _state_of_maps(dataset: datasets.Dataset) -> str | None:
+    return settled_state([file["filename"] for file in dataset.cache_files])
 
 
 def _from_memory_map(dataset: datasets.Dataset) -> Split:

@@ -9,11 +9,11 @@ from typing import Literal
 
 from ..foundation.errors import UserError
 from ..foundation.settings import SettingsParser, altered, check_values, setting
-from ..settings.data import CheckpointSettings, LabelledSettings
+from ..settings.data import CheckpointSettings, LabelledSettings, SeveralLabelsSettings
 
 
 @dataclass
-class EvaluationSettings(LabelledSettings, CheckpointSettings):
+class EvaluationSettings(SeveralLabelsSettings, LabelledSettings, CheckpointSettings):
     """Everything that `evaluation.classification.evaluate_checkpoint` needs to know."""
 
     _argument_group_name = "evaluation"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..foundation.errors import UserError
 from ..foundation.settings import setting
-from .data import ClassificationDataSettings
+from .data import ClassificationDataSettings, SeveralLabelsSettings
 from .training import (
     ModelSettings,
     OptimisationSettings,
@@ -171,7 +171,7 @@ class ClassificationSettings(
 
 
 @dataclass
-class MultiLabelSettings(ClassificationSettings):
+class MultiLabelSettings(SeveralLabelsSettings, ClassificationSettings):
     """Images with any number of classes each."""
 
 

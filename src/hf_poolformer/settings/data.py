@@ -63,10 +63,33 @@ class ReadingSettings(HubAccess):
 
 @dataclass
 class LabelledSettings(ReadingSettings):
-    """Images of one class each."""
+    """Images with labels."""
 
     validation_dir: str | None = setting(None, "Folder with the validation images.", path=True, decides=False)
-    label_column_name: str | None = setting(None, "Label column. Unset: found by its type.")
+    label_column_name: str | None = setting(
+        None,
+        "Label column; of several labels per image, and of numbers, also several: names with commas between them, or "
+        "a pattern such as 'has_*'. Unset: found by its type.",
+        in_file="list",
+    )
+
+
+@dataclass
+class SeveralLabelsSettings:
+    """How several labels per image are stored, where the data does not tell."""
+
+    _argument_group_name = "data"
+
+    label_separator: str | None = setting(
+        None,
+        "What stands between several names in a text. Unset: | or ; or a comma, where only one of them can be meant.",
+    )
+    label_names: str | None = setting(
+        None,
+        "Names of the classes, where the data has indices, or zeros and ones: separated by commas, or a JSON file "
+        "with a list, or with id2label, whose keys are the stored values.",
+        in_file="list",
+    )
 
 
 @dataclass

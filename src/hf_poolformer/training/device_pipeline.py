@@ -84,7 +84,7 @@ class CropBatches(DecodedBatches):
         return self._batch(*map(list, zip(*examples, strict=True)))
 
     def _read(self, row: Mapping[str, Any]) -> tuple[EncodedImage, Any]:
-        label = self._label(row)
+        label = self._dataset.label(row)
         return EncodedImage(row[self._dataset.image_column], token=self._dataset.token), label
 
     def _example(self, image: EncodedImage, label: Any) -> tuple[Any, Any]:
@@ -105,8 +105,7 @@ class CropBatches(DecodedBatches):
         if get_worker_info() is not None:
             content.share_memory_()  # before anything is written, so that it is written once
         torch.cat(parts, out=content)
-        dtype = np.float32 if self._dataset.problem_type == "regression" else np.int64
-        return {"content": content, "examples": pickle.dumps(examples, protocol=5), "labels": np.array(labels, dtype)}
+        return {"content": content, "examples": pickle.dumps(examples, protocol=5), "labels": np.stack(labels)}
 
 
 class AugmentedBatches(CropBatches):

@@ -54,7 +54,7 @@ class DenseDataset:
     """One split.
 
     Attributes:
-        images: its stream; `label_column` holds the annotation maps or the objects, `label_names` the classes.
+        images: its stream; its label column holds the annotation maps or the objects, `label_names` the classes.
         fields: of the objects; None for annotation maps.
         classes: stored value -> class of the model; with `reduce_labels`, of values less one.
         void: 255 is said to be no class.
@@ -154,7 +154,7 @@ def with_annotations(images: ImageDataset, settings: DenseSettings) -> DenseData
     if reads == "map":
         column = map_column(images, settings.annotation_column_name)
         stream = images.stream.cast_column(column, Image(decode=False))
-        images = dataclasses.replace(images, stream=stream, label_column=column)
+        images = dataclasses.replace(images, stream=stream, label_columns=(column,))
         classes, void = known_classes(settings, None, images.name, images.class_names)
         if classes is None:
             raise unknown_classes(images.name, stored_classes(images))
@@ -175,7 +175,7 @@ def with_annotations(images: ImageDataset, settings: DenseSettings) -> DenseData
             "needs a field 'segmentation' with polygons or run lengths."
         )
     sizes = tuple(name for names in SIZE_FIELDS for name in names if name in features)
-    images = dataclasses.replace(images, label_column=column, other_columns=sizes)
+    images = dataclasses.replace(images, label_columns=(column,), other_columns=sizes)
     classes, _ = known_classes(settings, inside[label], images.name, images.class_names)
     if classes is None:
         raise unknown_classes(images.name, stored_classes(images, label))

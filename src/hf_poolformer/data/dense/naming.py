@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 from datasets import ClassLabel
 from huggingface_hub import hf_hub_download
 
-from ...foundation.errors import UserError, one_line
+from ...foundation.errors import UserError
 from ...foundation.names import first_few
 from ...settings.dense import DenseSettings
+from ..class_names import checked_names, listed_classes, parsed_names, read_names, told_names
 from ..classes import Classes, class_key, in_order, is_number
 
 
@@ -41,17 +41,16 @@ def known_classes(
     if told is None and own is not None:
         told, where = {str(stored): text for stored, text in own.items()}, name
     if told is None:
-        return (Classes.numbered(_checked(feature.names, name)) if isinstance(feature, ClassLabel) else None), False
+        return (
+            Classes.numbered(checked_names(feature.names, name)) if isinstance(feature, ClassLabel) else None
+        ), False
     void = feature is None and isinstance(told, Mapping) and str(told.get(_IGNORED)).lower() in _NOTHING
     if isinstance(told, Mapping):
         text = "string" in str(getattr(feature, "dtype", ""))
         kept = {key.strip(): value for key, value in told.items() if not (void and key == _IGNORED)}
         classes = _keyed(kept, where, maps=feature is None, text=text, reduced=settings.reduce_labels)
     else:
-        names = _checked(told, where)
-        numbers = [is_number(class_key(name)) for name in names]
-        # Names that are numbers are what is stored; of a mixture only the places are certain.
-        classes = Classes.named(names) if all(numbers) or not any(numbers) else Classes.numbered(names)
+        classes = listed_classes(checked_names(told, where))
     if isinstance(feature, ClassLabel) and sorted(feature.names) == sorted(classes.names):
         classes = Classes.numbered(feature.names).renumbered(classes.names)  # the same classes in another order
     return classes, void
@@ -70,12 +69,10 @@ def unknown_classes(name: str, seen: Iterable[str]) -> UserError:
 def _told(settings: DenseSettings, dataset: str | None) -> tuple[Any, str]:
     """Names as they were given, and where; those beside the data only if `dataset`, its name, is given."""
     names = settings.label_names
-    if names and not names.endswith(".json"):
-        return [part.strip() for part in names.split(",") if part.strip()], "--label_names"
     if names:
-        return _parsed(_text_of(Path(names)), names), names
+        return told_names(names)
     path = id2label(settings) if dataset else None
-    return (None, "") if path is None else (_parsed(_text_of(path), "id2label.json"), "id2label.json")
+    return (None, "") if path is None else (parsed_names(read_names(path), "id2label.json"), "id2label.json")
 
 
 def id2label(settings: DenseSettings) -> Path | None:
@@ -98,44 +95,12 @@ def id2label(settings: DenseSettings) -> Path | None:
     return Path(path)
 
 
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the names of the classes in {path}: {one_line(error)}.") from error
-
-
-def _parsed(text: str, where: str) -> list[Any] | dict[str, Any]:
-    """A list of names, or stored value -> name: of id2label, of label2id, of COCO's categories."""
-
-    def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise UserError(f"{where} has a key twice.")
-        return dict(pairs)
-
-    try:
-        values = json.loads(text, object_pairs_hook=no_key_twice)
-        if isinstance(values, dict):
-            values = values.get("id2label", values.get("categories", values))
-        if isinstance(values, list) and values and all(isinstance(entry, dict) for entry in values):
-            values = no_key_twice([(str(entry["id"]), entry["name"]) for entry in values])
-        elif isinstance(values, dict) and values and all(type(index) is int for index in values.values()):
-            values = no_key_twice([(str(index), name) for name, index in values.items()])
-    except UserError:
-        raise
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{where} holds neither a list of names nor id2label: {one_line(error)}.") from error
-    if not isinstance(values, (list, dict)):
-        raise UserError(f"{where} holds neither a list of names nor id2label.")
-    return values
-
-
 def _keyed(names: Mapping[str, Any], where: str, *, maps: bool, text: bool, reduced: bool) -> Classes:
     """Classes by the keys of their names; of `text` also by the names."""
     wrong = [key for key in names if not is_number(key)]
     if wrong:
         raise UserError(f"{where} holds neither a list of names nor id2label: its key {wrong[0]!r} is no number.")
-    _checked(list(names.values()), where)
+    checked_names(list(names.values()), where)
     large = [key for key in names if maps and int(key) > _MAX_VALUE]
     if large:
         raise UserError(f"{where} has the key {large[0]}, which no annotation map holds.")
@@ -146,13 +111,3 @@ def _keyed(names: Mapping[str, Any], where: str, *, maps: bool, text: bool, redu
         return classes
     by_name = {class_key(name): index for index, name in enumerate(classes.names)}
     return Classes(classes.names, {key: i for key, i in by_name.items() if not is_number(key)} | dict(classes.table))
-
-
-def _checked(names: Any, where: str) -> list[str]:
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise UserError(f"the names of the classes in {where} are not a list of texts.")
-    keys = [class_key(name) for name in names]
-    twice = [name for name, key in zip(names, keys, strict=True) if keys.count(key) > 1]
-    if twice:
-        raise UserError(f"{where} names the class {twice[0]!r} twice.")
-    return names
