@@ -338,3 +338,94 @@ def test_a_card_by_hand_may_not_be_wrong(text, message):
     for repo_type in ("model", "dataset"):
         with pytest.raises(CardError, match=message):
             check_card(text, repo_type)
+
+
+def test_figures_have_their_intervals(folder):
+    intervals = {
+        "eval_accuracy": [0.95661, 0.9887],
+        "eval_loss": [0.1, None],  # of a run whose bootstrap had no answer
+        "eval_mcc": [0.9, 0.97],
+        "eval_per_class_accuracy": {"0": [0.25, 0.75], "1": None},
+    }
+    results = RESULTS | {"eval_mcc": 0.95, "eval_confidence_intervals": intervals}
+    results["eval_per_class_accuracy"] = {"0": 0.5, "1": None}
+    text, _ = write(folder, results=results)
+    table = {name.strip(): value.strip() for name, value in rows(text, "## Results")[2:6]}
+    assert table["Top-1 accuracy"] == "97.77 % (95.66 to 98.87 %)"
+    assert table["Matthews correlation"] == "0.95 (0.9 to 0.97)"
+    assert table["Loss"] == "0.1235" and table["Top-5 accuracy"] == "100.00 %"
+    assert "95 % confidence interval" in text
+    per_class = rows(text, "### Per class")
+    assert [cell.strip() for cell in per_class[2]] == ["0", "50.00 % (25.00 to 75.00 %)"]
+    assert per_class[3][1].strip() == per_class[9][1].strip() == "-"
+    assert "interval" not in write(folder)[0]
+
+
+@pytest.mark.parametrize("metric", ["eval_f1_macro", "f1_macro"])
+def test_the_metric_that_matters_comes_first(folder, metric):
+    results = RESULTS | {"eval_f1_macro": 0.61, "eval_balanced_accuracy": 0.6}
+    text, data = write(folder, results=results, settings=SETTINGS | {"metric_for_best_model": metric})
+    assert data["metrics"] == ["f1"] and data["model-index"][0]["results"][0]["metrics"][0]["type"] == "f1"
+    assert [row[0].strip() for row in rows(text, "## Results")[2:5]] == [
+        "Macro F1",
+        "Top-1 accuracy",
+        "Balanced accuracy",
+    ]
+    assert write(folder, results=results)[1]["metrics"] == ["accuracy"]
+
+
+def test_per_class_figures_have_a_column_each(folder):
+    per_class = {
+        "eval_per_class_precision": {"cat": None, "dog": 0.5},
+        "eval_per_class_accuracy": {"cat": 0.0, "dog": 1.0},
+        "eval_per_class_f1": {"cat": 0.0, "dog": 2 / 3},
+        "eval_per_class_samples": {"cat": 40, "dog": 10240},
+    }
+    text, _ = write(folder, label_names=["cat", "dog"], results=RESULTS | per_class)
+    table = [[cell.strip() for cell in row] for row in rows(text, "### Per class")]
+    assert table[0] == ["class", "precision", "recall", "F1", "images"]
+    assert table[2] == ["cat", "-", "0.00 %", "0.00 %", "40"]
+    assert table[3] == ["dog", "50.00 %", "100.00 %", "66.67 %", "10240"]
+
+
+def test_several_labels(folder):
+    config = {"model_type": "poolformer", "architectures": ["PoolFormerForImageClassification"]}
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
+    (folder / "label_figures.png").write_bytes(b"png")
+    results = {
+        "eval_average_precision": 0.812,
+        "eval_f1_macro": 0.7,
+        "eval_exact_match": 0.5,
+        "eval_loss": 0.25,
+        "eval_samples": 50,
+        "eval_per_class_recall": {"red": 0.5, "round": 0.75},
+        "eval_per_class_average_precision": {"red": 0.6, "round": None},
+    }
+    text, data = write(folder, label_names=["red", "round"], results=results)
+    assert data["pipeline_tag"] == "image-classification" and data["metrics"] == ["mean_average_precision"]
+    (result,) = data["model-index"][0]["results"]
+    assert result["task"] == {"type": "image-classification", "name": "Multi-label image classification"}
+    assert "Mean average precision | 0.812 |" in text and "multi-label image classifier with 2 classes" in text
+    assert [cell.strip() for cell in rows(text, "### Per class")[0]] == ["class", "recall", "average precision"]
+    assert "![Precision, recall and F1 of each class](label_figures.png)" in text and "Top-1" not in text
+
+
+def test_numbers(folder):
+    config = {"model_type": "poolformer", "architectures": ["PoolFormerForImageClassification"]}
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": "regression"}))
+    (folder / "scatter.png").write_bytes(b"png")
+    results = {"eval_mae": 1234.5678, "eval_rmse": 20000.4, "eval_r2": -0.5, "eval_loss": 400016000.2}
+    results |= {"eval_samples": 50, "eval_per_target_mae": {"weight": 1234.5678}}
+    results["eval_confidence_intervals"] = {"eval_mae": [1100.2, 1400.9]}
+    text, data = write(folder, label_names=["weight"], results=results)
+    table = {name.strip(): value.strip() for name, value in rows(text, "## Results")[2:6]}
+    assert table == {
+        "Mean absolute error": "1235 (1100 to 1401)",
+        "Root mean square error": "20000",
+        "R²": "-0.5",
+        "Mean square error": "400016000",
+    }
+    metrics = data["model-index"][0]["results"][0]["metrics"]
+    assert [metric["type"] for metric in metrics] == ["mae", "rmse", "r_squared", "loss"]
+    assert "image regressor with 1 target, 1.5 M parameters" in text and "### Per target" in text
+    assert "![Predicted against true](scatter.png)" in text

@@ -16,7 +16,8 @@ from hf_poolformer.evaluation.processes import named_results
 from hf_poolformer.evaluation.settings import EvaluationSettings
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.foundation.strict_json import to_json
-from hf_poolformer.foundation.tasks import MULTI_LABEL, REGRESSION
+from hf_poolformer.foundation.tasks import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from hf_poolformer.training import reports
 
 
 @pytest.fixture
@@ -214,3 +215,22 @@ def test_several_labels_and_numbers_of_a_model(model, images):
     targets = torch.randn(25, 10)
     results = evaluate(model, batches(images, targets), accelerator=Accelerator(), num_labels=10, task=REGRESSION)
     assert results["eval_mae"] == pytest.approx((logits - targets).abs().double().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "drawn", "limits"),
+    [
+        (CLASSIFICATION, {"top-1", "macro F1"}, (0.395, 1.01)),
+        (REGRESSION, {"MAE", "RMSE"}, (0, None)),  # not R2, whose scale is another one
+    ],
+)
+def test_curves_have_one_scale(tmp_path, monkeypatch, task, drawn, limits):
+    kept = []
+    monkeypatch.setattr(reports, "save_figure", lambda figure, path: kept.append(figure))
+    values = {"eval_accuracy": 0.5, "eval_f1_macro": 0.46, "eval_loss": 1.0, "eval_r2": -40.0}
+    rows = [{"step": step, **values, "eval_mae": 30.0, "eval_rmse": 50.0} for step in (1, 2)]
+    reports.write_curves(tmp_path / "curves.png", rows, task)
+    right = kept[0].axes[1]
+    assert {line.get_label() for line in right.get_lines()} == drawn
+    low, high = right.get_ylim()
+    assert low == pytest.approx(limits[0], abs=0.005) and high == pytest.approx(limits[1] or high) and high > 0.5
