@@ -8,8 +8,10 @@ from timm.optim.lamb import Lamb as TimmLamb
 from torch import nn
 
 from hf_poolformer import PoolFormerForImageClassification
+from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.settings.training import TrainingSettings
 from hf_poolformer.training.lamb import Lamb
+from hf_poolformer.training.loop import train
 from hf_poolformer.training.optimisation import make_optimizer, parameter_groups
 
 
@@ -116,3 +118,10 @@ def test_frozen_tensors_stay(model):
     first.grad, before = None, first.detach().clone()
     optimizer.step()
     assert torch.equal(first, before)
+
+
+def test_a_run_goes_on_with_its_own_optimiser(make_settings):
+    """The state of one would load into the other."""
+    train(make_settings(optimizer="lamb", max_train_steps=1))
+    with pytest.raises(UserError, match="was made with --optimizer lamb; go on with the same setting"):
+        train(make_settings(optimizer="adamw", max_train_steps=1, resume_from_checkpoint="latest"))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
+from digits import NAMES
 from safetensors.torch import load_file
 
 from hf_poolformer.foundation.errors import UserError
@@ -202,4 +203,26 @@ def test_killed_while_it_adapts_or_distils(make_settings_from, make_checkpoint, 
     parts = make_settings_from(start, **changes, output_dir=str(tmp_path / "parts"))
     assert not run(parts, count, kill_at=4)
     assert run(parts, count)
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_killed_while_sizes_change(make_settings_from, make_checkpoint, tmp_path):
+    """In each phase, with the rest of what the second paper's recipes have."""
+    start = make_checkpoint(labels=[*NAMES, "digit 10"], metaformer="caformer_s18")
+    changes = {
+        **SETTINGS,
+        "size_schedule": {"0": 16, "1": 24},
+        "optimizer": "lamb",
+        "head_mapping": "names",
+        "head_dropout": 0.4,
+        "ema_warmup": False,
+        "layer_decay": 0.8,
+        "num_workers": 2,
+    }
+    whole = make_settings_from(start, **changes, output_dir=str(tmp_path / "whole"))
+    assert run(whole)
+    parts = make_settings_from(start, **changes, output_dir=str(tmp_path / "parts"))
+    for step in (3, 11):
+        assert not run(parts, kill_at=step)
+    assert run(parts)
     assert_same(tmp_path / "parts", tmp_path / "whole")
