@@ -494,6 +494,11 @@ class MetaFormerModel(MetaFormerPreTrainedModel):
         )
 
 
+def make_dropout(rate: float) -> nn.Module:
+    """Dropout, and nothing at all, in exported graphs either, where there is none."""
+    return nn.Dropout(rate) if rate else nn.Identity()
+
+
 @fusible
 class MLPHead(nn.Module):
     """Classifier of ConvFormer and CAFormer: fc to 4C, squared ReLU, LayerNorm (eps 1e-5), dropout, fc."""
@@ -505,7 +510,7 @@ class MLPHead(nn.Module):
         self.fc1 = nn.Linear(dim, self.expansion * dim)
         self.act = SquaredReLU()
         self.norm = nn.LayerNorm(self.expansion * dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = make_dropout(dropout)
         self.fc2 = nn.Linear(self.expansion * dim, num_labels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -537,7 +542,7 @@ class MetaFormerForImageClassification(MetaFormerPreTrainedModel):
         else:
             self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
         # Before a linear head; an MLP head has its own before its last layer.
-        self.dropout = nn.Dropout(config.head_dropout if config.head_type == "linear" else 0.0)
+        self.dropout = make_dropout(config.head_dropout if config.head_type == "linear" else 0.0)
         self.classifier = make_head(config)
         self.post_init()
 

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from hf_poolformer.foundation.errors import UserError
+from hf_poolformer.training.adaptation import LinearProbe
 from hf_poolformer.training.initialisation import initial_model
 
 
@@ -66,6 +67,12 @@ def test_otherwise_the_head_is_new(start, make_settings_from, caplog, labels, ma
     assert not any(torch.equal(row, known) for row in rows_of(model)[0] for known in rows_of(before)[0])
 
 
+def test_rows_of_numbers_are_no_rows_of_classes(start, make_settings_from, caplog):
+    folder = start("mlp", ["a", "b", "c"], problem_type="regression")
+    initial_model(make_settings_from(folder, head_mapping="names"), ["c", "a"])
+    assert "New head" in caplog.text and "keep their rows" not in caplog.text
+
+
 def test_the_checkpoints_own_labels_keep_their_head_in_silence(start, make_settings_from, caplog):
     folder = start("mlp", ["a", "b"])
     with caplog.at_level(logging.INFO):
@@ -87,13 +94,15 @@ def test_dropout_before_the_last_layer(start, make_settings_from, make_settings,
     layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     images = torch.randn(64, 3, 32, 32)
     with torch.no_grad():
-        model.train()(images)
         model.eval()(images)
-    dropped, whole = seen
-    gone = dropped == 0
-    assert 0.4 < gone.float().mean() < 0.6  # of thousands
-    torch.testing.assert_close(dropped[~gone], 2 * whole[~gone])
+        model.train()(images)
+        LinearProbe(model).train()(images)  # --freeze_backbone
+    whole, *dropped = seen
     assert not (whole == 0).any()
+    for values in dropped:
+        gone = values == 0
+        assert 0.4 < gone.float().mean() < 0.6  # of thousands
+        torch.testing.assert_close(values[~gone], 2 * whole[~gone])
 
 
 def test_dropout_is_refused_where_there_is_none(start, make_settings_from):

@@ -111,8 +111,8 @@ def test_killed_and_resumed_is_the_same_run(make_settings, tmp_path, num_workers
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_fully_sharded(make_settings, tmp_path, monkeypatch, ema_decay):
+@pytest.mark.parametrize(("ema_decay", "optimizer"), [(0.0, "adamw"), (0.9, "adamw"), (0.0, "lamb")])
+def test_fully_sharded(make_settings, tmp_path, monkeypatch, ema_decay, optimizer):
     """accelerate gives FSDP to accelerators only; told that it has it, it works on the CPU as well."""
     make = loop.training_accelerator
 
@@ -127,7 +127,7 @@ def test_fully_sharded(make_settings, tmp_path, monkeypatch, ema_decay):
         )
         return accelerator
 
-    changes = {**SETTINGS, "num_workers": 0, "ema_decay": ema_decay, "eval_epochs": 1}
+    changes = {**SETTINGS, "num_workers": 0, "ema_decay": ema_decay, "optimizer": optimizer, "eval_epochs": 1}
     copies = make_settings(**changes, output_dir=str(tmp_path / "copies"))
     assert run(copies, 2)
     monkeypatch.setattr(loop, "training_accelerator", distributed)

@@ -33,6 +33,8 @@ def map_head(model: PreTrainedModel, settings: ClassificationSettings, overrides
         whether any name agrees, and the heads end with linear layers; if not, the head is as it was.
     """
     theirs, _, _ = load_checkpoint(settings.model_name_or_path, settings.origin(), **overrides)
+    if "regression" in (model.config.problem_type, theirs.config.problem_type):
+        return False  # rows of numbers, whatever these are called
     learnt, names = ([one.config.id2label[i] for i in range(one.config.num_labels)] for one in (theirs, model))
     rows = rows_by_name(learnt, names)
     known = [(index, row) for index, row in enumerate(rows) if row is not None]
