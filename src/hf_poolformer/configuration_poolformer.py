@@ -211,6 +211,7 @@ RULES: dict[str, Rule] = {
     "layer_scale_init_value": FINITE,
     "res_scale_init_values": FINITE,
     "drop_path_rate": RATE,
+    "head_dropout": RATE,
     "initializer_range": NOT_NEGATIVE,
 }
 
@@ -262,6 +263,8 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
             Classifier order: block norm then global mean (first paper), or global mean then LayerNorm (second).
         head_type (`str`, *optional*, defaults to `"linear"`):
             `"linear"` or `"mlp"` (fc, squared ReLU, LayerNorm, fc).
+        head_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout before the classifier's last layer; saved where it is not 0.
         drop_path_rate (`float`, *optional*, defaults to 0.0):
             DropPath of the last block; grows linearly with depth from 0.
         initializer_range (`float`, *optional*, defaults to 0.02):
@@ -316,6 +319,7 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
     position_embeddings: list[bool] | tuple[bool, ...] = (False, False, False, False)
     head_norm_first: bool = True
     head_type: str = "linear"
+    head_dropout: float | int = 0.0
     drop_path_rate: float | int = 0.0
     initializer_range: float = 0.02
     kernels: Literal["auto", "cpu", "triton", "reference"] | None = None
@@ -511,6 +515,8 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
         for name in ("kernels", "label_thresholds"):
             if output.get(name) is None:
                 output.pop(name, None)
+        if not output.get("head_dropout"):
+            output.pop("head_dropout", None)
         return output
 
     @property
@@ -617,6 +623,7 @@ class PoolFormerConfig(MetaFormerConfig):
     position_embeddings: ClassVar[Any] = Fixed(False, per_stage=True)
     head_norm_first: ClassVar[Any] = Fixed(True)
     head_type: ClassVar[Any] = Fixed("linear")
+    head_dropout: ClassVar[Any] = Fixed(0.0)
 
     def validate_image_size(self):
         """Nothing reads it."""
@@ -678,6 +685,7 @@ class Variant:
         image_size: pixels of its evaluation crop.
         num_labels: classes of its head: 1000 of ImageNet-1K, 21841 of ImageNet-21K.
         drop_path_rate: stochastic depth it was trained with; `None` where its authors published none.
+        head_dropout: dropout of its MLP head in training; `None` where its authors published none. 0 for linear heads.
         top1: published ImageNet-1K accuracy in percent; `None` for a head of ImageNet-21K.
         source: address of the original checkpoint.
         timm_name: `architecture.tag` of the same weights in timm; `None` where timm has none.
@@ -690,6 +698,7 @@ class Variant:
     image_size: int
     num_labels: int
     drop_path_rate: float | None
+    head_dropout: float | None
     top1: float | None
     source: str
     timm_name: str | None
@@ -776,11 +785,12 @@ TRAININGS = {
     "_in21k": (224, 21841, "sail_in22k"),
 }
 
-# Per checkpoint (top-1, DropPath in training). Top-1: README of sail-sg/poolformer and sail-sg/metaformer; of the
-# metaformer_* hybrids, table 5 of arXiv 2111.11418. DropPath: README of the first, scripts/ of the second repository
-# (randformer_m48 is 0.3 there), which say nothing about the hybrids and about training on ImageNet-21K.
+# Per checkpoint: top-1; DropPath in training; of MLP heads, their dropout in training. Top-1: README of
+# sail-sg/poolformer and sail-sg/metaformer; of the metaformer_* hybrids, table 5 of arXiv 2111.11418. DropPath and
+# dropout: README of the first, scripts/ of the second repository (randformer_m48 is 0.3 there), which say nothing
+# about the hybrids and about training on ImageNet-21K.
 # fmt: off
-RESULTS: dict[str, dict[str, dict[str, tuple[float | None, float | None]]]] = {
+RESULTS: dict[str, dict[str, dict[str, tuple[float | None, ...]]]] = {
     "poolformer": {
         "s12": {"": (77.2, 0.1)}, "s24": {"": (80.3, 0.1)}, "s36": {"": (81.4, 0.2)},
         "m36": {"": (82.1, 0.3)}, "m48": {"": (82.5, 0.4)},
@@ -804,25 +814,32 @@ RESULTS: dict[str, dict[str, dict[str, tuple[float | None, float | None]]]] = {
     },
     "convformer": {
         size: dict(zip(TRAININGS, results, strict=True)) for size, *results in (
-            ("s18", (83.0, 0.2), (84.4, 0.3), (83.7, None), (85.0, None), (None, None)),
-            ("s36", (84.1, 0.3), (85.4, 0.5), (85.4, None), (86.4, None), (None, None)),
-            ("m36", (84.5, 0.4), (85.6, 0.8), (86.1, None), (86.9, None), (None, None)),
-            ("b36", (84.8, 0.6), (85.7, 0.8), (87.0, None), (87.6, None), (None, None)),
+            ("s18", (83.0, 0.2, 0.0), (84.4, 0.3, 0.4), (83.7, None, None), (85.0, None, None), (None, None, None)),
+            ("s36", (84.1, 0.3, 0.0), (85.4, 0.5, 0.4), (85.4, None, None), (86.4, None, None), (None, None, None)),
+            ("m36", (84.5, 0.4, 0.0), (85.6, 0.8, 0.5), (86.1, None, None), (86.9, None, None), (None, None, None)),
+            ("b36", (84.8, 0.6, 0.0), (85.7, 0.8, 0.5), (87.0, None, None), (87.6, None, None), (None, None, None)),
         )
     },
     "caformer": {
         size: dict(zip(TRAININGS, results, strict=True)) for size, *results in (
-            ("s18", (83.6, 0.15), (85.0, 0.3), (84.1, None), (85.4, None), (None, None)),
-            ("s36", (84.5, 0.3), (85.7, 0.5), (85.8, None), (86.9, None), (None, None)),
-            ("m36", (85.2, 0.4), (86.2, 0.7), (86.6, None), (87.5, None), (None, None)),
-            ("b36", (85.5, 0.6), (86.4, 0.8), (87.4, None), (88.1, None), (None, None)),
+            ("s18", (83.6, 0.15, 0.0), (85.0, 0.3, 0.4), (84.1, None, None), (85.4, None, None), (None, None, None)),
+            ("s36", (84.5, 0.3, 0.4), (85.7, 0.5, 0.4), (85.8, None, None), (86.9, None, None), (None, None, None)),
+            ("m36", (85.2, 0.4, 0.4), (86.2, 0.7, 0.4), (86.6, None, None), (87.5, None, None), (None, None, None)),
+            ("b36", (85.5, 0.6, 0.5), (86.4, 0.8, 0.5), (87.4, None, None), (88.1, None, None), (None, None, None)),
         )
     },
 }
 # fmt: on
 
 
-def _variant(family: str, size: str, suffix: str, top1: float | None, drop_path_rate: float | None) -> Variant:
+def _variant(
+    family: str,
+    size: str,
+    suffix: str,
+    top1: float | None,
+    drop_path_rate: float | None,
+    head_dropout: float | None = 0.0,
+) -> Variant:
     common = FAMILIES[family]
     image_size, num_labels, tag = TRAININGS[suffix]
     depths, hidden_sizes = common.sizes[size]
@@ -844,6 +861,7 @@ def _variant(family: str, size: str, suffix: str, top1: float | None, drop_path_
         image_size=image_size,
         num_labels=num_labels,
         drop_path_rate=drop_path_rate,
+        head_dropout=head_dropout,
         top1=top1,
         source=common.source.format(name=name + suffix),
         timm_name=f"{name}.{tag}" if common.in_timm else None,
@@ -856,6 +874,33 @@ VARIANTS: dict[str, Variant] = {
     for size, trainings in sizes.items()
     for suffix, result in trainings.items()
 }
+
+
+def family_of(config: PreTrainedConfig) -> str | None:
+    """The family that agrees in every field in which families differ; None, too, for other architectures."""
+    if not isinstance(config, MetaFormerConfig):
+        return None
+    fields = set().union(*(family.config for family in FAMILIES.values()))
+
+    def same(family: str) -> bool:
+        reference = FAMILIES[family].config
+        return all(as_tuple(getattr(config, k)) == reference.get(k, getattr(MetaFormerConfig, k)) for k in fields)
+
+    return next((family for family in FAMILIES if same(family)), None)
+
+
+def variant_of(config: PreTrainedConfig) -> str | None:
+    """The variant of this architecture that was trained at 224 pixels on ImageNet-1K, or None."""
+    family = family_of(config)
+    sizes = FAMILIES[family].sizes if family is not None else {}
+    shape = (as_tuple(config.depths), as_tuple(config.hidden_sizes))
+    names = [f"{family}_{size}" for size, its_shape in sizes.items() if its_shape == shape]
+    return next((name for name in names if name in VARIANTS), None)
+
+
+def as_tuple(value: Any) -> Any:
+    """Lists of a configuration, which JSON makes of tuples, as tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 __all__ = ["FAMILIES", "VARIANTS", "Family", "MetaFormerConfig", "PoolFormerConfig", "Variant"]

@@ -494,24 +494,36 @@ class MetaFormerModel(MetaFormerPreTrainedModel):
         )
 
 
+def make_dropout(rate: float) -> nn.Module:
+    """Dropout, and nothing at all, in exported graphs either, where there is none."""
+    return nn.Dropout(rate) if rate else nn.Identity()
+
+
 @fusible
 class MLPHead(nn.Module):
-    """Classifier of ConvFormer and CAFormer: fc to 4C, squared ReLU, LayerNorm (eps 1e-5), fc."""
+    """Classifier of ConvFormer and CAFormer: fc to 4C, squared ReLU, LayerNorm (eps 1e-5), dropout, fc."""
 
     expansion = 4
 
-    def __init__(self, dim: int, num_labels: int):
+    def __init__(self, dim: int, num_labels: int, dropout: float = 0.0):
         super().__init__()
         self.fc1 = nn.Linear(dim, self.expansion * dim)
         self.act = SquaredReLU()
         self.norm = nn.LayerNorm(self.expansion * dim)
+        self.dropout = make_dropout(dropout)
         self.fc2 = nn.Linear(self.expansion * dim, num_labels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.norm(self.act(self.fc1(features))))
+        return self.fc2(self.dropout(self.norm(self.act(self.fc1(features)))))
 
 
-HEADS = {"linear": nn.Linear, "mlp": MLPHead}
+def make_head(config: MetaFormerConfig) -> nn.Module:
+    dim = config.hidden_sizes[-1]
+    if config.num_labels == 0:
+        return nn.Identity()
+    if config.head_type == "mlp":
+        return MLPHead(dim, config.num_labels, config.head_dropout)
+    return nn.Linear(dim, config.num_labels)
 
 
 @auto_docstring(custom_intro="A MetaFormer with an image classification head on the globally averaged features.")
@@ -529,7 +541,9 @@ class MetaFormerForImageClassification(MetaFormerPreTrainedModel):
             self.norm = make_norm(config.norm_layer, dim, config)
         else:
             self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
-        self.classifier = HEADS[config.head_type](dim, config.num_labels) if config.num_labels else nn.Identity()
+        # Before a linear head; an MLP head has its own before its last layer.
+        self.dropout = make_dropout(config.head_dropout if config.head_type == "linear" else 0.0)
+        self.classifier = make_head(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -554,7 +568,7 @@ class MetaFormerForImageClassification(MetaFormerPreTrainedModel):
             features = self.norm(hidden_states).mean([-2, -1])
         else:
             features = self.norm(outputs.pooler_output)
-        logits = self.classifier(features)
+        logits = self.classifier(self.dropout(features))
 
         loss = None
         if labels is not None:

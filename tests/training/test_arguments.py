@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 import hf_poolformer
+from hf_poolformer import PoolFormerConfig
 from hf_poolformer.data.datasets import open_datasets
 from hf_poolformer.evaluation.settings import EvaluationSettings, parse_evaluation
 from hf_poolformer.foundation.errors import UserError
@@ -74,6 +75,12 @@ def test_a_checkpoint_takes_the_place_of_the_recipes_architecture():
         ([*REQUIRED, "--device_preprocessing", "gpu"], "invalid choice: 'gpu' (choose from"),
         ([*REQUIRED, "--reduced_decoding", "half"], "half"),
         ([*REQUIRED, "--config_overrides", "depths=1"], "not JSON"),
+        ([*REQUIRED, "--size_schedule", "160,224"], "takes sides by epochs as JSON"),
+        ([*REQUIRED, "--size_schedule", '{"soon": 160}'], "takes sides by epochs as JSON"),
+        ([*REQUIRED, "--size_schedule", '{"-1": 160}'], "160 pixels from epoch -1 on is no size"),
+        ([*REQUIRED, "--size_schedule", '{"0": 0.5}'], "0.5 pixels from epoch 0 on is no size"),
+        ([*REQUIRED, "--head_dropout", "1"], "--head_dropout must be between 0 and"),
+        ([*REQUIRED, "--head_mapping", "ids"], "invalid choice: 'ids'"),
         ([*REQUIRED, "--config_file", "nowhere.yaml"], "cannot read the settings"),
     ],
 )
@@ -102,8 +109,16 @@ def test_mistakes_in_the_file_are_named(tmp_path, text, message):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_saved_settings_read_back_equal_and_without_the_token(tmp_path, recipe):
+    PoolFormerConfig().save_pretrained(tmp_path / "start")
+    start = {"model_name_or_path": str(tmp_path / "start")} if recipe == "metaformer-384" else {}  # it names none
     settings = TrainingSettings.from_recipe(
-        recipe, train_dir="a b", output_dir="run", hub_token="hf_secret", seed=3, resume_from_checkpoint="latest"
+        recipe,
+        train_dir="a b",
+        output_dir="run",
+        hub_token="hf_secret",
+        seed=3,
+        resume_from_checkpoint="latest",
+        **start,
     )
     file = tmp_path / "settings.yaml"
     settings.save(file)

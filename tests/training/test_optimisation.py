@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV2
 
 from hf_poolformer import PoolFormerForImageClassification
 from hf_poolformer.settings.training import TrainingSettings
@@ -105,3 +106,18 @@ def test_average_follows_the_weights(model):
     other.load_state_dict(ema.state_dict())
     assert other.updates == 201
     torch.testing.assert_close(other.module.state_dict()[name], model.state_dict()[name])
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_average_is_timms_but_for_its_warmup(model, warmup):
+    """The second paper's average is timm's ModelEmaV2, which weighs the first step like all others."""
+    ema, theirs = WeightAverage(model, 0.99, warmup), ModelEmaV2(model, 0.99)
+    for step in range(1, 6):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        ema.update(model)
+        theirs.decay = min(0.99, (1 + step) / (10 + step)) if warmup else 0.99
+        theirs.update(model)
+        for one, other in zip(ema.module.parameters(), theirs.module.parameters(), strict=True):
+            torch.testing.assert_close(one, other)

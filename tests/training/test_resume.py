@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from digits import NAMES
 from killed import assert_same, losses, run
 from safetensors.torch import load_file
 
@@ -57,8 +58,8 @@ def test_killed_and_resumed_is_the_same_run(make_settings, tmp_path, num_workers
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_fully_sharded(make_settings, tmp_path, monkeypatch, ema_decay):
+@pytest.mark.parametrize(("ema_decay", "optimizer"), [(0.0, "adamw"), (0.9, "adamw"), (0.0, "lamb")])
+def test_fully_sharded(make_settings, tmp_path, monkeypatch, ema_decay, optimizer):
     """accelerate gives FSDP to accelerators only; told that it has it, it works on the CPU as well."""
     make = loop.training_accelerator
 
@@ -73,7 +74,8 @@ def test_fully_sharded(make_settings, tmp_path, monkeypatch, ema_decay):
         )
         return accelerator
 
-    changes = {**SETTINGS, "num_workers": 0, "ema_decay": ema_decay, "eval_epochs": 1, "load_best_model_at_end": True}
+    changes = {**SETTINGS, "num_workers": 0, "ema_decay": ema_decay, "optimizer": optimizer, "eval_epochs": 1}
+    changes["load_best_model_at_end"] = True
     copies = make_settings(**changes, output_dir=str(tmp_path / "copies"))
     assert run(copies, 2)
     monkeypatch.setattr(loop, "training_accelerator", distributed)
@@ -282,3 +284,25 @@ def test_a_best_checkpoint_that_is_damaged_leaves_the_last_model(make_settings, 
     with pytest.raises(UserError, match=r"model.safetensors is damaged\. The model as it was trained so far is in"):
         train(make_settings(num_train_epochs=2, eval_epochs=1, load_best_model_at_end=True))
     assert (tmp_path / "run/model.safetensors").stat().st_size
+
+
+def test_killed_while_sizes_change(make_settings_from, make_checkpoint, tmp_path):
+    """In each phase, with the rest of what the second paper's recipes have."""
+    start = make_checkpoint(labels=[*NAMES, "digit 10"], metaformer="caformer_s18")
+    changes = {
+        **SETTINGS,
+        "size_schedule": {"0": 16, "1": 24},
+        "optimizer": "lamb",
+        "head_mapping": "names",
+        "head_dropout": 0.4,
+        "ema_warmup": False,
+        "layer_decay": 0.8,
+        "num_workers": 2,
+    }
+    whole = make_settings_from(start, **changes, output_dir=str(tmp_path / "whole"))
+    assert run(whole)
+    parts = make_settings_from(start, **changes, output_dir=str(tmp_path / "parts"))
+    for step in (3, 11):
+        assert not run(parts, kill_at=step)
+    assert run(parts)
+    assert_same(tmp_path / "parts", tmp_path / "whole")

@@ -17,6 +17,8 @@ from ..configuration_poolformer import (
     MetaFormerConfig,
     PoolFormerConfig,
     Variant,
+    as_tuple,
+    family_of,
 )
 from ..foundation.errors import one_line
 from ..foundation.tasks import BACKBONE, CLASSIFICATION, ENCODER, TASKS, Task
@@ -26,7 +28,14 @@ from .weights import ConversionError, FoundCheckpoint, listed
 
 
 # Fields that do not change what a trained model computes.
-NOT_ARCHITECTURE = {"drop_path_rate", "initializer_range", "layer_scale_init_value", "_out_features", "_out_indices"}
+NOT_ARCHITECTURE = {
+    "drop_path_rate",
+    "head_dropout",
+    "initializer_range",
+    "layer_scale_init_value",
+    "_out_features",
+    "_out_indices",
+}
 PARAMETER_FREE = ("pooling", "identity")
 # Fields that no weight tells, those of most consequence first, and the values that what is written down may give them.
 UNTOLD: dict[str, tuple[Any, ...] | None] = {
@@ -452,23 +461,8 @@ def config_of_folder(
     return config, family
 
 
-def family_of(config: MetaFormerConfig) -> str | None:
-    """The family that agrees in every field in which families differ."""
-    fields = set().union(*(family.config for family in FAMILIES.values()))
-
-    def same(family: str) -> bool:
-        reference = FAMILIES[family].config
-        return all(as_tuple(getattr(config, k)) == reference.get(k, getattr(MetaFormerConfig, k)) for k in fields)
-
-    return next((family for family in FAMILIES if same(family)), None)
-
-
 def name_in(text: str, names: Iterable[str]) -> str | None:
     """The longest of `names` that is a part of `text` by itself, as `poolformer` is of `poolformer_s12.pth`."""
     text = text.lower().replace("-", "_").replace("in21kft1k", "in21ft1k")
     found = [name for name in names if re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", text)]
     return max(found, key=len, default=None)
-
-
-def as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

@@ -24,7 +24,7 @@ from torchvision.models._meta import _COCO_CATEGORIES, _IMAGENET_CATEGORIES
 from transformers import PreTrainedModel
 from transformers.image_utils import PILImageResampling
 
-from ..configuration_poolformer import FAMILIES, VARIANTS, MetaFormerConfig, Variant
+from ..configuration_poolformer import FAMILIES, VARIANTS, MetaFormerConfig, Variant, as_tuple
 from ..foundation.errors import one_line
 from ..foundation.folders import new_folder
 from ..foundation.strict_json import to_json
@@ -32,7 +32,6 @@ from ..foundation.tasks import CLASSIFICATION, HEADLESS, Task
 from ..image_processing_poolformer import PoolFormerImageProcessor
 from ..modeling_poolformer import AUTO_CLASSES
 from .architecture import (
-    as_tuple,
     choose_family,
     choose_row,
     config_of_folder,

@@ -96,6 +96,7 @@ def make_loader(
     Args:
         transform: RGB image to a tensor (C, H, W) of fixed size; runs in the workers. When training, torch's, numpy's
             and Python's global generators are seeded for each image from `seed`, epoch and its place in the dataset.
+            If it has a method `at_epoch`, that returns the transform of an epoch, of which the first is 0.
         num_workers: of remote data an upper limit: no more are started than this process has shards.
         shuffle_buffer_size: undecoded images held by each worker, on average.
         max_skipped: the run stops when more than this fraction (float; one image always passes) or number (int) of an
@@ -438,6 +439,8 @@ class DecodedBatches(torch.utils.data.IterableDataset):
     def _messages(self, generators: "_Generators") -> Iterator[Message]:
         worker, epoch = get_worker_info(), self.epoch
         number, lane = self.order.lane(epoch, worker.id if worker is not None else 0)
+        if hasattr(self._transform, "at_epoch"):  # workers outlive an epoch
+            self._transform = self._transform.at_epoch(epoch)
         self._reported = set(lane.damaged)
         examples: list[tuple[Any, Any]] = []
         skipped: list[str] = []

@@ -86,6 +86,8 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "name": ("repo_id", "hub_model_id", "dataset_name"),
     "num_epochs": ("num_train_epochs",),
     "num_steps": ("max_train_steps",),
+    "opt": ("optimizer",),
+    "optim": ("optimizer",),
     "out": ("output", "output_dir"),
     "out_dir": ("output", "output_dir"),
     "output_path": ("output", "output_dir"),

@@ -49,6 +49,14 @@ class AugmentationSettings:
     label_smoothing: float = setting(
         0.1, "Part of the target that is spread over all classes.", low=0, high=0.999, shown=True
     )
+    size_schedule: str | None = setting(
+        None,
+        "Sides of the training images by the epoch that begins with them, the first being 0, as JSON: "
+        '\'{"0": 160, "100": 192, "200": 224}\'; in YAML, a mapping. Unset, and before the first of them: the size at '
+        "which the model is evaluated and saved.",
+        shown=True,
+        in_file="mapping",
+    )
 
 
 @dataclass
@@ -185,32 +193,53 @@ class RareClassSettings:
             raise UserError(f"--{name} {value}: {why}.")
 
 
+@dataclass
+class HeadSettings:
+    _argument_group_name = "model"
+
+    head_dropout: float | None = setting(
+        None,
+        "Dropout before the last layer. Unset: the paper's value for a variant, else the configuration's.",
+        low=0,
+        high=0.99,
+        shown=True,
+    )
+    head_mapping: Literal["off", "names"] = setting(
+        "off",
+        "What a new head takes from a checkpoint with other labels: nothing, or the rows of the labels whose names "
+        "agree, and for the others the mean of all rows.",
+        shown=True,
+    )
+
+
+# What both papers took from DeiT: the defaults of train.py in their repositories.
+FROM_SCRATCH: dict[str, Any] = {
+    "image_size": 224,
+    "crop_min_scale": 0.08,
+    "rand_augment_magnitude": 9.0,
+    "random_erasing": 0.25,
+    "mixup_alpha": 0.8,
+    "cutmix_alpha": 1.0,
+    "num_train_epochs": 300,
+    "per_device_train_batch_size": 128,
+    "per_device_eval_batch_size": 128,
+    "learning_rate": 1e-3,
+    "scale_learning_rate": True,
+    "num_warmup_epochs": 5.0,
+    "min_learning_rate": 1e-5,
+    "num_cooldown_epochs": 10,
+    "layer_decay": 1.0,
+    "max_grad_norm": 0.0,
+    "shuffle_buffer_size": 10000,
+    "logging_steps": 50,
+}
+
 # What each recipe changes; `finetune` is what the fields above say.
 RECIPES: dict[str, dict[str, Any]] = {
     # From a pretrained checkpoint to your own images.
     "finetune": {"model_name_or_path": "sail/poolformer_s12"},
     # ImageNet-1K from scratch: arXiv 2111.11418, section 4.1, and the official train.py.
-    "paper": {
-        "config_name": "poolformer_s12",
-        "image_size": 224,
-        "crop_min_scale": 0.08,
-        "rand_augment_magnitude": 9.0,
-        "random_erasing": 0.25,
-        "mixup_alpha": 0.8,
-        "cutmix_alpha": 1.0,
-        "num_train_epochs": 300,
-        "per_device_train_batch_size": 128,
-        "per_device_eval_batch_size": 128,
-        "learning_rate": 1e-3,
-        "scale_learning_rate": True,
-        "num_warmup_epochs": 5.0,
-        "min_learning_rate": 1e-5,
-        "num_cooldown_epochs": 10,
-        "layer_decay": 1.0,
-        "max_grad_norm": 0.0,
-        "shuffle_buffer_size": 10000,
-        "logging_steps": 50,
-    },
+    "paper": {**FROM_SCRATCH, "config_name": "poolformer_s12"},
     # Small images that must not be mirrored, such as digits, in a minute or two on two cores.
     "demo": {
         "config_name": "poolformer_s12",
@@ -232,6 +261,44 @@ RECIPES: dict[str, dict[str, Any]] = {
         "num_workers": 1,
         "eval_epochs": 5,
     },
+    # ImageNet-1K from scratch with the models of the second paper, arXiv 2210.13452: train.py and scripts/ of
+    # sail-sg/metaformer. `OF_FAMILIES` has what differs; depth and dropout of the head are columns of `VARIANTS`.
+    "metaformer-paper": {
+        **FROM_SCRATCH,
+        "config_name": "caformer_s18",
+        "total_train_batch_size": 4096,
+    },
+    # From that, or from ImageNet-21K, to larger images: scripts/*/finetune_*_384.sh there, which keep train.py's other
+    # settings, a constant learning rate (`--sched None`) and its 300 epochs; 30 epochs is what the paper says.
+    "metaformer-384": {
+        **FROM_SCRATCH,
+        "image_size": 384,
+        "head_mapping": "names",
+        "mixup_alpha": 0.0,
+        "cutmix_alpha": 0.0,
+        "num_train_epochs": 30,
+        "num_cooldown_epochs": 0,
+        "total_train_batch_size": 1024,
+        "learning_rate": 5e-5,
+        "lr_scheduler_type": "constant",
+        "num_warmup_epochs": 0.0,
+        "ema_decay": 0.9999,
+        "ema_warmup": False,
+    },
+}
+
+# What a recipe says otherwise of a family: scripts/ of sail-sg/metaformer. LAMB is timm's, which has an epsilon of its
+# own and clips gradients.
+LAMB = {"optimizer": "lamb", "adam_epsilon": 1e-6, "max_grad_norm": 1.0}
+OF_FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
+    "metaformer-paper": {
+        "convformer": {"num_warmup_epochs": 20.0},
+        "caformer": {**LAMB, "learning_rate": 2e-3, "num_warmup_epochs": 20.0},
+    },
+    "metaformer-384": {
+        "convformer": {},
+        "caformer": {**LAMB, "learning_rate": 1e-4},
+    },
 }
 
 
@@ -245,17 +312,70 @@ class ClassificationSettings(
     OptimisationSettings,
     AugmentationSettings,
     ClassificationDataSettings,
+    HeadSettings,
     ModelSettings,
     RecipeSettings,
 ):
     of_architecture = ("config_name", "config_overrides", "image_size")
 
+    def __post_init__(self) -> None:
+        if isinstance(self.size_schedule, dict):
+            self.size_schedule = json.dumps(self.size_schedule)
+        super().__post_init__()
+
     @classmethod
     def recipes(cls, task: str) -> Mapping[str, Mapping[str, Any]]:
         return RECIPES
 
+    def recipe_of_model(self) -> Mapping[str, Any]:
+        from ..configuration_poolformer import VARIANTS, family_of, variant_of  # not before --help
+
+        families = OF_FAMILIES.get(self.recipe)
+        if families is None:
+            return {}
+        config = self.config_of_model()
+        name = variant_of(config)
+        changes = dict(families.get(family_of(config), {}))
+        fine_tuned = VARIANTS.get(f"{name}_384")
+        if self.model_name_or_path and fine_tuned is not None:
+            changes |= {"drop_path_rate": fine_tuned.drop_path_rate, "head_dropout": fine_tuned.head_dropout}
+        return changes
+
+    def config_of_model(self) -> Any:
+        """The configuration that the run starts from."""
+        from ..configuration_poolformer import VARIANTS, MetaFormerConfig
+        from ..foundation.loading import load_config
+
+        if self.config_name in VARIANTS:
+            return MetaFormerConfig.from_variant(self.config_name)
+        if self.config_name:
+            return load_config(self.config_name, self.origin_of_others())
+        return load_config(self.model_name_or_path, self.origin())
+
+    def training_sides(self) -> list[tuple[int, int]]:
+        """`size_schedule` as pairs of an epoch and the side of the images from there on, in pixels, in order.
+
+        Raises:
+            UserError: it is no such thing.
+        """
+        if not self.size_schedule:
+            return []
+        try:
+            given = json.loads(self.size_schedule)
+            sides = sorted((int(epoch), side) for epoch, side in given.items())
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(
+                f'--size_schedule takes sides by epochs as JSON, \'{{"0": 160, "100": 224}}\', not '
+                f"{self.size_schedule!r}."
+            ) from error
+        for epoch, side in sides:
+            if epoch < 0 or not isinstance(side, int) or isinstance(side, bool) or side < 1:
+                raise UserError(f"--size_schedule: {side!r} pixels from epoch {epoch} on is no size of an image.")
+        return sides
+
     def check(self) -> None:
         super().check()
+        self.training_sides()
         if (self.dataset_name is None) == (self.train_dir is None):
             raise UserError("give the training images by either --dataset_name or --train_dir.")
         self.given_weights()

@@ -61,4 +61,5 @@ def parse(
     # An explicit null in the file unsets what the recipe set.
     unset = [name for name, value in from_file.items() if value is None and name not in ("task", "recipe")]
     parser.set_defaults(**dict.fromkeys(unset))
-    return kind(**parser.parse(as_flags(from_file, kind) + argv, others))
+    settings = kind(**parser.parse(as_flags(from_file, kind) + argv, others))
+    return settings.with_recipe_of_model({*given, *from_file})

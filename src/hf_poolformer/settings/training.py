@@ -24,7 +24,11 @@ class RecipeSettings:
     _argument_group_name = "recipe"
 
     task: str = setting(CLASSIFICATION, "What to train. Each has flags and recipes of its own.", shown=True)
-    recipe: str = setting("finetune", "Where all defaults come from: finetune, paper or demo.", shown=True)
+    recipe: str = setting(
+        "finetune",
+        "Where all defaults come from: finetune, paper, metaformer-paper, metaformer-384 or demo.",
+        shown=True,
+    )
     config_file: str | None = setting(
         None, "YAML file with settings under the names of these flags.", path=True, decides=False
     )
@@ -102,10 +106,15 @@ class OptimisationSettings:
     warmup_learning_rate: float = setting(1e-6, "Learning rate of the first step.", low=0, shown=True)
     min_learning_rate: float = setting(1e-6, "Learning rate at the end.", low=0, shown=True)
     num_cooldown_epochs: int = setting(0, "Epochs at the lowest learning rate, after the others.", low=0, shown=True)
-    weight_decay: float = setting(0.05, "Weight decay of AdamW; never on norms, biases and scales.", low=0, shown=True)
+    optimizer: Literal["adamw", "lamb"] = setting(
+        "adamw",
+        "Which optimiser; lamb for large batches, with learning rates several times those of adamw.",
+        shown=True,
+    )
+    weight_decay: float = setting(0.05, "Weight decay; never on norms, biases and scales.", low=0, shown=True)
     adam_beta1: float = setting(0.9, "First moment's decay.", low=0, high=0.99999999, shown=True)
     adam_beta2: float = setting(0.999, "Second moment's decay.", low=0, high=0.99999999, shown=True)
-    adam_epsilon: float = setting(1e-8, "AdamW's epsilon.", low=0, shown=True)
+    adam_epsilon: float = setting(1e-8, "The optimiser's epsilon.", low=0, shown=True)
     layer_decay: float = setting(
         0.8,
         "Factor on the learning rate per block on the way from the head down to the stem; 1: off.",
@@ -120,6 +129,9 @@ class OptimisationSettings:
         low=0,
         high=0.99999999,
         shown=True,
+    )
+    ema_warmup: bool = setting(
+        True, "Let that decay rise with the number n of steps, (1 + n) / (10 + n) at most.", shown=True
     )
 
 
@@ -237,7 +249,21 @@ class TrainingSettings:
         kind = settings_of(task)
         check_names(settings, names_of(kind), "setting")
         recipe = recipe or default_recipe(kind)
-        return kind(**{**defaults_of(task, recipe, settings), "task": task, "recipe": recipe, **settings})
+        made = kind(**{**defaults_of(task, recipe, settings), "task": task, "recipe": recipe, **settings})
+        return made.with_recipe_of_model(settings)
+
+    def recipe_of_model(self) -> Mapping[str, Any]:
+        """What the recipe changes for the model that is trained, beside what it changes for all.
+
+        Raises:
+            UserError: the model's configuration cannot be read.
+        """
+        return {}
+
+    def with_recipe_of_model(self, given: Iterable[str]) -> TrainingSettings:
+        """These settings with what the recipe changes for their model, save what was given."""
+        changes = {name: value for name, value in self.recipe_of_model().items() if name not in given}
+        return dataclasses.replace(self, **changes) if changes else self
 
     def check(self) -> None:
         if not isinstance(self, settings_of(self.task)):
@@ -351,10 +377,10 @@ def defaults_of(task: str, recipe: str, given: Iterable[str] = ()) -> dict[str, 
     kind = settings_of(task)
     recipes = kind.recipes(task)
     check_names([recipe], list(recipes), "recipe")
-    replaced: set[str] = set()
+    settings, replaced = recipes[recipe], set()
     # A checkpoint replaces an architecture and the other way round.
-    if "model_name_or_path" in given:
+    if "model_name_or_path" in given and "config_name" in settings:
         replaced.update(kind.of_architecture)
     if "config_name" in given:
         replaced.update(("model_name_or_path", "config_overrides"))
-    return {name: value for name, value in recipes[recipe].items() if name not in replaced}
+    return {name: value for name, value in settings.items() if name not in replaced}

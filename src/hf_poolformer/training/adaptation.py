@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..foundation.errors import UserError
 from ..foundation.loading import belongs_to_head
+from ..modeling_poolformer import MetaFormerForImageClassification
 from ..settings.classification import ClassificationSettings
 
 
@@ -119,6 +120,8 @@ class LinearProbe(nn.Module):
         super().train(mode)
         self.model.eval()
         self.head.train(mode)
+        if isinstance(self.model, MetaFormerForImageClassification):
+            self.model.dropout.train(mode)  # the head's
         return self
 
     def forward(self, pixel_values: torch.Tensor) -> Any:

@@ -176,7 +176,8 @@ class TrainTransform:
     """
 
     def __init__(self, settings: ClassificationSettings, processor: Any):
-        self.height, self.width = input_size(processor)
+        self.height, self.width = self.usual_size = input_size(processor)
+        self.sides = settings.training_sides()
         mean, std = (np.asarray(values, dtype=np.float64) for values in (processor.image_mean, processor.image_std))
         # (x / 255 - mean) / std is one product and one sum. The same for every pixel, channels last as decoded images
         # are: multiplying three values at a time would take five times as long.
@@ -201,6 +202,23 @@ class TrainTransform:
                 settings.rand_augment_ops,
                 tuple(round(255 * value) for value in mean),
             )
+
+    def at_epoch(self, epoch: int) -> TrainTransform:
+        """The same with the size of an epoch's examples, the first being 0."""
+        side = next((side for first, side in reversed(self.sides) if first <= epoch), None)
+        return self.sized(*(self.usual_size if side is None else (side, side)))
+
+    def sized(self, height: int, width: int) -> TrainTransform:
+        """The same with examples of this size."""
+        if (height, width) == (self.height, self.width):
+            return self
+        other = copy.copy(self)
+        other.height, other.width = height, width
+        other.factors, other.offsets = (
+            values[:, 0, 0].expand(height, width, -1).contiguous().permute(2, 0, 1)
+            for values in (self.factors, self.offsets)
+        )
+        return other
 
     def to(self, device: torch.device) -> TrainTransform:
         """The same for images on another device."""

@@ -142,7 +142,8 @@ class ClassificationTraining(TaskTraining):
         return {**teacher, **chosen, **self.settings.rare_class_choices()}
 
     def describe_images(self, processor: Any) -> str:
-        return f"at {'x'.join(map(str, input_size(processor)))}"
+        sides = "".join(f", {side}x{side} from epoch {epoch + 1}" for epoch, side in self.settings.training_sides())
+        return f"at {'x'.join(map(str, input_size(processor)))}{sides}"
 
     def figures(self) -> dict[str, Any]:
         """Of a run whose device decodes, how many images the CPU had to, since it was started last."""

@@ -65,6 +65,7 @@ class CropBatches(DecodedBatches):
         content   1-D uint8: all crops, channels last, then the bytes of all JPEGs
         examples  bytes, the pickled list of `ExampleHeader`: neither a queue nor a thread that pins memory looks into
                   them
+        size      height and width of the crops
         labels    a numpy array: each tensor takes a file descriptor, and a question to the worker, on its way to the
                   main process
     """
@@ -105,7 +106,12 @@ class CropBatches(DecodedBatches):
         if get_worker_info() is not None:
             content.share_memory_()  # before anything is written, so that it is written once
         torch.cat(parts, out=content)
-        return {"content": content, "examples": pickle.dumps(examples, protocol=5), "labels": np.stack(labels)}
+        return {
+            "content": content,
+            "examples": pickle.dumps(examples, protocol=5),
+            "size": (self._transform.height, self._transform.width),
+            "labels": np.stack(labels),
+        }
 
 
 class AugmentedBatches(CropBatches):
@@ -144,9 +150,9 @@ class DevicePipeline:
         preprocessing: what the workers have left to do.
 
     Calling it with a message of `CropBatches` returns one with `pixel_values`, float32 (B, 3, height, width) on
-    the device, and `labels`, a tensor on the CPU, in place of `content` and `examples`. Images that turn out to be
-    broken are left out, with their labels, and added to `skipped`. A message without labels had nothing but broken
-    images.
+    the device, and `labels`, a tensor on the CPU, in place of `content`, `examples` and `size`. Images that turn out
+    to be broken are left out, with their labels, and added to `skipped`. A message without labels had nothing but
+    broken images.
 
     On a CUDA device it works on a stream of its own: decoders wait for the device, and need not wait for the training.
 
@@ -171,8 +177,10 @@ class DevicePipeline:
         message = dict(message)
         examples, content = pickle.loads(message.pop("examples")), message.pop("content")
         labels = torch.from_numpy(message.pop("labels"))
+        size = message.pop("size")
         self.images += len(examples)
         with torch.cuda.stream(self.stream):
+            self.transform = self.transform.sized(*size)
             crops = self.crops(examples, content)
             if isinstance(crops, list):
                 kept = [index for index, crop in enumerate(crops) if not isinstance(crop, BrokenImage)]

@@ -20,6 +20,8 @@ from ..foundation.tasks import TASKS, task_of_problem
 from ..image_processing_poolformer import PoolFormerImageProcessor
 from ..settings.classification import ClassificationSettings
 from ..settings.training import TrainingSettings
+from ..token_mixers import FixedTokens
+from .heads import map_head
 
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,13 @@ def initial_model(settings: ClassificationSettings, label_names: Sequence[str]) 
     if settings.model_name_or_path:
         model, processor, trained_head = from_checkpoint(settings, names, labels)
     else:
-        model, processor, trained_head = from_scratch(settings, labels), processor_of_architecture(settings), False
+        fields = {**labels, **head_fields(settings)}
+        model, processor, trained_head = from_scratch(settings, fields), processor_of_architecture(settings), False
+    check_head_dropout(model.config, settings.head_dropout)
+    if settings.size_schedule and any(isinstance(layer, FixedTokens) for layer in model.modules()):
+        raise UserError(
+            "--size_schedule: this architecture mixes a fixed number of tokens, so it knows one size only."
+        )
     if settings.image_size:
         set_image_size(processor, settings.image_size)
     if settings.gradient_checkpointing:
@@ -81,6 +89,26 @@ def from_scratch(settings: TrainingSettings, labels: dict[str, Any]) -> PreTrain
         raise UserError(f"cannot build {name} with these overrides: {one_line(error)}") from error
 
 
+def head_fields(settings: ClassificationSettings) -> dict[str, Any]:
+    """The fields of a configuration from which a classifier's head is made."""
+    variant, rate = VARIANTS.get(settings.config_name), settings.head_dropout
+    if rate is None and variant is not None:
+        rate = variant.head_dropout or None
+    return {} if rate is None else {"head_dropout": rate}
+
+
+def check_head_dropout(config: PreTrainedConfig, rate: float | None) -> None:
+    """
+    Raises:
+        UserError: an architecture without such a dropout was to have it.
+    """
+    if rate and not (isinstance(config, MetaFormerConfig) and config.head_dropout):
+        raise UserError(
+            f"--head_dropout {rate}: a {config.model_type} has no dropout before its classifier's last layer; those "
+            "of model type metaformer have it."
+        )
+
+
 def processor_of_architecture(settings: ClassificationSettings) -> Any:
     """The image processor of a classifier that is trained from scratch."""
     name, variant = settings.config_name, VARIANTS.get(settings.config_name)
@@ -106,7 +134,7 @@ def from_checkpoint(
 ) -> tuple[PreTrainedModel, Any, bool]:
     name, origin = settings.model_name_or_path, settings.origin()
     before = load_config(name, origin)
-    overrides = overrides_of(settings, before)
+    overrides = overrides_of(settings, before) | head_fields(settings)
     model, processor, fresh = load_checkpoint(name, origin, **overrides, **labels)
     body = [weight for weight in fresh if not belongs_to_head(weight, model)]
     if body and not settings.ignore_mismatched_sizes:
@@ -124,6 +152,8 @@ def from_checkpoint(
     # Equally many labels that mean something else would otherwise be taken over without a word.
     renew_head(model)
     if same_task:
+        if settings.head_mapping == "names" and map_head(model, settings, overrides):
+            return model, processor, False
         logger.warning(
             "New head: the checkpoint knows %d labels (%s), the dataset has %d (%s).",
             len(learnt),

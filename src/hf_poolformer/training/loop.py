@@ -163,7 +163,7 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         learning_rate = LOWEST if to_be_found else task.choices["learning_rate"]
     optimizer = make_optimizer(model, settings, learning_rate)
     scheduler = make_schedule(optimizer, settings, learning_rate, total_steps, epochs)
-    ema = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
+    ema = WeightAverage(model, settings.ema_decay, settings.ema_warmup) if settings.ema_decay else None
     # The loaders are not prepared: they are sharded already, and batches go to the device below.
     wrapped, optimizer, scheduler = accelerator.prepare(task.trained_module(model), optimizer, scheduler)
 
@@ -172,7 +172,7 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         num_processes=accelerator.num_processes,
         global_batch=global_batch,
         label_names=label_names,
-        method=task.method(),
+        method={"optimizer": settings.optimizer, **task.method()},
         choices=task.choices,
     )
     state = TrainingState(accelerator, model, optimizer, scheduler, ema, progress)

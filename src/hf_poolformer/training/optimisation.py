@@ -1,4 +1,4 @@
-"""The length of a run, AdamW's parameter groups, the course of the learning rate, a moving average of the weights."""
+"""The length of a run, the optimiser and its groups, the course of the learning rate, a moving average of weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..foundation.errors import UserError
 from ..settings.training import TrainingSettings
 from .checkpoints import whole
+from .lamb import Lamb
 
 
 STAGE = re.compile(r"\bencoder\.(?:patch_embeddings\.(\d+)|block\.(\d+)\.(\d+))\.")
@@ -35,7 +36,7 @@ def depth_of(name: str, depths: list[int]) -> int:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """Groups for AdamW: no decay on norms, biases and scales, and a learning rate that falls towards the stem.
+    """Groups for the optimiser: no decay on norms, biases and scales, and a learning rate that falls towards the stem.
 
     Args:
         model: with parameters under the names `...encoder.patch_embeddings.I`, `...encoder.block.I.J`; all others
@@ -90,19 +91,21 @@ def length_of_training(settings: TrainingSettings, num_examples: int | None, glo
     return math.ceil(epochs * max(math.floor(steps_per_epoch), 1)), epochs
 
 
-def make_optimizer(model: nn.Module, settings: TrainingSettings, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW, fused where the device has it; each group's own learning rate is `learning_rate * lr_scale`."""
+def make_optimizer(model: nn.Module, settings: TrainingSettings, learning_rate: float) -> torch.optim.Optimizer:
+    """What `optimizer` names, AdamW fused where the device has it; a group's learning rate is `learning_rate *
+    lr_scale`."""
     groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
     for group in groups:
         group["lr"] = learning_rate * group["lr_scale"]
+    common = {
+        "lr": learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
+    }
+    if settings.optimizer == "lamb":
+        return Lamb(groups, **common)
     device = next(model.parameters()).device.type
-    return torch.optim.AdamW(
-        groups,
-        lr=learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        fused=device in ("cuda", "cpu"),
-    )
+    return torch.optim.AdamW(groups, **common, fused=device in ("cuda", "cpu"))
 
 
 def scaled_learning_rate(settings: TrainingSettings, images_per_step: int) -> float:
@@ -179,23 +182,26 @@ def make_schedule(
 class WeightAverage:
     """Exponential moving average of a model's weights, kept on the model's device in `module`.
 
-    The decay rises with the number of updates n, min(decay, (1 + n) / (10 + n)), so that a short run is not averaged
-    with its random start. Counted in Python: `torch.optim.swa_utils.AveragedModel` would wait for the GPU every step
-    to read its counter. Buffers and integers are copied.
+    With a warm-up the decay rises with the number of updates n, min(decay, (1 + n) / (10 + n)), so that a short run is
+    not averaged with its random start. Without, it is the same from the first update, as in timm's ModelEmaV2.
+
+    Counted in Python: `torch.optim.swa_utils.AveragedModel` would wait for the GPU every step to read its counter.
+    Buffers and integers are copied.
 
     Args:
         model: the bare model, before accelerate wraps it.
         decay: the final decay.
+        warmup: whether it rises to that.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float, warmup: bool = True):
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay, self.updates = decay, 0
+        self.decay, self.warmup, self.updates = decay, warmup, 0
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         averaged, current = list(self.module.parameters()), [whole(p.detach()) for p in model.parameters()]
         torch._foreach_lerp_(averaged, current, 1 - decay)
         for kept, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
