@@ -151,13 +151,17 @@ class Service:
 
     def warm_up(self) -> None:
         """Computes batches of the sizes to come, so that no visitor waits for a compilation."""
-        pixels = self.preprocess(Image.new("RGB", (256, 256)))
+        from hf_poolformer.data.transforms import blank_image
+
+        pixels = self.preprocess(blank_image(self.predictor.processor, 256))
         for size in (1, 2, 3, *range(4, self.limits.max_batch + 1, 2)):
             if size <= self.limits.max_batch:
                 self.compute([Job(pixels, 1, None, 0.0)] * size)
 
-    def preprocess(self, image: Image.Image) -> torch.Tensor:
-        return self.predictor.processor(image, return_tensors="pt")["pixel_values"][0]
+    def preprocess(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
+        from hf_poolformer.data.transforms import prepare
+
+        return prepare(self.predictor.processor, image)
 
     def decode(self, data: bytes) -> torch.Tensor:
         """Encoded bytes to what the model takes, as `hf-poolformer predict` does it.
@@ -166,6 +170,7 @@ class Service:
             HTTPException: not an image, a broken one, or one of too many pixels; told by its header.
         """
         from hf_poolformer.data.decoding import BrokenImage, decode_image
+        from hf_poolformer.data.transforms import channels_of
         from hf_poolformer.foundation.errors import one_line
         from hf_poolformer.image_pixels import open_encoded
 
@@ -181,7 +186,7 @@ class Service:
             raise HTTPException(400, f"the image cannot be read: {one_line(error)}") from None
         try:
             with image:
-                return self.preprocess(decode_image(image))
+                return self.preprocess(decode_image(image, num_channels=channels_of(self.predictor.processor)))
         except (BrokenImage, ValueError) as error:
             raise HTTPException(400, f"the image cannot be used: {one_line(error)}") from None
 

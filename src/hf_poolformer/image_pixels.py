@@ -236,7 +236,12 @@ def to_eight_bits(values: torch.Tensor, white: int | None = None) -> torch.Tenso
 
 
 def floats_to_eight_bits(values: torch.Tensor) -> torch.Tensor:
-    """Float pixels of a file, which does not say what is white, as uint8.
+    """As `floats_to_levels`, uint8."""
+    return floats_to_levels(values).round().to(torch.uint8)
+
+
+def floats_to_levels(values: torch.Tensor) -> torch.Tensor:
+    """Float pixels of a file, which does not say what is white, between 0 and 255.
 
     Raises:
         ValueError: not finite, or neither 0..1 nor 0..255.
@@ -255,7 +260,16 @@ def floats_to_eight_bits(values: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"float pixels between {low:.4g} and {high:.4g}: cannot tell what is white. Save them as 0..1 or 0..255"
         )
-    return values.round().clamp(0, 255).to(torch.uint8)
+    return values.clamp(0, 255)
+
+
+def upright(planes: torch.Tensor, orientation: int) -> torch.Tensor:
+    """(C, H, W), stored as EXIF's `orientation` says, 1 to 8, turned so that it is upright."""
+    if orientation >= 5:
+        planes = planes.mT
+    # What is left to mirror: left to right in 2, 3, 6, 7; top to bottom in 3, 4, 7, 8.
+    axes = [axis for axis, which in ((-1, (2, 3, 6, 7)), (-2, (3, 4, 7, 8))) if orientation in which]
+    return planes.flip(axes) if axes else planes
 
 
 def on_white(planes: torch.Tensor, white: float) -> torch.Tensor:

@@ -35,6 +35,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TensorType, logging
 from transformers.utils.import_utils import is_torchvision_greater_or_equal
 
+from .image_channels import pil_to_channels, read_array, to_channels
 from .image_pixels import on_white, open_encoded, pil_to_rgb, pil_to_tensor, to_eight_bits
 from .image_processing_dense import DenseImageProcessorKwargs, DensePrediction, rescaled_size
 
@@ -55,9 +56,14 @@ class PoolFormerImageProcessorKwargs(DenseImageProcessorKwargs, total=False):
     crop_pct (`float`, *optional*, defaults to `self.crop_pct`):
         Share of the resized image's edge that the centre crop keeps: the image is first resized to
         `floor(size / crop_pct)`. `None` resizes to `size` itself. Only has an effect if `do_resize` is `True`.
+    num_channels (`int`, *optional*, defaults to `self.num_channels`):
+        Channels of the images that the model takes, if it does not take RGB: 1 for grey, or those of multispectral
+        images. `do_convert_rgb` then has no effect, and `image_mean` and `image_std` are ImageNet's average for each
+        channel unless they are given.
     """
 
     crop_pct: float | int | None
+    num_channels: int | None
 
 
 class Geometry(NamedTuple):
@@ -174,9 +180,16 @@ def resample_window(image: Image.Image | np.ndarray, geometry: Geometry, resampl
     return np.stack([np.asarray(plane) for plane in planes])
 
 
-def open_image(source: str | os.PathLike, timeout: float | None = None) -> Image.Image:
+def takes_rgb(num_channels: int | None) -> bool:
+    """Whether a processor with this setting makes RGB, or what `do_convert_rgb` says, of images."""
+    return num_channels in (None, 3)
+
+
+def open_image(
+    source: str | os.PathLike, timeout: float | None = None, num_channels: int | None = None
+) -> Image.Image | torch.Tensor:
     """An image file, URL or base64 text as an image that is upright and keeps its mode, so that 16 bits stay 16 bits
-    and alpha is not lost."""
+    and alpha is not lost; of a file that holds an array for a model that does not take RGB, its channels."""
     name = os.fsdecode(source)
     shown = name if len(name) <= 200 else f"{name[:200]}..."
     if os.path.isdir(name):
@@ -190,8 +203,13 @@ def open_image(source: str | os.PathLike, timeout: float | None = None) -> Image
         else:
             text = name.partition(",")[2] if name.startswith("data:image/") else name
             file = io.BytesIO(base64.decodebytes(text.encode()))
-        with file, open_encoded(file) as image:
-            return ImageOps.exif_transpose(image)
+        with file:
+            if not takes_rgb(num_channels):
+                array = read_array(file, tiff=num_channels > 1)
+                if array is not None:
+                    return array.planes(num_channels)
+            with open_encoded(file) as image:
+                return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow's formats and the network raise whatever they meet
         if is_file or name.startswith(("http://", "https://", "data:image/")):
             raise OSError(f"Cannot read the image {shown}: {error}") from error
@@ -316,6 +334,7 @@ class EvaluationTransform:
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+    num_channels = None
 
     def __init__(self, **kwargs: Unpack[PoolFormerImageProcessorKwargs]):
         legacy = "feature_extractor_type" in kwargs or "do_resize_and_center_crop" in kwargs
@@ -326,6 +345,10 @@ class EvaluationTransform:
             if kwargs.get("crop_size") is None and isinstance(kwargs.get("size"), (int, list, tuple)):
                 kwargs["crop_size"] = kwargs["size"]
         warn_of_misspelt(kwargs, self.valid_kwargs.__annotations__, type(self).__name__)
+        if not takes_rgb(number := kwargs.get("num_channels")) and is_positive(number, numbers.Integral):
+            for name, values in (("image_mean", IMAGENET_DEFAULT_MEAN), ("image_std", IMAGENET_DEFAULT_STD)):
+                if kwargs.get(name) is None:
+                    kwargs[name] = [sum(values) / len(values)] * number
         super().__init__(**kwargs)
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
 
@@ -369,6 +392,8 @@ class EvaluationTransform:
                 raise ValueError(f"{name} must be 'channels_first' or 'channels_last', got {value!r}.")
             if name in ("crop_pct", "rescale_factor") and value is not None and not is_positive(value):
                 raise ValueError(f"{name} must be a positive number, got {value!r}.")
+            if name == "num_channels" and value is not None and not is_positive(value, numbers.Integral):
+                raise ValueError(f"num_channels must be a whole, positive number, got {value!r}.")
         super()._validate_preprocess_kwargs(**kwargs)
         size, crop_size = kwargs["size"], kwargs["crop_size"]
         if kwargs["do_resize"] and not (size.shortest_edge or (size.height and size.width)):
@@ -378,7 +403,11 @@ class EvaluationTransform:
         if kwargs["do_normalize"]:
             mean, std = (count_colours(name, kwargs[name]) for name in ("image_mean", "image_std"))
             for name, number in (("image_mean", mean), ("image_std", std)):
-                if kwargs["do_convert_rgb"] and number not in (1, 3):
+                channels = kwargs.get("num_channels")
+                if not takes_rgb(channels):
+                    if number not in (1, channels):
+                        raise ValueError(f"{name} has {number} values, but num_channels is {channels}.")
+                elif kwargs["do_convert_rgb"] and number not in (1, 3):
                     raise ValueError(f"{name} has {number} values, but an RGB image has 3 channels.")
             if 1 not in (mean, std) and mean != std:
                 raise ValueError(f"image_mean has {mean} values, but image_std has {std}.")
@@ -390,7 +419,7 @@ class EvaluationTransform:
         if isinstance(images, (Image.Image, np.ndarray, torch.Tensor)):
             return images
         if isinstance(images, (str, os.PathLike)):
-            return open_image(images)
+            return open_image(images, num_channels=self.num_channels)
         raise TypeError(f"An image must be a PIL image, an array, a tensor, a path or a URL, got {type(images)}.")
 
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[Any]:
@@ -427,12 +456,20 @@ class EvaluationTransform:
         do_rescale: bool | None,
         input_data_format: str | ChannelDimension | None,
         rescale_factor: float | None = None,
+        num_channels: int | None = None,
     ) -> torch.Tensor:
         """(C, H, W), uint8 or float32, with a clear error or warning for pixels that cannot be meant so."""
-        if isinstance(image, Image.Image):
-            image, input_data_format = pil_to_tensor(image), ChannelDimension.LAST
         white = 1 / (rescale_factor or 1 / 255) if do_rescale else 1.0
-        planes = to_planes(array_to_tensor(image), input_data_format, bool(do_convert_rgb), white)
+        if not takes_rgb(num_channels):
+            if isinstance(image, Image.Image):
+                planes = pil_to_channels(image, num_channels)
+            else:
+                first = None if input_data_format is None else input_data_format == ChannelDimension.FIRST
+                planes = to_channels(array_to_tensor(image), num_channels, first)
+        else:
+            if isinstance(image, Image.Image):
+                image, input_data_format = pil_to_tensor(image), ChannelDimension.LAST
+            planes = to_planes(array_to_tensor(image), input_data_format, bool(do_convert_rgb), white)
         if planes.dtype != torch.uint8:
             low, high = (bound.item() for bound in planes.detach().aminmax())
             if not (math.isfinite(low) and math.isfinite(high)):
@@ -516,6 +553,9 @@ class PoolFormerImageProcessor(DensePrediction, EvaluationTransform, Torchvision
     floats, 0..255 or, with `do_rescale=False`, 0..1; alpha is composited on white, colours of an ICC profile become
     sRGB (image_pixels.py has all rules). Gives `pixel_values` of shape (B, 3, crop height, crop width), float32.
 
+    With `num_channels` the images have so many channels instead, and image_channels.py has the rules: integers of 16
+    bits become floats between 0 and 255, and paths may be those of NPY files and of TIFFs of several channels.
+
     Raises ValueError on images that are empty, of another rank or number of channels, OSError on files that hold no
     image.
 
@@ -530,14 +570,15 @@ class PoolFormerImageProcessor(DensePrediction, EvaluationTransform, Torchvision
         do_rescale: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
         device: str | torch.device | None = None,
+        num_channels: int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """One image as (C, H, W), uint8 or float32, on `device`; uint8 with its channels last in memory."""
-        if isinstance(image, Image.Image) and do_convert_rgb:
+        if isinstance(image, Image.Image) and do_convert_rgb and takes_rgb(num_channels):
             planes = pil_to_tensor(pil_to_rgb(image)).permute(2, 0, 1)
         else:
             planes = self._to_planes(
-                image, do_convert_rgb, do_rescale, input_data_format, kwargs.get("rescale_factor")
+                image, do_convert_rgb, do_rescale, input_data_format, kwargs.get("rescale_factor"), num_channels
             )
         return planes if device is None else planes.to(device)
 
@@ -663,12 +704,15 @@ class PoolFormerImageProcessorPil(DensePrediction, EvaluationTransform, PilBacke
         do_convert_rgb: bool | None = None,
         do_rescale: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
+        num_channels: int | None = None,
         **kwargs: Any,
     ) -> Image.Image | np.ndarray:
         """One image as an RGB PIL image (no detour through an array) or an array (C, H, W), uint8 or float32."""
-        if isinstance(image, Image.Image) and do_convert_rgb:
+        if isinstance(image, Image.Image) and do_convert_rgb and takes_rgb(num_channels):
             return pil_to_rgb(image)
-        planes = self._to_planes(image, do_convert_rgb, do_rescale, input_data_format, kwargs.get("rescale_factor"))
+        planes = self._to_planes(
+            image, do_convert_rgb, do_rescale, input_data_format, kwargs.get("rescale_factor"), num_channels
+        )
         if needs_gradient(planes):
             raise ValueError(
                 "Pillow computes no gradients: give the detached image, or use the torchvision backend, "

@@ -18,7 +18,12 @@ from transformers.pipelines import (
 )
 
 from .image_pixels import pil_to_rgb
-from .image_processing_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil, open_image
+from .image_processing_poolformer import (
+    PoolFormerImageProcessor,
+    PoolFormerImageProcessorPil,
+    open_image,
+    takes_rgb,
+)
 
 
 # What an image processor makes that is as large as the image.
@@ -30,8 +35,12 @@ class OwnPixels:
 
     def preprocess(self, image: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.image_processor, PoolFormerImageProcessor | PoolFormerImageProcessorPil):
+            number = self.image_processor.num_channels
             if isinstance(image, str):
-                image = open_image(image, kwargs.get("timeout"))
+                image = open_image(image, kwargs.get("timeout"), number)
+            if not takes_rgb(number):
+                # transformers' own way leads through RGB.
+                return self.image_processor(image, return_tensors="pt").to(self.dtype)
             if isinstance(image, Image.Image):
                 image = pil_to_rgb(ImageOps.exif_transpose(image))
         return super().preprocess(image, *args, **kwargs)

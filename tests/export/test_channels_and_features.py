@@ -26,9 +26,9 @@ MEANS = {1: [0.4], 3: [0.4, 0.5, 0.6], 4: [0.2, 0.3, 0.4, 0.5]}
 def model_of(save_model):
     """Saves a model of so many channels, with an image processor of these settings."""
 
-    def make(num_channels: int = 3, num_labels: int = 7, **settings) -> str:
+    def make(channels: int = 3, num_labels: int = 7, **settings) -> str:
         torch.manual_seed(0)
-        config = PoolFormerConfig(**SMALL, num_labels=num_labels, num_channels=num_channels)
+        config = PoolFormerConfig(**SMALL, num_labels=num_labels, num_channels=channels)
         folder = save_model(PoolFormerForImageClassification(config))
         PoolFormerImageProcessor(
             size={"shortest_edge": 64}, crop_size=SQUARE, crop_pct=0.9, **settings
@@ -92,8 +92,9 @@ def test_grey_images_calibrate(model_of, photos, tmp_path):
         (4, {}, "makes 3 of them"),
         (1, {"do_convert_rgb": False}, "cannot prepare an image of 1 channels: image_mean has 3 values"),
         (4, {"do_convert_rgb": False}, "cannot prepare an image of 4 channels: image_mean has 3 values"),
-        (2, plain(1), "2 channels, which no image processor makes"),
-        (5, plain(1), "5 channels, which no image processor makes"),
+        (2, plain(1), "2 channels, which its image processor does not make: .* num_channels 2"),
+        (5, plain(1), "5 channels, which its image processor does not make: .* num_channels 5"),
+        (5, {"num_channels": 4}, "5 channels"),
     ],
 )
 @pytest.mark.parametrize("preprocessing", [False, True])
@@ -110,9 +111,31 @@ def test_a_dataset_has_no_fourth_channel(model_of, photos, tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_channels_elsewhere(channels, model_of):
-    """Images are read in colour; a model of something else says so before the first."""
+    """Images are read in colour unless the processor says num_channels; that is said before the first image."""
     with pytest.raises(UserError, match=f"{channels} channels"):
         Predictor(model_of(channels, **plain(channels)), device="cpu")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_a_processor_of_so_many_channels(channels, model_of, tmp_path):
+    """With preprocessing in the graph, pixels of 8 bits answer as without it; those of 16 are refused."""
+    folder = model_of(channels, num_channels=channels)
+    for preprocessing in (False, True):
+        out = tmp_path / f"out-{preprocessing}"
+        summary = export_model(folder, out, preprocessing=preprocessing, dynamic_size=False)
+        assert summary.report.passed and summary.manifest.num_channels == channels
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 70, channels), dtype=np.uint8)
+    for suffix, values in (("8", pixels), ("16", pixels.astype(np.uint16) * 25)):
+        np.save(tmp_path / f"{suffix}.npy", values)
+    answers = []
+    for name in (folder, tmp_path / "out-False", tmp_path / "out-True"):
+        predictor = Predictor(str(name), device="cpu", top_k=7)
+        (row,) = predictor.rows(predictor.preprocessing.load([("8", tmp_path / "8.npy")]))
+        answers.append(dict(zip(row["labels"], row["scores"], strict=True)))
+    for answer in answers[1:]:
+        assert answer == pytest.approx(answers[0], abs=1e-5)  # of probabilities, float32
+    with pytest.raises(UserError, match="these images have more"):
+        predictor.rows(predictor.preprocessing.load([("16", tmp_path / "16.npy")]))
 
 
 # Without classes ------------------------------------------------------------------------------------------------

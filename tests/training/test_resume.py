@@ -57,6 +57,15 @@ def test_killed_and_resumed_is_the_same_run(make_settings, tmp_path, num_workers
     assert_same(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_grey_images_are_the_same_after_a_kill(make_settings, tmp_path):
+    changes = {**SETTINGS, "num_workers": 0, "num_channels": 1, "num_train_epochs": 1}
+    assert run(make_settings(**changes, output_dir=str(tmp_path / "whole")))
+    parts = make_settings(**changes, output_dir=str(tmp_path / "parts"))
+    assert not run(parts, kill_at=3)
+    assert run(parts)
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("ema_decay", "optimizer"), [(0.0, "adamw"), (0.9, "adamw"), (0.0, "lamb")])
 def test_fully_sharded(make_settings, tmp_path, monkeypatch, ema_decay, optimizer):

@@ -18,6 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedModel
 
+from ..data.transforms import channels_of
 from ..foundation.errors import UserError, one_line
 from ..foundation.loading import HERE, load_trained, task_of_checkpoint
 from ..foundation.origin import Origin
@@ -157,7 +158,10 @@ class Models:
     def _load(self, source: str, origin: Origin) -> Predictor | DenseModel:
         task = task_of_checkpoint(source, origin)
         if task.gives == "scores":
-            return Predictor(source, device=self.device, origin=origin)
+            predictor = Predictor(source, device=self.device, origin=origin)
+            if (number := channels_of(predictor.processor)) != 3:
+                raise UserError(f"{source} takes images of {number} channels, and this page shows pictures in colour")
+            return predictor
         model, processor = load_trained(source, origin, task)
         model.to(self.device, memory_format=torch.channels_last).eval()
         return DenseModel(task, model, processor, self.device)

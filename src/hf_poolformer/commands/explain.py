@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     output = arguments.output or Path(f"{arguments.image.stem}-explained.png")
     check(arguments.image, output, arguments.top_k, arguments.stage)
     from ..data.decoding import BrokenImage, decode_image
+    from ..data.transforms import channels_of
     from ..explanation.explainer import explain
     from ..explanation.pictures import write_explanation
     from ..foundation.exported import is_exported, no_model
@@ -67,12 +68,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     quieten()
     if is_exported(arguments.model):
         raise UserError(no_model(arguments.model))
-    try:
-        image = decode_image(arguments.image)
-    except BrokenImage as error:
-        raise UserError(f"{arguments.image}: {error}") from error
     origin = Origin(arguments.revision, arguments.token, arguments.cache_dir, arguments.trust_remote_code)
     predictor = Predictor(arguments.model, device=arguments.device, dtype=arguments.dtype, origin=origin)
+    try:
+        image = decode_image(arguments.image, num_channels=channels_of(predictor.processor))
+    except BrokenImage as error:
+        raise UserError(f"{arguments.image}: {error}") from error
     stages = len(getattr(predictor.model.config, "depths", ()))
     if stages and arguments.stage is not None and arguments.stage > stages:
         raise UserError(f"there is no stage {arguments.stage}: the model has {stages}, numbered from 1")

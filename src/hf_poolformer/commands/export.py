@@ -39,7 +39,7 @@ def parser(prog: str | None = None) -> CommandParser:
     add(
         "--preprocessing",
         action="store_true",
-        help="take uint8 (batch, height, width, 3), resized and cropped, and give probabilities",
+        help="take uint8 (batch, height, width, channels), resized and cropped, and give probabilities",
     )
     add(
         "--dynamic_size",

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image
 
 from ..foundation.errors import one_line
-from ..image_pixels import changes_colours, open_encoded, pil_to_rgb
+from ..image_channels import TIFF, ArrayFile, pil_to_channels, read_array, read_tiff
+from ..image_pixels import changes_colours, on_white, open_encoded, pil_to_rgb, upright
 
 
 try:
@@ -64,6 +66,7 @@ class EncodedImage:
     Args:
         source: encoded bytes, a path, the `{"bytes", "path"}` of an undecoded `datasets.Image`, whose path may be
             remote (`hf://`, `https://`, `zip://...::`), or a `PIL.Image.Image`.
+        num_channels: what the image is wanted as: 3 is RGB, and with any other number `image_channels` has the rules.
         max_pixels: images of more pixels are refused before they are decoded.
         token: Hub token for a remote path.
 
@@ -80,18 +83,26 @@ class EncodedImage:
         self,
         source: bytes | str | os.PathLike | Mapping[str, Any] | Image.Image | None,
         *,
+        num_channels: int = 3,
         max_pixels: int = MAX_PIXELS,
         token: str | bool | None = None,
     ):
-        self.name = describe_source(source)
+        self.name, self._num_channels = describe_source(source), num_channels
         self._files = contextlib.ExitStack()
+        self._planes: torch.Tensor | None = None
         try:
             with _broken_if_it_fails(max_pixels):
                 if isinstance(source, Image.Image):
                     self._file, image = None, source
                 else:
                     self._file = self._files.enter_context(_open_source(source, token))
-                    image = self._files.enter_context(open_encoded(self._file))
+                    array, image = self._open(3 * max_pixels)
+                    if array is not None:
+                        self._planes = _planes_of(array, num_channels)
+                        self._image, self._scalable, self.orientation = None, False, 1
+                        self.height, self.width = self._planes.shape[1:]
+                        _judge_size(self.width, self.height, max_pixels)
+                        return
                 _judge_size(*image.size, max_pixels)
                 self._image = image
                 self._scalable = self._file is not None and image.format in ("JPEG", "MPO")
@@ -104,6 +115,21 @@ class EncodedImage:
             self.close()
             raise
 
+    def _open(self, max_values: int) -> tuple[ArrayFile | None, Image.Image | None]:
+        """A file that holds an array, or an image that Pillow opens."""
+        # Of several channels Pillow reads few TIFFs, and of these some as something else.
+        array = read_array(self._file, self._num_channels not in (1, 3), max_values)
+        if array is not None:
+            return array, None
+        try:
+            return None, self._files.enter_context(open_encoded(self._file))
+        except Image.UnidentifiedImageError:
+            self._file.seek(0)
+            if self._num_channels != 1 or not self._file.read(4).startswith(TIFF):
+                raise
+        self._file.seek(0)
+        return read_tiff(self._file, max_values), None
+
     def __enter__(self) -> EncodedImage:
         return self
 
@@ -113,8 +139,10 @@ class EncodedImage:
     def close(self) -> None:
         self._files.close()
 
-    def decode(self, reduction: int = 1) -> tuple[Image.Image, int]:
+    def decode(self, reduction: int = 1) -> tuple[Image.Image | torch.Tensor, int]:
         """The image, RGB in the colours of sRGB and upright, and how many times smaller it is than it was stored.
+
+        Of another number of channels a tensor (channels, height, width), uint8 or float32 between 0 and 255.
 
         Args:
             reduction: 1, 2, 4 or 8. JPEGs shrink by it, the incomplete pixels at the right and bottom edge of the
@@ -124,31 +152,35 @@ class EncodedImage:
             BrokenImage: the pixels cannot be read.
         """
         with _broken_if_it_fails():
+            if self._planes is not None:
+                return (self._planes if self._num_channels != 3 else _as_rgb(self._planes)), 1
             image, reduced = self._image, 1
             if reduction > 1 and self._scalable:
                 width, height = image.size
                 scaled = image.draft(None, (max(width // reduction, 1), max(height // reduction, 1)))
                 reduced = 1 if scaled is None else round(width / scaled[1][2])
             image.load()
+            if self._num_channels != 3:
+                return upright(pil_to_channels(image, self._num_channels), self.orientation), reduced
             rgb = pil_to_rgb(image)
             transpose = TURNS.get(self.orientation)
             return (rgb if transpose is None else rgb.transpose(transpose)), reduced
 
     def pixels(self, reduction: int = 1, rows: int | None = None) -> tuple[np.ndarray, int]:
-        """As `decode`, uint8 (height, width, 3), which may be read-only; of a JPEG perhaps not all of it.
+        """As `decode`, (height, width, channels), which may be read-only; of a JPEG perhaps not all of it.
 
         Args:
             rows: so many from the top are wanted, and those below may be missing. What is broken there is not noticed,
                 but a file without its end is.
         """
-        if reduction == 1 and self.orientation == 1:
+        if reduction == 1 and self.orientation == 1 and self._num_channels == 3:
             data = self.plain_jpeg()
             if data is not None and data.endswith(_JPEG_END):
                 early = rows is not None and rows + _MARGIN < self.height
                 with contextlib.suppress(Exception):  # `decode` will say what is wrong, if anything is
                     return _decode_plain(data, rows + _MARGIN if early else None), 1
         image, reduced = self.decode(reduction)
-        return np.asarray(image), reduced
+        return (image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) else np.asarray(image)), reduced
 
     def plain_jpeg(self) -> bytes | None:
         """The encoded bytes if they are a JPEG such as every decoder reads: whole, grey or YCbCr. None otherwise.
@@ -209,14 +241,36 @@ def _decode_plain(data: bytes, rows: int | None) -> np.ndarray:
 def decode_image(
     source: bytes | str | os.PathLike | Mapping[str, Any] | Image.Image | None,
     *,
+    num_channels: int = 3,
     max_pixels: int = MAX_PIXELS,
     token: str | bool | None = None,
-) -> Image.Image:
+) -> Image.Image | torch.Tensor:
     """Decodes one image to RGB, upright, first frame; arguments and errors as of `EncodedImage`.
 
-    What becomes of alpha, profiles, 16 bits and floats is in `image_pixels.py`."""
-    with EncodedImage(source, max_pixels=max_pixels, token=token) as encoded:
+    With another number of channels, a tensor as of `EncodedImage.decode`.
+
+    What becomes of alpha, profiles, 16 bits and floats is in `image_pixels.py`, and of other channels in
+    `image_channels.py`."""
+    with EncodedImage(source, num_channels=num_channels, max_pixels=max_pixels, token=token) as encoded:
         return encoded.decode()[0]
+
+
+def _planes_of(array: ArrayFile, num_channels: int) -> torch.Tensor:
+    """The pixels of a file that holds an array; of what is to be RGB, the channels that it has."""
+    if num_channels != 3:
+        return array.planes(num_channels)
+    shape = array.values.shape
+    for number in (3, 4, 1):
+        if len(shape) == 2 or (len(shape) == 3 and number in (shape[0], shape[2])):
+            return array.planes(1 if len(shape) == 2 else number)
+    raise BrokenImage(f"an array of shape {tuple(shape)}, which is neither grey nor RGB nor RGBA")
+
+
+def _as_rgb(planes: torch.Tensor) -> Image.Image:
+    """(1, 3 or 4, H, W), grey, RGB or RGBA, as an image."""
+    eight_bits = planes if planes.dtype == torch.uint8 else planes.round().to(torch.uint8)
+    rgb = on_white(eight_bits, 255.0) if len(planes) == 4 else eight_bits.expand(3, -1, -1)
+    return Image.fromarray(rgb.permute(1, 2, 0).contiguous().numpy())
 
 
 @contextlib.contextmanager

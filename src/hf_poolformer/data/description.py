@@ -26,13 +26,14 @@ _SHOWN = 8
 _WIDTH = 116
 
 
-def judge(datasets: Mapping[str, ImageDataset], max_skipped: float | int) -> None:
+def judge(datasets: Mapping[str, ImageDataset], max_skipped: float | int, num_channels: int = 3) -> None:
     """Ends a run that its data would end later: too many rows without label, too many broken images.
 
     The main process looks, for all, at the labels that were counted and at the first images of each split.
 
     Args:
         max_skipped: as `make_loader` takes it.
+        num_channels: of the images, as `EncodedImage` takes it.
 
     Raises:
         UserError: on every process.
@@ -41,7 +42,7 @@ def judge(datasets: Mapping[str, ImageDataset], max_skipped: float | int) -> Non
     def look() -> None:
         for dataset in datasets.values():
             judge_labels(dataset, max_skipped)
-            judge_images(dataset, max_skipped)
+            judge_images(dataset, max_skipped, num_channels)
 
     found_by_main(look)
 
@@ -60,7 +61,7 @@ def judge_labels(dataset: ImageDataset, max_skipped: float | int) -> None:
         )
 
 
-def judge_images(dataset: ImageDataset, max_skipped: float | int) -> None:
+def judge_images(dataset: ImageDataset, max_skipped: float | int, num_channels: int) -> None:
     """Decodes the first images, as many as the loader lets pass before it judges, where they are on this machine."""
     if not dataset.local:
         return
@@ -71,7 +72,7 @@ def judge_images(dataset: ImageDataset, max_skipped: float | int) -> None:
             seen += 1
             source = row[dataset.image_column]
             try:
-                decode_image(source, token=dataset.token)
+                decode_image(source, num_channels=num_channels, token=dataset.token)
             except BrokenImage as error:
                 broken.append(f"{describe_source(source) or f'image {seen - 1}'}: {error}")
             if time.monotonic() > until:

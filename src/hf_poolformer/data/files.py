@@ -45,6 +45,7 @@ IMAGE_SUFFIXES = frozenset(
     ]
 )
 HEIF_SUFFIXES = frozenset([".heic", ".heif", ".hif"])  # read where pillow-heif is installed
+ARRAY_SUFFIX = ".npy"
 PARQUET_SUFFIXES = frozenset([".parquet", ".geoparquet", ".gpq"])
 TAR_SUFFIXES = frozenset([".tar"])
 
@@ -90,6 +91,12 @@ def image_suffixes() -> frozenset[str]:
 def is_image(file: Path) -> bool:
     """Told by the suffix, or by the first bytes where there is no suffix or one that nobody knows."""
     return file.suffix.lower() in image_suffixes() or _begins_like_an_image(file)
+
+
+def image_files(files: Sequence[Path]) -> list[Path]:
+    """The images among these files: of arrays (NPY) only where there are no others, whose features they may be."""
+    images = [file for file in files if is_image(file)]
+    return images or [file for file in files if file.suffix.lower() == ARRAY_SUFFIX]
 
 
 def has_image_column(parquet: Path) -> bool:

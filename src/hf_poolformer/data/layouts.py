@@ -23,6 +23,7 @@ from ..foundation.errors import UserError, one_line
 from ..foundation.strict_json import to_json
 from .columns import few, find_label_column
 from .files import (
+    ARRAY_SUFFIX,
     IMAGE_SUFFIXES,
     PARQUET_SUFFIXES,
     TAR_SUFFIXES,
@@ -30,7 +31,7 @@ from .files import (
     counted,
     has_image_column,
     heif_hint,
-    is_image,
+    image_files,
     is_saved_dataset,
     list_files,
     match_pattern,
@@ -134,7 +135,7 @@ class Location:
 
     @functools.cached_property
     def images(self) -> list[Path]:
-        return [file for file in self.files if is_image(file)]
+        return image_files(self.files)
 
     @functools.cached_property
     def others(self) -> list[Path]:
@@ -552,6 +553,6 @@ def _looks_local(text: str) -> bool:
         or "\\" in text
         or text.count("/") > 1
         or glob.has_magic(text)
-        or Path(text).suffix.lower() in IMAGE_SUFFIXES | PARQUET_SUFFIXES | TAR_SUFFIXES
+        or Path(text).suffix.lower() in IMAGE_SUFFIXES | PARQUET_SUFFIXES | TAR_SUFFIXES | {ARRAY_SUFFIX}
         or text.lower().endswith(_ARCHIVES)
     )

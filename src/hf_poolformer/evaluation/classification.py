@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ..data.channels import batches_of
 from ..data.classes import Classes
 from ..data.columns import ImageDataset
 from ..data.datasets import HELD_OUT, align_labels
@@ -202,9 +203,10 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
         )
     loader = make_loader(
         align_labels(dataset, model.config.label2id, subset=True),
-        EvalTransform(processor),
+        transform := EvalTransform(processor),
         batch_size=settings.per_device_eval_batch_size,
         training=False,
+        batches=batches_of(transform),
         **loader_arguments(settings, accelerator),
     )
     memory_format = torch.channels_last

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import PretrainedConfig
 
+from ..data.transforms import prepare
 from ..foundation.errors import UserError
 from ..foundation.finite import check_finite
 from ..prediction.inference import Predictor, class_scores
@@ -76,7 +77,7 @@ class Explanation:
 
 def explain(
     predictor: Predictor,
-    image: Image.Image,
+    image: Image.Image | torch.Tensor,
     classes: Sequence[str | int] | None = None,
     *,
     top_k: int = 1,
@@ -86,7 +87,7 @@ def explain(
     """Classifies an image and finds which of its places speak for some of the classes.
 
     Args:
-        image: RGB and upright, as `data.decoding.decode_image` gives it.
+        image: upright and in the channels of the model, as `data.decoding.decode_image` gives it.
         classes: names or numbers of classes, see `find_class`; the best `top_k` if None.
         method, stage: of `gradcam`.
 
@@ -97,8 +98,9 @@ def explain(
     config = predictor.model.config
     wanted = None if classes is None else [find_class(config, name) for name in classes]
     names = class_names(config)
+    pixel_values = prepare(predictor.processor, image)[None]
+    image = image if isinstance(image, Image.Image) else picture_of(image)
     region = visible_region(predictor.processor, image.height, image.width)
-    pixel_values = predictor.processor(image, return_tensors="pt")["pixel_values"]
     if wanted is None:
         with torch.inference_mode():
             logits = predictor.model(pixel_values.to(predictor.device, predictor.model.dtype)).logits
@@ -128,6 +130,18 @@ def explain(
         ],
         stage=found.stage,
     )
+
+
+def picture_of(planes: torch.Tensor) -> Image.Image:
+    """(C, H, W) between 0 and 255 for the eye: the first three channels as RGB, or the first as grey.
+
+    What is no 8 bits, satellites' reflectances say, may use little of that range, and is spread over all of it.
+    """
+    shown = planes[: 3 if len(planes) > 2 else 1].expand(3, -1, -1).float()
+    if planes.dtype != torch.uint8:
+        low, high = shown.amin(), shown.amax()
+        shown = (shown - low) * (255 / (high - low).clamp(min=1e-6))
+    return Image.fromarray(shown.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
 def for_drawing(image: Image.Image) -> Image.Image:

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from ..data.decoding import BrokenImage, decode_image
 from ..data.photographs import resized
+from ..data.transforms import channels_of, prepare
 from ..foundation.errors import UserError, one_line
 
 
@@ -56,8 +57,8 @@ def read_samples(
     """
     from ..data.datasets import open_images
 
-    channels = config.num_channels
-    if channels not in (1, 3):
+    channels, taken = config.num_channels, channels_of(processor)
+    if taken != channels and channels != 1:
         raise UserError(
             f"the images of a dataset are read in colour or in grey, and the model takes {channels} channels: export "
             "it without --calibration_dataset"
@@ -67,8 +68,8 @@ def read_samples(
     pixels, labels, problem = [], [], "it is empty"
     for row in draw(dataset.stream, sum(counts)):
         try:
-            image = in_channels(decode_image(row[dataset.image_column]), channels)
-            pixels.append(processor(image, return_tensors="pt")["pixel_values"][0])
+            image = decode_image(row[dataset.image_column], num_channels=taken)
+            pixels.append(prepare(processor, image if taken == channels else in_channels(image, channels)))
         except (BrokenImage, ValueError) as error:
             problem = one_line(error)
             continue
@@ -139,12 +140,18 @@ def sample_photographs(processor: Any, count: int, num_channels: int = 3) -> Sam
         images, name = resized((320, 256), count), "photographs of scikit-learn and scikit-image"
     except Exception:  # not installed, or without its data: a comparison on made-up pictures is still one
         images, name = [made_up(seed) for seed in range(count)], "made-up pictures with the spectrum of photographs"
-    pixels = [processor(in_channels(image, num_channels), return_tensors="pt")["pixel_values"][0] for image in images]
+    pixels = [prepare(processor, in_channels(image, num_channels)) for image in images]
     return Sample(torch.stack(pixels), None, name)
 
 
-def in_channels(image: Image.Image, number: int) -> Image.Image:
-    """An RGB image in 1, 3 or 4 channels; the fourth shows the image upside down, so that it says something else."""
+def in_channels(image: Image.Image, number: int) -> Image.Image | torch.Tensor:
+    """An RGB image in so many channels; the fourth shows the image upside down, so that it says something else.
+
+    Of two or more than four channels each shows the image shifted further, as a tensor (number, height, width).
+    """
+    if number not in (1, 3, 4):
+        planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return torch.stack([planes[index % 3].roll(8 * index, -1) for index in range(number)])
     if number == 1:
         return ImageOps.grayscale(image)
     if number == 4:
@@ -159,12 +166,12 @@ def check_channels(name: str, processor: Any, number: int) -> None:
         UserError: the image processor does not make the channels that the model `name` takes.
     """
     advice = (
-        f"its preprocessor_config.json needs do_convert_rgb false, and {number} values of image_mean and image_std"
+        f"its preprocessor_config.json needs num_channels {number}, and as many values of image_mean and image_std"
     )
-    if number not in (1, 3, 4):
-        raise UserError(f"{name} takes images of {number} channels, which no image processor makes: 1, 3 and 4 it can")
+    if number not in (1, 3, 4) and channels_of(processor) != number:
+        raise UserError(f"{name} takes images of {number} channels, which its image processor does not make: {advice}")
     try:
-        pixels = processor(in_channels(made_up(0), number), return_tensors="pt")["pixel_values"][0]
+        pixels = prepare(processor, in_channels(made_up(0), number))
     except Exception as error:  # whatever a foreign processor may raise
         raise UserError(
             f"the image processor of {name} cannot prepare an image of {number} channels: {one_line(error)} ({advice})"

@@ -14,12 +14,17 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, modeling_outputs
 from transformers.models.auto import modeling_auto
 
+from ..data.transforms import channels_of
 from ..foundation.errors import UserError, one_line
 from ..foundation.exported import is_exported
 from ..foundation.tasks import CLASSIFICATION, TASKS
 from .deployable import activation_of, pixel_affine
 from .folder import Manifest
 from .formats import FORMATS
+
+
+# In levels of 255: normalising and back again moves 8-bit pixels by less, those that have more by up to a half.
+MOST_ROUNDED = 0.05
 
 
 def load(
@@ -169,7 +174,13 @@ class ExportedModel(nn.Module):
         if manifest.preprocessing and not raw:
             # The image processor has normalised already; back to the pixels they were.
             scale, shift = (value.float()[:, None, None] for value in pixel_affine(self.image_processor, channels))
-            pixels = ((pixel_values.float() - shift) / scale).round().clamp(0, 255)
+            levels = (pixel_values.float() - shift) / scale
+            pixels = levels.round().clamp(0, 255)
+            if channels_of(self.image_processor) != 3 and (levels - pixels).abs().max() > MOST_ROUNDED:
+                raise UserError(
+                    "this export takes pixels of 8 bits, and these images have more: export the model without "
+                    "--preprocessing"
+                )
             return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
         return pixel_values if raw else pixel_values.float().contiguous()
 

@@ -116,15 +116,20 @@ def check_colours(name: str, config: Any, processor: Any) -> None:
     Raises:
         UserError: the model takes other channels than the image processor makes of the RGB images that we read.
     """
-    channels = getattr(config, "num_channels", 3)
-    if channels == 3:
+    channels, taken = getattr(config, "num_channels", 3), getattr(processor, "num_channels", None) or 3
+    if channels == taken:
         return
+    if taken != 3:
+        raise UserError(f"{name} takes images of {channels} channels, but its image processor makes {taken} of them.")
     try:
         made = processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[1]
     except ValueError:  # such as a mean for each of four channels
         made = 3
     if made != channels:
-        raise UserError(f"{name} takes images of {channels} channels, and images are read here in colour, as 3 (RGB).")
+        raise UserError(
+            f"{name} takes images of {channels} channels, and images are read here in colour, as 3 (RGB), unless "
+            f'preprocessor_config.json says otherwise: "num_channels": {channels}.'
+        )
 
 
 def belongs_to_head(name: str, model: PreTrainedModel) -> bool:

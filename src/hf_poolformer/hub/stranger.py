@@ -32,10 +32,11 @@ def answers(folder: str, *, code: bool, classes: object = transformers) -> dict[
     else:
         model = (getattr(classes, name, None) or getattr(transformers, name)).from_pretrained(folder)
     model.eval()
-    pixels = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+    channels = config.get("num_channels", 3)
+    pixels = np.random.default_rng(0).integers(0, 256, (240, 320, channels), dtype=np.uint8)
     if Path(folder, "preprocessor_config.json").is_file():
         processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=code)
-        inputs = processor(Image.fromarray(pixels), return_tensors="pt")
+        inputs = processor(Image.fromarray(pixels) if channels == 3 else pixels, return_tensors="pt")
     else:
         size = config.get("image_size") or 224
         height, width = (size, size) if isinstance(size, int) else size

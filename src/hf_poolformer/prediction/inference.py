@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..data.transforms import blank_image, prepare
 from ..foundation.errors import UserError, one_line
 from ..foundation.exported import is_exported
 from ..foundation.finite import finite_answers, refuse_not_finite
@@ -179,9 +180,7 @@ class Predictor:
             rows[index] |= {"label": labels[0], "score": values[0], "labels": labels, "scores": values}
 
     def _measure(self) -> int:
-        from PIL import Image
-
-        pixels = self.processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
+        pixels = prepare(self.processor, blank_image(self.processor))[None]
         with torch.inference_mode():
             _, features = self._forward(pixels)
         return features.shape[1]

@@ -19,7 +19,7 @@ from ..data.files import (
     counted,
     has_image_column,
     heif_hint,
-    is_image,
+    image_files,
     is_saved_dataset,
     list_files,
     match_pattern,
@@ -298,11 +298,11 @@ def open_dataset(location: str, **how: Any) -> Any:
 def _expand(path: Path, named: bool) -> list[Path]:
     """Image files and datasets at or below `path`. A file that was named outright is tried whatever its suffix."""
     if not path.is_dir():
-        return [path] if named or path.suffix.lower() in DATASET_SUFFIXES or is_image(path) else []
+        return [path] if named or path.suffix.lower() in DATASET_SUFFIXES or image_files([path]) else []
     if is_saved_dataset(path):
         return [path]
     files = list(list_files(path))
-    images = {file for file in files if is_image(file)}
+    images = set(image_files(files))
     parquet = [file for file in files if file.suffix.lower() in PARQUET_SUFFIXES]
     # Among images, a table that has none is about them.
     tables = {file for file in parquet if not has_image_column(file)} if images else set()

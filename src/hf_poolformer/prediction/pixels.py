@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..data.decoding import BrokenImage, EncodedImage, decode_image
+from ..data.transforms import channels_of, prepare
 from ..foundation.errors import UserError, one_line
 from ..image_processing_poolformer import EvaluationTransform, PoolFormerImageProcessor
 
@@ -50,8 +51,7 @@ def decode(items: Sequence[tuple[str, Any]], processor: Any, **options: Any) -> 
         try:
             if isinstance(source, BrokenImage):
                 raise source
-            image = decode_image(source)
-            pixels = processor(image, return_tensors="pt", **options)["pixel_values"][0]
+            pixels = prepare(processor, decode_image(source, num_channels=channels_of(processor)), **options)
         except (BrokenImage, ValueError) as error:
             errors.append(one_line(error))
             continue
@@ -187,6 +187,10 @@ def _decoder(processor: Any, device: torch.device) -> str:
         raise UserError(
             f"--device_preprocessing decode needs a CUDA GPU, and the model is on {device.type}: leave the flag out"
         )
+    if (number := channels_of(processor)) != 3:
+        raise UserError(
+            f"--device_preprocessing decode is for RGB, and this model takes {number} channels: leave the flag out"
+        )
     if not isinstance(processor, PoolFormerImageProcessor):
         raise UserError(
             f"--device_preprocessing decode needs a PoolFormerImageProcessor, and this model has a "
@@ -201,9 +205,9 @@ def _decoder(processor: Any, device: torch.device) -> str:
 
 
 def _normalises_last(processor: EvaluationTransform) -> bool:
-    """Whether the processor gives RGB and rescaling and normalising come after all the rest."""
+    """Whether the processor gives RGB, which has 8 bits, and rescaling and normalising come after all the rest."""
     plain = processor.data_format in (None, "channels_first")
-    return bool(processor.do_convert_rgb) and not processor.do_pad and plain
+    return bool(processor.do_convert_rgb) and channels_of(processor) == 3 and not processor.do_pad and plain
 
 
 def _add(groups: dict[Any, tuple[list[int], list[torch.Tensor]]], index: int, image: torch.Tensor) -> None:

@@ -60,6 +60,25 @@ class AugmentationSettings:
 
 
 @dataclass
+class ChannelSettings:
+    _argument_group_name = "channels"
+
+    num_channels: int | None = setting(
+        None,
+        "Channels of the images, where they are not RGB: 1 for grey, or those of multispectral images. A checkpoint's "
+        "stem is adapted. Unset: the checkpoint's.",
+        low=1,
+        shown=True,
+    )
+    image_statistics: Literal["auto", "checkpoint", "data"] = setting(
+        "auto",
+        "Mean and standard deviation that images are normalised with: the checkpoint's (of other channels their "
+        "average), or the training images'. auto: theirs where --num_channels is new to the checkpoint and not 3.",
+        shown=True,
+    )
+
+
+@dataclass
 class TransferSettings:
     _argument_group_name = "distillation and adaptation"
 
@@ -311,6 +330,7 @@ class ClassificationSettings(
     RareClassSettings,
     OptimisationSettings,
     AugmentationSettings,
+    ChannelSettings,
     ClassificationDataSettings,
     HeadSettings,
     ModelSettings,

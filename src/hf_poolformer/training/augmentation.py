@@ -22,10 +22,20 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from ..data.decoding import EncodedImage
-from ..data.transforms import input_size
+from ..data.transforms import channels_of, input_size
 from ..settings.classification import ClassificationSettings
 from .movements import Affine, Movement
-from .operations import DrawnOperation, RandAugment, Step, apply_each, apply_together, chance, upload
+from .operations import (
+    MOVEMENTS,
+    OPERATIONS,
+    DrawnOperation,
+    RandAugment,
+    Step,
+    apply_each,
+    apply_together,
+    chance,
+    upload,
+)
 
 
 # A crop decoded at a reduced size stays this many times finer than the example made of it. On photographs the example
@@ -173,16 +183,23 @@ class TrainTransform:
         processor: image processor of the model; its size, mean and standard deviation are used.
 
     Calling it with a `PIL.Image` does all four and returns a float32 tensor (3, height, width).
+
+    Where the processor takes another number of channels, so has everything here, and the pixels may be float32
+    between 0 and 255. RandAugment then leaves out the operations on colours, but for grey images of 8 bits.
     """
 
     def __init__(self, settings: ClassificationSettings, processor: Any):
         self.height, self.width = self.usual_size = input_size(processor)
         self.sides = settings.training_sides()
-        mean, std = (np.asarray(values, dtype=np.float64) for values in (processor.image_mean, processor.image_std))
+        self.num_channels = channels_of(processor)
+        mean, std = (
+            np.broadcast_to(np.asarray(values, dtype=np.float64), self.num_channels)
+            for values in (processor.image_mean, processor.image_std)
+        )
         # (x / 255 - mean) / std is one product and one sum. The same for every pixel, channels last as decoded images
         # are: multiplying three values at a time would take five times as long.
         self.factors, self.offsets = (
-            torch.from_numpy(values).float().expand(self.height, self.width, 3).contiguous().permute(2, 0, 1)
+            torch.from_numpy(values).float().expand(self.height, self.width, -1).contiguous().permute(2, 0, 1)
             for values in (1 / (255 * std), -mean / std)
         )
         self.reduced_decoding = settings.reduced_decoding
@@ -201,6 +218,7 @@ class TrainTransform:
                 settings.rand_augment_std,
                 settings.rand_augment_ops,
                 tuple(round(255 * value) for value in mean),
+                OPERATIONS if self.num_channels in (1, 3) else MOVEMENTS,
             )
 
     def at_epoch(self, epoch: int) -> TrainTransform:
@@ -229,6 +247,11 @@ class TrainTransform:
     def __call__(self, image: Image.Image) -> torch.Tensor:
         draws = self.draw(image.height, image.width)
         return self.normalise(self.augment(self.crop(image, draws)[None], [draws]), [draws])[0]
+
+    def load_example(self, image: EncodedImage) -> torch.Tensor:
+        """All four steps for one image that is still encoded. Errors as of `load`."""
+        draws = self.draw(image.height, image.width)
+        return self.normalise(self.augment(self.decode_crop(image, draws)[None], [draws]), [draws])[0]
 
     def load(self, image: EncodedImage) -> tuple[ExampleHeader, torch.Tensor | bytes]:
         """The worker's part: an image, decoded no finer than its crop needs, as that crop, uint8 (3, height, width).
@@ -292,8 +315,10 @@ class TrainTransform:
         size = [self.height, self.width]
         mode = InterpolationMode.BICUBIC if draws.bicubic else InterpolationMode.BILINEAR
         if draws.crop is not None:
-            return F.resize(pixels, size, mode)
-        return F.center_crop(F.resize(pixels, [max(size)], mode), size)
+            resized = F.resize(pixels, size, mode)
+        else:
+            resized = F.center_crop(F.resize(pixels, [max(size)], mode), size)
+        return resized if resized.dtype == torch.uint8 else resized.clamp_(0, 255)
 
     def augment(self, images: torch.Tensor, draws: Sequence[Draws]) -> torch.Tensor:
         """Flips, moves and RandAugment's operations, each image by its own draws: uint8 (B, 3, height, width) to the
@@ -312,7 +337,8 @@ class TrainTransform:
 
     def steps(self, draws: Draws) -> list[Step]:
         """What happens to the pixels of one example after its flip."""
-        steps: list[Step] = [] if draws.affine is None else [Movement(draws.affine, False, (0, 0, 0))]
+        black = (0,) * self.num_channels
+        steps: list[Step] = [] if draws.affine is None else [Movement(draws.affine, False, black)]
         if draws.operations:
             steps += self.rand_augment.steps(draws.operations, self.height, self.width)
         return steps

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..data.channels import batches_of
 from ..data.datasets import align_labels
 from ..data.description import describe_data, judge
 from ..data.loader import make_loader, skip_limit
@@ -23,6 +24,7 @@ from ..foundation.tasks import TASKS
 from ..settings.classification import ClassificationSettings
 from .adaptation import LinearProbe, adapt, merged
 from .augmentation import BatchMixer
+from .channels import channels_of_run, check_rgb, choose_statistics
 from .device_choice import choose_preprocessing
 from .device_pipeline import DevicePipeline, make_pipeline
 from .distillation import distillation_loss, load_teacher
@@ -49,7 +51,7 @@ class ClassificationTraining(TaskTraining):
         settings = self.settings
         self.datasets = open_splits(settings, counted=settings.asks_for_counts)
         accelerator.print(describe_data(self.datasets))
-        judge(self.datasets, skip_limit(settings.max_skipped))
+        judge(self.datasets, skip_limit(settings.max_skipped), channels_of_run(settings))
         self.label_names = labels_in_model_order(settings, self.datasets["train"].label_names)
         self.rare = rare_classes(settings, self.datasets["train"], self.label_names)
         self.epochs_vary = self.rare.repeats is not None
@@ -64,9 +66,12 @@ class ClassificationTraining(TaskTraining):
     def make_model(self, accelerator: Accelerator, memory_format: torch.memory_format) -> tuple[PreTrainedModel, Any]:
         settings = self.settings
         model, processor, self.head_is_trained = initial_model(settings, self.label_names)
+        kept = self.choices.get("image_statistics")
+        self.choices["image_statistics"] = choose_statistics(processor, settings, self.datasets["train"], kept)
         adapt(model, settings)
         self.teacher = None
         if settings.teacher:
+            check_rgb(processor, "--teacher")
             self.teacher = load_teacher(settings, self.label_names, processor, accelerator, memory_format)
         self.mixer = BatchMixer(
             len(self.label_names),
@@ -118,9 +123,10 @@ class ClassificationTraining(TaskTraining):
             return training, None
         evaluation = make_loader(
             align_labels(self.datasets["validation"], label2id, subset=True),
-            EvalTransform(processor),
+            transform := EvalTransform(processor),
             batch_size=settings.per_device_eval_batch_size,
             training=False,
+            batches=batches_of(transform),
             **common,
         )
         return training, evaluation

@@ -14,10 +14,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..data.columns import ImageDataset, columns_needed
+from ..data.transforms import channels_of
 from ..foundation.errors import UserError, one_line
 from ..foundation.machine import cores
 from ..foundation.processes import found_by_main
 from ..settings.classification import ClassificationSettings
+from .channels import check_rgb
 from .device_pipeline import Preprocessing, make_pipeline
 from .jpeg_decoders import working_decoders
 
@@ -67,6 +69,10 @@ def choose_preprocessing(
         UserError: the device cannot decode JPEGs, and shall.
     """
     mode, device, say = settings.device_preprocessing, accelerator.device, accelerator.print
+    if channels_of(processor) != 3:
+        if mode in ("augment", "decode"):
+            check_rgb(processor, f"--device_preprocessing {mode}")
+        return Preprocessing()
     ways, fault = possible_ways(mode, device)
     if device.type != "cpu":  # the devices need not be alike
         everybody = gather_object([(ways, fault)])

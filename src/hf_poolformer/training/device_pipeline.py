@@ -13,6 +13,7 @@ process to another is 8 bits per value, in one tensor per batch; the device norm
 from __future__ import annotations
 
 import contextlib
+import logging
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,12 +22,16 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from ..data.channels import ChannelBatches
 from ..data.decoding import BrokenImage, EncodedImage
 from ..data.loader import DecodedBatches
+from ..data.transforms import channels_of
 from ..settings.classification import ClassificationSettings
 from .augmentation import Draws, ExampleHeader, TrainTransform
 from .jpeg_decoders import decode_upright
 
+
+logger = logging.getLogger(__name__)
 
 # As many pixels as are decoded at once: 200 MB of RGB.
 MAX_DECODED_PIXELS = 1 << 26
@@ -131,8 +136,19 @@ class AugmentedBatches(CropBatches):
 def make_pipeline(
     settings: ClassificationSettings, processor: Any, device: torch.device, preprocessing: Preprocessing
 ) -> dict[str, Any]:
-    """The two parts of a way to preprocess, as arguments of `make_loader`: `transform`, `batches` and `finish`."""
+    """The two parts of a way to preprocess, as arguments of `make_loader`: `transform`, `batches` and `finish`.
+
+    The workers do all of it for images that are not RGB.
+    """
     mode = preprocessing.mode
+    if channels_of(processor) != 3:
+        transform = TrainTransform(settings, processor)
+        if transform.num_channels != 1 and settings.rand_augment_magnitude:
+            logger.warning(
+                "Images of %d channels: of RandAugment's operations only those that move an image, not its colours.",
+                transform.num_channels,
+            )
+        return {"transform": transform, "batches": ChannelBatches, "finish": None}
     transform = (EncodedTransform if mode == "decode" else TrainTransform)(settings, processor)
     return {
         "transform": transform,

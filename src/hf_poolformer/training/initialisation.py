@@ -21,6 +21,7 @@ from ..image_processing_poolformer import PoolFormerImageProcessor
 from ..settings.classification import ClassificationSettings
 from ..settings.training import TrainingSettings
 from ..token_mixers import FixedTokens
+from .channels import adapt_stem, in_channels
 from .heads import map_head
 
 
@@ -51,6 +52,8 @@ def initial_model(settings: ClassificationSettings, label_names: Sequence[str]) 
         raise UserError(
             "--size_schedule: this architecture mixes a fixed number of tokens, so it knows one size only."
         )
+    if settings.num_channels:
+        model, processor = adapt_stem(model, settings.num_channels), in_channels(processor, settings.num_channels)
     if settings.image_size:
         set_image_size(processor, settings.image_size)
     if settings.gradient_checkpointing:
@@ -75,6 +78,7 @@ def from_scratch(settings: TrainingSettings, labels: dict[str, Any]) -> PreTrain
             if rate is None:
                 rate = variant.drop_path_rate or 0.0  # not published for every checkpoint
             chosen = {"num_labels": len(labels["id2label"]), "drop_path_rate": rate}
+            chosen |= {"num_channels": settings.num_channels} if getattr(settings, "num_channels", None) else {}
             config = MetaFormerConfig.from_variant(name, **{**labels, **chosen, **overrides})
         elif looks_like_checkpoint(name):
             check_overrides(overrides, AutoConfig.from_pretrained(name, **where), name)
@@ -225,6 +229,8 @@ def check_overrides(overrides: Mapping[str, Any], config: Any, name: str) -> Non
     known |= set() if isinstance(config, type) else set(vars(config))
     constants = {field: value for field, value in vars(kind).items() if isinstance(value, Fixed)}
     known |= {*constants, *getattr(kind, "attribute_map", {}), "out_features", "out_indices", "torch_dtype"}
+    if "num_channels" in overrides:
+        raise UserError("--config_overrides cannot set num_channels, of which images, too, must know: --num_channels.")
     for field in ("id2label", "label2id", "num_labels", "problem_type", "label_thresholds"):
         if field in overrides:
             raise UserError(f"--config_overrides cannot set {field}: the classes are those of the data.")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..data.decoding import BrokenImage, decode_image
 from ..foundation.errors import one_line
+from ..image_pixels import upright
 
 
 class JpegHeader(Protocol):
@@ -113,12 +114,3 @@ def decoded_by_pillow(encoded: torch.Tensor, device: torch.device) -> torch.Tens
     except BrokenImage as reason:
         return reason
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
-
-
-def upright(image: torch.Tensor, orientation: int) -> torch.Tensor:
-    """(C, H, W) turned as EXIF says, 1 to 8."""
-    if orientation >= 5:
-        image = image.transpose(-1, -2)
-    # What is left to mirror: left to right in 2, 3, 6, 7; top to bottom in 3, 4, 7, 8.
-    axes = [axis for axis, which in ((-1, (2, 3, 6, 7)), (-2, (3, 4, 7, 8))) if orientation in which]
-    return image.flip(axes) if axes else image

@@ -74,6 +74,18 @@ def move_image(pixels: np.ndarray, movement: Movement) -> np.ndarray:
     return sample(pixels, normalised_matrix(affine, height, width), bicubic, fill)
 
 
+def is_rgb(pixels: np.ndarray) -> bool:
+    """Whether the fast ways, which count on three bytes for a pixel, can be taken."""
+    return pixels.dtype == np.uint8 and pixels.shape[2] == 3
+
+
+def move_channels(pixels: np.ndarray, movement: Movement) -> np.ndarray:
+    """One image, (H, W, C), uint8 or float32 between 0 and 255, whatever its channels are."""
+    matrices = torch.tensor([normalised_matrix(movement.affine, *pixels.shape[:2])])
+    fill = torch.tensor([movement.fill], dtype=torch.uint8)
+    return move_together(torch.from_numpy(pixels)[None], matrices, int(not movement.bicubic), fill)[0].numpy()
+
+
 def transposed(pixels: np.ndarray) -> np.ndarray:
     """Rows as columns: a third of numpy's time."""
     return np.array(Image.fromarray(pixels).transpose(Image.Transpose.TRANSPOSE))
@@ -170,12 +182,12 @@ def sample(pixels: np.ndarray, matrix: tuple[float, ...], bicubic: bool, fill: t
 
 
 def move_together(pixels: torch.Tensor, matrices: torch.Tensor, bilinear: int, fill: torch.Tensor) -> torch.Tensor:
-    """Many images, uint8 (B, H, W, 3), each in its own way, in as many launches as one.
+    """Many images, uint8 (B, H, W, 3), each in its own way, in as many launches as one; or (B, H, W, C) of float32.
 
     Args:
         matrices: normalised, float32 (B, 6).
         bilinear: so many images at the beginning are interpolated bilinearly, the others bicubically.
-        fill: uint8 (B, 3).
+        fill: uint8, a level for each channel, (B, 3).
     """
     height, width = pixels.shape[1:3]
     by_x, by_y, shift = matrices.view(-1, 2, 3, 1, 1).unbind(2)  # each (B, 2, 1, 1)
@@ -188,6 +200,9 @@ def move_together(pixels: torch.Tensor, matrices: torch.Tensor, bilinear: int, f
         for part, mode in ((slice(bilinear), "bilinear"), (slice(bilinear, None), "bicubic"))
         if len(source[part])
     ]
-    moved = torch.cat(parts).add_(SLACK).clamp_(0, 255).to(torch.uint8)
+    moved = torch.cat(parts)
+    if pixels.dtype == torch.uint8:
+        moved = moved.add_(SLACK)
+    moved = moved.clamp_(0, 255).to(pixels.dtype)
     outside = grid.abs().amax(1) > 1
     return torch.where(outside[..., None], fill[:, None, None], moved.permute(0, 2, 3, 1))

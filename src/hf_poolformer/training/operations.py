@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from . import colours
-from .movements import Affine, Movement, move_image, move_together, normalised_matrix
+from .movements import Affine, Movement, is_rgb, move_channels, move_image, move_together, normalised_matrix
 
 
 def chance(probability: float) -> bool:
@@ -86,6 +86,10 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
+# Those that move an image and leave its colours alone, whatever its channels are.
+MOVEMENTS = tuple(name for name, operation in OPERATIONS.items() if operation.affine is not None)
+
+
 class DrawnOperation(NamedTuple):
     """One operation, ready to be applied to one image."""
 
@@ -107,16 +111,25 @@ class RandAugment:
         magnitude: mean strength, 0 to 10.
         std: its standard deviation.
         num_ops: operations per image.
-        fill: colour (R, G, B), 0 to 255, of what is uncovered.
+        fill: colour (R, G, B), or a level for each channel, 0 to 255, of what is uncovered.
+        names: the operations to draw from.
     """
 
-    def __init__(self, magnitude: float = 9.0, std: float = 0.5, num_ops: int = 2, fill: tuple[int, ...] = (128,) * 3):
+    def __init__(
+        self,
+        magnitude: float = 9.0,
+        std: float = 0.5,
+        num_ops: int = 2,
+        fill: tuple[int, ...] = (128,) * 3,
+        names: Iterable[str] = OPERATIONS,
+    ):
         self.magnitude, self.std, self.num_ops, self.fill = magnitude, std, num_ops, fill
+        self.names = tuple(names)
 
     def draw(self) -> list[DrawnOperation]:
         """At most `num_ops` operations for one image."""
-        names, drawn = tuple(OPERATIONS), []
-        for name in random.choices(names, k=self.num_ops):
+        drawn = []
+        for name in random.choices(self.names, k=self.num_ops):
             strength = min(max(random.gauss(self.magnitude, self.std), 0.0), 10.0) / 10
             if not chance(0.5):
                 continue
@@ -143,10 +156,17 @@ MEASURED = ("contrast", "autocontrast", "equalize")
 
 
 def apply_each(pixels: np.ndarray, steps: Sequence[Step]) -> np.ndarray:
-    """One image, uint8 (H, W, 3), on the CPU."""
+    """One image, uint8 (H, W, 3), on the CPU; or (H, W, C), uint8 or float32 between 0 and 255.
+
+    Of other images than RGB only grey ones of 8 bits have colours to change, as if these were RGB.
+    """
     for step in steps:
         if isinstance(step, Movement):
-            pixels = move_image(pixels, step)
+            pixels = move_image(pixels, step) if is_rgb(pixels) else move_channels(pixels, step)
+        elif not is_rgb(pixels):
+            if pixels.dtype == np.uint8 and pixels.shape[2] == 1:
+                name, amount = step
+                pixels = OPERATIONS[name].apply(np.repeat(pixels, 3, axis=2), amount)[..., :1]
         else:
             name, amount = step
             pixels = OPERATIONS[name].apply(pixels, amount)
