@@ -173,7 +173,7 @@ def test_low_precision_answers_what_the_model_answers(kind, format, precision, s
 
 def test_an_export_that_answers_one_number_is_refused(save_model, tmp_path, monkeypatch):
     """Of answers in bfloat16 nothing is left of the differences: by how much, and what to do."""
-    monkeypatch.setattr(deployable, "scores", lambda logits, activation: logits.bfloat16().float())
+    monkeypatch.setattr(deployable, "activated", lambda logits, activation: logits.bfloat16().float())
     with pytest.raises(UserError, match=r"off by .* spreads by .*--precision float32"):
         export_model(save_model(make("number")), tmp_path / "out", format="torch", precision="bfloat16")
     assert not (tmp_path / "out").exists()

@@ -117,9 +117,9 @@ def model_card(
     called = name or model_dir.resolve().name
     name = repo_id.rpartition("/")[2] if repo_id else clean_line(called)
     data_text = _data_text(dataset_name, dataset_id)
-    classes = f"{len(label_names)} class" + ("" if len(label_names) == 1 else "es")
     emissions = _emissions(results, base_model)
     task = TASKS.get(settings.get("task")) or task_of_config(config, headless=True) or TASKS[CLASSIFICATION]
+    classes = f"{len(label_names)} {task.outputs[len(label_names) != 1]}"
     tag = task.pipeline_tag
     shown = [figure for figure in task.figures if len(label_names) >= figure.least_classes]
     card_data = ModelCardData(
