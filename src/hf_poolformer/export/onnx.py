@@ -137,9 +137,7 @@ def metadata(manifest: Manifest, config: Any) -> dict[str, str]:
         "label_thresholds": manifest.label_thresholds,
     }
     return {
-        name: value if isinstance(value, str) else to_json(value)
-        for name, value in facts.items()
-        if value is not None
+        name: value if isinstance(value, str) else to_json(value) for name, value in facts.items() if value is not None
     }
 
 
