@@ -267,7 +267,7 @@ def test_the_pipeline(what, models, exports, photos):
     assert len(loaded[SINGLE](images[0], top_k=2)) == 2
     for asked, wanted in (({}, None), ({"threshold": 0.4}, 0.4)):
         expected = expected_labels(models[MULTI], photos, wanted)
-        for found, right in zip(loaded[MULTI](images, **asked), expected, strict=True):
+        for found, right in zip(loaded[MULTI](images, batch_size=5, **asked), expected, strict=True):
             assert [entry["label"] for entry in found] == list(right)
             assert [entry["score"] for entry in found] == pytest.approx(list(right.values()), **tolerance)
     for found, row in zip(loaded[MULTI](images, top_k=2), sigmoid(logits_of(models[MULTI], photos)), strict=True):
