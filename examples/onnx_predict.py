@@ -1,4 +1,6 @@
-"""The best five classes of a photograph, from an exported ONNX model; needs onnxruntime, numpy and pillow, no torch.
+"""What an exported ONNX model says about a photograph; needs onnxruntime, numpy and pillow, no torch.
+
+That is the best five classes, the labels that reach their thresholds, or numbers: what the model was trained for.
 
 hf-poolformer export outputs/pets outputs/pets-onnx --preprocessing
 pip install onnxruntime numpy pillow
@@ -14,8 +16,8 @@ import onnxruntime
 from PIL import Image
 
 
-def best_classes(folder: str, photo: str, count: int = 5) -> list[tuple[str, float]]:
-    """Names and probabilities; the graph of `--preprocessing` normalises and ends in probabilities itself."""
+def predict(folder: str, photo: str, count: int = 5) -> list[tuple[str, float]]:
+    """Names and probabilities, or values; the graph of `--preprocessing` normalises and ends in these itself."""
     folder = Path(folder)
     config, processor = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("config", "preprocessor_config")
@@ -30,10 +32,18 @@ def best_classes(folder: str, photo: str, count: int = 5) -> list[tuple[str, flo
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (round((side - crop) / 2) for side in size)
     pixels = np.asarray(image.crop((left, top, left + crop, top + crop)))[None]
-    probabilities = onnxruntime.InferenceSession(folder / "model.onnx").run(None, {"pixel_values": pixels})[0][0]
-    return [(config["id2label"][str(i)], float(probabilities[i])) for i in probabilities.argsort()[::-1][:count]]
+    answers = onnxruntime.InferenceSession(folder / "model.onnx").run(None, {"pixel_values": pixels})[0][0]
+    best_first = answers.argsort()[::-1]
+    if config.get("problem_type") == "regression":
+        chosen = range(len(answers))
+    elif config.get("problem_type") == "multi_label_classification":
+        thresholds = np.float32(config.get("label_thresholds") or [0.5] * len(answers))
+        chosen = [i for i in best_first if answers[i] >= thresholds[i]]
+    else:
+        chosen = best_first[:count]
+    return [(config["id2label"][str(i)], float(answers[i])) for i in chosen]
 
 
 if __name__ == "__main__":
-    for name, probability in best_classes(*sys.argv[1:3]):
-        print(f"{probability:7.2%}  {name}")
+    for name, answer in predict(*sys.argv[1:3]):
+        print(f"{answer:10.4g}  {name}")

@@ -27,7 +27,8 @@ def parse() -> argparse.Namespace:
     add("--output", required=True, help="folder for the Parquet files, here or in an object store")
     add("--format", choices=["images", "parquet"], default="images", help="of the inputs (default: %(default)s)")
     add("--image_column_name", default="image", help="of Parquet files (default: %(default)s)")
-    add("--top_k", type=int, default=5, help="classes per image (default: %(default)s)")
+    add("--top_k", type=int, help="the best so many classes of an image (default: 5; of several labels, those it has)")
+    add("--threshold", type=float, help="probability from which an image has a label (default: the model's own)")
     add("--embeddings", action="store_true", help="also write the features that the head classifies")
     add("--batch_size", type=int, default=32, help="images at once (default: %(default)s)")
     add("--num_actors", type=int, default=1, help="copies of the model (default: %(default)s)")
@@ -46,7 +47,7 @@ def main() -> int:
         column = "bytes"
         suffixes = sorted(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
         images = ray.data.read_binary_files(arguments.inputs, include_paths=True, file_extensions=suffixes)
-    settings = {name: getattr(arguments, name) for name in ("top_k", "embeddings", "batch_size")}
+    settings = {name: getattr(arguments, name) for name in ("top_k", "threshold", "embeddings", "batch_size")}
     resources = {name: getattr(arguments, name) for name in ("num_actors", "num_cpus", "num_gpus")}
     try:
         predictions = predict_dataset(images, arguments.model, image_column=column, **settings, **resources)

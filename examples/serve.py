@@ -5,8 +5,9 @@
     curl -F file=@cat.jpg 'http://127.0.0.1:8000/predict?top_k=3'
     curl -H 'Content-Type: image/jpeg' --data-binary @cat.jpg http://127.0.0.1:8000/predict
 
-POST /predict takes an image and answers with labels and scores, those of `hf-poolformer predict`. GET /health/live and
-/health/ready are for whoever watches over it, /metrics is for Prometheus, /openapi.json describes it all.
+POST /predict takes an image and answers with labels and scores, or of a regression with its numbers: what
+`hf-poolformer predict` writes. GET /health/live and /health/ready are for whoever watches over it, /metrics is for
+Prometheus, /openapi.json describes it all.
 
 Images that arrive together are computed together. What is sent is not trusted: bytes, pixels, formats and time are
 limited, and a bad request gets a 4xx with a reason. When --max_queue requests are being worked on, the next one gets a
@@ -129,7 +130,7 @@ class Job:
     """A decoded image, (channels, height, width), that waits for its answer."""
 
     pixels: torch.Tensor
-    top_k: int
+    choice: tuple[int | None, float | None]  # top_k and threshold
     answer: asyncio.Future
     arrived: float
 
@@ -156,7 +157,7 @@ class Service:
         pixels = self.preprocess(blank_image(self.predictor.processor, 256))
         for size in (1, 2, 3, *range(4, self.limits.max_batch + 1, 2)):
             if size <= self.limits.max_batch:
-                self.compute([Job(pixels, 1, None, 0.0)] * size)
+                self.compute([Job(pixels, (None, None), None, 0.0)] * size)
 
     def preprocess(self, image: Image.Image | torch.Tensor) -> torch.Tensor:
         from hf_poolformer.data.transforms import prepare
@@ -190,17 +191,29 @@ class Service:
         except (BrokenImage, ValueError) as error:
             raise HTTPException(400, f"the image cannot be used: {one_line(error)}") from None
 
-    async def predict(self, data: bytes, top_k: int) -> list[dict[str, Any]]:
-        """Encoded bytes to the best classes, in the form of transformers' pipeline."""
+    async def predict(self, data: bytes, top_k: int | None, threshold: float | None) -> list[dict[str, Any]]:
+        """Encoded bytes to classes and scores, in the form of transformers' pipeline, or to names and values.
+
+        Raises:
+            HTTPException: the model gives no such choice; or of the image, see `decode`.
+            UserError: the model gives no finite answer.
+        """
+        from hf_poolformer.foundation.scores import check_choice
+
+        try:
+            check_choice(self.predictor.model.config, top_k, threshold)
+        except UserError as error:
+            raise HTTPException(422, str(error)) from None
         loop = asyncio.get_running_loop()
         pixels = await loop.run_in_executor(self.decoders, self.decode, data)
         answer = loop.create_future()
-        self.jobs.put_nowait(Job(pixels, top_k, answer, loop.time()))
+        self.jobs.put_nowait(Job(pixels, (top_k, threshold), answer, loop.time()))
         row = await answer
         if row["error"] is not None:
             raise UserError(row["error"])
-        best = zip(row["labels"][:top_k], row["scores"][:top_k], strict=True)
-        return [{"label": label, "score": score} for label, score in best]
+        if "labels" not in row:
+            return [{"label": name, "value": row[name]} for name in self.predictor.columns]
+        return [{"label": label, "score": score} for label, score in zip(row["labels"], row["scores"], strict=True)]
 
     async def run(self) -> None:
         """Computes batch after batch until it is cancelled."""
@@ -246,10 +259,10 @@ class Service:
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, job in enumerate(batch):
             groups.setdefault(tuple(job.pixels.shape), []).append(index)
-        self.predictor.top_k = max(job.top_k for job in batch)
         stacked = [(indices, torch.stack([batch[i].pixels for i in indices])) for indices in groups.values()]
         nameless = [None] * len(batch)
-        return self.predictor.rows({"names": nameless, "errors": nameless, "groups": stacked})
+        choices = [job.choice for job in batch]
+        return self.predictor.rows({"names": nameless, "errors": nameless, "groups": stacked}, choices)
 
     def stuck(self) -> bool:
         """Whether the model has been at one batch for longer than anybody waits for it."""
@@ -338,7 +351,11 @@ def create_app(service: Service) -> FastAPI:
         return JSONResponse({"detail": "; ".join(reasons)}, 422)
 
     @app.post("/predict", openapi_extra={"requestBody": BODY})
-    async def predict(request: Request, top_k: int = Query(5, ge=1, description="how many classes")) -> Response:
+    async def predict(
+        request: Request,
+        top_k: int | None = Query(None, ge=1, description="the best so many classes"),
+        threshold: float | None = Query(None, ge=0, le=1, description="probability from which an image has a label"),
+    ) -> Response:
         if service.accepted >= limits.max_queue or service.stuck():
             raise HTTPException(503, f"{service.accepted} requests are waiting already; try again later", BUSY)
         service.accepted += 1
@@ -346,7 +363,7 @@ def create_app(service: Service) -> FastAPI:
             late = HTTPException(408, f"the upload took longer than {limits.timeout:g} s")
             data = await within(limits.timeout, read_upload(request, limits.max_bytes), late)
             late = HTTPException(503, f"there was no answer within {limits.timeout:g} s; try again later", BUSY)
-            predictions = await within(limits.timeout, service.predict(data, top_k), late)
+            predictions = await within(limits.timeout, service.predict(data, top_k, threshold), late)
         except (HTTPException, ClientDisconnect):
             raise
         except UserError as error:

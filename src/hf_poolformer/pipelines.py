@@ -2,7 +2,8 @@
 
 Theirs drop alpha before the image processor has seen it, name a class for scores that are NaN, and put the pixels of a
 batch into one tensor, which for images of several sizes raises an error. Padding would change the statistics of
-GroupNorm. So images of one size are computed together, and every image as it would be alone.
+GroupNorm. So images of one size are computed together, and every image as it would be alone. Nor do they know the
+thresholds of a model that gives several labels.
 """
 
 from typing import Any
@@ -16,7 +17,9 @@ from transformers.pipelines import (
     ImageSegmentationPipeline,
     ObjectDetectionPipeline,
 )
+from transformers.pipelines.image_classification import ClassificationFunction
 
+from .foundation.scores import MULTI_LABEL, REGRESSION, check_choice, choose, class_scores
 from .image_pixels import pil_to_rgb
 from .image_processing_poolformer import (
     PoolFormerImageProcessor,
@@ -95,10 +98,40 @@ class DetectionBySize(BatchesBySize, ObjectDetectionPipeline):
 
 
 class Classification(OwnPixels, ImageClassificationPipeline):
-    def postprocess(self, model_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if not model_outputs["logits"].isfinite().all():
+    """Of several labels it gives those whose probability reaches their threshold, best first; there may be none.
+
+    The thresholds are the model's own, `label_thresholds` of its configuration, or `threshold` for all labels. `top_k`
+    asks for the best so many, whatever their thresholds; with `threshold`, at most so many. Of a regression it gives
+    all numbers, in the model's order and as they are. For models of others, whose configuration has no thresholds, and
+    with `function_to_apply`, it does what transformers does.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        check_choice(self.model.config)
+
+    def _sanitize_parameters(self, threshold: float | None = None, **kwargs: Any) -> Any:
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        if threshold is not None:
+            check_choice(self.model.config, threshold=threshold)
+            if postprocess.get("function_to_apply") is not None:
+                raise ValueError("a threshold is one of probabilities: leave function_to_apply out")
+            postprocess["threshold"] = threshold
+        return preprocess, forward, postprocess
+
+    def postprocess(self, model_outputs: Any, threshold: float | None = None, **asked: Any) -> Any:
+        config, logits = self.model.config, model_outputs["logits"]
+        if not logits.isfinite().all():
             raise ValueError("The model gives no finite scores (but NaN or infinity) for this image.")
-        return super().postprocess(model_outputs, *args, **kwargs)
+        ours = isinstance(self.image_processor, PoolFormerImageProcessor | PoolFormerImageProcessorPil)
+        ours = ours or hasattr(config, "label_thresholds")
+        own = {MULTI_LABEL: (None,), REGRESSION: (None, ClassificationFunction.NONE)}.get(config.problem_type, ())
+        if threshold is None and not (ours and asked.get("function_to_apply") in own):
+            return super().postprocess(model_outputs, **asked)
+        ((indices, scores),) = choose(class_scores(logits.float(), config), config, asked.get("top_k"), threshold)
+        return [
+            {"label": config.id2label[index], "score": score} for index, score in zip(indices, scores, strict=True)
+        ]
 
 
 class FeatureExtraction(OwnPixels, ImageFeatureExtractionPipeline):

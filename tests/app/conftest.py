@@ -28,6 +28,10 @@ TINY = {
     "max_detections": 10,
     "id2label": {0: "intact", 1: "cracked", 2: "dark", 3: "broken <b>", 4: "wet", 5: "dry"},
 }
+PROBLEMS = {
+    "labels": {"problem_type": "multi_label_classification", "label_thresholds": [0.0, 1.0, 1.0, 0.0, 1.0, 1.0]},
+    "numbers": {"problem_type": "regression"},
+}
 DENSE = {
     "segmenter": PoolFormerForSemanticSegmentation,
     "detector": PoolFormerForObjectDetection,
@@ -37,19 +41,23 @@ DENSE = {
 
 @pytest.fixture(scope="session")
 def saved_models(tmp_path_factory):
-    """Folders `classifier`, `segmenter`, `detector`, `instances`: random weights that find things."""
+    """Folders `classifier`, `segmenter`, `detector`, `instances`, `labels` and `numbers`; random weights find things.
+
+    Of `labels` some always apply, and the others never.
+    """
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(3)
-    kinds = {"classifier": PoolFormerForImageClassification, **DENSE}
+    classifiers = dict.fromkeys(PROBLEMS, PoolFormerForImageClassification)
+    kinds = {"classifier": PoolFormerForImageClassification, **DENSE, **classifiers}
     for name, kind in kinds.items():
-        model = kind(PoolFormerConfig(**TINY))
+        model = kind(PoolFormerConfig(**TINY, **PROBLEMS.get(name, {})))
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 parameter.add_(torch.empty_like(parameter).uniform_(-0.3, 0.3))
                 if "cls_logits.bias" in key:  # of the detectors, which would otherwise start out sure of nothing
                     parameter.fill_(0.5)
         model.save_pretrained(root / name)
-        if name == "classifier":
+        if name == "classifier" or name in PROBLEMS:
             processor = PoolFormerImageProcessor(size={"shortest_edge": 96}, crop_size={"height": 96, "width": 96})
         elif name == "segmenter":
             processor = PoolFormerImageProcessor.for_segmentation(size={"shortest_edge": 96, "longest_edge": 192})

@@ -5,6 +5,7 @@ import urllib.request
 
 import pytest
 from PIL import Image
+from transformers import pipeline
 
 
 pytest.importorskip("gradio", minversion="6.20", reason="needs gradio: pip install 'hf-poolformer[app]'")
@@ -14,7 +15,9 @@ from gradio_client.exceptions import AppError
 
 @pytest.fixture(scope="module")
 def client(serve, saved_models, pictures):
-    models = [saved_models / name for name in ("classifier", "segmenter", "detector", "instances")]
+    models = [
+        saved_models / name for name in ("classifier", "labels", "numbers", "segmenter", "detector", "instances")
+    ]
     page = serve(*models, max_pixels=10**6)
     return Client(page.local_url, verbose=False, download_files=True)
 
@@ -34,6 +37,29 @@ def test_classes_a_picture_and_a_note(client, pictures, saved_models):
     )
     assert Image.open(explained).tobytes() != Image.open(picture).tobytes()
     assert confidences[2]["label"] in note
+
+
+def test_the_labels_that_apply(client, pictures):
+    upload = handle_file(pictures / "photo.png")
+    scores, picture, _, _, note = client.predict(upload, "labels", api_name="/predict")
+    confidences = scores["confidences"] if "confidences" in scores else scores["value"]["confidences"]
+    assert {entry["label"] for entry in confidences} == {"intact", "broken <b>"}
+    explained, note = client.predict(upload, "labels", "wet", api_name="/explain")
+    assert "wet" in note and Image.open(explained).tobytes() != Image.open(picture).tobytes()
+
+
+def test_numbers_by_their_names(client, pictures, saved_models):
+    upload = handle_file(pictures / "photo.png")
+    _, picture, _, table, note = client.predict(upload, "numbers", api_name="/predict")
+    table = table.get("value", table)
+    assert table["headers"] == ["target", "value"]
+    expected = pipeline("image-classification", str(saved_models / "numbers"))(str(pictures / "photo.png"))
+    assert [name for name, _ in table["data"]] == [entry["label"] for entry in expected]
+    assert [float(value) for _, value in table["data"]] == pytest.approx(
+        [entry["score"] for entry in expected], rel=2e-3
+    )
+    assert "makes this number larger" in note and Image.open(picture).size == (600, 360)
+    assert "cracked" in client.predict(upload, "numbers", "cracked", api_name="/explain")[1]
 
 
 @pytest.mark.parametrize("model", ["segmenter", "detector", "instances"])

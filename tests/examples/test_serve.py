@@ -65,19 +65,19 @@ class Gate:
 
     def __init__(self, predictor):
         self.predictor, self.processor = predictor, predictor.processor
+        self.model, self.columns = predictor.model, predictor.columns
         self.open, self.entered = threading.Event(), threading.Event()
         self.error = None
         self.sizes = []
         self.open.set()
 
-    def rows(self, batch):
+    def rows(self, batch, choices):
         self.entered.set()
         assert self.open.wait(60)
         if self.error is not None:
             raise self.error
-        self.predictor.top_k = self.top_k
         self.sizes.append(len(batch["names"]))
-        return self.predictor.rows(batch)
+        return self.predictor.rows(batch, choices)
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ def start(serve, model):
 
     running = []
 
-    def run(**limits):
-        gate = Gate(Predictor(str(model), device="cpu"))
+    def run(folder=model, **limits):
+        gate = Gate(Predictor(str(folder), device="cpu"))
         defaults = {"max_batch": 4, "max_queue": QUEUE, "max_bytes": MEGABYTE, "max_pixels": MEGABYTE, "timeout": 60.0}
         service = serve.Service(gate, "tiny", serve.Limits(**{**defaults, **limits}))
         listener = serve.listening_socket("127.0.0.1", 0)
@@ -220,6 +220,67 @@ def test_answers_are_those_of_the_pipeline(start, model):
     assert len(predict(port, photograph(), "/predict?top_k=1")[1]["predictions"]) == 1
 
 
+def variant(model, folder, problem_type, **more):
+    """The same weights, said to have been trained for something else."""
+    changed = PoolFormerForImageClassification.from_pretrained(model)
+    changed.config.problem_type = problem_type
+    for name, value in more.items():
+        setattr(changed.config, name, value)
+    changed.save_pretrained(folder)
+    PoolFormerImageProcessor.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
+def test_several_labels(start, model, tmp_path):
+    """Those that reach their thresholds, or what the request asks for; also where requests share a batch."""
+    images = [photograph(seed) for seed in range(6)]
+    folder = variant(model, tmp_path / "plain", "multi_label_classification")
+    classify = pipeline("image-classification", model=str(folder), device="cpu")
+    scores = [classify(Image.open(io.BytesIO(image)), top_k=7) for image in images]
+    # Of each label the middle of its scores but one: half of the images have it; that one is never given.
+    names = [entry["label"] for entry in sorted(scores[0], key=lambda entry: entry["label"])]
+    columns = [[entry["score"] for found in scores for entry in found if entry["label"] == name] for name in names]
+    thresholds = [float(np.mean(np.sort(column)[2:4])) for column in columns[:-1]] + [1.0]
+    folder = variant(model, tmp_path / "model", "multi_label_classification", label_thresholds=thresholds)
+    server = start(folder, max_wait=1.0)
+    least = dict(zip(names, thresholds, strict=True))
+    asked = {
+        "": lambda found: [entry for entry in found if entry["score"] >= least[entry["label"]]],
+        "?threshold=0.45": lambda found: [entry for entry in found if entry["score"] >= 0.45],
+        "?threshold=0.45&top_k=1": lambda found: [entry for entry in found if entry["score"] >= 0.45][:1],
+        "?top_k=3": lambda found: found[:3],
+        "?threshold=1": lambda found: [],
+    }
+    with ThreadPoolExecutor(5) as pool:
+        answers = [
+            pool.submit(predict, server.port, image, f"/predict{query}")
+            for image, query in zip(images, asked, strict=False)
+        ]
+    assert max(server.gate.sizes) > 1, "a batch of several wishes"
+    for found, answer, pick in zip(scores, answers, asked.values(), strict=False):
+        status, said = answer.result()
+        assert status == 200
+        assert_same(said["predictions"], pick(found))
+    status, said = predict(server.port, images[0], "/predict?threshold=1.5")
+    assert status == 422 and said["detail"].startswith("threshold: ")
+
+
+def test_numbers(start, model, tmp_path):
+    folder = variant(model, tmp_path / "model", "regression", id2label={i: f"length {i}, cm" for i in range(7)})
+    port = start(folder).port
+    measure = pipeline("image-classification", model=str(folder), device="cpu")
+    status, answer = predict(port, photograph())
+    assert status == 200
+    expected = measure(Image.open(io.BytesIO(photograph())))
+    assert [entry["label"] for entry in answer["predictions"]] == [f"length {i}, cm" for i in range(7)]
+    values = [entry["value"] for entry in answer["predictions"]]
+    assert values == pytest.approx([entry["score"] for entry in expected], rel=1e-4)
+    assert min(values) < 0, "no probabilities"
+    for query, message in (("top_k=1", "gives numbers"), ("threshold=0.5", "several labels")):
+        status, answer = predict(port, photograph(), f"/predict?{query}")
+        assert status == 422 and message in answer["detail"]
+
+
 def test_requests_that_come_together_are_computed_together(start):
     server = start(max_queue=64)
     alone = [predict(server.port, photograph(seed))[1]["predictions"] for seed in range(13)]
@@ -255,12 +316,12 @@ def test_a_batch_waits_for_those_on_their_way_but_not_for_long(start):
 def test_images_of_several_sizes_share_a_batch(serve, model):
     predictor = Predictor(str(model), device="cpu")
     service = serve.Service(predictor, "tiny", serve.Limits())
-    jobs = [serve.Job(torch.rand(3, 32 + 8 * (index % 2), 32), index + 1, None, 0.0) for index in range(5)]
+    jobs = [serve.Job(torch.rand(3, 32 + 8 * (index % 2), 32), (index + 1, None), None, 0.0) for index in range(5)]
     rows = service.compute(jobs)
     for job, row in zip(jobs, rows, strict=True):
         (alone,) = service.compute([job])
-        assert row["labels"][: job.top_k] == alone["labels"][: job.top_k]
-        assert row["scores"][: job.top_k] == pytest.approx(alone["scores"][: job.top_k], rel=1e-4, abs=1e-6)
+        assert row["labels"] == alone["labels"] and len(row["labels"]) == job.choice[0]
+        assert row["scores"] == pytest.approx(alone["scores"], rel=1e-4, abs=1e-6)
 
 
 def test_bad_requests_get_a_reason_and_the_server_goes_on(start):

@@ -110,6 +110,16 @@ def test_ties_may_turn_and_choices_may_not():
     assert compare("labels", -right, right)[1] < LEAST_AGREEMENT
 
 
+def test_labels_are_compared_at_their_own_thresholds():
+    """A shift that turns a label at its threshold, and none at others."""
+    logits = torch.arange(-40, 40)[:, None].repeat(1, 3) / 10 + 0.05
+    got = logits + 1.0
+    thresholds = [0.5, 0.02, 1.0]  # logits of 0, of -3.89, and more than any
+    check, _ = compare("labels", got, logits, label_thresholds=thresholds)
+    assert check.agreement == pytest.approx(1 - (10 + 1) / 240)
+    assert compare("labels", got, logits)[0].agreement == pytest.approx(1 - 30 / 240), "0.5 where none are given"
+
+
 def test_outputs_that_do_not_vary_are_held_to_what_float32_holds():
     right = torch.full((40, 2), 300.0)
     assert compare("numbers", right + 1e-5, right)[0].passed
@@ -164,6 +174,10 @@ def test_low_precision_answers_what_the_model_answers(kind, format, precision, s
     # Bfloat16 has 8 bits, and a network adds up some roundings; eight bits of integers are coarser.
     allowed = {"float16": 0.02, "bfloat16": 0.1, "int8": 0.5}[precision]
     assert ((got - right).square().mean(0).sqrt() < allowed * right.std(0)).all()
+    if kind == "number" and precision == "int8":  # which have no choice to agree on
+        for attempt in summary.manifest.quantisation["attempts"]:
+            quality = attempt["quality"]
+            assert quality["agreement"] == pytest.approx(1 - quality["error"] ** 2)
     report = json.loads((tmp_path / "out" / "verification.json").read_text())
     said = str(summary) + (tmp_path / "out" / "README.md").read_text()
     assert report["kind"] == ("numbers" if kind == "number" else kind)
@@ -173,7 +187,7 @@ def test_low_precision_answers_what_the_model_answers(kind, format, precision, s
 
 def test_an_export_that_answers_one_number_is_refused(save_model, tmp_path, monkeypatch):
     """Of answers in bfloat16 nothing is left of the differences: by how much, and what to do."""
-    monkeypatch.setattr(deployable, "scores", lambda logits, activation: logits.bfloat16().float())
+    monkeypatch.setattr(deployable, "activated", lambda logits, activation: logits.bfloat16().float())
     with pytest.raises(UserError, match=r"off by .* spreads by .*--precision float32"):
         export_model(save_model(make("number")), tmp_path / "out", format="torch", precision="bfloat16")
     assert not (tmp_path / "out").exists()

@@ -75,7 +75,7 @@ def test_from_scratch(variant):
     # timm's LAMB has an epsilon of its own and clips; its AdamW does not clip.
     lamb = optimizer == "lamb"
     assert (settings.adam_epsilon, settings.max_grad_norm) == ((1e-6, 1.0) if lamb else (1e-8, 0.0))
-    model, _ = initial_model(
+    model, _, _ = initial_model(
         TrainingSettings.from_recipe(
             "metaformer-paper",
             train_dir="x",

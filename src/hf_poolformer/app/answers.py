@@ -1,4 +1,4 @@
-"""What the app answers to an image: classes and a picture, or what is where and a picture."""
+"""What the app answers to an image: classes, labels or numbers and a picture, or what is where and a picture."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from PIL import Image
 
 from ..data.decoding import BrokenImage, decode_image
 from ..evaluation.dense_pictures import SHOWN_SCORE, colours, draw_map, draw_objects
-from ..explanation.explainer import explain, for_drawing
+from ..explanation.explainer import class_names, explain, for_drawing
 from ..explanation.pictures import overlay
 from ..foundation.errors import UserError
 from ..foundation.figures import add_legend, new_figure
 from ..foundation.finite import check_finite
+from ..foundation.scores import MULTI_LABEL, REGRESSION, choose, class_scores
 from ..prediction.inference import Predictor
 from .models import DenseModel
 
@@ -30,8 +31,10 @@ SMALL_SHARE = 0.001
 class Answer:
     """
     Attributes:
-        scores: class -> probability of the best `TOP_K`, of a classifier.
-        columns, rows: a table of what was found, of the other models; of a regression, of its values.
+        scores: class -> probability, of a classifier: the best `TOP_K`; of several labels those that reach their
+            threshold, best first.
+        columns, rows: a table of what was found, of the other models; of a regression, of its numbers.
+        choices: classes whose places can be shown; the picture has those of the first, unless asked otherwise.
         picture: the heat map of the first class, or what was found, over the image.
         note: a sentence about the picture.
     """
@@ -41,6 +44,7 @@ class Answer:
     scores: dict[str, float] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
     rows: list[list[str]] = field(default_factory=list)
+    choices: list[str] = field(default_factory=list)
 
 
 def open_image(path: str | Path, max_pixels: int) -> Image.Image:
@@ -67,33 +71,56 @@ def answer(model: Predictor | DenseModel, image: Image.Image, shown_class: str |
 
 
 def classify(predictor: Predictor, image: Image.Image, shown_class: str | None) -> Answer:
+    config = predictor.model.config
     try:
         found = explain(predictor, image, None if shown_class is None else [shown_class])
     except UserError as error:
         if shown_class is not None:
             raise
         # Of another family: it classifies, and has no map.
-        return Answer(picture=None, note=f"No heat map: {error}.", scores=plain_scores(predictor, image))
-    best = dict(sorted(found.scores.items(), key=lambda item: -item[1])[:TOP_K])
-    table: dict[str, Any] = {"scores": best}
-    if predictor.model.config.problem_type == "regression":
-        rows = [[name, f"{value:.4g}"] for name, value in found.scores.items()]
-        table = {"columns": ("output", "value"), "rows": rows}
+        said = what_is_said(config, plain_scores(predictor, image))
+        return Answer(picture=None, note=f"{no_label(config, said)}No heat map: {error}.", **said)
+    said = what_is_said(config, found.scores)
     (shown,) = found.classes
-    stages = len(predictor.model.config.depths)
-    note = f"Grad-CAM for “{shown.label}”, stage {found.stage + 1} of {stages}."
+    numbers = config.problem_type == REGRESSION
+    note = f"{no_label(config, said)}Grad-CAM for “{shown.label}”, stage {found.stage + 1} of {len(config.depths)}"
+    note += ": what makes this number larger." if numbers else "."
     if np.isnan(shown.heat).any():
         note += " What is dark lies outside of the centre crop that the model sees."
     if shown.peak is None:
-        note += " Nothing in the image speaks for this class."
-    return Answer(picture=overlay(found.image, shown.heat), note=note, **table)
+        note += f" Nothing in the image {'makes it larger' if numbers else 'speaks for this class'}."
+    return Answer(picture=overlay(found.image, shown.heat), note=note, **said)
 
 
+def what_is_said(config: Any, scores: dict[str, float]) -> dict[str, Any]:
+    """Of the scores of all classes, in the model's order, what is shown."""
+    if config.problem_type == REGRESSION:
+        rows = [[name, f"{value:.4g}"] for name, value in scores.items()]
+        return {"columns": ("target", "value"), "rows": rows, "choices": list(scores)}
+    best = dict(sorted(scores.items(), key=lambda item: -item[1])[:TOP_K])
+    if config.problem_type != MULTI_LABEL:
+        return {"scores": best, "choices": list(best)}
+    (indices, found), *_ = choose(torch.tensor([list(scores.values())]), config)
+    names = list(scores)
+    reached = {names[index]: score for index, score in zip(indices, found, strict=True)}
+    return {"scores": reached, "choices": list({**reached, **best})}
+
+
+def no_label(config: Any, said: dict[str, Any]) -> str:
+    """A sentence for an image that has none of several labels."""
+    if config.problem_type != MULTI_LABEL or said["scores"]:
+        return ""
+    return "No label reaches its threshold. "
+
+
+@torch.inference_mode()
 def plain_scores(predictor: Predictor, image: Image.Image) -> dict[str, float]:
-    (row,) = predictor.rows(predictor.preprocessing.load([("image", image)]))
-    if row["error"]:
-        raise UserError(row["error"])
-    return dict(zip(row["labels"], row["scores"], strict=True))
+    """Of every class, in the model's order."""
+    pixel_values = predictor.processor(image, return_tensors="pt")["pixel_values"]
+    logits = predictor.model(pixel_values=pixel_values.to(predictor.device, predictor.model.dtype)).logits.float()
+    check_finite(logits, predictor.name)
+    config = predictor.model.config
+    return dict(zip(class_names(config), class_scores(logits, config)[0].tolist(), strict=True))
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The page: an image in, classes and a picture out. Gradio (extra `app`)."""
+"""The page: an image in, what the model says and a picture out. Gradio (extra `app`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..data.files import is_image, list_files
 from ..foundation.errors import UserError
 from ..foundation.names import printable
 from ..foundation.origin import Origin
-from .answers import TOP_K, Answer, answer, open_image
+from .answers import Answer, answer, open_image
 from .models import Models
 
 
@@ -141,18 +141,18 @@ def build_page(models: Models, examples: Sequence[Path], max_pixels: int) -> gr.
         return [found.picture, literal(found.note)]
 
     def outputs(found: Answer) -> list[Any]:
-        classes = list(found.scores)
+        classes = found.choices
         shown = {"choices": classes, "value": classes[0]} if classes else {"choices": [], "value": None}
         return [
-            gr.update(value=found.scores or None, visible=bool(classes)),
+            gr.update(value=found.scores or None, visible=bool(found.scores)),
             found.picture,
             gr.update(**shown, visible=len(classes) > 1 and found.picture is not None),
-            gr.update(value={"headers": list(found.columns), "data": found.rows}, visible=not classes),
+            gr.update(value={"headers": list(found.columns), "data": found.rows}, visible=bool(found.columns)),
             literal(found.note),
         ]
 
     several = len(models.names) > 1 or models.allow_any_model
-    classifies = models.tasks[models.names[0]].gives == "scores"
+    classifies = models.tasks[models.names[0]].reads in ("class", "classes")
     with gr.Blocks(title=f"{models.names[0]}: try it", delete_cache=DELETE_CACHE, analytics_enabled=False) as page:
         gr.Markdown(f"# {literal(models.names[0])}\n" if not several else "# Try a PoolFormer\n")
         with gr.Row():
@@ -174,7 +174,7 @@ def build_page(models: Models, examples: Sequence[Path], max_pixels: int) -> gr.
                 )
                 button = gr.Button("Look at it", variant="primary", elem_id="look")
             with gr.Column():
-                scores = gr.Label(label="Classes", num_top_classes=TOP_K, visible=classifies, elem_id="scores")
+                scores = gr.Label(label="Classes", visible=classifies, elem_id="scores")
                 picture = gr.Image(
                     label="Where",
                     type="pil",
@@ -197,7 +197,7 @@ def build_page(models: Models, examples: Sequence[Path], max_pixels: int) -> gr.
             [upload, model],
             results,
             api_name="predict",
-            api_description="Classes with scores, or what was found; a picture; and a note about it.",
+            api_description="Classes with scores, or numbers, or what was found; a picture; and a note about it.",
             **options,
         )
         gr.on(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,9 @@ from transformers import PretrainedConfig
 from ..data.transforms import prepare
 from ..foundation.errors import UserError
 from ..foundation.finite import check_finite
-from ..prediction.inference import Predictor, class_scores
+from ..foundation.names import numbered
+from ..foundation.scores import REGRESSION, class_scores
+from ..prediction.inference import Predictor
 from .geometry import lay_on_image, visible_region
 from .gradcam import gradcam
 
@@ -86,9 +87,12 @@ def explain(
 ) -> Explanation:
     """Classifies an image and finds which of its places speak for some of the classes.
 
+    Of a regression, the places that make a number larger: the class's logit, whose gradient is taken, is the number.
+
     Args:
         image: upright and in the channels of the model, as `data.decoding.decode_image` gives it.
-        classes: names or numbers of classes, see `find_class`; the best `top_k` if None.
+        classes: names or numbers of classes, see `find_class`; the best `top_k` if None, or of a regression, whose
+            numbers have no best, the first.
         method, stage: of `gradcam`.
 
     Raises:
@@ -105,7 +109,9 @@ def explain(
         with torch.inference_mode():
             logits = predictor.model(pixel_values.to(predictor.device, predictor.model.dtype)).logits
         check_finite(logits, predictor.name)
-        wanted = logits[0].float().topk(min(top_k, config.num_labels)).indices.tolist()
+        wanted = list(range(config.num_labels))[:top_k]
+        if config.problem_type != REGRESSION:
+            wanted = logits[0].float().topk(len(wanted)).indices.tolist()
     found = gradcam(predictor.model, pixel_values, wanted, method=method, stage=stage)
     check_finite(found.logits, predictor.name)
     scores = class_scores(found.logits, config)[0].tolist()
@@ -122,7 +128,7 @@ def explain(
                 index=index,
                 label=names[index],
                 score=scores[index],
-                score_text=f"{scores[index]:.4g}" if config.problem_type == "regression" else f"{scores[index]:.1%}",
+                score_text=f"{scores[index]:.4g}" if config.problem_type == REGRESSION else f"{scores[index]:.1%}",
                 logit=found.logits[0, index].item(),
                 heat=lay_on_image(values, place, drawn.height, drawn.width),
             )
@@ -156,9 +162,7 @@ def for_drawing(image: Image.Image) -> Image.Image:
 
 def class_names(config: PretrainedConfig) -> list[str]:
     """The labels in order; of those that occur twice each with its number behind it: `crane (134)`, `crane (517)`."""
-    labels = [str(config.id2label[index]) for index in range(config.num_labels)]
-    counts = Counter(labels)
-    return [f"{label} ({index})" if counts[label] > 1 else label for index, label in enumerate(labels)]
+    return numbered([str(config.id2label[index]) for index in range(config.num_labels)])
 
 
 def find_class(config: PretrainedConfig, name: str | int) -> int:

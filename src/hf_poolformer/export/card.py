@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ..foundation.scores import thresholds_of
 from ..foundation.tasks import TASKS
 from ..hub.rendering import citations_of, clean_line, plain_markdown, render_card
 from .folder import Manifest
@@ -36,6 +37,7 @@ def export_card(manifest: Manifest, report: Report, config: Any) -> str:
         ("precision", manifest.precision),
         ("input", _input(manifest)),
         ("output", f"`{manifest.output}`, {config.num_labels} {OUTPUTS[report.kind]}, named in `config.json`"),
+        *([("labels given", _thresholds(config))] if report.kind == "labels" else []),
         ("made of", _made_of(source)),
         ("size", f"{report.size / 1e6:.1f} MB; the model's weights in float32: {report.size_before / 1e6:.1f} MB"),
     ]
@@ -89,6 +91,13 @@ def _input(manifest: Manifest) -> str:
     else:
         shape = f"float32 (batch, {manifest.num_channels}, {height}, {width}), normalised"
     return f"`{manifest.input}`, {shape} as `preprocessor_config.json` says"
+
+
+def _thresholds(config: Any) -> str:
+    least = thresholds_of(config)
+    if len(set(least)) == 1:
+        return f"those whose probability is {least[0]:g} or more"
+    return f"those whose probability reaches their threshold, {min(least):g} to {max(least):g}, in `export.json`"
 
 
 def _made_of(source: dict[str, Any]) -> str:

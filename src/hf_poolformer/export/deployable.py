@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..foundation.errors import UserError, one_line
+from ..foundation.scores import REGRESSION, activated, activation_of
 from ..modeling_poolformer import MLPHead
 from ..token_mixers import FixedTokens
 from .folder import Manifest
@@ -38,7 +39,8 @@ class Deployable(nn.Module):
         model: as `graph.fold` returns it.
         dtype: of weights and arithmetic.
         processor: its rescaling and normalisation become part of the graph, which then takes uint8 (batch, height,
-            width, channels), already resized and cropped, and gives probabilities; None for neither.
+            width, channels), already resized and cropped, and gives probabilities (of a regression the values, as
+            ever); None for neither.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, processor: Any = None):
@@ -59,14 +61,17 @@ class Deployable(nn.Module):
 
     @property
     def output_name(self) -> str:
-        if not self.model.config.num_labels:
+        config = self.model.config
+        if not config.num_labels:
             return "features"
+        if config.problem_type == REGRESSION:
+            return "values"
         return "logits" if self.activation is None else "probabilities"
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if self.scale is not None:
             pixel_values = (pixel_values.float() * self.scale + self.shift).permute(0, 3, 1, 2)
-        return scores(self.model(pixel_values.to(self.dtype)).logits.float(), self.activation)
+        return activated(self.model(pixel_values.to(self.dtype)).logits.float(), self.activation)
 
 
 class Float32(nn.Module):
@@ -111,20 +116,6 @@ def pixel_affine(processor: Any, num_channels: int) -> tuple[torch.Tensor, torch
         std = torch.tensor(processor.image_std, dtype=torch.float64)
         scale, shift = scale / std, shift - mean / std
     return scale, shift
-
-
-def activation_of(config: Any) -> str | None:
-    """What makes scores of logits, as transformers' pipelines choose it."""
-    if config.problem_type == "regression" or not config.num_labels:
-        return None
-    return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
-
-
-def scores(logits: torch.Tensor, activation: str | None) -> torch.Tensor:
-    """Logits (B, classes, ...) as scores."""
-    if activation == "softmax":
-        return logits.softmax(1)
-    return logits.sigmoid() if activation == "sigmoid" else logits
 
 
 def smallest_size(config: Any) -> int:

@@ -31,12 +31,15 @@ class Manifest:
     Attributes:
         format, precision: of `formats.FORMATS`, and of those that it has.
         task: one of `exportable_tasks`.
+        problem_type, label_thresholds: of a classifier, as in its configuration: what its answers mean, and the
+            probability of each label from which an image has it (None for 0.5).
         file: the one that the format's runtime opens; `files` are all that belong to the graph, and SETTINGS, with
             their SHA-256.
         compiled: of "torch": a package of machine code for this kind of machine, made by AOTInductor.
         preprocessing: whether the graph takes uint8 (batch, height, width, 3) and gives probabilities. Without, it
             takes float32 (batch, 3, height, width) as the image processor makes them, and gives logits.
-        input, output: their names in the graph; a model without classes gives "features".
+        input, output: their names in the graph; a regression gives "values" in either case, a model without classes
+            "features".
         image_size: height and width the model was made for, in pixels.
         dynamic_size: whether other sizes do, too. The number of images is always free.
         least_size: of those, the smallest height and width in pixels.
@@ -57,6 +60,8 @@ class Manifest:
     dynamic_size: bool
     least_size: int = 1
     num_channels: int = 3
+    problem_type: str | None = None
+    label_thresholds: list[float] | None = None
     compiled: bool = False
     opset: int | None = None
     source: dict[str, Any] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from ..data.decoding import BrokenImage, decode_image
 from ..data.photographs import resized
 from ..data.transforms import channels_of, prepare
 from ..foundation.errors import UserError, one_line
+from ..foundation.scores import MULTI_LABEL, REGRESSION
 
 
 if TYPE_CHECKING:
@@ -107,12 +108,17 @@ def draw(rows: Iterable[Mapping[str, Any]], count: int) -> list[Mapping[str, Any
 
 
 def label_reader(dataset: ImageDataset, config: PretrainedConfig) -> Callable[[Mapping[str, Any]], int | None]:
-    """A function that gives the class of a row as the model numbers it; None where that cannot be told."""
+    """A function that gives the class of a row as the model numbers it; None where that cannot be told.
+
+    Of several labels, and of numbers, no row has one.
+    """
     from datasets import ClassLabel
 
     from ..data.classes import Classes, UnknownClass
     from ..data.columns import feature_of, field_of, find_label_column
 
+    if config.problem_type in (MULTI_LABEL, REGRESSION):
+        return lambda row: None
     features = dataset.stream.features
     try:
         column = find_label_column(features, None, dataset.name)

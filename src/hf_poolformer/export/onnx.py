@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..foundation.errors import UserError
+from ..foundation.strict_json import to_json
 from .format import ExportFormat, Layer
 
 
@@ -75,6 +76,7 @@ class Onnx(ExportFormat):
         for node in program.model.graph.all_nodes():
             node.metadata_props.clear()
             node.doc_string = None
+        program.model.metadata_props.update(metadata(manifest, module.model.config))
         program.save(path)
 
     def write_from_onnx(self, source: Path, path: Path, precision: str) -> None:
@@ -124,6 +126,19 @@ class Onnx(ExportFormat):
             for node in graph.graph.node
             if node.op_type in ("Conv", "Gemm", "MatMul")
         ]
+
+
+def metadata(manifest: Manifest, config: Any) -> dict[str, str]:
+    """What the file says of its answers to whoever has it without the folder; lists are JSON."""
+    facts = {
+        "task": manifest.task,
+        "problem_type": manifest.problem_type,
+        "labels": [str(config.id2label[index]) for index in range(config.num_labels)],
+        "label_thresholds": manifest.label_thresholds,
+    }
+    return {
+        name: value if isinstance(value, str) else to_json(value) for name, value in facts.items() if value is not None
+    }
 
 
 def store_integers(model: Any) -> None:

@@ -31,7 +31,11 @@ CHUNK = 4
 
 @dataclass
 class Quality:
-    """Of an attempt on the calibration images: agreement and error as `verification` has them, and if they pass."""
+    """
+    Of an attempt on the calibration images: agreement and error as `verification` has them, and if they pass.
+
+    Of numbers the agreement is the share of their variance that is left, of the output where it is least.
+    """
 
     agreement: float
     error: float

@@ -17,8 +17,9 @@ from transformers.models.auto import modeling_auto
 from ..data.transforms import channels_of
 from ..foundation.errors import UserError, one_line
 from ..foundation.exported import is_exported
-from ..foundation.tasks import CLASSIFICATION, TASKS
-from .deployable import activation_of, pixel_affine
+from ..foundation.scores import activation_of
+from ..foundation.tasks import TASKS
+from .deployable import pixel_affine
 from .folder import Manifest
 from .formats import FORMATS
 
@@ -76,7 +77,7 @@ def load(
 
 def load_classifier(folder: str | os.PathLike, trust_remote_code: bool = False) -> tuple[ExportedModel, Any]:
     """
-    An exported image classifier and its image processor.
+    An exported image classifier, of one label, several or numbers, and its image processor.
 
     Raises:
         UserError: as `load`, and for a segmenter.
@@ -84,7 +85,7 @@ def load_classifier(folder: str | os.PathLike, trust_remote_code: bool = False) 
     from ..foundation.loading import check_colours
 
     model = load(folder, trust_remote_code=trust_remote_code)
-    if model.manifest.task != CLASSIFICATION:
+    if TASKS[model.manifest.task].gives != "scores":
         raise UserError(f"{folder} is an export of another task: {model.manifest.task}")
     check_colours(str(folder), model.config, model.image_processor)
     return model, model.image_processor

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from ..foundation.errors import UserError, one_line
 from ..foundation.finite import check_finite
+from ..foundation.scores import MULTI_LABEL, REGRESSION, activated, activation_of, thresholds_of
 from ..foundation.tasks import TASKS
-from .deployable import activation_of, pixel_affine, scores
+from .deployable import pixel_affine
 from .folder import Manifest
 from .formats import FORMATS
 from .images import Sample
@@ -45,7 +46,7 @@ CHUNK, CHUNK_OF_MAPS, EMULATED = 16, 4, 16
 # What the agreement is of, per kind of answer.
 AGREEMENT = {
     "classes": "same best class",
-    "labels": "same side of the threshold, over all labels",
+    "labels": "same side of its threshold, over all labels",
     "numbers": "correlation, of the output where it is least",
     "pixels": "pixels of the same class",
 }
@@ -131,10 +132,10 @@ def kind_of(config: Any, task: str) -> str:
     """What the answers of a model mean: one of AGREEMENT."""
     if TASKS[task].gives == "map":
         return "pixels"
-    if config.problem_type == "multi_label_classification":
+    if config.problem_type == MULTI_LABEL:
         return "labels"
     # A single output without a problem is trained as a number; a feature is one, too.
-    return "numbers" if config.problem_type == "regression" or config.num_labels < 2 else "classes"
+    return "numbers" if config.problem_type == REGRESSION or config.num_labels < 2 else "classes"
 
 
 def tolerance_of(kind: str, manifest: Manifest) -> float:
@@ -193,8 +194,11 @@ class Comparison:
         self.activation = activation_of(config) if manifest.preprocessing and config.num_labels else None
         self.allowed = tolerance_of(self.kind, manifest)
         least = 0.0 if self.kind == "numbers" else LOGIT if self.activation is None else SCORE
-        self.threshold = 0.0 if self.activation is None else 0.5
-        self.spread = Spread(scores(right, self.activation), self.kind, least)
+        if self.kind == "labels":
+            thresholds = torch.tensor(thresholds_of(config))
+            # A logit of infinity is reached by none, as a probability of one is by none but for rounding.
+            self.thresholds = thresholds.logit() if self.activation is None else thresholds
+        self.spread = Spread(activated(right, self.activation), self.kind, least)
 
     def __call__(
         self, got: torch.Tensor, right: torch.Tensor, images: str, *, demanding: bool = True
@@ -211,7 +215,7 @@ class Comparison:
             raise UserError(
                 f"the export gives outputs of shape {tuple(got.shape)}, the model {tuple(right.shape)}, on {images}"
             )
-        got, right = scores(got, self.activation), scores(right, self.activation)
+        got, right = activated(got, self.activation), activated(right, self.activation)
         unit = self.spread.units(right)
         off = (self.spread.rows(got) - self.spread.rows(right)).square().mean(0).sqrt()
         errors = (off - self.spread.resolution(right)).clamp(min=0) / unit
@@ -236,8 +240,8 @@ class Comparison:
         if self.kind == "numbers":
             return correlation(got.double(), right.double(), unit), 1.0
         if self.kind == "labels":
-            same = (got > self.threshold) == (right > self.threshold)
-            tie = (right - self.threshold).abs() <= TIE * unit
+            same = (got >= self.thresholds) == (right >= self.thresholds)
+            tie = (right - self.thresholds).abs() <= TIE * unit
         else:
             best = right.argmax(1, keepdim=True)
             chosen = got.argmax(1, keepdim=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 
 
 # Join letters and emoji; the other characters of their category hide, or turn the direction of what follows.
@@ -41,6 +42,14 @@ def undecodable_escaped(text: str) -> str:
     """Text in which what stands for undecodable bytes is written out, so that it can be encoded."""
     text = re.sub("[\udc80-\udcff]", lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}", text)
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def numbered(names: Sequence[str], taken: Collection[str] = ()) -> list[str]:
+    """The same names; of those that occur twice or are `taken` each with its number behind it: `crane (134)`."""
+    counts = Counter(names)
+    return [
+        f"{name} ({index})".lstrip() if counts[name] > 1 or name in taken else name for index, name in enumerate(names)
+    ]
 
 
 # What settings and flags are called in other tools -> here; of several, the first that a command has is meant.

@@ -87,7 +87,8 @@ class Task:
         pipeline_code, model_code: Python for cards; `{source}` stands for the quoted name of the model and arguments
             of loading.
         exported_imports, exported_code: Python before and after `model = load(".")`, for cards of exports.
-        limits: paragraphs of cards; `{classes}` stands for the number of classes, in words.
+        outputs: what a model for it tells apart, one and several.
+        limits: paragraphs of cards; `{classes}` stands for the number of these, in words.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Task:
     pipeline_code: str
     model_code: str
     limits: tuple[str, ...]
+    outputs: tuple[str, str] = ("class", "classes")
     processor: str = ""
     evaluation: str = ""
     settings: str = "hf_poolformer.settings.dense:DenseSettings"
@@ -328,6 +330,31 @@ _MULTI_LABEL = replace(
     noun="multi-label image classifier",
     problem_type="multi_label_classification",
     reads="classes",
+    outputs=("label", "labels"),
+    pipeline_code=(
+        "from transformers import pipeline\n\n"
+        'classify = pipeline("image-classification", model={source})\n'
+        'print(classify("photo.jpg", top_k=3))  # each label has a probability of its own\n'
+        "# After `import hf_poolformer`, and without top_k: the labels that reach their thresholds."
+    ),
+    model_code=model_code(
+        "AutoModelForImageClassification",
+        "    probabilities = model(**inputs).logits[0].sigmoid().tolist()  # of each label\n"
+        'thresholds = getattr(model.config, "label_thresholds", None) or [0.5] * len(probabilities)\n'
+        "for index, probability in enumerate(probabilities):\n"
+        "    if probability >= thresholds[index]:\n"
+        "        print(model.config.id2label[index], round(probability, 3))",
+    ),
+    exported_code=(
+        'classify = pipeline("image-classification", model=model, image_processor=model.image_processor)\n'
+        'print(classify("photo.jpg"))  # the labels that reach their thresholds; there may be none'
+    ),
+    limits=(
+        "The model knows only the {classes} it was trained on. It gives an image each of them whose probability "
+        "reaches its threshold: `label_thresholds` in `config.json`, or 0.5 where there are none. So an image may get "
+        "no label, and one that shows something else may get one.",
+        OTHER_DATA,
+    ),
     settings="hf_poolformer.settings.classification:MultiLabelSettings",
     training="hf_poolformer.training.multi_label:MultiLabelTraining",
     figures=LABEL_FIGURES,
@@ -345,6 +372,29 @@ _REGRESSION = replace(
     noun="image regressor",
     problem_type="regression",
     reads="numbers",
+    outputs=("number", "numbers"),
+    pipeline_code=(
+        "from transformers import pipeline\n\n"
+        'measure = pipeline("image-classification", model={source}, function_to_apply="none")\n'
+        'for found in measure("photo.jpg"):\n'
+        '    print(found["label"], found["score"])  # a number, in the units that it was trained on'
+    ),
+    model_code=model_code(
+        "AutoModelForImageClassification",
+        "    values = model(**inputs).logits[0].tolist()\n"
+        "for index, value in enumerate(values):\n"
+        "    print(model.config.id2label[index], value)",
+    ),
+    exported_code=(
+        'measure = pipeline("image-classification", model=model, image_processor=model.image_processor)\n'
+        'for found in measure("photo.jpg"):\n'
+        '    print(found["label"], found["score"])  # a number, in the units that it was trained on'
+    ),
+    limits=(
+        "The model gives every image its {classes}, whatever the image shows, and does not say how sure it is. Far "
+        "from the values that it was trained on, what it says means little.",
+        OTHER_DATA,
+    ),
     settings="hf_poolformer.settings.classification:RegressionSettings",
     training="hf_poolformer.training.regression:RegressionTraining",
     figures=NUMBER_FIGURES,

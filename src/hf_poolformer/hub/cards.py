@@ -139,6 +139,7 @@ def model_card(
     data_text = _data_text(dataset_name, dataset_id)
     emissions = _emissions(results, base_model)
     task = TASKS.get(settings.get("task")) or task_of_config(config, headless=True) or TASKS[CLASSIFICATION]
+    classes = f"{len(label_names)} {task.outputs[len(label_names) != 1]}"
     tag = task.pipeline_tag
     classes = f"{len(label_names)} {task.answer_noun[len(label_names) != 1]}"
     shown = task.figures_of(len(label_names), settings.get("metric_for_best_model"))

@@ -1,18 +1,18 @@
-"""Undecoded images to rows of a table: decoding in worker processes, the model, its best classes and its features."""
+"""Undecoded images to rows of a table: decoding in worker processes, the model, what it answers and its features."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..data.transforms import blank_image, prepare
 from ..foundation.errors import UserError, one_line
@@ -21,12 +21,18 @@ from ..foundation.finite import finite_answers, refuse_not_finite
 from ..foundation.graphs import graphed
 from ..foundation.loading import HERE, belongs_to_head, load_checkpoint
 from ..foundation.machine import cores
+from ..foundation.names import numbered, undecodable_escaped
 from ..foundation.origin import Origin
+from ..foundation.scores import MULTI_LABEL, REGRESSION, TOP_K, check_choice, choose, class_scores
 from ..foundation.workers import prepare_worker
 from .pixels import Preprocessing
 
 
 LABEL_COLUMNS = ("label", "score", "labels", "scores")
+# A target of the same name is called otherwise: see `value_columns`.
+OTHER_COLUMNS = ("path", "embedding", "error")
+# What an image is asked for: `top_k` and `threshold` of `foundation.scores.choose`.
+Choice = tuple[int | None, float | None]
 NOT_FINITE = "the model gives no finite scores (but NaN or infinity) for this image"
 
 
@@ -36,7 +42,9 @@ class Predictor:
     Attributes:
         name: for messages, which strangers may read: of a folder the last part.
         preprocessing: from undecoded images to its input.
-        columns: what a row holds besides `path` and `error`: `LABEL_COLUMNS` and, if asked for, `embedding`.
+        columns: what a row holds besides `path` and `error`: `LABEL_COLUMNS`, or of a regression one for each of its
+            targets; and, if asked for, `embedding`.
+        top_k, threshold: what every image is asked for.
         embedding_size: length of an embedding, None if there are none.
     """
 
@@ -44,7 +52,8 @@ class Predictor:
         self,
         name: str,
         *,
-        top_k: int = 5,
+        top_k: int | None = None,
+        threshold: float | None = None,
         embeddings: bool = False,
         device: str | torch.device = "auto",
         dtype: str = "float32",
@@ -55,12 +64,13 @@ class Predictor:
         Args:
             name: folder or Hub id of an image classifier, or folder of an export; with `embeddings` also of a model
                 without a head.
+            top_k, threshold: as `foundation.scores.choose` says; None for what the model's kind of answers asks for.
             embeddings: also give the features that the head classifies: what its first layer takes, after the final
                 norm and the mean over the positions. Of a model without a head, only these, without that norm.
             device_preprocessing: "no" or "decode", as `prediction/pixels.py` explains.
 
         Raises:
-            UserError: no such model, no trained head, no such device.
+            UserError: no such model, no trained head, no such device; or a choice that this model does not give.
         """
         if is_exported(name):
             from ..export.runtime import load_classifier
@@ -81,7 +91,6 @@ class Predictor:
                 "`hf-poolformer predict --embeddings` writes"
             )
         self.name = Path(name).resolve().name if Path(name).is_dir() else name
-        self.top_k = top_k
         self.dtype = dtype
         self._answered = False  # with a finite number, yet
         self._headless = headless
@@ -92,6 +101,15 @@ class Predictor:
             )
         self._labels = bool(self.model.config.num_labels) and not headless
         self._embeddings = embeddings
+        config = self.model.config
+        self._values: tuple[str, ...] = ()
+        self.top_k, self.threshold = top_k, threshold
+        if self._labels:
+            check_choice(config, top_k, threshold)
+            if config.problem_type == REGRESSION:
+                self._values = value_columns(config)
+            elif config.problem_type != MULTI_LABEL:
+                self.top_k = top_k or TOP_K
         self.device = find_device(device)
         try:
             self.model.to(self.device, getattr(torch, dtype), memory_format=torch.channels_last).eval()
@@ -100,7 +118,8 @@ class Predictor:
         self.preprocessing = Preprocessing(self.processor, self.device, device_preprocessing)
         self._graphed = graphed(self.model)
         self.embedding_size = self._measure() if embeddings else None
-        self.columns = (*(LABEL_COLUMNS if self._labels else ()), *(("embedding",) if embeddings else ()))
+        answers = self._values or LABEL_COLUMNS if self._labels else ()
+        self.columns = (*answers, *(("embedding",) if embeddings else ()))
 
     def digest(self) -> str:
         """Hash of everything in the model and the processor that decides what is predicted."""
@@ -116,12 +135,14 @@ class Predictor:
         return sha.hexdigest()
 
     @torch.inference_mode()
-    def rows(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+    def rows(self, batch: dict[str, Any], choices: Sequence[Choice] | None = None) -> list[dict[str, Any]]:
         """Predictions for what `preprocessing.load` or `decode` gave, in order.
 
-        Of a broken image all but `path` and `error` is None.
+        Of a broken image all but `path` and `error` is None. An image for which the model gives NaN or infinity is a
+        row with an error. An image that has none of several labels has empty lists, and None for `label` and `score`.
 
-        An image for which the model gives NaN or infinity is a row with an error.
+        Args:
+            choices: what each image is asked for; if None, this predictor's `top_k` and `threshold`.
 
         Raises:
             UserError: so are all images of a size, and there has been no other answer yet; or too little memory.
@@ -143,7 +164,8 @@ class Predictor:
             if not self._answered:
                 refuse_not_finite(len(finite), len(finite), self.name)
             if self._labels:
-                self._add_labels(rows, indices, outputs.logits.float())
+                mine = None if choices is None else [choices[index] for index in indices]
+                self._answer([rows[index] for index in indices], outputs.logits.float(), mine)
             if features is not None:
                 for index, embedding in zip(indices, features.float().cpu().numpy(), strict=True):
                     rows[index]["embedding"] = embedding
@@ -171,13 +193,22 @@ class Predictor:
             handle.remove()
         return outputs, taken[0].flatten(1)
 
-    def _add_labels(self, rows: list[dict[str, Any]], indices: list[int], logits: torch.Tensor) -> None:
+    def _answer(self, rows: list[dict[str, Any]], logits: torch.Tensor, choices: Sequence[Choice] | None) -> None:
+        """Fills in what the model says about the images of these rows."""
         config = self.model.config
         scores = class_scores(logits, config)
-        best = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1)
-        for index, values, classes in zip(indices, best.values.tolist(), best.indices.tolist(), strict=True):
-            labels = [config.id2label[label] for label in classes]
-            rows[index] |= {"label": labels[0], "score": values[0], "labels": labels, "scores": values}
+        if self._values:
+            for row, values in zip(rows, scores.tolist(), strict=True):
+                row.update(zip(self._values, values, strict=True))
+            return
+        choices = choices or [(self.top_k, self.threshold)] * len(rows)
+        for choice in set(choices):
+            places = [place for place, other in enumerate(choices) if other == choice]
+            mine = scores if len(places) == len(rows) else scores[places]
+            for place, (indices, found) in zip(places, choose(mine, config, *choice), strict=True):
+                labels = [config.id2label[index] for index in indices]
+                best = {"label": labels[0], "score": found[0]} if labels else {}
+                rows[place].update(best, labels=labels, scores=found)
 
     def _measure(self) -> int:
         pixels = prepare(self.processor, blank_image(self.processor))[None]
@@ -194,13 +225,13 @@ def _enough_memory(count: int) -> Iterator[None]:
         raise UserError(f"{count} images at once need too much memory: lower --batch_size") from error
 
 
-def class_scores(logits: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """Logits (B, classes) as what transformers' pipeline calls scores: probabilities, of a regression the values."""
-    if config.problem_type == "regression":
-        return logits
-    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
-        return logits.sigmoid()
-    return logits.softmax(dim=-1)
+def value_columns(config: Any) -> tuple[str, ...]:
+    """Of a regression: what the columns of its targets are called, as the targets are.
+
+    One that is called like another target or column, or not at all, has its number behind it.
+    """
+    names = [undecodable_escaped(str(config.id2label[index])) for index in range(config.num_labels)]
+    return tuple(numbered(names, taken=(*LABEL_COLUMNS, *OTHER_COLUMNS, "")))
 
 
 class Decoder(Dataset):

@@ -87,6 +87,7 @@ def describe_run(predictor: Predictor, shards: Sequence[Shard], part_size: int) 
         "shards": len(shards),
         "part_size": part_size,
         "top_k": predictor.top_k,
+        "threshold": predictor.threshold,
         "dtype": predictor.dtype,
         "device_preprocessing": predictor.preprocessing.where,
         "columns": list(predictor.columns),

@@ -25,7 +25,8 @@ def predict_dataset(
     *,
     image_column: str = "bytes",
     path_column: str | None = "path",
-    top_k: int = 5,
+    top_k: int | None = None,
+    threshold: float | None = None,
     embeddings: bool = False,
     dtype: str = "float32",
     batch_size: int = 32,
@@ -42,15 +43,15 @@ def predict_dataset(
         model: folder or Hub id of an image classifier; every node must be able to read it.
         image_column: encoded bytes, or the `{"bytes", "path"}` of a `datasets.Image`.
         path_column: what a row is called; None, or a column that is not there, for the path beside the bytes.
-        top_k, embeddings, dtype: as of `predict`.
+        top_k, threshold, embeddings, dtype: as of `predict`.
         batch_size: images at once.
         num_actors, num_cpus, num_gpus: copies of the model, and what each of them takes. They must leave a core for
             reading and writing: Ray waits for one without end.
         where: `revision`, `token`, `cache_dir`, `trust_remote_code`, for loading the model.
 
     Returns:
-        the dataset of the predictions, with the columns of `predict`: `path`, `label`, `score`, `labels`, `scores`,
-        `embedding` if asked for, `error`. Lazy, as all of Ray Data.
+        the dataset of the predictions, with the columns of `predict`: `path`; `label`, `score`, `labels`, `scores`, or
+        of a regression one for each target; `embedding` if asked for; `error`. Lazy, as all of Ray Data.
 
     Raises:
         UserError: Ray is not installed, no such model, no trained head.
@@ -69,7 +70,8 @@ def predict_dataset(
             num_cpus,
             cores,
         )
-    options = {"top_k": top_k, "embeddings": embeddings, "dtype": dtype, "origin": Origin(**where)}
+    asked = {"top_k": top_k, "threshold": threshold, "embeddings": embeddings}
+    options = {**asked, "dtype": dtype, "origin": Origin(**where)}
     Predictor(os.fspath(model), **options, device="cpu")  # a mistake is told here, before the cluster starts to work
     options["device"] = "auto" if num_gpus else "cpu"
     return dataset.map_batches(

@@ -70,7 +70,8 @@ def predict(
     inputs: Sequence[str | os.PathLike],
     output: str | os.PathLike,
     *,
-    top_k: int = 5,
+    top_k: int | None = None,
+    threshold: float | None = None,
     embeddings: bool = False,
     batch_size: int = 32,
     part_size: int = PART_SIZE,
@@ -94,11 +95,17 @@ def predict(
 ) -> Summary:
     """Classifies images and writes one row for each, in input order, into a table or into a folder of parts.
 
-    The columns are `path`, `label` and `score` of the best class, the lists `labels` and `scores` of the best `top_k`,
-    `embedding` if asked for, and `error`, null or the reason why an image could not be read. `path` is a file's; for a
-    row of a dataset it is the dataset's, `#` and the row's number, or the name in a tar; for a dataset of the Hub in
-    several files that is written to a folder, `#` and the file's number, `:` and the row's number in it. Scores are
-    softmax probabilities, for a model of another `problem_type` as in transformers' pipeline.
+    The columns are `path`, what the model answers, `embedding` if asked for, and `error`, null or the reason why an
+    image could not be read. `path` is a file's; for a row of a dataset it is the dataset's, `#` and the row's number,
+    or the name in a tar; for a dataset of the Hub in several files that is written to a folder, `#` and the file's
+    number, `:` and the row's number in it. What a model answers depends on its `problem_type`:
+
+    - One class of many: `label` and `score` of the best, the lists `labels` and `scores` of the best `top_k`. Scores
+      are softmax probabilities.
+    - Several labels: `labels` and `scores` of those whose probability reaches their threshold, best first, of which
+      there may be none; `label` and `score` are the first, null where there is none.
+    - A regression: a column of float32 for each target, called like it, in its units. A target that is called like
+      another column has its number behind its name.
 
     A table appears under its name when it is complete. A folder fills with parts of `part_size` rows; whatever kills
     the processes, the same call goes on after the last part of each and neither repeats nor loses an image, with any
@@ -109,6 +116,10 @@ def predict(
         inputs: image files, folders (searched to the bottom), globs, Parquet files, WebDataset tars, folders that
             `save_to_disk` wrote.
         output: `.parquet`, `.csv` or `.jsonl` by its suffix; without one, a folder. In CSV the lists are JSON.
+        top_k: classes in `labels`, 5 if None. Of several labels, the best so many whatever their thresholds; with
+            `threshold`, at most so many.
+        threshold: probability from which an image has a label, in the place of the model's `label_thresholds` (or of
+            0.5, where it has none).
         embeddings: also write the features that the head classifies, float32, `hidden_sizes[-1]` numbers each.
         part_size: rows of a part: what a kill costs at most, for each process.
         device: `auto` takes the accelerator if there is one.
@@ -124,15 +135,13 @@ def predict(
         should_stop: asked after each batch; when it says so, KeyboardInterrupt is raised.
 
     Raises:
-        UserError: no model, no images, an output that cannot be written or holds something else, storage that stays
-            out of reach. A broken image is a row, not an error.
+        UserError: no model, no images, a choice that the model does not give, an output that cannot be written or
+            holds something else, storage that stays out of reach. A broken image is a row, not an error.
     """
     output = Path(output)
     index, processes = _place(process_index, num_processes)
-    if top_k < 1 or batch_size < 1 or part_size < 1:
-        raise UserError(
-            f"top_k, batch_size and part_size must be at least 1, not {top_k}, {batch_size} and {part_size}"
-        )
+    if batch_size < 1 or part_size < 1:
+        raise UserError(f"batch_size and part_size must be at least 1, not {batch_size} and {part_size}")
     to_folder = not output.suffix
     if to_folder:
         check_parquet()
@@ -149,7 +158,8 @@ def predict(
         raise UserError("there is nothing to predict: give files, folders or a dataset")
     origin = Origin(revision, token, cache_dir, trust_remote_code)
     how = {"device": device, "dtype": dtype, "device_preprocessing": device_preprocessing}
-    predictor = Predictor(str(model), top_k=top_k, embeddings=embeddings, origin=origin, **how)
+    how |= {"top_k": top_k, "threshold": threshold, "embeddings": embeddings}
+    predictor = Predictor(str(model), origin=origin, **how)
     job = Job(predictor, images, output, batch_size, num_workers, progress and index == 0, should_stop)
     if not to_folder:
         return job.fill_table()

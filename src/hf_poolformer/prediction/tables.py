@@ -93,7 +93,7 @@ def unwritable(output: Path, error: OSError) -> UserError:
 
 
 def parquet_schema(columns: Sequence[str], embedding_size: int | None) -> Any:
-    """Arrow schema of these columns."""
+    """Arrow schema of these columns; one of no other name is a target of a regression."""
     import pyarrow as pa
 
     types = {
@@ -105,7 +105,7 @@ def parquet_schema(columns: Sequence[str], embedding_size: int | None) -> Any:
         "embedding": pa.list_(pa.float32(), embedding_size or 0),
         "error": pa.string(),
     }
-    return pa.schema([(column, types[column]) for column in columns])
+    return pa.schema([(column, types.get(column, pa.float32())) for column in columns])
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def cell(value: Any) -> Any:
 def _csv(path: Path, columns: Sequence[str], embedding_size: int | None, metadata: Any) -> Iterator[Write]:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
-        writer.writeheader()
+        writer.writerow({column: cell(column) for column in columns})
 
         def write(rows: Iterable[dict[str, Any]]) -> None:
             for row in map(_plain, rows):
