@@ -4,7 +4,6 @@ import sys
 import pytest
 import torch
 from accelerate import DistributedType
-from accelerate.state import AcceleratorState
 from datasets import Dataset
 from PIL import ImageOps
 from safetensors.torch import load_file
@@ -162,14 +161,6 @@ def test_a_run_with_adapters_leaves_an_ordinary_model(make_settings_from, make_c
     card = (run / "README.md").read_text()
     assert "training the head and LoRA adapters of rank 3, merged into the weights" in card
     assert "| `lora` | 3 |" in card and "freeze_backbone" not in card
-
-
-@pytest.fixture
-def own_precision():
-    """accelerate's precision is that of its first run in a process."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def test_adapters_with_everything_else(make_settings_from, make_checkpoint, tmp_path, own_precision):

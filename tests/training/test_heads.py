@@ -124,7 +124,6 @@ def test_every_recipe_suits_every_kind_of_label(task, recipe, tmp_path):
         (MULTI_LABEL, ["--pos_weight", '{"cat": true}'], "numbers above 0, not True"),
         (MULTI_LABEL, ["--pos_weight", '{"cat": -1}'], "numbers above 0, not -1"),
         (MULTI_LABEL, ["--pos_weight", "[1, 2]"], "numbers above 0, not"),
-        (MULTI_LABEL, ["--class_weights", "auto"], "--class_weights auto: it is for one class per image"),
         (MULTI_LABEL, ["--asymmetric_clip", "0.9"], "between 0 and 0.5"),
         (CLASSIFICATION, ["--pos_weight", "auto"], "unknown flag: --pos_weight"),
         (MULTI_LABEL, ["--config_overrides", '{"label_thresholds": [0.1]}'], "cannot set label_thresholds"),

@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.foundation.processes import Stopped
+from hf_poolformer.foundation.tasks import MULTI_LABEL, REGRESSION
 from hf_poolformer.training import checkpoints, loop
 from hf_poolformer.training.classification import ClassificationTraining
 from hf_poolformer.training.loop import train
 
 
+FIGURES = {"label_thresholds", "eval_f1_macro", "eval_mae", "eval_r2"}
 # Everything random that there is, checkpoints between and within epochs, windows that epochs do not end with.
 SETTINGS = {
     "num_train_epochs": 2,
@@ -160,6 +162,34 @@ def test_killed_while_it_adapts_or_distils(make_settings_from, make_checkpoint, 
     assert not run(parts, count, kill_at=4)
     assert run(parts, count)
     assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "count"),
+    [
+        (MULTI_LABEL, {"loss": "asymmetric", "pos_weight": "auto"}, 1),
+        (REGRESSION, {"loss": "huber", "cutmix_alpha": 0.0}, 1),
+        pytest.param(MULTI_LABEL, {"pos_weight": "auto"}, 2, marks=pytest.mark.slow),
+        pytest.param(REGRESSION, {"cutmix_alpha": 0.0}, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_with_several_labels_or_numbers(make_settings_of, tmp_path, task, changes, count):
+    rare = {"sampling": "shuffle", "class_weights": "none", "focal_gamma": 0.0}
+    changes = {**SETTINGS, **rare, "num_workers": 0, "max_train_steps": 6, **changes}
+    whole = make_settings_of(task, **changes, output_dir=str(tmp_path / "whole"))
+    assert run(whole, count)
+    parts = make_settings_of(task, **changes, output_dir=str(tmp_path / "parts"))
+    assert not run(parts, count, kill_at=4)
+    assert run(parts, count)
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+    # Thresholds and figures as well: every process looked at its share of the images, and one at all.
+    mine, theirs = (json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("parts", "whole"))
+    assert {name: value for name, value in mine.items() if name in FIGURES} == {
+        name: value for name, value in theirs.items() if name in FIGURES
+    }
+    assert (FIGURES & mine.keys()) >= ({"label_thresholds"} if task == MULTI_LABEL else {"eval_mae"})
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("parts", "whole")]
+    assert configs[0] == configs[1] and ("label_thresholds" in configs[0]) == (task == MULTI_LABEL)
 
 
 @pytest.fixture

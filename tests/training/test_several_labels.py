@@ -46,6 +46,7 @@ def test_thresholds_are_chosen_at_the_end_and_saved(make_settings_of, digits_of_
     assert results["eval_f1_macro"] == pytest.approx(f1_score(labels, predicted, average="macro"), abs=0.01)
     assert results["eval_f1_macro"] > f1_score(labels, probabilities >= 0.5, average="macro") - 0.01
     told = capsys.readouterr().out
+    assert "thresholds of the labels were chosen on these very images" in (tmp_path / "run/README.md").read_text()
     low, high = min(config.label_thresholds), max(config.label_thresholds)
     assert f"thresholds {low:.2f} to {high:.2f}" in told
     assert ("pos_weight  even " in told) == ("pos_weight" in changes)

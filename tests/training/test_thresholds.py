@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import f1_score
 
+from hf_poolformer.evaluation.metrics import LabelsJudge
 from hf_poolformer.evaluation.thresholds import PRIOR_IMAGES, best_threshold, choose_thresholds
 
 
@@ -63,3 +65,23 @@ def test_they_are_better_than_one_half_on_other_images():
 def test_one_image_and_probabilities_at_the_ends():
     assert choose_thresholds(np.array([[0.0, 1.0]]), np.array([[1, 1]])) == pytest.approx([0.0, 1 / 6])
     assert choose_thresholds(np.array([[0.2]], dtype=np.float32), np.array([[1]])) == pytest.approx([0.1])
+
+
+@pytest.mark.parametrize("changes", [{}, {"intervals": True}])
+def test_processes_choose_together_what_one_would(changes):
+    probabilities, labels = (torch.from_numpy(values) for values in made_up(120, [0.3, 0.05, 0.5]))
+    logits, shares = probabilities.logit(), [slice(0, 120), slice(0, 13), slice(13, 120)]
+    states = []
+    for share in shares:
+        judge = LabelsJudge(3, thresholds="f1", **changes)
+        judge.add(labels[share], logits[share])
+        states.append(judge.state())
+    alone, together = judge.compute(states[:1]), judge.compute(states[1:][::-1])
+    chosen = choose_thresholds(logits.sigmoid().numpy(), labels.numpy())
+    assert alone["label_thresholds"] == together["label_thresholds"] == chosen
+    expected = f1_score(labels, logits.sigmoid() >= torch.tensor(chosen), average="macro")
+    assert alone["eval_f1_macro"] == together["eval_f1_macro"] == pytest.approx(expected, rel=1e-6)
+    if changes:
+        assert alone["eval_confidence_intervals"] == together["eval_confidence_intervals"]
+        low, high = alone["eval_confidence_intervals"]["eval_f1_macro"]
+        assert low < alone["eval_f1_macro"] < high

@@ -3,12 +3,13 @@ division of the images among them."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -44,7 +45,7 @@ def evaluate(
     accelerator: Accelerator,
     num_labels: int,
     task: str = CLASSIFICATION,
-    thresholds: Sequence[float] | None = None,
+    thresholds: Sequence[float] | Literal["f1"] | None = None,
     intervals: bool = False,
     keep_answers: bool = False,
     memory_format: torch.memory_format = torch.contiguous_format,
@@ -57,7 +58,8 @@ def evaluate(
         model: bare or wrapped by accelerate; its mode is restored.
         loader: yields `pixel_values` (batch, channels, height, width), `labels` as the task has them, and `skipped`.
         num_labels: what the model answers, classes or targets.
-        thresholds: of several labels per image, the probability from which on each is predicted; None: 0.5.
+        thresholds: of several labels per image, the probability from which on each is predicted; None: 0.5; "f1":
+            chosen on these images and given back as `label_thresholds`, see `thresholds.choose_thresholds`.
         intervals: add `eval_confidence_intervals`, if there are few images.
         keep_answers: add `answers` (images, num_labels), float32: probabilities, or numbers in units; and the labels
             as `references`, in the same order.
@@ -78,7 +80,8 @@ def evaluate(
         if len(labels):
             check_labels(labels, num_labels)
             pixel_values = batch["pixel_values"].to(accelerator.device, memory_format=memory_format, non_blocking=True)
-            with accelerator.autocast():
+            # A number in its unit may have more digits than half precision.
+            with contextlib.nullcontext() if TASKS[task].reads == "numbers" else accelerator.autocast():
                 logits = answer(pixel_values=pixel_values).logits
             judge.add(labels, logits)
         return len(labels)

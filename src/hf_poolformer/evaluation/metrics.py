@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from ..foundation.finite import finite_answers, refuse_not_finite
 from .intervals import Ranking, middle, resamples, summed, wilson
 from .pictures import write_confusion_matrix, write_label_figures, write_scatter
+from .thresholds import HALF, choose_thresholds
 
 
 # Beyond this a confusion matrix (int64, classes squared) costs more memory than anyone will look at.
@@ -46,7 +47,8 @@ class AnswerJudge(ABC):
 
     Args:
         num_labels: how many numbers.
-        thresholds: of several labels per image, the probability from which on each is predicted; None: 0.5.
+        thresholds: of several labels per image, the probability from which on each is predicted; None: 0.5; "f1":
+            `choose_thresholds` of these images, which `compute` gives, too, as `label_thresholds`.
         intervals: compute confidence intervals, too, of less than SMALL_TEST_SET images.
         keep_answers: `compute` gives `answers` and `references` as well, whatever memory they take.
     """
@@ -58,12 +60,13 @@ class AnswerJudge(ABC):
         self,
         num_labels: int,
         *,
-        thresholds: Sequence[float] | None = None,
+        thresholds: Sequence[float] | Literal["f1"] | None = None,
         intervals: bool = False,
         keep_answers: bool = False,
     ):
         self.num_labels, self.intervals, self.keep_answers = num_labels, intervals, keep_answers
-        self.thresholds = torch.tensor([0.5] * num_labels if thresholds is None else list(thresholds))
+        self.chooses = thresholds == "f1"
+        self.thresholds = torch.tensor([HALF] * num_labels if thresholds in (None, "f1") else list(thresholds))
         self.columns: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self.seen: int = 0
         self.unusable: torch.Tensor | int = 0
@@ -85,7 +88,7 @@ class AnswerJudge(ABC):
             self.columns["scores"].clear()
 
     def has_too_many_scores(self, images: int) -> bool:
-        return images * self.num_labels > MAX_SCORES and not self.keep_answers
+        return images * self.num_labels > MAX_SCORES and not (self.keep_answers or self.chooses)
 
     @abstractmethod
     def of_batch(self, labels: torch.Tensor, logits: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -115,7 +118,8 @@ class AnswerJudge(ABC):
             for name in parts[0]
             if not (left_out and name == "scores")
         }
-        results = {name: plain(value) for name, value in self.figures(columns).items()}
+        chosen = self.choose(columns) if self.chooses else {}
+        results = {name: plain(value) for name, value in self.figures(columns).items()} | chosen
         if left_out:
             results["eval_left_out"] = f"AUROC and average precision (of more than {MAX_SCORES:,} scores)"
         if self.intervals and images < SMALL_TEST_SET:
@@ -123,6 +127,12 @@ class AnswerJudge(ABC):
         if self.keep_answers:
             results |= {"answers": columns[self.answers], "references": columns["labels"]}
         return results
+
+    def choose(self, columns: Columns) -> dict[str, Any]:
+        """Chooses the thresholds by looking at all images, and predicts by them."""
+        chosen = choose_thresholds(columns["scores"], columns["labels"])
+        columns["predicted"] = columns["scores"] >= np.array(chosen, dtype=np.float32)
+        return {"label_thresholds": chosen}
 
     @abstractmethod
     def figures(self, columns: Columns) -> dict[str, Any]:

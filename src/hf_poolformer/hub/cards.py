@@ -169,6 +169,8 @@ def model_card(
     samples = finite_number(results.get("eval_samples"))
     evaluated = f"{int(samples)} images" if samples is not None else "images"
     sure = " Behind a figure, in brackets: its 95 % confidence interval." if _intervals(results) else ""
+    if results.get("label_thresholds"):
+        sure += " The thresholds of the labels were chosen on these very images: on others it does somewhat less well."
     where = f"of the split `{clean_line(str(eval_split))}`" if _is_plain(eval_split) else "held out from training"
     adaptation, distillation = _adaptation(settings), _distillation(settings)
     how = f", {origin} on {data_text}{adaptation}{distillation}" if trained else ""

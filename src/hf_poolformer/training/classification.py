@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 class ClassificationTraining(TaskTraining):
     loss_parts = ("label_loss", "distillation_loss")
+    thresholds: Literal["f1"] | None = None  # as `evaluate` takes them
 
     def __init__(self, settings: ClassificationSettings):
         super().__init__(settings)
@@ -195,7 +196,7 @@ class ClassificationTraining(TaskTraining):
             accelerator=run.accelerator,
             num_labels=len(self.label_names),
             task=self.settings.task,
-            thresholds=getattr(run.state.model.config, "label_thresholds", None),
+            thresholds=self.thresholds,
             intervals=final,
             memory_format=run.memory_format,
             progress=run.accelerator.is_main_process and sys.stderr.isatty(),

@@ -187,9 +187,10 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         carry_on=settings.checkpoint_failure == "continue",
     )
     reports = Reports(asked, accelerator, None if resume_from is None else progress.step)
+    noun = TASKS[settings.task].answer_noun[len(label_names) > 1]
     rate = "to be found" if to_be_found else f"{learning_rate:.2e}"
     accelerator.print(
-        f"{settings.task}: {describe_parameters(model)}, {len(label_names)} {task.answers}, "
+        f"{settings.task}: {describe_parameters(model)}, {len(label_names)} {noun}, "
         f"{task.num_examples or 'unknown number of'} training images {task.describe_images(processor)}, "
         f"{total_steps} steps of {global_batch} images, learning rate {rate}, "
         f"{accelerator.num_processes} x {accelerator.device.type}."

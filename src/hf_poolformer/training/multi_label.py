@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.datasets import align_labels
@@ -17,6 +18,10 @@ from .classification import ClassificationTraining
 from .distillation import binary_distillation_loss
 from .objectives import AsymmetricLoss, BinaryCrossEntropy, Criterion
 from .rare_classes import by_name
+
+
+if TYPE_CHECKING:
+    from .loop import Run
 
 
 # The most that `--pos_weight auto` gives. A class that one image in a thousand has would weigh 999, and the few images
@@ -39,6 +44,7 @@ class MultiLabelTraining(ClassificationTraining):
     def __init__(self, settings: MultiLabelSettings):
         super().__init__(settings)
         self.saves_again = settings.label_thresholds == "f1"
+        self.thresholds = "f1" if self.saves_again else None
         self.label_thresholds: list[float] | None = None  # until they are chosen
 
     def open_data(self, accelerator: Accelerator) -> list[str]:
@@ -108,3 +114,14 @@ class MultiLabelTraining(ClassificationTraining):
         if self.label_thresholds is not None:
             model.config.label_thresholds = self.label_thresholds
         return model
+
+    def evaluate(self, run: Run, model: nn.Module, final: bool) -> tuple[dict[str, Any], Any]:
+        """As `TaskTraining.evaluate`, by thresholds that suit the model as it is now."""
+        results, shown = super().evaluate(run, model, final)
+        if "label_thresholds" in results:
+            self.label_thresholds = [results["label_thresholds"][name] for name in self.label_names]
+        return results, shown
+
+    def describe(self, results: dict[str, Any]) -> str:
+        chosen = results.get("label_thresholds", {}).values()
+        return super().describe(results) + (f", thresholds {min(chosen):.2f} to {max(chosen):.2f}" if chosen else "")

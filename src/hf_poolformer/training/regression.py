@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..data.datasets import align_labels
 from ..foundation.errors import UserError
 from .adaptation import head_name
 from .classification import ClassificationTraining
@@ -28,14 +29,11 @@ class RegressionTraining(ClassificationTraining):
             checkpoint.
     """
 
-    answers = "numbers"
-
     def open_data(self, accelerator: Accelerator) -> list[str]:
-        names, dataset = super().open_data(accelerator), self.datasets["train"]
+        names = super().open_data(accelerator)
         if "target_mean" not in self.choices:
-            places = [dataset.label_names.index(name) for name in names]
-            for choice in ("target_mean", "target_std"):
-                self.choices[choice] = [getattr(dataset, choice)[place] for place in places]
+            dataset = align_labels(self.datasets["train"], {name: index for index, name in enumerate(names)})
+            self.choices |= {"target_mean": list(dataset.target_mean), "target_std": list(dataset.target_std)}
         self.mean, self.std = (
             torch.tensor(self.choices[choice], dtype=torch.float64) for choice in ("target_mean", "target_std")
         )
@@ -81,6 +79,8 @@ class RegressionTraining(ClassificationTraining):
         """A copy that gives units."""
         adapted = super().finished(model)
         model = copy.deepcopy(model) if adapted is model else adapted
+        # accelerate's, which computes in half precision: that has three digits, of a year say.
+        vars(model).pop("forward", None)
         rescale(last_layer(model), self.std, self.mean)
         return model
 

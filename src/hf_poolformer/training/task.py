@@ -37,7 +37,6 @@ class TaskTraining(ABC):
     loss_parts: Sequence[str] = ()
     may_be_distributed = False
     epochs_vary = False
-    answers = "classes"
     saves_again = False
 
     def __init__(self, settings: TrainingSettings):
