@@ -18,7 +18,7 @@ from ..data.description import describe_data, judge
 from ..data.loader import make_loader, skip_limit
 from ..data.opening import loader_arguments, open_splits
 from ..data.transforms import EvalTransform, input_size
-from ..evaluation.classification import check_classification, check_labels, draw_results, evaluate
+from ..evaluation.classification import check_labels, draw_results, evaluate
 from ..evaluation.processes import describe_results, named_results
 from ..foundation.tasks import TASKS
 from ..settings.classification import ClassificationSettings
@@ -47,8 +47,6 @@ class ClassificationTraining(TaskTraining):
     def open_data(self, accelerator: Accelerator) -> list[str]:
         settings = self.settings
         self.datasets = open_splits(settings)
-        for dataset in self.datasets.values():
-            check_classification(dataset)
         accelerator.print(describe_data(self.datasets))
         judge(self.datasets, skip_limit(settings.max_skipped))
         self.label_names = labels_in_model_order(settings, self.datasets["train"].label_names)
