@@ -33,6 +33,19 @@ def test_stray_keys_are_kept_but_change_nothing(tmp_path, key, value):
     assert json.loads((tmp_path / "again" / "config.json").read_text())[key] == value
 
 
+@pytest.mark.parametrize("config_class", [PoolFormerConfig, MetaFormerConfig])
+def test_thresholds_of_several_labels_belong_to_their_classes(config_class, tmp_path):
+    thresholds = [0.25, 0.5, 1.0]
+    config_class(num_labels=3, label_thresholds=thresholds).save_pretrained(tmp_path)
+    assert config_class.from_pretrained(tmp_path).label_thresholds == thresholds
+    # Of other classes they say nothing.
+    assert config_class.from_pretrained(tmp_path, num_labels=2).label_thresholds is None
+    assert config_class.from_pretrained(tmp_path, id2label={0: "a", 1: "b", 2: "c"}).label_thresholds is None
+    for wrong, message in (([0.5, 1.5, 0.5], "must be in"), ([float("nan")] * 3, "must be in"), ([0.5], "1 entries")):
+        with pytest.raises((ValueError, StrictDataclassError), match=f"label_thresholds .*{message}"):
+            config_class(num_labels=3, label_thresholds=wrong)
+
+
 def test_round_trip(config, tmp_path):
     config.save_pretrained(tmp_path)
     loaded = type(config).from_pretrained(tmp_path)

@@ -181,6 +181,8 @@ def test_settings_without_value_or_sense_are_told(tmp_path, text, message):
         ("", "seed", 42),
         ("recipe:", "recipe", "demo"),
         ("image_size: null", "image_size", None),
+        ("per_device_train_batch_size: auto", "per_device_train_batch_size", "auto"),
+        ("learning_rate: auto", "learning_rate", "auto"),
         ("checkpointing_steps: no", "checkpointing_steps", "no"),
         ("mixed_precision: no", "mixed_precision", "no"),
         ("streaming: no", "streaming", False),
@@ -192,14 +194,14 @@ def test_what_yaml_makes_of_words_is_understood(tmp_path, text, name, value):
     assert getattr(parse([*REQUIRED, "--config_file", str(tmp_path / "s.yaml")]), name) == value
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "eval_acc", "miou", ""])
+@pytest.mark.parametrize("metric", ["accurate", "eval_acc", "miou", ""])
 def test_a_metric_that_no_evaluation_gives_is_refused_before_the_run(metric):
-    with pytest.raises(UserError, match="--keep_best"):
-        TrainingSettings.from_recipe("demo", train_dir="images", output_dir="run", keep_best=metric)
+    with pytest.raises(UserError, match="--metric_for_best_model"):
+        TrainingSettings.from_recipe("demo", train_dir="images", output_dir="run", metric_for_best_model=metric)
     for task in ("semantic-segmentation", "object-detection"):
-        with pytest.raises(UserError, match="--keep_best"):
+        with pytest.raises(UserError, match="--metric_for_best_model"):
             TrainingSettings.from_recipe(
-                "demo", task=task, dataset_name="x", output_dir="run", keep_best="eval_mask_map"
+                "demo", task=task, dataset_name="x", output_dir="run", metric_for_best_model="eval_mask_map"
             )
 
 

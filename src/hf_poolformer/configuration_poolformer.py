@@ -269,6 +269,9 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
         kernels (`str`, *optional*):
             Who computes the blocks: `"auto"`, `"cpu"`, `"triton"` or `"reference"`, see `backends.py`. The environment
             variable `HF_POOLFORMER_KERNELS` overrides it. `None` is `"auto"`, and is not saved.
+        label_thresholds (`list[float]`, *optional*):
+            Of a model that gives an image any number of classes, per class the probability from which an image has
+            it; nothing in the model reads them. `None` is 0.5 for each class, and is not saved.
         out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
             Feature maps of the backbone, out of `"stem"`, `"stage1"`, ... `"stage4"`. Defaults to the last.
 
@@ -316,6 +319,7 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
     drop_path_rate: float | int = 0.0
     initializer_range: float = 0.02
     kernels: Literal["auto", "cpu", "triton", "reference"] | None = None
+    label_thresholds: list[float | int] | tuple[float | int, ...] | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -403,9 +407,9 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
         try:
             if "id2label" in kwargs or kwargs.get("num_labels") not in (None, len(config_dict.get("id2label") or ())):
                 # Of other classes.
-                config_dict.pop("id2label", None)
-                config_dict.pop("label2id", None)
-            chosen = cls.own_fields() | {"id2label", "label2id"}
+                for name in ("id2label", "label2id", "label_thresholds"):
+                    config_dict.pop(name, None)
+            chosen = cls.own_fields() | {"id2label", "label2id", "problem_type"}
             config_dict |= {name: kwargs.pop(name) for name in chosen & kwargs.keys()}
             cls.warn_of_misspellings(kwargs)
             result = super().from_dict(config_dict, **kwargs)
@@ -476,6 +480,16 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
                 f"id2label must name the classes 0 to {self.num_labels - 1}, got {list(self.id2label)[:20]}"
             )
 
+    def validate_label_thresholds(self):
+        """One per class."""
+        if self.label_thresholds is None:
+            return
+        check_numbers(self, {"label_thresholds": SHARE})
+        if len(self.label_thresholds) != self.num_labels:
+            raise ValueError(
+                f"label_thresholds has {len(self.label_thresholds)} entries but num_labels={self.num_labels}"
+            )
+
     def validate_stages(self):
         """Every per-stage list has one entry per stage; of kernels, strides and paddings more are left unused."""
         exact = ("depths", "hidden_sizes", "token_mixers", "res_scale_init_values", "position_embeddings")
@@ -493,9 +507,10 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        # A matter of the machine rather than of the model; and the built-in PoolFormer has no such key.
-        if output.get("kernels") is None:
-            output.pop("kernels", None)
+        # The built-in PoolFormer has no such keys.
+        for name in ("kernels", "label_thresholds"):
+            if output.get(name) is None:
+                output.pop(name, None)
         return output
 
     @property

@@ -86,17 +86,17 @@ def test_settings_take_it(toy, tmp_path, capsys):
         "--config_name",
         "poolformer_s12",
     ]
-    settings = parse([*flags, "--keep_best", "eval_fit", "--reduce_labels", "true"])
+    settings = parse([*flags, "--metric_for_best_model", "eval_fit", "--reduce_labels", "true"])
     assert settings == TrainingSettings.from_recipe(
         task=toy.name,
         dataset_name="x",
         output_dir=str(tmp_path),
         config_name="poolformer_s12",
-        keep_best="eval_fit",
+        metric_for_best_model="eval_fit",
         reduce_labels=True,
     )
     with pytest.raises(UserError, match="an evaluation gives eval_fit"):
-        parse([*flags, "--keep_best", "eval_miou"])
+        parse([*flags, "--metric_for_best_model", "eval_miou"])
     with pytest.raises(SystemExit):
         parse(["--help"])
     assert toy.name in capsys.readouterr().out

@@ -60,7 +60,7 @@ def test_a_checkpoint_takes_the_place_of_the_recipes_architecture():
         (["--recipe", "dmeo"], "unknown recipe: dmeo; did you mean demo?"),
         (["--recipe", "x"], "there are finetune, paper, demo"),
         (["--learnin_rate", "1"], "did you mean --learning_rate"),
-        (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["--learning_rate", "fast"], "takes a number or auto, not 'fast'"),
         (["--lr_scheduler_type", "square"], "invalid choice"),
         (["images"], "what is 'images' for?"),
         (["--train_dir", "images"], "--output_dir"),

@@ -1,27 +1,26 @@
 """Runs that are killed without warning and resumed are the runs that nobody killed, bit by bit."""
 
+import dataclasses
 import json
-import multiprocessing
 import os
 import random
+import shutil
 import signal
-import socket
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState
+from killed import assert_same, losses, run
 from safetensors.torch import load_file
 
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.settings.training import TrainingSettings
+from hf_poolformer.foundation.processes import Stopped
 from hf_poolformer.training import checkpoints, loop
+from hf_poolformer.training.classification import ClassificationTraining
 from hf_poolformer.training.loop import train
 
 
-FORK = multiprocessing.get_context("fork")  # what is imported need not be imported again
 # Everything random that there is, checkpoints between and within epochs, windows that epochs do not end with.
 SETTINGS = {
     "num_train_epochs": 2,
@@ -37,64 +36,12 @@ SETTINGS = {
     "mixup_alpha": 0.8,
     "cutmix_alpha": 1.0,
     "drop_path_rate": 0.2,
+    "sampling": "balanced",
+    "class_weights": "effective",
+    "focal_gamma": 1.0,
     "ema_decay": 0.9,
     "resume_from_checkpoint": "latest",
 }
-
-
-def run_process(settings: TrainingSettings, rank: int, count: int, port: int, kill_at: int | None) -> None:
-    """What a process of a run does; it kills itself in the middle of the step `kill_at`."""
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(True)
-    if count > 1:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
-        os.environ.update({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "1"})
-        os.environ.update({name: str(value) for name, value in names.items()})
-    step = loop.optimiser_step
-
-    def killed(run, window):
-        if run.progress.step == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(run, window)
-
-    loop.optimiser_step = killed
-    train(settings)
-
-
-def run(settings, count=1, kill_at=None, kill_after=None) -> bool:
-    """Whether a run of `count` processes came to its end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [
-        FORK.Process(target=run_process, args=(settings, rank, count, port, kill_at), daemon=False)
-        for rank in range(count)
-    ]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + (kill_after if kill_after is not None else 300)
-    while time.monotonic() < deadline and all(process.exitcode is None for process in processes):
-        time.sleep(0.02)
-    if all(process.exitcode == 0 for process in processes if process.exitcode is not None) and kill_after is None:
-        for process in processes:
-            process.join(60)
-    for process in processes:
-        if process.exitcode is None:
-            process.kill()
-        process.join()
-    return all(process.exitcode == 0 for process in processes)
-
-
-def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in map(json.loads, (folder / "training_log.jsonl").open()) if "loss" in row]
-
-
-def assert_same(mine: Path, theirs: Path) -> None:
-    weights, expected = (load_file(folder / "model.safetensors") for folder in (mine, theirs))
-    assert weights.keys() == expected.keys()
-    for name, tensor in weights.items():
-        assert torch.equal(tensor, expected[name]), name
-    assert losses(mine) == losses(theirs)
 
 
 @pytest.mark.parametrize(("num_workers", "count", "kills"), [(2, 1, [3, 11]), (0, 2, [3])])
@@ -126,7 +73,7 @@ def test_fully_sharded(make_settings, tmp_path, monkeypatch, ema_decay):
         )
         return accelerator
 
-    changes = {**SETTINGS, "num_workers": 0, "ema_decay": ema_decay, "eval_epochs": 1}
+    changes = {**SETTINGS, "num_workers": 0, "ema_decay": ema_decay, "eval_epochs": 1, "load_best_model_at_end": True}
     copies = make_settings(**changes, output_dir=str(tmp_path / "copies"))
     assert run(copies, 2)
     monkeypatch.setattr(loop, "training_accelerator", distributed)
@@ -171,14 +118,13 @@ def test_killed_at_any_moment(make_settings, tmp_path, num_workers, count):
 
 
 def test_the_best_checkpoint_is_kept_beyond_the_limit(make_settings, tmp_path):
-    with pytest.raises(UserError, match="--keep_best accuracy: an evaluation gives eval_accuracy"):
-        train(make_settings(max_train_steps=1, keep_best="accuracy"))
     folder = tmp_path / "kept"
-    changes = {"num_train_epochs": 3, "eval_epochs": 1, "keep_best": "eval_accuracy", "save_total_limit": 1}
-    train(make_settings(output_dir=str(folder), **changes))
+    changes = {"num_train_epochs": 3, "eval_epochs": 1, "metric_for_best_model": "accuracy", "save_total_limit": 1}
+    results = train(make_settings(output_dir=str(folder), **changes))
     rows = [row for row in map(json.loads, (folder / "training_log.jsonl").open()) if "eval_accuracy" in row]
     best = max(rows, key=lambda row: row["eval_accuracy"])
-    assert checkpoints.best_of(folder / "checkpoints") == (best["step"], best["eval_accuracy"])
+    found = [results[f"best_{name}"] for name in ("metric", "value", "step", "epoch")]
+    assert found == ["eval_accuracy", best["eval_accuracy"], best["step"], best["epoch"]]
     steps = {checkpoints.step_of(path) for path in checkpoints.all_steps(folder / "checkpoints")}
     assert steps == {best["step"], rows[-1]["step"]}
 
@@ -203,3 +149,136 @@ def test_killed_while_it_adapts_or_distils(make_settings_from, make_checkpoint, 
     assert not run(parts, count, kill_at=4)
     assert run(parts, count)
     assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.fixture
+def accuracies(monkeypatch):
+    """Makes evaluations find these accuracies, by epoch; the rest of what they give is as it is."""
+    evaluate = ClassificationTraining.evaluate
+
+    def script(*values):
+        def found(task, run, model, final):
+            results, shown = evaluate(task, run, model, final)
+            return results and {**results, "eval_accuracy": values[run.progress.epoch - 1]}, shown
+
+        monkeypatch.setattr(ClassificationTraining, "evaluate", found)
+
+    return script
+
+
+def evaluations(folder):
+    return [row for row in map(json.loads, (folder / "training_log.jsonl").open()) if "eval_accuracy" in row]
+
+
+@pytest.mark.parametrize(
+    ("changes", "lora"), [({}, False), ({"ema_decay": 0.9, "async_checkpointing": True}, False), ({}, True)]
+)
+def test_the_best_model_is_saved_and_evaluated(
+    make_settings, make_settings_from, make_checkpoint, tmp_path, accuracies, changes, lora
+):
+    accuracies(0.1, 0.9, 0.9, 0.2)
+    changes = {**changes, "num_train_epochs": 4, "eval_epochs": 1, "load_best_model_at_end": True}
+    changes |= {"save_total_limit": 1}
+    settings = make_settings_from(make_checkpoint(), lora=2, **changes) if lora else make_settings(**changes)
+    results = train(settings)
+    rows, folder = evaluations(tmp_path / "run"), tmp_path / "run"
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert results["best_epoch"] == 2 and results["step"] == rows[-1]["step"]
+    assert results["eval_loss"] == rows[1]["eval_loss"] != rows[-1]["eval_loss"]
+    assert json.loads((folder / "all_results.json").read_text())["eval_loss"] == rows[1]["eval_loss"]
+    assert "epoch of the best evaluation | 2" in (folder / "README.md").read_text()
+    best = folder / f"checkpoints/step-{rows[1]['step']}"
+    expected = load_file(best / "model.safetensors")
+    if "ema_decay" in changes:
+        expected = torch.load(best / "state.pt", weights_only=True)["ema"]["weights"]
+    saved = load_file(folder / "model.safetensors")
+    if not lora:  # whose adapters are merged: the loss above says that they are the right ones
+        assert all(torch.equal(saved[name], expected[name]) for name in saved)
+
+
+@pytest.mark.parametrize(("load_best", "count"), [(True, 1), pytest.param(False, 2, marks=pytest.mark.slow)])
+def test_killed_it_stops_early_where_it_would_have(make_settings, tmp_path, accuracies, capfd, load_best, count):
+    accuracies(0.1, 0.5, 0.4, 0.5, 0.505, 0.9, 0.9, 0.9)
+    changes = {**SETTINGS, "num_train_epochs": 8, "eval_epochs": 1, "num_workers": 0, "save_total_limit": 1}
+    changes |= {"early_stopping_patience": 3, "early_stopping_threshold": 0.01, "load_best_model_at_end": load_best}
+    changes |= {"ema_decay": 0.0}
+    whole = make_settings(**changes, output_dir=str(tmp_path / "whole"))
+    assert run(whole, count)
+    assert "stopped early at epoch 5 of 8: eval_accuracy has not improved for 3 evaluations." in capfd.readouterr().out
+    rows = evaluations(tmp_path / "whole")
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+    parts = make_settings(**changes, output_dir=str(tmp_path / "parts"))
+    for step in (rows[2]["step"] + 1, rows[3]["step"] + 2):  # with one, then two evaluations to count
+        assert not run(parts, count, kill_at=step)
+    assert run(parts, count)
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+    assert [row["eval_loss"] for row in evaluations(tmp_path / "parts")] == [row["eval_loss"] for row in rows]
+    results, same = (json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("whole", "parts"))
+    for name in ("best_metric", "best_value", "best_step", "best_epoch", "step", "epoch", "eval_loss"):
+        assert results[name] == same[name], name
+    # Better by less than the threshold is still better: it is the best, and counts as no improvement.
+    assert results["best_epoch"] == 5 and results["best_value"] == 0.505
+
+
+def test_a_run_told_to_stop_while_it_evaluates_evaluates_when_it_goes_on(make_settings, tmp_path, monkeypatch):
+    changes = {"num_train_epochs": 3, "eval_epochs": 1, "num_workers": 0, "load_best_model_at_end": True}
+    train(make_settings(**changes, output_dir=str(tmp_path / "whole")))
+    evaluate = ClassificationTraining.evaluate
+
+    def interrupted(task, run, *arguments):
+        if run.progress.epoch == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(task, run, *arguments)
+
+    monkeypatch.setattr(ClassificationTraining, "evaluate", interrupted)
+    parts = make_settings(**changes, output_dir=str(tmp_path / "parts"))
+    with pytest.raises(Stopped):
+        train(parts)
+    monkeypatch.setattr(ClassificationTraining, "evaluate", evaluate)
+    train(dataclasses.replace(parts, resume_from_checkpoint="latest"))
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+    losses = [[row["eval_loss"] for row in evaluations(tmp_path / name)] for name in ("parts", "whole")]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_the_best_by_loss_has_the_lowest(make_settings, tmp_path):
+    results = train(make_settings(num_train_epochs=3, eval_epochs=1, metric_for_best_model="loss"))
+    assert results["best_metric"] == "eval_loss"
+    assert results["best_value"] == min(row["eval_loss"] for row in evaluations(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"early_stopping_patience": 2}, "--eval_epochs 0 leaves one"),
+        ({"early_stopping_threshold": 0.1}, "says nothing without --early_stopping_patience"),
+        ({"early_stopping_patience": 0, "eval_epochs": 1}, "--early_stopping_patience must be at least 1"),
+        ({"metric_for_best_model": "accurate"}, "an evaluation gives .*; did you mean eval_accuracy"),
+    ],
+)
+def test_what_cannot_say_which_model_is_best_is_refused(make_settings, changes, message):
+    with pytest.raises(UserError, match=message):
+        make_settings(**changes)
+
+
+def test_without_validation_images_no_model_is_the_best(make_settings, digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "data")
+    for path in (tmp_path / "data").glob("test-*"):
+        path.unlink()
+    settings = make_settings(dataset_name=str(tmp_path / "data"), train_val_split=0, load_best_model_at_end=True)
+    with pytest.raises(UserError, match="the best by eval_accuracy: there are no validation images"):
+        train(settings)
+
+
+def test_a_best_checkpoint_that_is_damaged_leaves_the_last_model(make_settings, tmp_path, accuracies, monkeypatch):
+    accuracies(0.9, 0.1)
+    load = checkpoints.load_best
+
+    def damaged(root, state):
+        (root / f"step-{state.progress.best['step']}/model.safetensors").write_bytes(b"")
+        load(root, state)
+
+    monkeypatch.setattr(checkpoints, "load_best", damaged)
+    with pytest.raises(UserError, match=r"model.safetensors is damaged\. The model as it was trained so far is in"):
+        train(make_settings(num_train_epochs=2, eval_epochs=1, load_best_model_at_end=True))
+    assert (tmp_path / "run/model.safetensors").stat().st_size

@@ -68,7 +68,7 @@ def write_report(base: ClassificationSettings, folder: Path, content: dict[str, 
     lines = ablation.summarise(ablation.all_results(base, folder, content))
     epochs = f"{base.max_train_steps} steps" if base.max_train_steps else f"{base.num_train_epochs} epochs"
     data = printable(base.dataset_name or base.train_dir)
-    about = f"{data}, recipe {base.recipe}, {epochs}, learning rate {base.learning_rate:g}"
+    about = f"{data}, recipe {base.recipe}, {epochs}, learning rate {base.learning_rate}"
     ablation.write_table(lines, folder, about)
     with best_effort("drawing the table"):
         ablation.draw_table(lines, folder / "ablation.png", about)

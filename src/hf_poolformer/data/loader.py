@@ -20,6 +20,7 @@ from ..foundation.workers import prepare_worker
 from .columns import ImageDataset, columns_needed
 from .decoding import BrokenImage, decode_image, describe_source
 from .labels import Unlabelled
+from .sampling import Repeats
 from .stream import Lane, Order, Piece, Row, Start, among_lanes, deal, fresh_pieces, lane_seed, remaining
 
 
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 # A share of broken images says nothing before this many were seen.
 MIN_SEEN = 64
 # Of `ImageLoader.state_dict`: with another number, the same numbers in it mean other rows.
-_FORMAT = 2
+_FORMAT = 3
 
 
 class Batch(TypedDict):
@@ -78,6 +79,7 @@ def make_loader(
     max_skipped: float | int = 0.05,
     max_skipped_shards: int = 0,
     drop_last: bool | None = None,
+    repeats: Sequence[float] | None = None,
     pin_memory: bool = False,
     batches: "Callable[..., DecodedBatches] | None" = None,
     finish: Callable[[Message], Message] | None = None,
@@ -102,6 +104,8 @@ def make_loader(
         max_skipped_shards: the run stops when more of this process's shards than this end early, because they are
             truncated, say, or gone.
         drop_last: overrides the rule above.
+        repeats: when training, how often an image of each class comes in an epoch, on average; see `sampling.py`. Each
+            time it is augmented in another way. By default every image comes once.
         batches: what makes examples and batches of rows, where these are not images with labels.
         finish: what the main process does with each message of the workers, on the device say; it may leave out images
             and describe them in `skipped`.
@@ -123,6 +127,7 @@ def make_loader(
         num_processes=num_processes,
         num_workers=num_workers,
         local=dataset.local,
+        repeats=Repeats(dataset, repeats) if repeats is not None and training else None,
     )
     if process_index == 0 and num_processes * num_workers > 1:
         logger.info("%s: %s", dataset.name, order)
@@ -226,7 +231,8 @@ class ImageLoader(DataLoader):
         """Goes on where the states were taken, when the epoch they belong to is iterated over; chooses this epoch.
 
         With as many processes, workers and images per batch as then, what follows is the same, bit by bit. With
-        others, what had not been handed out in this epoch is dealt anew: nothing is lost and nothing comes twice.
+        others, what had not been handed out in this epoch is dealt anew: nothing is lost and nothing comes twice that
+        was not to come twice.
 
         Args:
             states: of all processes of the run that is continued, by rank; or the state of the only one.
@@ -447,7 +453,8 @@ class DecodedBatches(torch.utils.data.IterableDataset):
             try:
                 image, label = self._read(row.values)
                 if self._training:
-                    generators.seed((self.order.seed, epoch, row.shard, row.index))
+                    place = (self.order.seed, epoch, row.shard, row.index)
+                    generators.seed((*place, row.copy) if row.copy else place)
                 examples.append(self._example(image, label))
             except Unlabelled as reason:
                 if self._dataset.labelled is None:
@@ -456,7 +463,10 @@ class DecodedBatches(torch.utils.data.IterableDataset):
                     seen -= 1
                 continue
             except BrokenImage as reason:
-                skipped.append(f"{self._describe(row)}: {reason}")
+                if row.copy:  # it is one broken image, however often it comes
+                    seen -= 1
+                else:
+                    skipped.append(f"{self._describe(row)}: {reason}")
                 continue
             except UserError as error:
                 yield {"error": f"{self._describe(row)} of {self.name}: {error}"}
@@ -535,7 +545,7 @@ def _left_over(order: Order, states: Sequence[Mapping[str, Any]]) -> tuple[list[
         dealt = _pieces(state) or fresh_pieces(state["num_shards"], order.shuffle, state["epoch"], layout, rank)
         for number, (pieces, lane) in enumerate(zip(dealt, state["lanes"], strict=True)):
             seed = lane_seed(layout["seed"], state["epoch"], rank, number)
-            parts = remaining(pieces, json.loads(lane) if lane else None, layout["window"], seed)
+            parts = remaining(pieces, json.loads(lane) if lane else None, layout["window"], seed, layout["most"])
             begun += parts[0]
             untouched += parts[1]
     return begun, untouched, given_up
@@ -547,8 +557,8 @@ def _pieces(state: Mapping[str, Any]) -> list[list[Piece]] | None:
         return None
     return [
         [
-            Piece(shard, tuple(map(tuple, strides)), start, tuple(extra), group, first)
-            for shard, strides, start, extra, group, first in lane
+            Piece(shard, tuple(map(tuple, strides)), start, tuple(extra), group, first, tuple(copies))
+            for shard, strides, start, extra, group, first, copies in lane
         ]
         for lane in state["pieces"]
     ]

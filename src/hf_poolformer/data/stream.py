@@ -8,6 +8,11 @@ about half of `window` rows are held at a time, and a place in the stream is a h
 read, and the key that left last. Whoever continues there reads the last `window` rows once more, still encoded, keeps
 those with greater keys, and is where the other was. No buffer is ever written down.
 
+Where rows are repeated or left out (see `sampling.py`), row `n` has as many keys as the times that it comes: the one
+above, and the same with `u(n)` moved on around the interval by the golden ratio, again and again. Each of them is
+uniform like the first, and however many there are, they lie far from each other, so that the copies of an image come
+in different batches.
+
 A lane's rows are read by a thread of its own, a little ahead of whoever decodes them; its place counts only those that
 were taken.
 """
@@ -30,6 +35,7 @@ from datasets import Features, IterableDataset
 
 from ..foundation.errors import one_line
 from ..foundation.faults import Patience, is_transient
+from .sampling import Repeats
 
 
 if TYPE_CHECKING:  # of typing itself from Python 3.11 on
@@ -39,6 +45,7 @@ if TYPE_CHECKING:  # of typing itself from Python 3.11 on
 _FEW = 4  # with fewer shards than so many for each worker, those that do not go round weigh
 _END = 1 << 62  # a row that no shard reaches
 _KEYS = 4096  # keys are drawn in blocks
+_GOLDEN = (5**0.5 - 1) / 2  # of the steps around an interval, the one that leaves no two places close to each other
 TABLE_ROWS = 16  # rows of an Arrow table: few enough that tables of large images stay small
 # Read ahead of the decoding, for each worker: at most so many rows, and bytes of images.
 _ROWS_AHEAD, _BYTES_AHEAD = 64, 1 << 24
@@ -53,6 +60,7 @@ class Piece(NamedTuple):
         strides: pairs (part, parts): of the rows, every `parts`-th from `part` on; of what remains, the next pair.
         extra: rows before `start`, ascending.
         group, first: where reading begins: the group that holds the first of these rows, and its first row.
+        copies: of each extra row, which of its copies belong to the piece, as the bits of a number; empty: all.
     """
 
     shard: int
@@ -61,10 +69,12 @@ class Piece(NamedTuple):
     extra: tuple[int, ...] = ()
     group: int = 0
     first: int = 0
+    copies: tuple[int, ...] = ()
 
     def part(self, part: int, parts: int) -> Piece:
         """One of `parts` disjoint parts of this piece."""
-        return self._replace(strides=(*self.strides, (part, parts)), extra=self.extra[part::parts])
+        mine = slice(part, None, parts)
+        return self._replace(strides=(*self.strides, (part, parts)), extra=self.extra[mine], copies=self.copies[mine])
 
     def holds(self, row: int) -> bool:
         if row < self.start:
@@ -76,6 +86,12 @@ class Piece(NamedTuple):
                 return False
         return True
 
+    def copies_of(self, row: int) -> int:
+        """Which copies of a row that the piece holds belong to it, as bits; -1, which has all bits, are all."""
+        if row >= self.start or not self.copies:
+            return -1
+        return self.copies[bisect.bisect_left(self.extra, row)]
+
     @property
     def end(self) -> int:
         """No row from here on belongs to the piece."""
@@ -86,6 +102,7 @@ class Row(NamedTuple):
     shard: int
     index: int  # in the shard
     values: dict[str, Any]
+    copy: int = 0  # of a row that comes several times
 
 
 class Stored(NamedTuple):
@@ -314,6 +331,7 @@ class Lane:
         window: rows move by up to so many places; 0 leaves the stored order.
         seed: of the shuffling: of run, epoch, process and worker.
         state: a former `state()`, to go on from there.
+        copies: how often a row comes; by default once.
 
     Attributes:
         read: rows read, in all.
@@ -327,11 +345,13 @@ class Lane:
         window: int,
         seed: Sequence[int],
         state: LaneState | None = None,
+        copies: Callable[[Row], int] | None = None,
     ):
         self._shards = shards
         self._pieces = pieces
         self._window = window
         self._keys = Keys(window, seed)
+        self._copies = copies
         self._begin = tuple(state["marks"][0]) if state and state["marks"] else None
         self._last = state["last"] if state else -1.0
         self.read = 0
@@ -340,11 +360,12 @@ class Lane:
         self._marks: deque[tuple[int, int, int, int]] = deque()
 
     def __iter__(self) -> Iterator[Row]:
-        held: list[tuple[float, int, Row]] = []
-        for number, row in self._stored():
-            key = self._keys[number]
-            if key > self._last:  # otherwise it has left before
-                heapq.heappush(held, (key, number, row))
+        held: list[tuple[float, int, int, Row]] = []
+        for number, piece, row in self._stored():
+            copies, mine = 1 if self._copies is None else self._copies(row), piece.copies_of(row.index)
+            for copy, key in enumerate(self._keys.of(number, copies)):
+                if key > self._last and mine >> copy & 1:  # otherwise it has left before
+                    heapq.heappush(held, (key, number, copy, row._replace(copy=copy) if copy else row))
             while held and held[0][0] < number + 1:  # no later key is smaller
                 yield self._leave(held)
         while held:
@@ -360,27 +381,28 @@ class Lane:
             state["damaged"] = dict(self.damaged)
         return state
 
-    def _leave(self, held: list[tuple[float, int, Row]]) -> Row:
-        self._last, _, row = heapq.heappop(held)
+    def _leave(self, held: list[tuple[float, int, int, Row]]) -> Row:
+        self._last, *_, row = heapq.heappop(held)
         return row
 
-    def _stored(self) -> Iterator[tuple[int, Row]]:
+    def _stored(self) -> Iterator[tuple[int, Piece, Row]]:
         """Numbered rows in stored order. Marks note at which number, in which piece, each group begins."""
         self.read, *begin = self._begin or (0, 0, None, None)
         current = None
         ahead = Ahead(_read(self._shards, self._pieces, *begin), _size)
         try:
             for number, found in ahead:
-                shard = self._pieces[number].shard
+                piece = self._pieces[number]
                 if isinstance(found, DamagedShard):
-                    self.damaged.setdefault(str(shard), f"shard {shard} ends after {found.rows} rows: {found}")
+                    text = f"shard {piece.shard} ends after {found.rows} rows: {found}"
+                    self.damaged.setdefault(str(piece.shard), text)
                     continue
                 if (number, found.group) != current:
                     current = (number, found.group)
                     self._marks.append((self.read, number, found.group, found.first))
                 self._next = found.index + 1
                 self.read += 1
-                yield self.read - 1, Row(shard, found.index, found.values)
+                yield self.read - 1, piece, Row(piece.shard, found.index, found.values)
         finally:
             ahead.close()
 
@@ -409,19 +431,21 @@ def _size(item: tuple[int, Stored | DamagedShard]) -> int:
 
 
 class Keys:
-    """By which rows are ordered: `keys[n]` is `n + window * u(n)`."""
+    """By which rows are ordered: the first of row `n` is `n + window * u(n)`."""
 
     def __init__(self, window: int, seed: Sequence[int]):
         self._window, self._seed = window, seed
         self._number, self._block = -1, np.zeros(0)
 
-    def __getitem__(self, number: int) -> float:
+    def of(self, number: int, copies: int = 1) -> list[float]:
+        """The keys of a row, one for each time that it comes."""
         if not self._window:
-            return float(number)
+            return [float(number)] * copies
         if number // _KEYS != self._number:
             self._number = number // _KEYS
             self._block = np.random.default_rng([*self._seed, self._number]).random(_KEYS)
-        return number + self._window * float(self._block[number % _KEYS])
+        first = float(self._block[number % _KEYS])
+        return [number + self._window * ((first + copy * _GOLDEN) % 1.0) for copy in range(copies)]
 
 
 def deal(pieces: Sequence[Piece], hands: int) -> list[list[Piece]]:
@@ -441,11 +465,14 @@ def deal(pieces: Sequence[Piece], hands: int) -> list[list[Piece]]:
 
 
 def remaining(
-    pieces: Sequence[Piece], state: LaneState | None, window: int, seed: Sequence[int]
+    pieces: Sequence[Piece], state: LaneState | None, window: int, seed: Sequence[int], most: int = 1
 ) -> tuple[list[Piece], list[Piece]]:
     """What a lane left in `state` has not handed out: pieces that it has begun, and pieces it has not touched.
 
     Found without reading anything: keys are a function of the number of a row, and the marks tell which row has it.
+
+    Args:
+        most: copies that a row can have.
     """
     if state is None or not state["marks"]:
         return [], list(pieces)
@@ -455,21 +482,31 @@ def remaining(
     for (count, number, group, first), (until, *_) in itertools.pairwise(marks):
         piece = pieces[number]
         rows = (row for row in itertools.count(first) if piece.holds(row))
-        pending = tuple(row for key, row in zip(range(count, until), rows, strict=False) if keys[key] > state["last"])
+        pending = {}
+        for key, row in zip(range(count, until), rows, strict=False):
+            later = sum(1 << copy for copy, place in enumerate(keys.of(key, most)) if place > state["last"])
+            if later & piece.copies_of(row):
+                pending[row] = later & piece.copies_of(row)
         if number not in begun:
             begun[number] = Piece(piece.shard, start=_END, group=group, first=first)
         if pending and not begun[number].extra:
             begun[number] = begun[number]._replace(group=group, first=first)
-        begun[number] = begun[number]._replace(extra=begun[number].extra + pending)
+        begun[number] = _with_extra(begun[number], pending, most)
     _, number, group, first = state["marks"][-1]
     piece, last = pieces[number], begun[number]
     if not last.extra:
         last = last._replace(group=group, first=first)
     # Extra rows of a piece that was such a remainder itself may not have been reached.
-    beyond = tuple(row for row in piece.extra if row >= state["next"])
+    beyond = {row: piece.copies_of(row) for row in piece.extra if row >= state["next"]}
     start = max(piece.start, state["next"])
-    begun[number] = last._replace(strides=piece.strides, start=start, extra=last.extra + beyond)
+    begun[number] = _with_extra(last._replace(strides=piece.strides, start=start), beyond, most)
     return [piece for piece in begun.values() if piece.end], list(pieces[number + 1 :])
+
+
+def _with_extra(piece: Piece, rows: dict[int, int], most: int) -> Piece:
+    """With more extra rows, and which copies of them; where there is but one, that says itself."""
+    copies = piece.copies + tuple(rows.values()) if most > 1 else ()
+    return piece._replace(extra=piece.extra + tuple(rows), copies=copies)
 
 
 class Order:
@@ -483,6 +520,7 @@ class Order:
         local: a row that two lanes read costs little. Of remote data it would be downloaded twice: there no piece is
             divided among the lanes of a process, and these are at most as many as its pieces.
         divided: see `Shards`. By default where whole shards would not go round evenly and are few.
+        repeats: how often rows come; once each if there is none. Only for a stream that is shuffled.
 
     Attributes:
         start: the place to go on from, in the epoch it belongs to; what `ImageLoader.load_state_dict` found out.
@@ -500,8 +538,10 @@ class Order:
         num_workers: int,
         local: bool = True,
         divided: bool | None = None,
+        repeats: Repeats | None = None,
     ):
         self.stream = stream
+        self.repeats = repeats
         self.shuffle, self.seed, self.window = shuffle, seed, 2 * buffer_size if shuffle else 0
         self.process_index, self.num_processes = process_index, num_processes
         hands = max(num_workers, 1) * num_processes
@@ -525,6 +565,7 @@ class Order:
             "num_processes": self.num_processes,
             "lanes": max(self.num_workers, 1),
             "local": self.local,
+            "most": self.repeats.most if self.repeats else 1,
         }
 
     def __str__(self) -> str:
@@ -557,7 +598,8 @@ class Order:
         pieces = self.pieces(epoch)[number]
         seed = lane_seed(self.seed, epoch, self.process_index, number)
         state = start.states[number] if start.states else None
-        return number, Lane(self.shards(start.divided), pieces, self.window, seed, state)
+        copies = self.repeats.draws(self.seed, epoch) if self.repeats else None
+        return number, Lane(self.shards(start.divided), pieces, self.window, seed, state, copies)
 
     def pieces(self, epoch: int) -> list[list[Piece]]:
         """By lane of this process."""

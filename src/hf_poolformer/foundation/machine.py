@@ -6,11 +6,23 @@ import os
 import platform
 from collections.abc import Iterable
 from importlib import metadata
+from pathlib import Path
 
 
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_left_in_group() -> int | None:
+    """Bytes that a container or job may still take (Linux, cgroup v2); None where nothing limits it."""
+    try:
+        folder = Path("/sys/fs/cgroup")
+        limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+        facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return max(limit - used + int(facts["inactive_file"]), 0)  # files that were read make room
+    except (OSError, ValueError, KeyError):  # "max" is no number
+        return None
 
 
 def processor_name() -> str:

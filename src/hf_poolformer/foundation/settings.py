@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -78,8 +78,11 @@ def check_values(settings: Any) -> None:
         if low is None:
             continue
         high = field.metadata["high"]
+        words = words_of(kinds[name])
+        if value in words:
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"--{name} takes a number, not {value!r}.")
+            raise UserError(f"--{name} takes {' or '.join(['a number', *words])}, not {value!r}.")
         if not (math.isfinite(value) and low <= value <= high):
             most = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             raise UserError(f"--{name} must be {most}, not {value}.")
@@ -94,6 +97,34 @@ def kinds_of(settings: type) -> dict[str, tuple[Any, ...]]:
     }
 
 
+def words_of(kinds: Sequence[Any]) -> tuple[str, ...]:
+    """Those that a setting of these types takes, of a number beside the numbers."""
+    return tuple(word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
+
+
+def flag_type(hint: Any) -> Any:
+    """The type of a setting as argparse takes it, which has but one for a number that may be a word instead."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
+    words = words_of(kinds)
+    return number_or(kinds[0], words) if words else hint
+
+
+def number_or(kind: type, words: Sequence[str]) -> Callable[[str], Any]:
+    """What reads a flag whose value is a number of this kind or one of some words."""
+
+    def read(text: str) -> Any:
+        if text in words:
+            return text
+        try:
+            return kind(text)
+        except ValueError as error:
+            number = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"it takes {' or '.join([number, *words])}, not {text!r}") from error
+
+    read.__name__ = "|".join(["N" if kind is int else "X", *words])
+    return read
+
+
 def in_groups(settings: type) -> list[type]:
     """The settings as dataclasses, one for each group of the help; a setting stands where it is said first."""
     hints, groups = get_type_hints(settings), {}
@@ -102,7 +133,7 @@ def in_groups(settings: type) -> list[type]:
             first = next(kind for kind in reversed(settings.__mro__) if field.name in inspect.get_annotations(kind))
             flag = {key: field.metadata[key] for key in ("help", "aliases")}  # what argparse knows, too
             alone = dataclasses.field(default=field.default, metadata=flag)
-            groups.setdefault(first._argument_group_name, []).append((field.name, hints[field.name], alone))
+            groups.setdefault(first._argument_group_name, []).append((field.name, flag_type(hints[field.name]), alone))
     return [
         dataclasses.make_dataclass("Group", fields, namespace={"_argument_group_name": name})
         for name, fields in groups.items()

@@ -76,7 +76,7 @@ class Task:
             boxes, or boxes with masks.
         gives: what a model answers: scores of the classes, a map of classes, or objects.
         figures: those for people, the one that says which of two models is better first.
-        kept_by: all figures that `--keep_best` can go by.
+        kept_by: all figures that `--metric_for_best_model` can go by.
         per_class: the figures of single classes, or of single numbers: columns of a table.
         processor: constructor among those of PoolFormerImageProcessor; empty for the class itself.
         evaluation: `module:class` of a `Judge` of evaluation/processes.py.
@@ -511,6 +511,12 @@ def exportable_tasks() -> list[str]:
 def tasks_of_pipeline(tag: str) -> list[Task]:
     """The tasks whose models a pipeline of transformers runs, by its name, which is the Hub's tag."""
     return [task for task in TASKS.values() if task.pipeline_tag == tag]
+
+
+def task_of_problem(problem_type: str | None) -> Task:
+    """The task among those of one head, by a configuration's `problem_type`; what says nothing is a classifier."""
+    wanted = problem_type or _CLASSIFICATION.problem_type
+    return next((task for task in TASKS.values() if task.problem_type == wanted), _CLASSIFICATION)
 
 
 def task_of_config(config: Any, headless: bool = False) -> Task | None:

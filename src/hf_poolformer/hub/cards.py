@@ -45,12 +45,24 @@ MAX_CLASSES_IN_TABLE = 50
 # Keys of all_results.json -> what they are called in the card.
 RUN_FIGURES = {
     "epoch": "epochs trained",
+    "best_epoch": "epoch of the best evaluation",
     "train_loss": "training loss",
     "train_runtime": "training time, s",
     "train_samples_per_second": "training images per second",
     "train_data_wait_share": "share of the time spent waiting for data",
     "skipped_images": "images skipped as broken",
     "trained_parameters": "parameters trained",
+}
+
+# Settings that do something only where another one has this value.
+ONLY_WITH = {
+    "distillation_temperature": ("distillation", "soft"),
+    "class_weights_beta": ("class_weights", "effective"),
+    "sampling_power": ("sampling", "balanced"),
+    "asymmetric_gamma_negative": ("loss", "asymmetric"),
+    "asymmetric_gamma_positive": ("loss", "asymmetric"),
+    "asymmetric_clip": ("loss", "asymmetric"),
+    "huber_delta": ("loss", "huber"),
 }
 
 # Pictures of results -> what they show.
@@ -179,7 +191,7 @@ def model_card(
             else "How and on what it was trained is not recorded here."
         ),
         settings=[
-            (key, _plain(settings[key]))
+            (key, _plain(settings[key]) + (f": {_plain(results[key])}" if _was_chosen(key, settings, results) else ""))
             for key in shown_settings(settings.get("task"))
             if settings.get(key) is not None and _in_force(key, settings)
         ],
@@ -198,6 +210,11 @@ def model_card(
         limits=[paragraph.replace("{classes}", classes) for paragraph in task.limits],
         citations=citations_of(config.get("model_type", "poolformer")),
     )
+
+
+def _was_chosen(key: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> bool:
+    """Whether the run found out itself what it takes for a setting, and says so in its results."""
+    return settings[key] == "auto" and key in results
 
 
 # A converted model ------------------------------------------------------------------------------------------
@@ -320,9 +337,11 @@ def _distillation(settings: Mapping[str, Any]) -> str:
 
 
 def _in_force(key: str, settings: Mapping[str, Any]) -> bool:
-    """Whether a setting of distillation or adaptation did anything."""
-    if key == "distillation_temperature" and settings.get("distillation") == "hard":
-        return False
+    """Whether a setting that belongs to another one did anything."""
+    if key in ONLY_WITH:
+        name, value = ONLY_WITH[key]
+        if settings.get(name) != value:
+            return False
     needs = {"distillation": "teacher", "lora": "lora", "freeze": "freeze_backbone"}.get(key.split("_")[0])
     return needs is None or bool(settings.get(needs))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from ..foundation.errors import UserError
-from ..foundation.settings import setting
+from ..foundation.errors import UserError, one_line
+from ..foundation.settings import altered, setting
 from .data import ClassificationDataSettings, SeveralLabelsSettings
 from .training import (
     ModelSettings,
@@ -89,6 +92,99 @@ class TransferSettings:
     freeze_backbone: bool = setting(False, "Train nothing but the checkpoint's head (linear probe).", shown=True)
 
 
+@dataclass
+class RareClassSettings:
+    _argument_group_name = "rare classes"
+
+    class_weights: str = setting(
+        "none",
+        "How much an image counts in the loss, by its class. none: all alike; auto: in inverse proportion to the "
+        "images of the class; effective: less so (arXiv 1901.05555); or numbers by the names of classes, as JSON "
+        "('{\"cat\": 5}', others: 1; in YAML, a mapping) or in a JSON file.",
+        shown=True,
+        path=True,
+        in_file="mapping",
+    )
+    class_weights_beta: float | None = setting(
+        None,
+        "Of --class_weights effective: from 0, all alike, towards 1, as auto. Unset: 1 - 1 / number of images.",
+        low=0,
+        high=1 - 1e-12,
+        shown=True,
+    )
+    focal_gamma: float = setting(
+        0.0,
+        "Focal loss: the more probable the right label is already, the less an image counts, by this power; 0: off.",
+        low=0,
+        high=10,
+        shown=True,
+    )
+    sampling: Literal["shuffle", "balanced"] = setting(
+        "shuffle",
+        "How often an image comes in an epoch. shuffle: once; balanced: the rarer its class, the more often, so that "
+        "all classes come equally often. An epoch has as many images either way.",
+        shown=True,
+    )
+    sampling_power: float = setting(
+        1.0,
+        "Of --sampling balanced: 1 balances all, 0.5 goes half of the way, 0 none of it.",
+        low=0,
+        high=1,
+        shown=True,
+    )
+
+    @property
+    def asks_for_counts(self) -> bool:
+        """Whether it must be known how many images each class has."""
+        return self.class_weights != "none" or self.sampling != "shuffle"
+
+    def rare_class_choices(self) -> dict[str, Any]:
+        """Of these settings, those that do anything, with what they mean wherever it stands."""
+        chosen: dict[str, Any] = {}
+        if self.class_weights != "none":
+            chosen["class_weights"] = self.given_weights() or self.class_weights
+        if self.class_weights == "effective":
+            chosen["class_weights_beta"] = self.class_weights_beta
+        if self.focal_gamma:
+            chosen["focal_gamma"] = self.focal_gamma
+        if self.sampling != "shuffle":
+            chosen |= {"sampling": self.sampling, "sampling_power": self.sampling_power}
+        return chosen
+
+    def given_weights(self) -> dict[str, float] | None:
+        """Those of `class_weights` that are given by name; None where it names a rule.
+
+        Raises:
+            UserError: it is neither, or no file that can be read, or holds other things than weights.
+        """
+        given = self.class_weights.strip()
+        if given in ("none", "auto", "effective"):
+            return None
+        try:
+            text = given if given.startswith("{") else Path(given).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--class_weights {given} is neither none, auto or effective, nor JSON, nor a file that can be read "
+                f"({one_line(error)})."
+            ) from error
+        try:
+            weights = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--class_weights is not JSON ({error}): {text[:100]!r}.") from error
+        if not isinstance(weights, dict):
+            raise UserError(f"--class_weights takes weights by the names of classes, not {text[:100]!r}.")
+        for name, weight in weights.items():
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
+            if not number or weight < 0:
+                raise UserError(f"--class_weights: the weight of {name} is {weight!r}, and not a number from 0 on.")
+        return weights
+
+    def refuse_rare_classes(self, why: str) -> None:
+        """Raises a UserError if any of this is asked for where it means nothing."""
+        for name, value in self.rare_class_choices().items():
+            raise UserError(f"--{name} {value}: {why}.")
+
+
 # What each recipe changes; `finetune` is what the fields above say.
 RECIPES: dict[str, dict[str, Any]] = {
     # From a pretrained checkpoint to your own images.
@@ -145,6 +241,7 @@ class ClassificationSettings(
     PublishingSettings,
     RunSettings,
     TransferSettings,
+    RareClassSettings,
     OptimisationSettings,
     AugmentationSettings,
     ClassificationDataSettings,
@@ -161,6 +258,7 @@ class ClassificationSettings(
         super().check()
         if (self.dataset_name is None) == (self.train_dir is None):
             raise UserError("give the training images by either --dataset_name or --train_dir.")
+        self.given_weights()
         if self.distillation == "hard" and not self.teacher:
             raise UserError("--distillation hard needs a teacher: --teacher MODEL.")
         if self.lora and self.freeze_backbone:
@@ -174,7 +272,113 @@ class ClassificationSettings(
 class MultiLabelSettings(SeveralLabelsSettings, ClassificationSettings):
     """Images with any number of classes each."""
 
+    _argument_group_name = "several labels"
+
+    label_smoothing: float = altered(
+        AugmentationSettings,
+        "label_smoothing",
+        0.0,
+        "How far the target of each class is drawn towards one half: (1 - s) y + s / 2.",
+    )
+    loss: Literal["bce", "asymmetric"] = setting(
+        "bce",
+        "What each class costs. bce: binary cross-entropy; asymmetric: the same with less weight on what is easy, "
+        "above all on the many classes that an image does not have (arXiv 2009.14119).",
+        shown=True,
+    )
+    asymmetric_gamma_negative: float = setting(
+        4.0, "Of the asymmetric loss: how much less an easy class that is not there counts.", low=0, shown=True
+    )
+    asymmetric_gamma_positive: float = setting(1.0, "The same for an easy class that is there.", low=0, shown=True)
+    asymmetric_clip: float = setting(
+        0.05, "A class that is not there costs nothing below this probability.", low=0, high=0.5, shown=True
+    )
+    pos_weight: str = setting(
+        "none",
+        "How many times as much it costs to miss a class than to find it where it is not. none: once; auto: as many "
+        "times as more images lack it than have it, 20 at most and a twentieth at least; or a number, or numbers by "
+        "the names of classes, as JSON ('{\"cat\": 5}', others: 1; in YAML, a mapping).",
+        shown=True,
+        in_file="mapping",
+    )
+    label_thresholds: Literal["f1", "0.5"] = setting(
+        "f1",
+        "From which probability on an image has a class, which is saved with the model. f1: for each class what gives "
+        "a good F1 on the validation images, chosen at the end; 0.5: one half.",
+        shown=True,
+    )
+
+    @property
+    def asks_for_counts(self) -> bool:
+        return super().asks_for_counts or self.pos_weight == "auto"
+
+    def check(self) -> None:
+        super().check()
+        self.given_pos_weight()
+        if self.focal_gamma and self.loss == "asymmetric":
+            raise UserError("--focal_gamma is for --loss bce: the asymmetric loss has gammas of its own.")
+        if self.sampling == "balanced" and self.class_weights in ("auto", "effective"):
+            raise UserError(
+                f"--sampling balanced and --class_weights {self.class_weights} exclude each other for --task "
+                f"{self.task}: how often each class comes is not known beforehand where images have several."
+            )
+
+    def given_pos_weight(self) -> float | dict[str, float] | None:
+        """What `pos_weight` says in JSON; None where it names a rule.
+
+        Raises:
+            UserError: it is neither, or holds other things than weights.
+        """
+        if self.pos_weight in ("none", "auto"):
+            return None
+        try:
+            given = json.loads(self.pos_weight)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--pos_weight {self.pos_weight} is neither none nor auto nor JSON ({error}).") from error
+        for weight in given.values() if isinstance(given, dict) else [given]:
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+                raise UserError(f"--pos_weight takes numbers above 0, not {weight!r}.")
+        return given
+
+
+# What nothing of a number can be.
+_OF_CLASSES = {
+    "cutmix_alpha": "what a part of another image shows is no part of its number. --mixup_alpha mixes numbers, too",
+    "label_smoothing": "there are no classes that a number could be spread over",
+}
+
 
 @dataclass
 class RegressionSettings(ClassificationSettings):
     """Images with numbers."""
+
+    _argument_group_name = "numbers"
+
+    cutmix_alpha: float = altered(AugmentationSettings, "cutmix_alpha", 0.0, "Nothing for numbers.")
+    label_smoothing: float = altered(AugmentationSettings, "label_smoothing", 0.0, "Nothing for numbers.")
+    loss: Literal["mse", "l1", "huber"] = setting(
+        "mse",
+        "What a wrong number costs: its square, its absolute value, or the square up to --huber_delta and then "
+        "linear. Numbers are standardised for it, to mean 0 and standard deviation 1.",
+        shown=True,
+    )
+    huber_delta: float = setting(
+        1.0, "Of --loss huber: from here on linear, in standard deviations.", low=0.001, shown=True
+    )
+
+    @classmethod
+    def recipes(cls, task: str) -> Mapping[str, Mapping[str, Any]]:
+        """Those of classifiers, without what is only of classes."""
+        return {
+            recipe: {name: value for name, value in changes.items() if name not in _OF_CLASSES}
+            for recipe, changes in RECIPES.items()
+        }
+
+    def check(self) -> None:
+        super().check()
+        for name, reason in _OF_CLASSES.items():
+            if getattr(self, name):
+                raise UserError(f"--{name} is nothing for --task {self.task}: {reason}.")
+        self.refuse_rare_classes("numbers have no classes that could be rare")
+        if self.distillation == "hard":
+            raise UserError(f"--distillation hard is nothing for --task {self.task}: numbers have no likely label.")

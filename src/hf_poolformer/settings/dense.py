@@ -59,8 +59,10 @@ class GeometrySettings:
 @dataclass
 class DenseOptimisationSettings(OptimisationSettings):
     num_train_epochs: int = altered(OptimisationSettings, "num_train_epochs", 12)
-    per_device_train_batch_size: int = altered(OptimisationSettings, "per_device_train_batch_size", 16)
-    learning_rate: float = altered(OptimisationSettings, "learning_rate", 1e-4)
+    per_device_train_batch_size: int | Literal["auto"] = altered(
+        OptimisationSettings, "per_device_train_batch_size", 16
+    )
+    learning_rate: float | Literal["auto"] = altered(OptimisationSettings, "learning_rate", 1e-4)
     lr_scheduler_type: Literal["poly", "step", "cosine", "linear", "constant"] = altered(
         OptimisationSettings, "lr_scheduler_type", "step"
     )
@@ -88,12 +90,6 @@ class DenseOptimisationSettings(OptimisationSettings):
 class DenseRunSettings(RunSettings):
     logging_steps: int = altered(RunSettings, "logging_steps", 50)
     per_device_eval_batch_size: int = altered(RunSettings, "per_device_eval_batch_size", 1)
-    keep_best: str | None = altered(
-        RunSettings,
-        "keep_best",
-        None,
-        "Keep the best checkpoint by this metric (eval_miou, eval_map, ...), beyond --save_total_limit.",
-    )
 
 
 # arXiv 2111.11418, sections 4.2 and 4.3, and the configurations of the official repository (detection/configs,

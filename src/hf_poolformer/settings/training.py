@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pkgutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +68,13 @@ class OptimisationSettings:
     max_train_steps: int | None = setting(
         None, "Optimiser steps in all; wins over the number of epochs.", low=1, shown=True
     )
-    per_device_train_batch_size: int = setting(32, "Images per device and micro-batch.", low=1, shown=True)
+    per_device_train_batch_size: int | Literal["auto"] = setting(
+        32,
+        "Images per device and micro-batch; auto: as many as the device has memory for, found before the first step. "
+        "With auto, a step is of as many images as without: the recipe's, or --total_train_batch_size.",
+        low=1,
+        shown=True,
+    )
     gradient_accumulation_steps: int = setting(1, "Micro-batches per optimiser step.", low=1, shown=True)
     total_train_batch_size: int | None = setting(
         None,
@@ -77,7 +83,12 @@ class OptimisationSettings:
         low=1,
         shown=True,
     )
-    learning_rate: float = setting(2e-4, "Peak learning rate.", low=0, shown=True)
+    learning_rate: float | Literal["auto"] = setting(
+        2e-4,
+        "Peak learning rate; auto: chosen before the first step by a range test on the run's first batches.",
+        low=0,
+        shown=True,
+    )
     scale_learning_rate: bool = setting(
         False,
         "Take the learning rates as given for 1024 images per step, and scale --learning_rate to the batch.",
@@ -138,10 +149,20 @@ class RunSettings:
         "epoch", "Checkpoint every so many steps, or at each 'epoch', or 'no'.", decides=False
     )
     save_total_limit: int = setting(2, "Checkpoints to keep; 0: all.", low=0, decides=False)
-    keep_best: str | None = setting(
+    metric_for_best_model: str | None = setting(
         None,
-        "Keep the best checkpoint by this metric (eval_accuracy, eval_loss, ...), beyond --save_total_limit.",
-        decides=False,
+        "Figure that says which evaluation was the best (eval_accuracy, loss, ...); its checkpoint is kept beyond "
+        "--save_total_limit. Unset: the task's first figure, if one of the next flags needs it.",
+        shown=True,
+    )
+    load_best_model_at_end: bool = setting(
+        False, "Save the model of the best evaluation, and not that of the last step.", shown=True
+    )
+    early_stopping_patience: int | None = setting(
+        None, "End the run after so many evaluations in a row without improvement.", low=1, shown=True
+    )
+    early_stopping_threshold: float = setting(
+        0.0, "What an evaluation must be better by to count as improvement.", low=0, shown=True
     )
     checkpoint_failure: Literal["stop", "continue"] = setting(
         "stop", "What the run does when a checkpoint cannot be written, on a full disk say.", decides=False
@@ -199,8 +220,10 @@ class TrainingSettings:
     of_architecture = ("config_name", "config_overrides")
 
     def __post_init__(self) -> None:
-        if isinstance(self.config_overrides, dict):
-            self.config_overrides = json.dumps(self.config_overrides)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.metadata.get("in_file") == "mapping" and isinstance(value, dict):
+                setattr(self, field.name, json.dumps(value))
         self.check()
 
     @classmethod
@@ -222,7 +245,7 @@ class TrainingSettings:
                 f"{type(self).__name__} are not for {self.task}: TrainingSettings.from_recipe finds those."
             )
         check_values(self)
-        check_keep_best(self.keep_best, TASKS[self.task].kept_by)
+        self.check_best_model()
         if self.output_dir is None:
             raise UserError("say where the run is to be written: --output_dir FOLDER.")
         if self.model_name_or_path and self.config_name:
@@ -238,6 +261,35 @@ class TrainingSettings:
                 f"--checkpointing_steps takes a number of steps, 'epoch' or 'no', not {self.checkpointing_steps!r}."
             )
         self.overrides()
+
+    @property
+    def batch_size_of_recipe(self) -> int:
+        """What `per_device_train_batch_size` would be if it were not `auto`."""
+        usual = type(self).__dataclass_fields__["per_device_train_batch_size"].default
+        return self.recipes(self.task).get(self.recipe, {}).get("per_device_train_batch_size", usual)
+
+    @property
+    def best_by(self) -> str | None:
+        """Key of the figure that says which evaluation was the best; None if nothing asks for it."""
+        known, metric = TASKS[self.task].kept_by, self.metric_for_best_model
+        if metric is None:
+            return TASKS[self.task].best if self.load_best_model_at_end or self.early_stopping_patience else None
+        return metric if metric in known else f"eval_{metric}"
+
+    def check_best_model(self) -> None:
+        """Refuses, before anything is trained, a metric that no evaluation gives, and patience without evaluations."""
+        known, metric = TASKS[self.task].kept_by, self.metric_for_best_model
+        if metric is not None and self.best_by not in known:
+            near = near_names(f"eval_{metric.removeprefix('eval_')}", known)
+            hint = f"; did you mean {' or '.join(near)}?" if near else "."
+            raise UserError(f"--metric_for_best_model {metric}: an evaluation gives {', '.join(known)}{hint}")
+        if self.early_stopping_patience and not self.eval_epochs:
+            raise UserError(
+                "--early_stopping_patience counts evaluations, and --eval_epochs 0 leaves one, at the end: give "
+                "--eval_epochs 1, for example."
+            )
+        if self.early_stopping_threshold and not self.early_stopping_patience:
+            raise UserError("--early_stopping_threshold says nothing without --early_stopping_patience N.")
 
     def overrides(self) -> dict[str, Any]:
         """`config_overrides` as a dictionary."""
@@ -306,11 +358,3 @@ def defaults_of(task: str, recipe: str, given: Iterable[str] = ()) -> dict[str, 
     if "config_name" in given:
         replaced.update(("model_name_or_path", "config_overrides"))
     return {name: value for name, value in recipes[recipe].items() if name not in replaced}
-
-
-def check_keep_best(metric: str | None, known: Sequence[str]) -> None:
-    """Refuses, before anything is trained, a metric that no evaluation gives."""
-    if metric is not None and metric not in known:
-        near = [name for name in known if name.removeprefix("eval_") == metric] or near_names(metric, known)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
-        raise UserError(f"--keep_best {metric}: an evaluation gives {', '.join(known)}{hint}")

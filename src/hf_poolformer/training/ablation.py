@@ -113,6 +113,8 @@ def key_of(settings: ClassificationSettings, content: Mapping[str, str]) -> dict
     """All that decides the result of a run, fit for JSON. A result belongs to the run that has the same key."""
     chosen = {name: getattr(settings, name) for name in names_marked([type(settings)], "decides")}
     chosen["config_overrides"] = settings.overrides()
+    if settings.best_by:
+        chosen["eval_epochs"] = settings.eval_epochs
     if settings.mixed_precision is None:
         chosen["mixed_precision"] = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     processes = int(os.environ.get("WORLD_SIZE", 1))  # of which each brings its own batch

@@ -26,20 +26,21 @@ def adapt(model: PreTrainedModel, settings: ClassificationSettings) -> None:
         add_adapters(model, settings.lora, settings.lora_alpha, settings.lora_dropout)
     else:
         return
-    model.get_submodule(head_name(model)).requires_grad_(True)
+    model.get_submodule(head_name(model, "--lora and --freeze_backbone")).requires_grad_(True)
 
 
-def head_name(model: PreTrainedModel) -> str:
+def head_name(model: PreTrainedModel, who: str) -> str:
     """Of the module at the end that depends on the labels; the norm before it does not.
+
+    Args:
+        who: has to know it, in the message.
 
     Raises:
         UserError: there is none, or more than one.
     """
     names = {name.split(".")[0] for name, _ in model.named_parameters() if belongs_to_head(name, model)}
     if len(names) != 1:
-        raise UserError(
-            f"--lora and --freeze_backbone do not know which part of a {type(model).__name__} is its head."
-        )
+        raise UserError(f"{who} must know which part of a {type(model).__name__} is its head, and cannot tell.")
     return names.pop()
 
 
@@ -108,7 +109,7 @@ class LinearProbe(nn.Module):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.model, self.head_name = model, head_name(model)
+        self.model, self.head_name = model, head_name(model, "--freeze_backbone")
 
     @property
     def head(self) -> nn.Module:

@@ -329,15 +329,21 @@ def _sized(height: int, width: int) -> torch.Tensor:
 class BatchMixer:
     """Mixup and CutMix on a batch, with label smoothing: hard labels become soft targets.
 
+    Of two images, mixup and CutMix take the targets in the shares in which they take the pixels; where an image has
+    several labels or numbers, each of them. CutMix goes by the area, as timm does: nobody looks whether what a label
+    is about is in the part that was cut out.
+
     Args:
-        num_labels: number of classes.
+        num_labels: number of classes, or of numbers.
         mixup_alpha: parameter of mixup's Beta distribution; 0: no mixup.
         cutmix_alpha: the same for CutMix.
         switch_prob: probability of CutMix rather than mixup where both are on.
-        label_smoothing: part of the target spread evenly over all classes.
+        label_smoothing: part of the target spread evenly over all classes; of several labels, each of which is
+            there or not, over these two.
 
-    Calling it with pixel values (batch, 3, height, width) and labels (batch,) returns the pixel values and float32
-    targets (batch, num_labels) that sum to 1. Sources: arXiv 1710.09412, 1905.04899; timm, `data/mixup.py`.
+    Calling it with pixel values (batch, 3, height, width) and labels returns the pixel values and float32 targets
+    (batch, num_labels), which sum to 1 for one label per image (batch,), and not for several labels or numbers
+    (batch, num_labels). Sources: arXiv 1710.09412, 1905.04899; timm, `data/mixup.py`.
     """
 
     def __init__(
@@ -361,8 +367,8 @@ class BatchMixer:
             self.mix = choices[0][0] if choices else None
 
     def __call__(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.mix is None:
-            targets = torch.nn.functional.one_hot(labels, self.num_labels).float()
-        else:
-            pixel_values, targets = self.mix(pixel_values, labels)
-        return pixel_values, targets * (1 - self.label_smoothing) + self.label_smoothing / self.num_labels
+        choices = self.num_labels if labels.ndim == 1 else 2
+        targets = torch.nn.functional.one_hot(labels, self.num_labels).float() if labels.ndim == 1 else labels
+        if self.mix is not None:
+            pixel_values, targets = self.mix(pixel_values, targets)
+        return pixel_values, targets * (1 - self.label_smoothing) + self.label_smoothing / choices

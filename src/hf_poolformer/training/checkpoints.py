@@ -28,6 +28,7 @@ import shutil
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..data.columns import few
 from ..foundation.errors import UserError
-from ..foundation.files import digest, make_folder, sync, write_json
+from ..foundation.files import digest, make_folder, sync
+from ..foundation.processes import found_by_main
 from ..foundation.strict_json import to_json
 
 
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
-BEST = "best.json"  # which checkpoint of a run stays, whatever the limit
 STEP = re.compile(r"step-(\d+)$")
 
 
@@ -69,6 +70,9 @@ class Progress:
     epoch_loss: float = 0.0  # sum over the optimiser steps of the current epoch
     epoch_steps: int = 0
     train_loss: float | None = None  # mean over the last epoch
+    evaluated_epochs: int = 0  # epochs completed at the last evaluation
+    best: dict[str, Any] = field(default_factory=dict)  # evaluation: metric, value, step, epoch; its checkpoint stays
+    evaluations_without_improvement: int = 0  # in a row, up to now
     num_processes: int = 1
     global_batch: int = 0  # images per optimiser step
     label_names: list[str] = field(default_factory=list)
@@ -105,6 +109,11 @@ class Snapshot:
     shared: dict[str, Any]
     processes: list[dict[str, Any]]
     progress: dict[str, Any]
+
+    @property
+    def best(self) -> int | None:
+        """Step of the checkpoint that stays, whatever the limit."""
+        return self.progress["best"].get("step")
 
     @property
     def size(self) -> int:
@@ -196,6 +205,12 @@ class Saver:
             logger.warning("%s Training goes on without it.", fault)
         return None
 
+    def newest(self) -> Path | None:
+        """The last checkpoint on the disk, of this process alone: for when the others may be gone."""
+        if self._writer is not None:
+            self._writer.join()
+        return newest(self.root)
+
     def _write(self, taken: Snapshot) -> None:
         try:
             write(self.root, taken, self.keep)
@@ -277,7 +292,7 @@ def write(root: Path, taken: Snapshot, keep: int) -> None:
         make_folder(temporary)
         if shutil.disk_usage(root).free < taken.size and keep > 1:
             # Makes room with what would be deleted afterwards anyway, and never with the newest.
-            prune(root, keep - 1)
+            prune(root, keep - 1, taken.best)
         if shutil.disk_usage(root).free < taken.size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         weights = {name: tensor.contiguous() for name, tensor in taken.weights.items()}
@@ -299,7 +314,7 @@ def write(root: Path, taken: Snapshot, keep: int) -> None:
         raise UserError(
             f"cannot write the checkpoint {target.name} to {root}: {reason}. Those before it are as they were."
         ) from error
-    prune(root, keep)
+    prune(root, keep, taken.best)
 
 
 def save_tensors(value: Any, path: Path) -> None:
@@ -340,16 +355,10 @@ def load(path: Path, state: TrainingState) -> Progress:
     Raises:
         UserError: the checkpoint belongs to another architecture, other labels or other settings, or is damaged.
     """
-    try:
+    with telling_of_damage(path):
         progress = Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
         check_fits(path, state, progress)
-        state.model.load_state_dict(
-            like(load_file(str(path / "model.safetensors")), state.model.state_dict(keep_vars=True))
-        )
-        shared = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        if (shared["ema"] is None) != (state.ema is None):
-            there = "without" if shared["ema"] is None else "with"
-            raise UserError(f"{path} was made {there} --ema_decay; go on with the same setting.")
+        shared = load_models(path, state)
         parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
         optimizer = shared["optimizer"]
         optimizer["state"] = {
@@ -360,13 +369,52 @@ def load(path: Path, state: TrainingState) -> Progress:
         state.scheduler.load_state_dict(shared["scheduler"])
         if state.accelerator.scaler is not None and shared["scaler"]:
             state.accelerator.scaler.load_state_dict(shared["scaler"])
-        if state.ema is not None:
-            state.ema.load_state_dict(shared["ema"])
         processes = torch.load(path / "processes.pt", map_location="cpu", weights_only=True)
         if state.accelerator.process_index < len(processes):
             set_random_states(processes[state.accelerator.process_index]["rng"])
         streams = [process["stream"] for process in processes]
         state.streams = streams if all(streams) else None
+    for name in set(vars(progress)) - {"num_processes", "global_batch", "label_names", "choices"}:
+        setattr(state.progress, name, getattr(progress, name))
+    return progress
+
+
+def load_models(path: Path, state: TrainingState) -> dict[str, Any]:
+    """Brings the model and its moving average to where the checkpoint was; every process must call it.
+
+    Returns:
+        the content of `state.pt`.
+    """
+    weights = load_file(str(path / "model.safetensors"))
+    state.model.load_state_dict(like(weights, state.model.state_dict(keep_vars=True)))
+    shared = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    if (shared["ema"] is None) != (state.ema is None):
+        there = "without" if shared["ema"] is None else "with"
+        raise UserError(f"{path} was made {there} --ema_decay; go on with the same setting.")
+    if state.ema is not None:
+        state.ema.load_state_dict(shared["ema"])
+    return shared
+
+
+def load_best(root: Path, state: TrainingState) -> None:
+    """Brings the model and its moving average to where they were best; every process must call it.
+
+    Raises:
+        UserError: in every process: the checkpoint is gone or damaged.
+    """
+    path = root / f"step-{state.progress.best['step']}"
+    fault = found_by_main(lambda: fault_of(path))
+    if fault:
+        raise UserError(f"the best checkpoint, {path}, cannot be used: {fault}.")
+    with telling_of_damage(path):
+        load_models(path, state)
+
+
+@contextlib.contextmanager
+def telling_of_damage(path: Path) -> Iterator[None]:
+    """Turns what libraries say about a checkpoint that they cannot read into a UserError."""
+    try:
+        yield
     except UserError:
         raise
     except (
@@ -380,9 +428,6 @@ def load(path: Path, state: TrainingState) -> Progress:
         pickle.UnpicklingError,
     ) as error:
         raise UserError(f"{path} cannot be read as a checkpoint of this run: {error}") from error
-    for name in set(vars(progress)) - {"num_processes", "global_batch", "label_names", "choices"}:
-        setattr(state.progress, name, getattr(progress, name))
-    return progress
 
 
 def choices_of(path: Path) -> dict[str, Any]:
@@ -504,36 +549,25 @@ def seal(folder: Path) -> None:
     sync(folder)
 
 
-def prune(root: Path, keep: int) -> None:
-    """Deletes the oldest complete checkpoints beyond `keep`, 0 keeps all, and never the best one."""
-    complete, best = [path for path in all_steps(root) if (path / MARKER).is_file()], best_of(root)
+def prune(root: Path, keep: int, best: int | None = None) -> None:
+    """Deletes the oldest complete checkpoints beyond `keep`, 0 keeps all, and never that of the step `best`."""
+    complete = [path for path in all_steps(root) if (path / MARKER).is_file()]
     for path in complete[: max(len(complete) - keep, 0)] if keep else []:
-        if best is not None and step_of(path) == best[0]:
+        if step_of(path) == best:
             continue
         # Unmarked first: a deletion that is cut short must not leave something that looks complete.
         (path / MARKER).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
 
 
-def best_of(root: Path) -> tuple[int, float] | None:
-    """Step and value of the best checkpoint, None if none is marked as that."""
-    try:
-        best = json.loads((root / BEST).read_text(encoding="utf-8"))
-        return int(best["step"]), float(best["value"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def mark_best(root: Path, step: int, value: float) -> None:
-    """Makes `step-N` the one that stays; the one before it loses this privilege."""
-    write_json(root / BEST, {"step": step, "value": value})
+def newest(root: Path) -> Path | None:
+    """The last checkpoint that was finished; whether it is damaged, `find` would look."""
+    return next((path for path in reversed(all_steps(root)) if (path / MARKER).is_file()), None)
 
 
 def set_aside(root: Path, after: int = -1) -> None:
     """Moves checkpoints of steps `after` some step out of the way of another run, into `root/previous-N`."""
-    steps, best = [path for path in all_steps(root) if step_of(path) > after], best_of(root)
-    if best is not None and best[0] > after:
-        (root / BEST).unlink()
+    steps = [path for path in all_steps(root) if step_of(path) > after]
     if steps:
         aside = free_name(root / "previous")
         aside.mkdir()

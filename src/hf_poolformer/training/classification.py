@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ..data.datasets import align_labels
@@ -28,6 +27,8 @@ from .device_choice import choose_preprocessing
 from .device_pipeline import DevicePipeline, make_pipeline
 from .distillation import distillation_loss, load_teacher
 from .initialisation import initial_model, labels_in_model_order
+from .objectives import Criterion, cross_entropy
+from .rare_classes import RareClassLoss, rare_classes
 from .task import TaskTraining
 
 
@@ -46,10 +47,14 @@ class ClassificationTraining(TaskTraining):
 
     def open_data(self, accelerator: Accelerator) -> list[str]:
         settings = self.settings
-        self.datasets = open_splits(settings)
+        self.datasets = open_splits(settings, counted=settings.asks_for_counts)
         accelerator.print(describe_data(self.datasets))
         judge(self.datasets, skip_limit(settings.max_skipped))
         self.label_names = labels_in_model_order(settings, self.datasets["train"].label_names)
+        self.rare = rare_classes(settings, self.datasets["train"], self.label_names)
+        self.epochs_vary = self.rare.repeats is not None
+        if text := str(self.rare):
+            accelerator.print(text)
         return self.label_names
 
     @property
@@ -58,7 +63,7 @@ class ClassificationTraining(TaskTraining):
 
     def make_model(self, accelerator: Accelerator, memory_format: torch.memory_format) -> tuple[PreTrainedModel, Any]:
         settings = self.settings
-        model, processor = initial_model(settings, self.label_names)
+        model, processor, self.head_is_trained = initial_model(settings, self.label_names)
         adapt(model, settings)
         self.teacher = None
         if settings.teacher:
@@ -70,7 +75,16 @@ class ClassificationTraining(TaskTraining):
             settings.mixup_switch_prob,
             settings.label_smoothing,
         )
+        self.criterion = self.make_criterion(accelerator.device)
         return model, processor
+
+    def make_criterion(self, device: torch.device) -> Criterion:
+        """What answers cost; whatever it holds of the data is on the device."""
+        settings, weights = self.settings, self.rare.weights
+        if weights is None and not settings.focal_gamma:
+            return cross_entropy
+        weights = None if weights is None else torch.tensor(weights, device=device)
+        return RareClassLoss(weights, settings.focal_gamma, settings.label_smoothing)
 
     def make_loaders(self, accelerator: Accelerator, model: PreTrainedModel, processor: Any) -> tuple[Any, Any | None]:
         """As `TaskTraining.make_loaders`, with the labels numbered as the model does.
@@ -96,6 +110,7 @@ class ClassificationTraining(TaskTraining):
             batch_size=settings.per_device_train_batch_size,
             training=True,
             shuffle_buffer_size=settings.shuffle_buffer_size,
+            repeats=self.rare.repeats,
             **pipeline,
             **common,
         )
@@ -114,7 +129,7 @@ class ClassificationTraining(TaskTraining):
         return LinearProbe(model) if self.settings.freeze_backbone else model
 
     def method(self) -> dict[str, Any]:
-        """How a run distils and adapts."""
+        """How a run distils and adapts, and what it does for rare classes."""
         names: list[str] = []
         if self.settings.teacher:
             names += ["distillation", "distillation_alpha", "distillation_temperature"]
@@ -123,7 +138,8 @@ class ClassificationTraining(TaskTraining):
         if self.settings.freeze_backbone:
             names.append("freeze_backbone")
         teacher = {"teacher": self.teacher.fingerprint()} if self.teacher else {}
-        return {**teacher, **{name: getattr(self.settings, name) for name in names}}
+        chosen = {name: getattr(self.settings, name) for name in names}
+        return {**teacher, **chosen, **self.settings.rare_class_choices()}
 
     def describe_images(self, processor: Any) -> str:
         return f"at {'x'.join(map(str, input_size(processor)))}"
@@ -138,19 +154,29 @@ class ClassificationTraining(TaskTraining):
     def losses(self, run: Run, batch: dict[str, Any]) -> list[torch.Tensor]:
         """With a teacher the parts are the labels' loss and the teacher's."""
         device = run.accelerator.device
-        check_labels(batch["labels"], self.mixer.num_labels)
+        targets = self.targets(batch["labels"])
         pixel_values = batch["pixel_values"].to(device, memory_format=run.memory_format, non_blocking=True)
-        pixel_values, targets = self.mixer(pixel_values, batch["labels"].to(device, non_blocking=True))
+        pixel_values, targets = self.mixer(pixel_values, targets.to(device, non_blocking=True))
         logits = run.model(pixel_values=pixel_values).logits.float()
-        labels = cross_entropy(logits, targets)
+        labels = self.criterion(logits, targets)
         if self.teacher is None:
             return [labels]
-        settings = self.settings
-        teachers = distillation_loss(
-            logits, self.teacher(pixel_values), settings.distillation, settings.distillation_temperature
-        )
-        part = settings.distillation_alpha
+        teachers, part = self.distil(logits, self.teacher(pixel_values)), self.settings.distillation_alpha
         return [(1 - part) * labels + part * teachers, labels, teachers]
+
+    def targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """The labels of a batch, on the host, as they are mixed and compared.
+
+        Raises:
+            UserError: there are none like these.
+        """
+        check_labels(labels, self.mixer.num_labels)
+        return labels
+
+    def distil(self, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+        """What the teacher's answers cost a model that gives others."""
+        settings = self.settings
+        return distillation_loss(logits, teacher_logits, settings.distillation, settings.distillation_temperature)
 
     def finished(self, model: PreTrainedModel) -> PreTrainedModel:
         return merged(model) if self.settings.lora else model
@@ -171,8 +197,7 @@ class ClassificationTraining(TaskTraining):
         return named_results(results, self.label_names), results if final else None
 
     def describe(self, results: dict[str, Any]) -> str:
-        first = getattr(self.settings, "metric_for_best_model", None)
-        return describe_results(results, TASKS[self.settings.task], first)
+        return describe_results(results, TASKS[self.settings.task], self.settings.metric_for_best_model)
 
     def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
         draw_results(folder, TASKS[self.settings.task], shown, self.label_names)

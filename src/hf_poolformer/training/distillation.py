@@ -18,6 +18,7 @@ from ..data.transforms import input_size
 from ..foundation.errors import UserError, one_line
 from ..foundation.loading import load_checkpoint
 from ..foundation.names import first_few
+from ..foundation.tasks import TASKS, task_of_problem
 from ..settings.classification import ClassificationSettings
 
 
@@ -37,6 +38,22 @@ def distillation_loss(
         return F.cross_entropy(logits, teacher_logits.argmax(dim=-1))
     own, teachers = (F.log_softmax(these / temperature, dim=-1) for these in (logits, teacher_logits))
     return F.kl_div(own, teachers, reduction="batchmean", log_target=True) * temperature**2
+
+
+def binary_distillation_loss(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, kind: str = "soft", temperature: float = 1.0
+) -> torch.Tensor:
+    """As `distillation_loss` where an image has any number of labels; the mean over images and labels.
+
+    soft  T^2 KL(teacher || model) of each label being there or not, with sigmoid(logits / T)
+    hard  binary cross-entropy with the labels that the teacher thinks more probable than not
+    """
+    if kind == "hard":
+        return F.binary_cross_entropy_with_logits(logits, (teacher_logits > 0).to(logits.dtype))
+    own, teachers = logits / temperature, teacher_logits / temperature
+    present = teachers.sigmoid() * (F.logsigmoid(teachers) - F.logsigmoid(own))
+    absent = (-teachers).sigmoid() * (F.logsigmoid(-teachers) - F.logsigmoid(-own))
+    return (present + absent).mean() * temperature**2
 
 
 class Teacher:
@@ -181,7 +198,7 @@ def load_teacher(
     """The teacher of a run; every process loads it for itself.
 
     Raises:
-        UserError: there is no such classifier, or it does not know these labels.
+        UserError: there is no such classifier, or it does not know these labels, or it was trained for another task.
     """
     name = settings.teacher
     model, processor, fresh = load_checkpoint(name, settings.origin_of_others())
@@ -189,6 +206,12 @@ def load_teacher(
         raise UserError(f"the teacher {name} is not a trained classifier of its own shape: it lacks {fresh[0]}.")
     if not model.config.num_labels:
         raise UserError(f"the teacher {name} has no classes: it is a feature extractor (num_labels is 0).")
+    task = task_of_problem(model.config.problem_type)
+    if task.problem_type != TASKS[settings.task].problem_type:
+        raise UserError(
+            f"the teacher {name} was trained for {task.name}, and what it answers is nothing to learn "
+            f"{settings.task} from. Train it for that first: --task {settings.task} --model_name_or_path {name}"
+        )
     learnt = [model.config.id2label[index] for index in range(model.config.num_labels)]
     order = places_of_labels(learnt, label_names, name)
     return Teacher(model, processor, student_processor, order, accelerator, memory_format)

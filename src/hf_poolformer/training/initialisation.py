@@ -16,7 +16,7 @@ from ..foundation.errors import UserError, one_line
 from ..foundation.loading import belongs_to_head, load_checkpoint, load_config, load_processor, looks_like_checkpoint
 from ..foundation.names import first_few
 from ..foundation.settings import check_names
-from ..foundation.tasks import TASKS
+from ..foundation.tasks import TASKS, task_of_problem
 from ..image_processing_poolformer import PoolFormerImageProcessor
 from ..settings.classification import ClassificationSettings
 from ..settings.training import TrainingSettings
@@ -25,26 +25,29 @@ from ..settings.training import TrainingSettings
 logger = logging.getLogger(__name__)
 
 
-def initial_model(settings: ClassificationSettings, label_names: Sequence[str]) -> tuple[PreTrainedModel, Any]:
-    """The model of a run, with a head for these labels, and its image processor.
+def initial_model(settings: ClassificationSettings, label_names: Sequence[str]) -> tuple[PreTrainedModel, Any, bool]:
+    """The model of a run, with a head for these labels; its image processor; and whether the head is trained already.
 
-    A checkpoint whose labels are another set gets a new head, and says so. A checkpoint with the same set in another
-    order keeps its order; see `labels_in_model_order`.
+    A checkpoint of another task, or whose labels are another set, gets a new head, and says so. A checkpoint with the
+    same set in another order keeps its order; see `labels_in_model_order`.
+
+    Args:
+        label_names: of the classes, or of the numbers.
 
     Raises:
         UserError: the checkpoint does not fit and `ignore_mismatched_sizes` is off; unknown names or overrides.
     """
     names = list(label_names)
-    labels = {**both_ways(names), "problem_type": "single_label_classification"}
+    labels = {**both_ways(names), "problem_type": TASKS[settings.task].problem_type}
     if settings.model_name_or_path:
-        model, processor = from_checkpoint(settings, names, labels)
+        model, processor, trained_head = from_checkpoint(settings, names, labels)
     else:
-        model, processor = from_scratch(settings, labels), processor_of_architecture(settings)
+        model, processor, trained_head = from_scratch(settings, labels), processor_of_architecture(settings), False
     if settings.image_size:
         set_image_size(processor, settings.image_size)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
-    return model, processor
+    return model, processor, trained_head
 
 
 def both_ways(names: Sequence[str]) -> dict[str, Any]:
@@ -98,11 +101,12 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     enable()
 
 
-def from_checkpoint(settings: ClassificationSettings, names: list[str], labels: dict[str, Any]) -> tuple[Any, Any]:
+def from_checkpoint(
+    settings: ClassificationSettings, names: list[str], labels: dict[str, Any]
+) -> tuple[PreTrainedModel, Any, bool]:
     name, origin = settings.model_name_or_path, settings.origin()
     before = load_config(name, origin)
     overrides = overrides_of(settings, before)
-    learnt = learnt_labels(before)
     model, processor, fresh = load_checkpoint(name, origin, **overrides, **labels)
     body = [weight for weight in fresh if not belongs_to_head(weight, model)]
     if body and not settings.ignore_mismatched_sizes:
@@ -111,9 +115,15 @@ def from_checkpoint(settings: ClassificationSettings, names: list[str], labels: 
             f"{len(body) - 1} more weights do not fit. Change --config_overrides, or give --ignore_mismatched_sizes "
             "to start those afresh."
         )
-    if learnt != names:
-        # Equally many labels that mean something else would otherwise be taken over without a word.
-        renew_head(model)
+    if getattr(model.config, "label_thresholds", None) is not None:
+        model.config.label_thresholds = None  # of the model as it was
+    trained_for, learnt = task_of_problem(before.problem_type), learnt_labels(before)
+    same_task = trained_for.problem_type == labels["problem_type"]
+    if same_task and learnt == names:
+        return model, processor, not any(belongs_to_head(weight, model) for weight in fresh)
+    # Equally many labels that mean something else would otherwise be taken over without a word.
+    renew_head(model)
+    if same_task:
         logger.warning(
             "New head: the checkpoint knows %d labels (%s), the dataset has %d (%s).",
             len(learnt),
@@ -121,7 +131,9 @@ def from_checkpoint(settings: ClassificationSettings, names: list[str], labels: 
             len(names),
             first_few(names, 3),
         )
-    return model, processor
+    else:
+        logger.warning("New head: the checkpoint is for %s, this run for %s.", trained_for.name, settings.task)
+    return model, processor, False
 
 
 def labels_in_model_order(settings: TrainingSettings, dataset_names: Sequence[str]) -> list[str]:
@@ -183,7 +195,7 @@ def check_overrides(overrides: Mapping[str, Any], config: Any, name: str) -> Non
     known |= set() if isinstance(config, type) else set(vars(config))
     constants = {field: value for field, value in vars(kind).items() if isinstance(value, Fixed)}
     known |= {*constants, *getattr(kind, "attribute_map", {}), "out_features", "out_indices", "torch_dtype"}
-    for field in ("id2label", "label2id", "num_labels", "problem_type"):
+    for field in ("id2label", "label2id", "num_labels", "problem_type", "label_thresholds"):
         if field in overrides:
             raise UserError(f"--config_overrides cannot set {field}: the classes are those of the data.")
     check_names(overrides, sorted(field for field in known if field[0] != "_"), "key in --config_overrides")

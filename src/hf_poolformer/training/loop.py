@@ -20,16 +20,27 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..foundation.errors import Diverged, UserError
+from ..foundation.errors import Diverged, UserError, one_line
 from ..foundation.files import best_effort
-from ..foundation.processes import Agreement, Stopped, StopSignal, alone_in_its_folder, telling_of_lost_processes
+from ..foundation.memory import is_out_of_memory
+from ..foundation.processes import (
+    Agreement,
+    Stopped,
+    StopSignal,
+    alone_in_its_folder,
+    found_by_main,
+    telling_of_lost_processes,
+)
+from ..foundation.tasks import TASKS
 from ..settings.training import TrainingSettings
 from . import checkpoints
 from .adaptation import describe_parameters
+from .batch_size import with_fitting_batches
 from .checkpoints import Progress, Saver, TrainingState, whole
 from .emissions import EmissionsMeter, device_name
 from .optimisation import WeightAverage, length_of_training, make_optimizer, make_schedule, scaled_learning_rate
 from .preparation import in_micro_batches, prepare_output, resume, training_accelerator
+from .range_test import LOWEST, choose_learning_rate, set_learning_rate
 from .reports import Reports, note_skipped, resume_command, summary
 from .task import TaskTraining, training_of
 
@@ -52,6 +63,8 @@ class Run:
     reports: Reports
     bar: tqdm
     total_steps: int
+    epochs: float  # that these are, as planned
+    learning_rate: float  # at its peak
     replica: nn.Module | None  # of a model that is distributed, to be filled when it is needed
     processor: Any  # saved beside the model
     losses: list[torch.Tensor] = field(default_factory=list)  # since the last point of the curve, on the device
@@ -68,6 +81,18 @@ class Run:
     def accumulation(self) -> int:
         return self.accelerator.gradient_accumulation_steps
 
+    @property
+    def complete(self) -> bool:
+        """Whether it has gone as far as was planned, but for an epoch to be closed."""
+        return self.progress.step >= self.total_steps or (
+            not (self.settings.max_train_steps or self.task.epochs_vary) and self.progress.epoch >= self.epochs
+        )
+
+    @property
+    def out_of_patience(self) -> bool:
+        patience = self.settings.early_stopping_patience
+        return bool(patience) and self.progress.evaluations_without_improvement >= patience
+
 
 @alone_in_its_folder
 def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[str, Any]:
@@ -81,7 +106,8 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
     Returns:
         what `all_results.json` holds: `eval_*` figures of the model that is saved, `train_loss` (mean of the last
         epoch), `train_runtime` in seconds, `train_samples_per_second`, `train_data_wait_share`, `epoch`, `step`,
-        `skipped_images`.
+        `skipped_images`, `learning_rate` at its peak, `per_device_train_batch_size`; and, where a figure says which
+        evaluation was the best, its `best_metric`, `best_value`, `best_step`, `best_epoch`.
 
     Raises:
         UserError: what was asked for cannot be done; the message says why.
@@ -96,6 +122,11 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
     meter = EmissionsMeter(settings.emissions_country) if measured else None
     if resume_from is not None:
         task.choices = checkpoints.choices_of(resume_from)
+        if settings.learning_rate == "auto" and "learning_rate" not in task.choices:
+            raise UserError(
+                f"--learning_rate auto chooses before the first step, and {resume_from} was made with a number: go on "
+                "with that."
+            )
 
     # The data's classes decide the model's head.
     label_names = task.open_data(accelerator)
@@ -110,14 +141,24 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
     fsdp = accelerator.distributed_type == DistributedType.FSDP
     model.to(accelerator.device, memory_format=torch.contiguous_format if fsdp else memory_format)
     replica = copy.deepcopy(model).requires_grad_(False) if fsdp and not settings.ema_decay else None
+    asked = settings  # as they go into the folder: what `auto` means here is a choice, kept by checkpoints
+    if settings.per_device_train_batch_size == "auto":
+        settings = with_fitting_batches(settings, task, model, processor, accelerator, memory_format)
+        task.settings = settings
     train_loader, eval_loader = task.make_loaders(accelerator, model, processor)
+    if settings.best_by and eval_loader is None:
+        raise UserError(f"nothing says which model is the best by {settings.best_by}: there are no validation images.")
 
     # Optimiser, and how far it goes.
     global_batch = (
         settings.per_device_train_batch_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
     )
     total_steps, epochs = length_of_training(settings, task.num_examples, global_batch)
-    learning_rate = scaled_learning_rate(settings, global_batch)
+    to_be_found = settings.learning_rate == "auto" and resume_from is None
+    if settings.learning_rate != "auto":
+        learning_rate = scaled_learning_rate(settings, global_batch)
+    else:  # which is not scaled; before a range test any will do
+        learning_rate = LOWEST if to_be_found else task.choices["learning_rate"]
     optimizer = make_optimizer(model, settings, learning_rate)
     scheduler = make_schedule(optimizer, settings, learning_rate, total_steps, epochs)
     ema = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
@@ -143,11 +184,12 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         background=accelerator.device.type != "cpu" if background is None else background,
         carry_on=settings.checkpoint_failure == "continue",
     )
-    reports = Reports(settings, accelerator, None if resume_from is None else progress.step)
+    reports = Reports(asked, accelerator, None if resume_from is None else progress.step)
+    rate = "to be found" if to_be_found else f"{learning_rate:.2e}"
     accelerator.print(
-        f"{settings.task}: {describe_parameters(model)}, {len(label_names)} classes, "
+        f"{settings.task}: {describe_parameters(model)}, {len(label_names)} {task.answers}, "
         f"{task.num_examples or 'unknown number of'} training images {task.describe_images(processor)}, "
-        f"{total_steps} steps of {global_batch} images, learning rate {learning_rate:.2e}, "
+        f"{total_steps} steps of {global_batch} images, learning rate {rate}, "
         f"{accelerator.num_processes} x {accelerator.device.type}."
     )
 
@@ -167,12 +209,18 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
             reports=reports,
             bar=bar,
             total_steps=total_steps,
+            epochs=epochs,
+            learning_rate=learning_rate,
             replica=replica,
             processor=processor,
         )
-        train_epochs(run, epochs)
+        if to_be_found:
+            find_learning_rate(run)
+        train_epochs(run)
         leave_model(run)
-        evaluation, shown = evaluate_now(run, final=True) if eval_loader is not None else ({}, None)
+        evaluation, shown = evaluate_at_end(run) if run.eval_loader is not None else ({}, None)
+        if task.saves_again and run.eval_loader is not None:
+            leave_model(run)
         saver.finish()
 
     results = {**evaluation, **training_figures(run), **task.figures()}
@@ -200,20 +248,65 @@ def running(state: TrainingState, total_steps: int) -> Iterator[tuple[StopSignal
         yield stop, bar
 
 
-def train_epochs(run: Run, epochs: float) -> None:
+def find_learning_rate(run: Run) -> None:
+    """Chooses by a range test, and sets everything back to where the run begins."""
+    with telling_of_memory(run, training=True):
+        rate = choose_learning_rate(run, optimiser_step)
+    set_learning_rate(run, rate)
+    run.task.choices["learning_rate"] = rate
+    run.train_loader, run.eval_loader = run.task.make_loaders(run.accelerator, run.state.model, run.processor)
+
+
+def train_epochs(run: Run) -> None:
     """All that is left of a run, with the evaluations (but the last) and checkpoints between its epochs."""
-    progress, settings = run.progress, run.settings
+    progress = run.progress
+    evaluate_if_due(run)  # a run that was told to stop while it evaluated
     # Resumed behind its last step, a run has still an epoch to close.
-    while (progress.step < run.total_steps or progress.batches) and (
-        settings.max_train_steps or progress.epoch < epochs
-    ):
-        train_epoch(run)
-        done = progress.step >= run.total_steps or (not settings.max_train_steps and progress.epoch >= epochs)
-        every = settings.eval_epochs
-        if run.eval_loader is not None and not done and every and progress.epoch % every == 0:
-            evaluate_now(run)
-        if settings.checkpointing_steps == "epoch":
+    while not run.out_of_patience and (not run.complete or progress.batches):
+        with telling_of_memory(run, training=True):
+            train_epoch(run)
+        evaluate_if_due(run)
+        if run.settings.checkpointing_steps == "epoch":
             save_checkpoint(run)
+    if run.out_of_patience and not run.complete:
+        count = progress.evaluations_without_improvement
+        told = f"{count} evaluations" if count > 1 else "one evaluation"
+        say(
+            run,
+            f"stopped early at epoch {progress.epoch} of {math.ceil(run.epochs)}: {run.settings.best_by} has not "
+            f"improved for {told}.",
+        )
+
+
+def say(run: Run, text: str) -> None:
+    if run.accelerator.is_main_process:
+        run.bar.write(text)
+
+
+def evaluate_if_due(run: Run) -> None:
+    """An evaluation between two epochs, unless it was made before a checkpoint from which the run goes on."""
+    progress, every = run.progress, run.settings.eval_epochs
+    due = bool(every) and progress.epoch % every == 0 and progress.epoch > progress.evaluated_epochs
+    if due and run.eval_loader is not None and not progress.batches and not run.complete:
+        evaluate_now(run)
+
+
+def evaluate_at_end(run: Run) -> tuple[dict[str, Any], Any]:
+    """Evaluates the model that is saved: the last one or, if that is wanted, the best, which then takes its place."""
+    progress, wanted = run.progress, run.settings.load_best_model_at_end
+    results: tuple[dict[str, Any], Any] = {}, None
+    # What has ended the run early need not be looked at again to know that it is not the best.
+    if not (wanted and progress.evaluated_epochs == progress.epoch and has_better(progress)):
+        results = evaluate_now(run, final=True)
+    if not (wanted and has_better(progress)):
+        return results
+    run.saver.finish()
+    with leaving_the_model(run):
+        checkpoints.load_best(run.saver.root, run.state)
+    leave_model(run)
+    best = progress.best
+    say(run, f"The model of epoch {best['epoch']} is saved, the best by {best['metric']} ({best['value']:.4g}).")
+    return evaluate_now(run, final=True, step=best["step"], epoch=best["epoch"])
 
 
 def finish(run: Run, results: dict[str, Any], shown: Any) -> None:
@@ -363,37 +456,57 @@ def log_point(run: Run) -> None:
     run.losses, run.images, run.skipped, run.seconds, run.waited = [], 0, 0, 0.0, 0.0
 
 
-def evaluate_now(run: Run, final: bool = False) -> tuple[dict[str, Any], Any]:
-    """Evaluates what would be saved now, as the task's `evaluate` says."""
-    task = run.task
-    with leaving_the_model(run):
+def has_better(progress: Progress) -> bool:
+    """Whether a model of some steps ago was better than the last one."""
+    return progress.best.get("step", progress.step) != progress.step
+
+
+def evaluate_now(
+    run: Run, final: bool = False, step: int | None = None, epoch: int | None = None
+) -> tuple[dict[str, Any], Any]:
+    """Evaluates what would be saved now, as the task's `evaluate` says.
+
+    Args:
+        step, epoch: of the model where it is not the last one, and its evaluation no news.
+    """
+    task, progress = run.task, run.progress
+    with telling_of_memory(run, training=False), leaving_the_model(run):
         results, shown = task.evaluate(run, evaluated_model(run), final)
     if not results:
         save_and_leave(run, -run.agreement.minimum(-run.stop.check())[0])
-    figures = {name: value for name, value in results.items() if isinstance(value, (int, float))}
-    run.reports.add({"step": run.progress.step, "epoch": run.progress.epoch, **figures})
     if run.accelerator.is_main_process:
-        run.bar.write(f"epoch {run.progress.epoch}: {task.describe(results)}", file=sys.stderr)
-    if run.settings.keep_best:
-        keep_if_best(run, figures)
+        run.bar.write(f"epoch {epoch or progress.epoch}: {task.describe(results)}", file=sys.stderr)
+    if step is None and progress.evaluated_epochs < progress.epoch:
+        figures = {name: value for name, value in results.items() if isinstance(value, (int, float))}
+        run.reports.add({"step": progress.step, "epoch": progress.epoch, **figures})
+        progress.evaluated_epochs = progress.epoch
+        if run.settings.best_by:
+            judge_evaluation(run, figures)
     return results, shown
 
 
-def keep_if_best(run: Run, figures: dict[str, float]) -> None:
-    """Saves a checkpoint that stays, if what `--keep_best` names was never better; every process must call it."""
-    progress, metric, root = run.progress, run.settings.keep_best, run.saver.root
-    if metric not in figures:  # no number this time: there was nothing to measure it on
+def judge_evaluation(run: Run, figures: dict[str, float]) -> None:
+    """Counts an evaluation without improvement, or saves a checkpoint that stays; every process must call it."""
+    progress, metric = run.progress, run.settings.best_by
+    [value] = broadcast_object_list([figures.get(metric)])
+    if value is None:  # there was nothing to measure it on
         return
-    best, sign = checkpoints.best_of(root), -1 if metric.endswith("loss") else 1
-    # A mark from a later step is from before this run was set back.
-    better = best is None or best[0] > progress.step or sign * figures[metric] > sign * best[1]
-    if not broadcast_object_list([better])[0]:
+    former = progress.best if progress.best.get("metric") == metric else {}
+    gain = math.inf
+    if former:
+        gain = former["value"] - value if TASKS[run.settings.task].is_error(metric) else value - former["value"]
+    improved = gain > run.settings.early_stopping_threshold
+    progress.evaluations_without_improvement = 0 if improved else progress.evaluations_without_improvement + 1
+    if gain <= 0:
         return
+    progress.best = {"metric": metric, "value": value, "step": progress.step, "epoch": progress.epoch}
     save_checkpoint(run)
-    saved = run.saver.finish()
-    if saved is not None and run.accelerator.is_main_process:
-        checkpoints.mark_best(root, progress.step, figures[metric])
-        checkpoints.prune(root, run.saver.keep)  # of the former best, perhaps
+    saver = run.saver
+    if saver.finish() is None:  # it could not be written, and the run goes on
+        kept = former and found_by_main((saver.root / f"step-{former['step']}").is_dir)
+        progress.best = former if kept else {}
+    elif run.accelerator.is_main_process:
+        checkpoints.prune(saver.root, saver.keep, progress.step)  # the former best, perhaps
 
 
 def save_checkpoint(run: Run) -> None:
@@ -419,7 +532,8 @@ def save_and_leave(run: Run, number: int) -> None:
 
 def training_figures(run: Run) -> dict[str, Any]:
     """What a run tells of itself in `all_results.json`."""
-    progress = run.progress
+    progress, best = run.progress, run.progress.best
+    judged = {f"best_{name}": best[name] for name in ("metric", "value", "step", "epoch")} if best else {}
     return {
         "train_loss": progress.train_loss,
         "train_runtime": progress.train_seconds,
@@ -427,6 +541,9 @@ def training_figures(run: Run) -> dict[str, Any]:
         "train_data_wait_share": progress.wait_seconds / max(progress.train_seconds, 1e-9),
         "epoch": progress.epoch,
         "step": progress.step,
+        **judged,
+        "learning_rate": run.learning_rate,
+        "per_device_train_batch_size": run.settings.per_device_train_batch_size,
         "skipped_images": progress.skipped_images,
         "skipped_shards": progress.damaged_shards,
         "device": device_name(run.accelerator.device),
@@ -437,10 +554,11 @@ def training_figures(run: Run) -> dict[str, Any]:
 
 def finished_model(run: Run) -> PreTrainedModel:
     """What is saved: the moving average if there is one, whole, and without adapters. Every process must call it."""
-    if run.replica is None:
-        return run.task.finished(run.state.model if run.state.ema is None else run.state.ema.module)
-    run.replica.load_state_dict({name: whole(value) for name, value in run.state.model.state_dict().items()})
-    return run.replica
+    model = run.state.model if run.state.ema is None else run.state.ema.module
+    if run.replica is not None:
+        model = run.replica
+        model.load_state_dict({name: whole(value) for name, value in run.state.model.state_dict().items()})
+    return run.task.finished(model)
 
 
 def evaluated_model(run: Run) -> nn.Module:
@@ -458,6 +576,42 @@ def leave_model(run: Run) -> None:
     if run.accelerator.is_main_process:
         model.save_pretrained(run.reports.folder)
         run.processor.save_pretrained(run.reports.folder)
+
+
+@contextlib.contextmanager
+def telling_of_memory(run: Run, training: bool) -> Iterator[None]:
+    """Turns what is said where memory runs out into what helps, and how the run goes on.
+
+    Args:
+        training: or evaluating, which leaves everything as it was trained: a run of one process saves it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        fault = one_line(error).rstrip(".")
+    else:
+        return
+    settings, accelerator = run.settings, run.accelerator
+    kind = "train" if training else "eval"
+    size = getattr(settings, f"per_device_{kind}_batch_size")
+    smaller = [f"--per_device_{kind}_batch_size", str(max(size // 2, 1))]
+    if training and settings.total_train_batch_size is None:
+        smaller += ["--total_train_batch_size", str(run.progress.global_batch)]  # a step stays what it was
+    helps = ["--per_device_train_batch_size auto or a smaller one" if training else smaller[0] + " with a smaller one"]
+    helps += ["--gradient_checkpointing"] if training and not settings.gradient_checkpointing else []
+    helps += ["--mixed_precision bf16"] if accelerator.mixed_precision == "no" else []
+    if not training and accelerator.num_processes == 1:
+        save_checkpoint(run)
+        run.saver.finish()
+    last = run.saver.newest()
+    command = resume_command(run.reports.folder, accelerator.num_processes, accelerator.device.type == "cpu", smaller)
+    raise UserError(
+        f"out of memory {'in step' if training else 'evaluating after step'} {run.progress.step + training}, with "
+        f"{size} images per device ({fault}). What helps: {', '.join(helps)}. "
+        + (f"The last checkpoint is {last}. To go on from it: {command}" if last else "There is no checkpoint yet.")
+    )
 
 
 @contextlib.contextmanager

@@ -35,6 +35,8 @@ def in_micro_batches(settings: TrainingSettings) -> TrainingSettings:
             f"--total_train_batch_size {total} does not divide among {count} processes: {fewer or count} or "
             f"{(total // count + 1) * count} would."
         )
+    if settings.per_device_train_batch_size == "auto":
+        return settings  # what it is comes out when there is a model to try with
     share = total // count
     size = next(size for size in range(min(settings.per_device_train_batch_size, share), 0, -1) if share % size == 0)
     return dataclasses.replace(settings, per_device_train_batch_size=size, gradient_accumulation_steps=share // size)
@@ -148,6 +150,11 @@ def prepare_output(settings: TrainingSettings, accelerator: Accelerator) -> Path
             checkpoints.set_aside(root, after=checkpoints.step_of(found))
     accelerator.wait_for_everyone()
     blind = machines_without(output_dir)
+    if blind and settings.load_best_model_at_end:
+        raise UserError(
+            f"--load_best_model_at_end: {output_dir} is not there on {', '.join(blind)}, and all machines read the "
+            "best checkpoint. Give a folder that they share, by its whole path."
+        )
     if blind and accelerator.is_main_process:
         logger.warning(
             "%s is not there on %s: this run can go on from a checkpoint only if all machines share --output_dir, "

@@ -144,11 +144,12 @@ def note_skipped(output_dir: Path, epoch: int, descriptions: Sequence[str]) -> N
             file.write(lines.getvalue())
 
 
-def resume_command(output_dir: Path, num_processes: int, cpu: bool) -> str:
-    """The shell command that goes on with a run from its newest checkpoint."""
+def resume_command(output_dir: Path, num_processes: int, cpu: bool, changes: Sequence[str] = ()) -> str:
+    """The shell command that goes on with a run from its newest checkpoint, with some flags changed."""
     several = ["--num_processes", str(num_processes), *(["--cpu"] if cpu else [])] if num_processes > 1 else []
     words = command_words("train", ["accelerate", "launch", *several], alone=not several)
     words += ["--config_file", str(output_dir / "training_settings.yaml"), "--resume_from_checkpoint", "latest"]
+    words += changes
     return shlex.join(words)
 
 

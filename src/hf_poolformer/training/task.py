@@ -27,12 +27,18 @@ class TaskTraining(ABC):
     Attributes:
         loss_parts: names of what `losses` gives beside what is minimised, for the log.
         may_be_distributed: whether each process may hold but a part of the model (FSDP).
-        choices: what the task chose for itself by looking at the machine, fit for JSON. Checkpoints keep it, and a run
-            that goes on from one finds it here.
+        epochs_vary: whether chance decides how many images an epoch has, so that steps tell when a run is over.
+        saves_again: whether the last evaluation decides something that is saved with the model.
+        settings: what `auto` means is a number in them when the loaders are made.
+        choices: what the run chose for itself by looking at the machine and the data, fit for JSON. Checkpoints keep
+            it, and a run that goes on from one finds it here.
     """
 
     loss_parts: Sequence[str] = ()
     may_be_distributed = False
+    epochs_vary = False
+    answers = "classes"
+    saves_again = False
 
     def __init__(self, settings: TrainingSettings):
         self.settings = settings
@@ -77,7 +83,17 @@ class TaskTraining(ABC):
 
     @abstractmethod
     def losses(self, run: Run, batch: dict[str, Any]) -> list[torch.Tensor]:
-        """Of a micro-batch what is minimised, a mean over its images, then its parts."""
+        """Of a micro-batch what is minimised, a mean over its images, then its parts.
+
+        Args:
+            run: only its `settings`, `accelerator`, `model`, `memory_format` and `progress` are there where batches
+                are tried before the run begins.
+        """
+
+    def tiled(self, batch: dict[str, Any], size: int) -> dict[str, Any]:
+        """A batch of `size` images made of a smaller one, none of which needs less memory than any of the run's."""
+        places = [index % len(batch["labels"]) for index in range(size)]
+        return {**batch, "skipped": [], **{name: chosen(batch[name], places) for name in ("pixel_values", "labels")}}
 
     def finished(self, model: PreTrainedModel) -> PreTrainedModel:
         """What is evaluated and saved of a model that was trained; a copy where it has to be changed."""
@@ -101,6 +117,11 @@ class TaskTraining(ABC):
     @abstractmethod
     def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
         """What the last evaluation leaves for the eyes. A picture that cannot be drawn is missing, no more."""
+
+
+def chosen(values: Any, places: list[int]) -> Any:
+    """Of a tensor or a list the elements at these places."""
+    return values[places] if isinstance(values, torch.Tensor) else [values[place] for place in places]
 
 
 def training_of(settings: TrainingSettings) -> TaskTraining:

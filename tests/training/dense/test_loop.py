@@ -19,7 +19,6 @@ from hf_poolformer.foundation.tasks import dense_tasks
 from hf_poolformer.settings.command_line import parse
 from hf_poolformer.settings.training import TrainingSettings
 from hf_poolformer.training import loop
-from hf_poolformer.training.checkpoints import best_of
 from hf_poolformer.training.dense import task as dense_task
 from hf_poolformer.training.optimisation import make_schedule
 
@@ -34,7 +33,7 @@ def weights(folder):
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_leaves_everything_and_the_pipeline_reads_it(make_settings, tmp_path, task, capsys):
     main = {"semantic-segmentation": "eval_miou", "object-detection": "eval_map"}.get(task, "eval_mask_map")
-    settings = make_settings(task, num_train_epochs=2, eval_epochs=1, keep_best=main)
+    settings = make_settings(task, num_train_epochs=2, eval_epochs=1, metric_for_best_model=main)
     results = loop.train(settings)
     run = tmp_path / "run"
     assert results["step"] == 12 and results["epoch"] == 2 and results["eval_samples"] == COUNTS["validation"]
@@ -49,7 +48,7 @@ def test_a_run_leaves_everything_and_the_pipeline_reads_it(make_settings, tmp_pa
     assert str(run) in capsys.readouterr().out
     rows = [json.loads(line) for line in (run / "training_log.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows if main in row] == [1, 2]
-    assert best_of(run / "checkpoints")[1] == max(row[main] for row in rows if main in row)
+    assert results["best_value"] == max(row[main] for row in rows if main in row)
     assert len([row for row in rows if "loss" in row]) == 6
 
     card = (run / "README.md").read_text()

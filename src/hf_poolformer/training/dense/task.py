@@ -78,6 +78,18 @@ class DenseTraining(TaskTraining):
         """What the model computes itself, without parts."""
         return [run.model(**model_inputs(batch, run.accelerator.device, run.memory_format)).loss]
 
+    def tiled(self, batch: dict[str, Any], size: int) -> dict[str, Any]:
+        """As `TaskTraining.tiled`: without crops, wide images among tall ones are padded to their longest edges."""
+        batch, settings = super().tiled(batch, size), self.settings
+        if settings.crop_size:
+            return batch
+        edge = round(settings.longest_edge * settings.scale_max)
+        labels = [
+            {**label, "masks": padded(label["masks"], edge)} if isinstance(label, dict) and "masks" in label else label
+            for label in batch["labels"]
+        ]
+        return {**batch, "pixel_values": [padded(image, edge) for image in batch["pixel_values"]], "labels": labels}
+
     def evaluate(self, run: Run, model: nn.Module, final: bool) -> tuple[dict[str, Any], Any]:
         main = run.accelerator.is_main_process
         results, examples = evaluate(
@@ -94,7 +106,7 @@ class DenseTraining(TaskTraining):
         return named_results(results, self.label_names), examples or None
 
     def describe(self, results: dict[str, Any]) -> str:
-        return describe_results(results, self.task, getattr(self.settings, "metric_for_best_model", None))
+        return describe_results(results, self.task, self.settings.metric_for_best_model)
 
     def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
         colours = processor.image_mean, processor.image_std
@@ -128,6 +140,12 @@ def make_dense_loader(
         batches=functools.partial(DenseBatches, dense=dataset),
         **{**common, "pin_memory": training and common["pin_memory"]},
     )
+
+
+def padded(image: torch.Tensor, edge: int) -> torch.Tensor:
+    """A tensor (N, height, width) with zeros at the bottom and on the right up to this edge."""
+    height, width = image.shape[-2:]
+    return nn.functional.pad(image, (0, max(edge - width, 0), 0, max(edge - height, 0)))
 
 
 def model_inputs(batch: dict[str, Any], device: torch.device, memory_format: torch.memory_format) -> dict[str, Any]:
