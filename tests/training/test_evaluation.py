@@ -1,13 +1,18 @@
 import functools
+import io
 import json
 import math
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
+import hf_poolformer_cli
 from hf_poolformer import PoolFormerForImageClassification, PoolFormerImageProcessor
 from hf_poolformer.evaluation import processes
 from hf_poolformer.evaluation.classification import evaluate, evaluate_checkpoint
@@ -16,7 +21,7 @@ from hf_poolformer.evaluation.processes import named_results
 from hf_poolformer.evaluation.settings import EvaluationSettings
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.foundation.strict_json import to_json
-from hf_poolformer.foundation.tasks import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from hf_poolformer.foundation.tasks import CLASSIFICATION, MULTI_LABEL, REGRESSION, TASKS
 from hf_poolformer.training import reports
 
 
@@ -234,3 +239,42 @@ def test_curves_have_one_scale(tmp_path, monkeypatch, task, drawn, limits):
     assert {line.get_label() for line in right.get_lines()} == drawn
     low, high = right.get_ylim()
     assert low == pytest.approx(limits[0], abs=0.005) and high == pytest.approx(limits[1] or high) and high > 0.5
+
+
+@pytest.mark.parametrize("task", [MULTI_LABEL, REGRESSION])
+def test_checkpoints_of_several_labels_and_of_numbers(checkpoint, poolformer_config, tmp_path, task, capsys):
+    """Labels and targets are found by their names; thresholds are the model's; two columns in another order."""
+    names = ["round", "red", "old"]
+    poolformer_config.problem_type = TASKS[task].problem_type
+    if task == MULTI_LABEL:
+        poolformer_config.label_thresholds = [0.1, 0.5, 0.9]
+    model = PoolFormerForImageClassification.from_pretrained(checkpoint(names)).eval()
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    truth = rng.integers(0, 2, (20, 3)) if task == MULTI_LABEL else rng.normal(size=(20, 3)) * 100
+    columns = {name: list(map(bool if task == MULTI_LABEL else float, truth[:, i])) for i, name in enumerate(names)}
+    images = []
+    for image in pixels:
+        images.append(io.BytesIO())
+        Image.fromarray(image).save(images[-1], "PNG")
+    table = pa.table({"image": [image.getvalue() for image in images], **dict(reversed(columns.items()))})
+    (tmp_path / "data").mkdir()
+    pq.write_table(table, tmp_path / "data/test.parquet")
+    command = ["evaluate", tmp_path / "model", "--dataset_name", tmp_path / "data", "--output_dir", tmp_path / "out"]
+    assert hf_poolformer_cli.main([*map(str, command), "--num_workers", "0"]) == 0
+    line = capsys.readouterr().out
+    results = json.loads((tmp_path / "out/all_results.json").read_text())
+    processor = PoolFormerImageProcessor.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        logits = model(**processor([Image.fromarray(image) for image in pixels], return_tensors="pt")).logits
+    if task == MULTI_LABEL:
+        right = (logits.sigmoid() >= torch.tensor([0.1, 0.5, 0.9])).numpy() == truth
+        assert results["eval_hamming_accuracy"] == pytest.approx(right.mean())
+        assert results["eval_per_class_samples"] == dict(zip(names, truth.sum(0).tolist(), strict=True))
+        assert f"mAP {results['eval_average_precision']:.4g} (" in line and "label_figures.png" in line
+    else:
+        errors = np.abs(logits.numpy() - truth)
+        found = results["eval_per_target_mae"]
+        assert found == pytest.approx(dict(zip(names, errors.mean(0), strict=True)), rel=1e-5)
+        assert f"MAE {results['eval_mae']:.4g} (" in line and "scatter.png" in line
+    assert results["task"] == task and (tmp_path / "out" / TASKS[task].judge.picture).stat().st_size > 5000

@@ -17,7 +17,6 @@ from torch import nn
 
 from ..data.channels import batches_of
 from ..data.classes import Classes
-from ..data.columns import ImageDataset
 from ..data.datasets import HELD_OUT, align_labels
 from ..data.description import describe_data
 from ..data.loader import make_loader
@@ -106,16 +105,6 @@ def check_labels(labels: torch.Tensor, num_labels: int) -> None:
         )
 
 
-def check_classification(dataset: ImageDataset) -> None:
-    """Raises a UserError unless the dataset has one class per image."""
-    if dataset.classes is None:
-        kind = "numbers, for regression" if dataset.problem_type == "regression" else "none"
-        raise UserError(
-            f"{dataset.name} is no classification dataset: its labels are {kind}. "
-            "Choose the column with --label_column_name."
-        )
-
-
 def draw_results(folder: Path, task: Task, results: dict[str, Any], label_names: Sequence[str]) -> None:
     """The picture of what `evaluate` returned; one that cannot be drawn is missing, no more."""
     judge = task.judge
@@ -194,8 +183,8 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
         validation_split=settings.split,
         train_val_split=fraction,
         classes=Classes.of_config(model.config),
+        problem_type=task.problem_type,
     )["validation"]
-    check_classification(dataset)
     if accelerator.is_main_process:
         print(describe_data({"evaluation": dataset}), file=sys.stderr)
     if settings.train_val_split is None and dataset.name.endswith(HELD_OUT) and accelerator.is_main_process:

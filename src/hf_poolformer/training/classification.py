@@ -205,8 +205,7 @@ class ClassificationTraining(TaskTraining):
         return named_results(results, self.label_names), results if final else None
 
     def describe(self, results: dict[str, Any]) -> str:
-        first = getattr(self.settings, "metric_for_best_model", None)
-        return describe_results(results, TASKS[self.settings.task], first)
+        return describe_results(results, TASKS[self.settings.task], self.settings.metric_for_best_model)
 
     def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
         draw_results(folder, TASKS[self.settings.task], shown, self.label_names)

@@ -106,7 +106,7 @@ class DenseTraining(TaskTraining):
         return named_results(results, self.label_names), examples or None
 
     def describe(self, results: dict[str, Any]) -> str:
-        return describe_results(results, self.task, getattr(self.settings, "metric_for_best_model", None))
+        return describe_results(results, self.task, self.settings.metric_for_best_model)
 
     def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
         colours = processor.image_mean, processor.image_std
