@@ -12,6 +12,8 @@ import sys
 import types
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
@@ -19,7 +21,9 @@ from accelerate.state import AcceleratorState
 from PIL import Image, ImageOps
 
 from hf_poolformer import PoolFormerImageProcessor
+from hf_poolformer.data.datasets import open_datasets
 from hf_poolformer.data.decoding import BrokenImage, EncodedImage, decode_image
+from hf_poolformer.data.loader import make_loader
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.settings.training import TrainingSettings
 from hf_poolformer.training import classification, device_choice, jpeg_decoders
@@ -87,7 +91,7 @@ def batch_of(transform, sources, kind=CropBatches):
         with EncodedImage(source) as image:
             loaded.append(transform.load(image))
     batches = object.__new__(kind)
-    batches._transform, batches._dataset = transform, type("Dataset", (), {"problem_type": "single_label"})
+    batches._transform = transform
     return {**batches._batch(loaded, list(range(len(sources)))), "skipped": [], "seen": len(sources)}
 
 
@@ -202,6 +206,44 @@ def test_what_the_device_cannot_read_is_read_by_pillow_or_skipped(processor, mon
     assert result["seen"] == 7 and (pipeline.images, pipeline.decoded_by_cpu) == (7, 3)
     alone = pipeline(batch_of(transform, [bytes(broken)]))
     assert "labels" not in alone and "pixel_values" not in alone and len(alone["skipped"]) == 1
+
+
+@pytest.mark.parametrize("preprocessing", [NO, AUGMENT, DECODE], ids=lambda way: way.mode)
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_several_labels_and_numbers_stay_with_their_images(tmp_path, processor, problem_type, preprocessing):
+    levels = range(0, 240, 10)
+    grey = [encode(Image.new("RGB", (60, 60), (level,) * 3)) for level in levels]
+    grey[5], torn = b"no image", bytearray(grey[9])
+    table = torn.index(b"\xff\xc4")  # found when it is decoded, by the device say
+    torn[table + 5 : table + 21] = b"\xff" * 16
+    grey[9] = bytes(torn)
+    labels = [[name for name in "ab" if level % (20 if name == "a" else 30) == 0] for level in levels]
+    if problem_type == "regression":
+        labels = [[level / 3, -level] for level in levels]
+    pq.write_table(pa.table({"image": grey, "label": labels}), tmp_path / "data.parquet")
+    dataset = open_datasets(dataset_name=tmp_path, train_val_split=0, problem_type=problem_type)["train"]
+    given = settings(rand_augment_magnitude=0.0, random_erasing=0.0)
+    loader = make_loader(
+        dataset,
+        batch_size=8,
+        training=True,
+        drop_last=False,
+        max_skipped=2,
+        **make_pipeline(given, processor, CPU, preprocessing),
+    )
+    found = list(loader)
+    assert sum(len(batch["skipped"]) for batch in found) == 2
+    seen = []
+    for batch in found:
+        assert batch["labels"].dtype == torch.float32 and batch["labels"].shape == (len(batch["pixel_values"]), 2)
+        pixels = batch["pixel_values"][:, 0].mean((1, 2)) * processor.image_std[0] + processor.image_mean[0]
+        for level, label in zip((pixels * 25.5).round().int().tolist(), batch["labels"].tolist(), strict=True):
+            seen.append(10 * level)
+            expected = (
+                labels[level] if problem_type == "regression" else [float(name in labels[level]) for name in "ab"]
+            )
+            assert label == pytest.approx(expected, rel=1e-6)
+    assert sorted(seen) == [level for level in levels if level not in (50, 90)]
 
 
 def test_running_out_of_memory_is_no_fault_of_the_image(monkeypatch):

@@ -21,7 +21,7 @@ _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo"
 _LABEL_NAMES = ("label", "labels", "cls", "class", "target", "category", "fine_label", "class_label", "label_name")
 _CAPTION_NAMES = ("cls.txt", "txt")  # a tar without .cls may keep the class name in .txt
 _SEVERAL_NAMES = (*_LABEL_NAMES, "classes", "targets", "categories", "tags", "attributes", "keywords")
-_NUMBER_NAMES = (*_LABEL_NAMES, "targets", "value", "values", "score", "scores")
+_NUMBER_NAMES = ("label", "labels", "target", "targets", "value", "values", "score", "scores")
 
 
 class PerImage(NamedTuple):

@@ -195,6 +195,8 @@ def align_labels(
             f"{dataset.name} has other labels than {whose}: {few(dataset.label_names)} against {few(names)}; only "
             f"in the dataset: {few(sorted(foreign))}, only in {whose}: {few(sorted(absent))}"
         )
+    if absent and dataset.problem_type == "multi_label_classification":
+        logger.warning("%s says nothing of %s: its images count as having none of them", dataset.name, few(absent))
     return _reordered(dataset, names) if dataset.classes is None else _renumbered(dataset, names)
 
 
