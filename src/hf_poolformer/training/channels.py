@@ -15,7 +15,7 @@ from ..data.channels import measure_channels
 from ..data.columns import ImageDataset
 from ..data.transforms import channels_of
 from ..foundation.errors import UserError, one_line
-from ..foundation.loading import load_config
+from ..foundation.loading import load_config, looks_like_checkpoint
 from ..foundation.processes import found_by_main
 from ..image_processing_poolformer import EvaluationTransform, PoolFormerImageProcessor
 from ..settings.classification import ClassificationSettings
@@ -33,7 +33,7 @@ def channels_of_origin(settings: ClassificationSettings) -> int:
     """Channels of the checkpoint or architecture that a run starts from."""
     if settings.model_name_or_path:
         config = load_config(settings.model_name_or_path, settings.origin())
-    elif settings.config_name in VARIANTS:
+    elif settings.config_name in VARIANTS or not looks_like_checkpoint(settings.config_name):
         return 3
     else:
         config = load_config(settings.config_name, settings.origin_of_others())
