@@ -110,7 +110,7 @@ def read_tiff(file: BinaryIO, max_values: int = MAX_VALUES) -> ArrayFile:
         if page.photometric == SEPARATED:
             raise ValueError("colours for printing (CMYK), which are no channels")
         check_array(series.shape, series.dtype, max_values)
-        values = native(series.asarray())
+        values = native(series.asarray(maxworkers=1))
         axes, tags = series.get_axes(True), page.tags
         bits = page.bitspersample if isinstance(page.bitspersample, int) else page.bitspersample[0]
         orientation = tags["Orientation"].value if "Orientation" in tags else 1

@@ -1,16 +1,23 @@
 """NPY files, TIFFs of many channels and grey images as tensors; every file that is none of these, with the reason."""
 
 import io
+import tarfile
 
 import numpy as np
 import pytest
 import tifffile
 import torch
+from datasets import ClassLabel, Features
+from datasets import Image as ImageColumn
 from PIL import Image
+from shards import write_shards
 
-from hf_poolformer.data.channels import measure_channels
+from hf_poolformer import PoolFormerImageProcessor
+from hf_poolformer.data.channels import batches_of, measure_channels
 from hf_poolformer.data.datasets import open_datasets
 from hf_poolformer.data.decoding import BrokenImage, EncodedImage, decode_image
+from hf_poolformer.data.loader import make_loader
+from hf_poolformer.data.transforms import EvalTransform
 
 
 def noise(*shape: int, dtype=np.uint8) -> np.ndarray:
@@ -179,3 +186,37 @@ def test_arrays_beside_images_are_none(arrays):
     Image.new("RGB", (30, 20)).save(arrays / "bright" / "image.png")
     dataset = open_datasets(train_dir=str(arrays), train_val_split=0.0)["train"]
     assert dataset.num_examples == 2 and dataset.left_out[".npy"] == 20
+
+
+@pytest.mark.parametrize("storage", ["parquet", "tar"])
+def test_shards_and_what_is_broken_in_them(storage, tmp_path):
+    """Every image as the image processor makes it; one of other channels is left out, counted and named."""
+    images = [noise(20 + index, 30, 5, dtype=np.uint16) for index in range(6)]
+    broken = noise(20, 30, 4, dtype=np.uint16)
+    options = {"photometric": "minisblack", "planarconfig": "contig"}
+    if storage == "parquet":
+        encoded = [npy(image) if index % 2 else tiff(image, **options) for index, image in enumerate(images)]
+        rows = [{"image": {"bytes": data, "path": None}, "label": 0} for data in [*encoded, npy(broken)]]
+        features = Features({"image": ImageColumn(), "label": ClassLabel(names=["a", "b"])})
+        write_shards(tmp_path, "train", rows, features, 2)
+    else:
+        with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+            for index, image in enumerate([*images, broken]):
+                for suffix, data in (("tif", tiff(image, **options)), ("cls", b"%d" % (index % 2))):
+                    member = tarfile.TarInfo(f"{index}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    dataset = open_datasets(dataset_name=str(tmp_path), train_val_split=0.0)["train"]
+    processor = PoolFormerImageProcessor(
+        num_channels=5, size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
+    transform = EvalTransform(processor)
+    loader = make_loader(
+        dataset, transform, batch_size=3, training=False, max_skipped=1, batches=batches_of(transform)
+    )
+    batches = list(loader)
+    made = torch.cat([batch["pixel_values"] for batch in batches])
+    right = processor(images, return_tensors="pt")["pixel_values"]
+    assert torch.allclose(made, right, atol=1e-5)
+    (told,) = [text for batch in batches for text in batch["skipped"]]
+    assert loader.skipped == 1 and ("no axis is one of 5 channels" in told or "4 channels" in told)

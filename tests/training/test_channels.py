@@ -225,6 +225,9 @@ def test_from_colours_to_four_channels(make_checkpoint, tmp_path, capsys):
         assert "5 channels" in broken[0]["error"] and "takes 4" in broken[0]["error"]
         assert all(f"/{row['label']}/" in path for path, row in rows.items() if not row["error"])
     image = str(tmp_path / "data" / "wet" / "0.tif")
+    assert predict([str(run), image, "--embeddings", *common]) == 0
+    (row,) = csv.DictReader(table.open(newline=""))
+    assert len(json.loads(row["embedding"])) == model.config.hidden_sizes[-1]
     found = pipeline("image-classification", model=str(run))(image)
     assert found[0]["label"] == "wet"
     assert explain([str(run), image, "--output", str(tmp_path / "explained.png")]) == 0

@@ -15,7 +15,7 @@ from ..data.channels import measure_channels
 from ..data.columns import ImageDataset
 from ..data.transforms import channels_of
 from ..foundation.errors import UserError, one_line
-from ..foundation.loading import load_config
+from ..foundation.loading import load_config, looks_like_checkpoint
 from ..foundation.processes import found_by_main
 from ..image_processing_poolformer import EvaluationTransform, PoolFormerImageProcessor
 from ..settings.classification import ClassificationSettings
@@ -33,7 +33,7 @@ def channels_of_origin(settings: ClassificationSettings) -> int:
     """Channels of the checkpoint or architecture that a run starts from."""
     if settings.model_name_or_path:
         config = load_config(settings.model_name_or_path, settings.origin())
-    elif settings.config_name in VARIANTS:
+    elif settings.config_name in VARIANTS or not looks_like_checkpoint(settings.config_name):
         return 3
     else:
         config = load_config(settings.config_name, settings.origin_of_others())
@@ -144,26 +144,21 @@ def in_channels(processor: Any, number: int) -> Any:
 
 
 def choose_statistics(
-    processor: Any, settings: ClassificationSettings, dataset: ImageDataset, kept: list[list[float]] | None = None
-) -> list[list[float]] | None:
+    processor: Any, settings: ClassificationSettings, dataset: ImageDataset, choices: dict[str, Any]
+) -> None:
     """Gives the processor mean and standard deviation of the data, where the settings ask for that.
 
     Args:
         dataset: the training images.
-        kept: what the run that is continued has measured.
-
-    Returns:
-        what was measured, [mean, std] with a number for each channel; None where the processor keeps its own.
+        choices: of the run (`TaskTraining.choices`), which keep what was measured.
 
     Raises:
         UserError: no image can be read.
     """
-    number = channels_of(processor)
-    wanted = settings.image_statistics == "data" or (
-        settings.image_statistics == "auto" and number not in (3, channels_of_origin(settings))
-    )
-    if not wanted:
-        return None
-    mean, std = kept or found_by_main(lambda: measure_channels(dataset, number))
-    processor.image_mean, processor.image_std = list(mean), list(std)
-    return [list(mean), list(std)]
+    number, wanted = channels_of(processor), settings.image_statistics
+    if wanted == "auto":
+        wanted = "checkpoint" if number in (3, channels_of_origin(settings)) else "data"
+    if wanted == "data":
+        if "image_statistics" not in choices:
+            choices["image_statistics"] = found_by_main(lambda: measure_channels(dataset, number))
+        processor.image_mean, processor.image_std = map(list, choices["image_statistics"])

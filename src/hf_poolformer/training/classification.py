@@ -67,8 +67,7 @@ class ClassificationTraining(TaskTraining):
     def make_model(self, accelerator: Accelerator, memory_format: torch.memory_format) -> tuple[PreTrainedModel, Any]:
         settings = self.settings
         model, processor, self.head_is_trained = initial_model(settings, self.label_names)
-        kept = self.choices.get("image_statistics")
-        self.choices["image_statistics"] = choose_statistics(processor, settings, self.datasets["train"], kept)
+        choose_statistics(processor, settings, self.datasets["train"], self.choices)
         adapt(model, settings)
         self.teacher = None
         if settings.teacher:
