@@ -113,6 +113,7 @@ def key_of(settings: ClassificationSettings, content: Mapping[str, str]) -> dict
     """All that decides the result of a run, fit for JSON. A result belongs to the run that has the same key."""
     chosen = {name: getattr(settings, name) for name in names_marked([type(settings)], "decides")}
     chosen["config_overrides"] = settings.overrides()
+    chosen |= settings.rare_class_choices()  # weights in a file by what stands in it
     if settings.best_by:
         chosen["eval_epochs"] = settings.eval_epochs
     if settings.mixed_precision is None:
