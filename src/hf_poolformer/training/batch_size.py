@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import copy
 import dataclasses
 import gc
-import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -65,8 +65,8 @@ def with_fitting_batches(
     """The settings with the largest micro-batches that fit, as many as make up a step; every process must call it.
 
     A step is of as many images as it would be without `auto`, so the micro-batch divides each process's share of them.
-    A run that goes on keeps to what it chose before. The model, its gradients and the random generators are as they
-    were.
+    A run that goes on keeps to what it chose before. A copy of the model is tried, and the random generators are as
+    they were.
 
     Raises:
         UserError: in every process: not one image fits, or there is none.
@@ -116,12 +116,16 @@ def largest(
     Raises:
         UserError: not one image fits, or there is none.
     """
-    trained = task.trained_module(model)
-    with untouched(trained), on_its_own(trained):
-        batch = first_batch(settings, task, model, processor, accelerator, min(EXAMPLES, sizes[-1]))
-        trained.train()
-        trials = Trials(Trial(settings, accelerator, trained, memory_format, Progress()), task, model, batch)
-        size, refused = search(sizes, trials.fits, trials.helped)
+    generators = random_states()
+    batch = first_batch(settings, task, model, processor, accelerator, min(EXAMPLES, sizes[-1]))
+    model = copy.deepcopy(model)
+    trained = task.trained_module(model).train()
+    trials = Trials(Trial(settings, accelerator, trained, memory_format, Progress()), task, model, batch)
+    try:
+        with on_its_own(model):
+            size, refused = search(sizes, trials.fits, trials.helped)
+    finally:
+        set_random_states(generators)
     if not size:
         raise UserError(
             "not one image fits into the device's memory. What helps: --gradient_checkpointing, --mixed_precision "
@@ -224,9 +228,12 @@ class Trials:
         return time.perf_counter() - start
 
     def helped(self, size: int) -> bool:
-        """Whether it was worth it: on the CPU more images at once are no faster beyond some number."""
-        others = [rate for other, rate in self.rates.items() if other != size]
-        return not self.on_cpu or not others or self.rates[size] * GOOD_ENOUGH >= max(others)
+        """Whether it was worth it: on the CPU more images at once are no faster beyond some number.
+
+        Of two sizes in a row that were not, the first may have been disturbed.
+        """
+        *before, former, latest = [0.0, 0.0, *self.rates.values()]
+        return not self.on_cpu or max(former, latest) * GOOD_ENOUGH >= max(before)
 
     def good_enough(self, size: int) -> int:
         """The smallest that is about as fast as the fastest; elsewhere than on the CPU the one that is given."""
@@ -258,24 +265,6 @@ def search(sizes: Sequence[int], fits: Callable[[int], bool], helped: Callable[[
         if bad == len(sizes) and not helped(sizes[index]):
             break
     return sizes[good] if good >= 0 else 0, sizes[bad] if bad < len(sizes) else 0
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Within it a model may be trained; afterwards it and all random generators are as they were."""
-    generators, training = random_states(), model.training
-    tensors = list(itertools.chain(model.parameters(), model.buffers()))
-    kept = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, kept, strict=True):
-                tensor.copy_(value)
-        for parameter in model.parameters():
-            parameter.grad = None
-        model.train(training)
-        set_random_states(generators)
 
 
 @contextlib.contextmanager

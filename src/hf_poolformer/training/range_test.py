@@ -25,8 +25,7 @@ from ..foundation.errors import UserError
 from ..foundation.figures import new_figure, save_figure
 from ..foundation.files import best_effort, write_json
 from ..foundation.processes import Stopped
-from .batch_size import untouched
-from .checkpoints import Progress, TrainingState
+from .checkpoints import Progress, TrainingState, random_states, set_random_states
 from .optimisation import make_schedule
 
 
@@ -97,9 +96,11 @@ def choose_learning_rate(run: Run, step: Callable[[Run, list[dict[str, Any]]], t
     folder = run.reports.folder
     if run.accelerator.is_main_process:
         write_curve(folder, curve, rate)
+        if rate is not None:
+            count = len(curve.losses)
+            run.bar.write(f"learning_rate auto: {rate:g} (range test of {count} steps, {folder / FILE}.png).")
     if rate is None:
         raise UserError(f"--learning_rate auto: {fault}. {ADVICE} {folder / FILE}.png")
-    run.bar.write(f"learning_rate auto: {rate:g} (range test of {len(curve.losses)} steps, {folder / FILE}.png).")
     return rate
 
 
@@ -154,17 +155,23 @@ def windows(run: Run) -> Iterator[list[dict[str, Any]]]:
 @contextlib.contextmanager
 def leaving_no_trace(state: TrainingState) -> Iterator[TrainingState]:
     """What may be trained in the place of `state`, which is afterwards as it was: not averaged, and by no schedule."""
-    optimizer, scaler = copy.deepcopy(state.optimizer.state_dict()), state.accelerator.scaler
+    generators, optimizer = random_states(), copy.deepcopy(state.optimizer.state_dict())
+    scaler = state.accelerator.scaler
     scale = None if scaler is None else scaler.state_dict()
+    tensors = [*state.model.parameters(), *state.model.buffers()]
+    kept = [tensor.detach().clone() for tensor in tensors]
     still = types.SimpleNamespace(step=lambda: None)
-    with untouched(state.model):
-        try:
-            yield dataclasses.replace(state, scheduler=still, ema=None, progress=Progress())
-        finally:
-            state.optimizer.zero_grad()
-            state.optimizer.load_state_dict(optimizer)
-            if scaler is not None:
-                scaler.load_state_dict(scale)
+    try:
+        yield dataclasses.replace(state, scheduler=still, ema=None, progress=Progress())
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, kept, strict=True):
+                tensor.copy_(value)
+        state.optimizer.zero_grad()
+        state.optimizer.load_state_dict(optimizer)
+        if scaler is not None:
+            scaler.load_state_dict(scale)
+        set_random_states(generators)
 
 
 def set_learning_rate(run: Run, rate: float) -> None:
