@@ -456,6 +456,18 @@ def test_the_page_for_a_model_without_a_map(problem, exports, models, photos):
     assert found.rows == right.rows
 
 
+def test_a_label_that_applies_comes_before_a_better_one_that_does_not(photos, tmp_path):
+    row = logits_of(save(tmp_path / "model", MULTI, NAMES[MULTI]), photos)[3]
+    least, most = NAMES[MULTI][row.argmin()], NAMES[MULTI][row.argmax()]
+    thresholds = [0.0 if name == least else 1.0 for name in NAMES[MULTI]]
+    model = save(tmp_path / "model", MULTI, NAMES[MULTI], label_thresholds=thresholds)
+    predictor, image = Predictor(str(model), device="cpu"), Image.open(photos / "03.png")
+    found = answer(predictor, image)
+    assert list(found.scores) == [least] and found.choices[:2] == [least, most]
+    assert found.note.startswith(f"Grad-CAM for “{least}”")
+    assert [entry.label for entry in explain(predictor, image, top_k=2).classes] == [least, most]
+
+
 def test_the_page_for_an_image_without_a_label(photos, tmp_path):
     model = save(tmp_path / "model", MULTI, NAMES[MULTI], label_thresholds=[1.0] * 6)
     found = answer(Predictor(str(model), device="cpu"), Image.open(photos / "03.png"))

@@ -116,7 +116,10 @@ def no_label(config: Any, said: dict[str, Any]) -> str:
 @torch.inference_mode()
 def plain_scores(predictor: Predictor, image: Image.Image) -> dict[str, float]:
     """Of every class, in the model's order."""
-    pixel_values = predictor.processor(image, return_tensors="pt")["pixel_values"]
+    batch = predictor.preprocessing.load([("image", image)])
+    if batch["errors"][0] is not None:
+        raise UserError(batch["errors"][0])
+    ((_, pixel_values),) = predictor.preprocessing.finish(batch)
     logits = predictor.model(pixel_values=pixel_values.to(predictor.device, predictor.model.dtype)).logits.float()
     check_finite(logits, predictor.name)
     config = predictor.model.config

@@ -17,7 +17,7 @@ from ..data.transforms import prepare
 from ..foundation.errors import UserError
 from ..foundation.finite import check_finite
 from ..foundation.names import numbered
-from ..foundation.scores import REGRESSION, class_scores
+from ..foundation.scores import REGRESSION, choose, class_scores
 from ..prediction.inference import Predictor
 from .geometry import lay_on_image, visible_region
 from .gradcam import gradcam
@@ -91,8 +91,8 @@ def explain(
 
     Args:
         image: upright and in the channels of the model, as `data.decoding.decode_image` gives it.
-        classes: names or numbers of classes, see `find_class`; the best `top_k` if None, or of a regression, whose
-            numbers have no best, the first.
+        classes: names or numbers of classes, see `find_class`. If None the best `top_k`; of several labels first those
+            that the image has; of a regression, whose numbers have no best, the first.
         method, stage: of `gradcam`.
 
     Raises:
@@ -109,9 +109,9 @@ def explain(
         with torch.inference_mode():
             logits = predictor.model(pixel_values.to(predictor.device, predictor.model.dtype)).logits
         check_finite(logits, predictor.name)
-        wanted = list(range(config.num_labels))[:top_k]
-        if config.problem_type != REGRESSION:
-            wanted = logits[0].float().topk(len(wanted)).indices.tolist()
+        given = class_scores(logits.float(), config)
+        ((answer, _),), ((ranked, _),) = choose(given, config), choose(given, config, config.num_labels)
+        wanted = list(dict.fromkeys([*answer, *ranked]))[:top_k]
     found = gradcam(predictor.model, pixel_values, wanted, method=method, stage=stage)
     check_finite(found.logits, predictor.name)
     scores = class_scores(found.logits, config)[0].tolist()
