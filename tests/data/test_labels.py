@@ -229,6 +229,7 @@ REFUSED = {
         {"tags": pa.array([f"{v % 3}, a{v % 3}" for v in range(COUNT)])},
         "6 names if ',' .* only 3 different texts, .*--label_separator ','",
     ),
+    "lists of lists": (MULTI, {"labels": pa.array([[["a"]]] * COUNT)}, r"no label column .* labels \(list of list of"),
     "pairs": (MULTI, {"label": pa.array([[v % 2, 1 - v % 2] for v in range(COUNT)])}, "may be the indices .*booleans"),
     "grades": (MULTI, {"label": pa.array([[v % 3, 1, 1, -1] for v in range(COUNT)])}, "4 numbers each, .*no lists of"),
     "vectors of two lengths": (MULTI, {"label": pa.array([[True] * (v % 2 + 1) for v in range(COUNT)])}, "in length"),
@@ -250,7 +251,7 @@ REFUSED = {
         {"label": pa.array([[v] * (1 + v % 2) for v in range(COUNT)])},
         "2 numbers in",
     ),
-    "a constant": (NUMBERS, {"label": pa.array([7] * COUNT)}, "'label' .* is 7 in all 24 rows"),
+    "a constant": (NUMBERS, {"label": pa.array([0.7] * COUNT)}, r"'label' .* is 0\.7 in all 24 rows"),
     "no numbers": (NUMBERS, {"label": pa.array([float("nan")] * COUNT)}, "no row has a label"),
     "too large a number": (NUMBERS, {"label": pa.array([1e39, 1.0] * 12)}, "1e\\+39, more than 32 bits"),
 }
@@ -267,6 +268,9 @@ def test_a_column_of_a_class_with_something_else_in_it(tmp_path):
     columns = {"a": pa.array([v % 2 for v in range(COUNT)]), "b": pa.array([v % 3 - 1 for v in range(COUNT)])}
     with pytest.raises(UserError, match=r"the column 'b' holds -1: store 1 where"):
         opened(parquet(tmp_path / "data", columns), label_column_name="a,b")
+    nested = parquet(tmp_path / "nested", {"a": pa.array([[["cat"]]] * COUNT)})
+    with pytest.raises(UserError, match=r"'a' of .* holds list of list of string; multi-label-classification needs"):
+        opened(nested, label_column_name="a")
     with pytest.raises(UserError, match=r"no column 'c' \(--label_column_name\), only image"):
         opened(tmp_path / "data", label_column_name="a,c")
 

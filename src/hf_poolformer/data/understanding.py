@@ -144,7 +144,7 @@ def _multi(
                 f"of several label columns each is for one class, and {odd!r} of {dataset.name} holds "
                 f"{kind_of(feature_of(features, odd))}"
             )
-    elif not (_is_label(element) or kind_of(feature).endswith(("string", "bool")) or isinstance(like, Texts)):
+    elif not (_is_label(element) or _is_text_or_truth(feature) or isinstance(like, Texts)):
         raise _wrong_kind(dataset, columns[0])
     typed = Classes.numbered(element.names) if isinstance(element, ClassLabel) else None
     known = typed or wanted.given or wanted.told
@@ -189,12 +189,12 @@ def _numbers(
     whole = not known or source.reads_columns or wanted.counted
     moments = read_numbers(dataset, source, split, wanted.cache_dir, whole=whole)
     names = _target_names(dataset, moments)
-    constant = next((name for name, std in zip(names, moments.std, strict=True) if not std), None)
-    if constant is not None and not known:
-        raise UserError(
-            f"the target {constant!r} of {dataset.name} is {moments.mean[names.index(constant)]:g} in all "
-            f"{moments.labelled} rows: there is nothing to learn"
-        )
+    for name, (least, most) in zip(names, moments.range, strict=True):
+        if least == most and not known:
+            raise UserError(
+                f"the target {name!r} of {dataset.name} is {least:g} in all {moments.labelled} rows: there is nothing "
+                "to learn"
+            )
     dataset = dataclasses.replace(dataset, storage=Numbers(tuple(range(len(names)))), target_names=names)
     if not whole:
         return dataset
@@ -272,6 +272,10 @@ def _is_fraction(value: Any) -> bool:
 
 def _is_label(element: Any) -> bool:
     return isinstance(element, ClassLabel) or is_plain(element)
+
+
+def _is_text_or_truth(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype.endswith(("string", "bool"))
 
 
 def _is_typed(dataset: ImageDataset) -> bool:
