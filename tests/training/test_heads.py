@@ -118,6 +118,7 @@ def test_every_recipe_suits_every_kind_of_label(make_checkpoint, task, recipe, t
         (REGRESSION, ["--cutmix_alpha", "1"], "--cutmix_alpha is nothing for --task image-regression.*--mixup_alpha"),
         (REGRESSION, ["--label_smoothing", "0.1"], "--label_smoothing is nothing for --task image-regression"),
         (REGRESSION, ["--teacher", "x", "--distillation", "hard"], "no likely label"),
+        (REGRESSION, ["--head_mapping", "names"], "--head_mapping is nothing for --task image-regression"),
         (REGRESSION, ["--loss", "bce"], "bce"),
         (MULTI_LABEL, ["--loss", "mse"], "mse"),
         (MULTI_LABEL, ["--pos_weight", "lots"], "neither none nor auto nor JSON"),

@@ -485,6 +485,7 @@ class MultiLabelSettings(SeveralLabelsSettings, ClassificationSettings):
 _OF_CLASSES = {
     "cutmix_alpha": "what a part of another image shows is no part of its number. --mixup_alpha mixes numbers, too",
     "label_smoothing": "there are no classes that a number could be spread over",
+    "head_mapping": "it carries over what a head knows of classes. One of the same numbers is kept anyway",
 }
 
 
@@ -517,7 +518,7 @@ class RegressionSettings(ClassificationSettings):
     def check(self) -> None:
         super().check()
         for name, reason in _OF_CLASSES.items():
-            if getattr(self, name):
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise UserError(f"--{name} is nothing for --task {self.task}: {reason}.")
         self.refuse_rare_classes("numbers have no classes that could be rare")
         if self.distillation == "hard":
