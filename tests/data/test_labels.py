@@ -129,7 +129,7 @@ STORED = {
     "JSON": ({"tags": pa.array([json.dumps(own) for own in NAMED])}, NAMES, {}),
     "Python": ({"label": pa.array([repr(own) for own in NAMED])}, NAMES, {}),
 }
-IN_TEXT = {"a column of truths each", "a column of ones and zeros each", "JSON", "Python"}
+IN_TEXT = ("a column of truths each", "a column of ones and zeros each", "JSON", "Python")
 
 
 def to_tensor(image):

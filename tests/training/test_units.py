@@ -17,7 +17,6 @@ from transformers.models.poolformer import configuration_poolformer, modeling_po
 
 from hf_poolformer import VARIANTS, MetaFormerConfig, MetaFormerForImageClassification
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.modeling_poolformer import HEADS
 from hf_poolformer.training.regression import last_layer, rescale
 
 
@@ -49,7 +48,7 @@ def assert_gives_units(model):
     return folded
 
 
-@pytest.mark.parametrize("head_type", HEADS)
+@pytest.mark.parametrize("head_type", ["linear", "mlp"])
 def test_every_head(head_type, scramble):
     config = MetaFormerConfig(**SMALL, head_type=head_type)
     assert_gives_units(scramble(MetaFormerForImageClassification(config)))
