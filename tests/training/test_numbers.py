@@ -100,6 +100,29 @@ def test_a_regressor_goes_on_where_it_was(make_settings_of, make_checkpoint, dig
         assert all(row["distillation_loss"] < 1e-6 for row in log_of(tmp_path / "run") if "loss" in row)
 
 
+def test_half_precision_neither_of_the_checkpoint_nor_of_its_teacher(
+    make_settings_of, make_checkpoint, digits_of_kinds, tmp_path, own_precision
+):
+    """In bfloat16 a year would be known to within four."""
+    start = make_checkpoint("start", labels=NAMES, problem_type="regression")
+    with torch.no_grad():
+        model = AutoModelForImageClassification.from_pretrained(start)
+        model.classifier.weight[1] *= 0.001
+        model.classifier.bias.copy_(torch.tensor([1992.0, 0.03125]))  # which bfloat16 can hold
+        model.save_pretrained(start)
+        half = str(tmp_path / "half")
+        model.to(torch.bfloat16).save_pretrained(half)
+    AutoImageProcessor.from_pretrained(start).save_pretrained(half)
+    scratch = {"config_name": None, "config_overrides": None, "image_size": None, "model_name_or_path": half}
+    still = {"learning_rate": 0.0, "weight_decay": 0.0, "warmup_learning_rate": 0.0, "min_learning_rate": 0.0}
+    changes = {"teacher": start, "mixed_precision": "bf16", "max_train_steps": 1, "logging_steps": 1}
+    train(make_settings_of(REGRESSION, **scratch, **still, **changes))
+    saved = load_file(tmp_path / "run/model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    [row] = [row for row in log_of(tmp_path / "run") if "loss" in row]
+    assert row["distillation_loss"] < 0.005  # of numbers in standard deviations
+
+
 @pytest.mark.parametrize("metaformer", ["caformer_s18", "convformer_s18"])
 def test_an_mlp_for_a_head(make_settings_of, make_checkpoint, digits_of_kinds, tmp_path, metaformer):
     start = make_checkpoint(metaformer=metaformer, attention_head_dim=8)

@@ -140,6 +140,7 @@ def from_checkpoint(
     before = load_config(name, origin)
     overrides = overrides_of(settings, before) | head_fields(settings)
     model, processor, fresh = load_checkpoint(name, origin, **overrides, **labels)
+    model.float()  # stored in half precision it would be trained in that: small steps would round to nothing
     body = [weight for weight in fresh if not belongs_to_head(weight, model)]
     if body and not settings.ignore_mismatched_sizes:
         raise UserError(
