@@ -28,6 +28,8 @@ from transformers import (
 
 from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, PoolFormerImageProcessor
 from hf_poolformer.app.answers import answer
+from hf_poolformer.evaluation.classification import evaluate_checkpoint
+from hf_poolformer.evaluation.settings import EvaluationSettings
 from hf_poolformer.explanation.explainer import explain
 from hf_poolformer.export import export_model, load
 from hf_poolformer.foundation.errors import UserError
@@ -376,6 +378,35 @@ def test_an_export_answers_as_the_model(problem, models, exports, photos, tmp_pa
         assert right.keys() == got.keys() and right.get("labels") == got.get("labels")
         for name in right.keys() - {"path", "label", "labels", "error"}:
             assert got[name] == pytest.approx(right[name], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("problem", [MULTI, REGRESSION])
+def test_an_export_is_evaluated_as_the_model(problem, models, exports, photos, tmp_path):
+    """Its answers are probabilities, or numbers in units."""
+    logits, names = logits_of(models[problem], photos), NAMES[problem]
+    rng = np.random.default_rng(0)
+    truth = rng.random(logits.shape) < 0.5 if problem == MULTI else logits + rng.normal(size=logits.shape)
+    columns = {name: truth[:, index].tolist() for index, name in enumerate(names)}
+    images = [path.read_bytes() for path in sorted(photos.iterdir())]
+    pq.write_table(pa.table({"image": images, **columns}), tmp_path / "test.parquet")
+    found = []
+    for model in (models[problem], exports[problem]):
+        settings = EvaluationSettings(dataset_name=str(tmp_path / "test.parquet"), num_workers=0)
+        settings.model = str(model)
+        found.append(evaluate_checkpoint(settings))
+    if problem == MULTI:
+        right = (sigmoid(logits) >= thresholds_of(models[problem])) == truth
+        assert found[0]["eval_hamming_accuracy"] == pytest.approx(right.mean())
+    else:
+        assert found[0]["eval_mae"] == pytest.approx(np.abs(logits - truth).mean(), rel=1e-4)
+    assert found[0].pop("task") == found[1].pop("task")
+    for name in found[0].keys() - {"eval_runtime", "eval_samples_per_second", "eval_confidence_intervals"}:
+        right, got = (figures[name] for figures in found)
+        if isinstance(right, dict):  # None is the precision of a label that is never predicted
+            assert [value is None for value in got.values()] == [value is None for value in right.values()], name
+            right, got = ([value for value in figures.values() if value is not None] for figures in (right, got))
+        # Of a probability next to 1, float32 does not keep how far away it is, which the loss is about.
+        assert got == pytest.approx(right, rel=1e-2 if name == "eval_loss" else 1e-3), name
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

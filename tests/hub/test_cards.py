@@ -405,9 +405,9 @@ def test_several_labels(folder):
     assert data["pipeline_tag"] == "image-classification" and data["metrics"] == ["mean_average_precision"]
     (result,) = data["model-index"][0]["results"]
     assert result["task"] == {"type": "image-classification", "name": "Multi-label image classification"}
-    assert "Mean average precision | 0.812 |" in text and "multi-label image classifier with 2 classes" in text
-    assert [cell.strip() for cell in rows(text, "### Per class")[0]] == ["class", "recall", "average precision"]
-    assert "![Precision, recall and F1 of each class](label_figures.png)" in text and "Top-1" not in text
+    assert "Mean average precision | 0.812 |" in text and "multi-label image classifier with 2 labels" in text
+    assert [cell.strip() for cell in rows(text, "### Per label")[0]] == ["label", "recall", "average precision"]
+    assert "![Precision, recall and F1 of each label](label_figures.png)" in text and "Top-1" not in text
 
 
 def test_numbers(folder):
@@ -427,5 +427,5 @@ def test_numbers(folder):
     }
     metrics = data["model-index"][0]["results"][0]["metrics"]
     assert [metric["type"] for metric in metrics] == ["mae", "rmse", "r_squared", "loss"]
-    assert "image regressor with 1 target, 1.5 M parameters" in text and "### Per target" in text
+    assert "image regressor with 1 number, 1.5 M parameters" in text and "### Per number" in text
     assert "![Predicted against true](scatter.png)" in text

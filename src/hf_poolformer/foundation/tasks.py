@@ -87,7 +87,7 @@ class Task:
         pipeline_code, model_code: Python for cards; `{source}` stands for the quoted name of the model and arguments
             of loading.
         exported_imports, exported_code: Python before and after `model = load(".")`, for cards of exports.
-        outputs: what a model for it tells apart, one and several.
+        outputs: what cards call the things that a model answers with, one and several.
         limits: paragraphs of cards; `{classes}` stands for the number of these, in words.
     """
 
@@ -139,11 +139,6 @@ class Task:
         return sorted(
             shown, key=lambda figure: figure.key.removeprefix("eval_") != (first or "").removeprefix("eval_")
         )
-
-    @property
-    def answer_noun(self) -> tuple[str, str]:
-        """What cards call one of the things that a model answers with, and several."""
-        return ("target", "targets") if self.reads == "numbers" else ("class", "classes")
 
     @property
     def is_dense(self) -> bool:

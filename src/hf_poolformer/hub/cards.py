@@ -68,7 +68,7 @@ ONLY_WITH = {
 # Pictures of results -> what they show.
 RESULT_PICTURES = {
     "confusion_matrix.png": "Confusion matrix",
-    "label_figures.png": "Precision, recall and F1 of each class",
+    "label_figures.png": "Precision, recall and F1 of each label",
     "scatter.png": "Predicted against true",
     "predictions.png": "Truth and predictions",
 }
@@ -141,7 +141,6 @@ def model_card(
     task = TASKS.get(settings.get("task")) or task_of_config(config, headless=True) or TASKS[CLASSIFICATION]
     classes = f"{len(label_names)} {task.outputs[len(label_names) != 1]}"
     tag = task.pipeline_tag
-    classes = f"{len(label_names)} {task.answer_noun[len(label_names) != 1]}"
     shown = task.figures_of(len(label_names), settings.get("metric_for_best_model"))
     card_data = ModelCardData(
         library_name="transformers",
@@ -412,7 +411,7 @@ def _per_class(results: Mapping[str, Any], task: Task, label_names: Sequence[str
     columns = [figure for figure in task.per_class if isinstance(results.get(figure.key), Mapping)]
     if not columns or len(label_names) > MAX_CLASSES_IN_TABLE:
         return []
-    rows = [[task.answer_noun[0], *(figure.name for figure in columns)]]
+    rows = [[task.outputs[0], *(figure.name for figure in columns)]]
     for name in label_names:
         bounds = ((intervals.get(figure.key) or {}).get(name) for figure in columns)
         cells = (

@@ -187,7 +187,7 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         carry_on=settings.checkpoint_failure == "continue",
     )
     reports = Reports(asked, accelerator, None if resume_from is None else progress.step)
-    noun = TASKS[settings.task].answer_noun[len(label_names) > 1]
+    noun = TASKS[settings.task].outputs[len(label_names) != 1]
     rate = "to be found" if to_be_found else f"{learning_rate:.2e}"
     accelerator.print(
         f"{settings.task}: {describe_parameters(model)}, {len(label_names)} {noun}, "
