@@ -133,7 +133,8 @@ def largest(
         )
     if refused:
         return size, f"{refused} would not fit"
-    return trials.good_enough(size), "all that a step has" if size == sizes[-1] else "more at once are no faster"
+    size = trials.good_enough(size)
+    return size, "all that a step has" if size == sizes[-1] else "more at once are no faster"
 
 
 def first_batch(
