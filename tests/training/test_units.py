@@ -17,7 +17,7 @@ from transformers.models.poolformer import configuration_poolformer, modeling_po
 
 from hf_poolformer import VARIANTS, MetaFormerConfig, MetaFormerForImageClassification
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.training.regression import last_layer, rescale
+from hf_poolformer.training.regression import layer_of_numbers, rescale
 
 
 # As far from standardised as years, thousandths, and a temperature.
@@ -32,12 +32,12 @@ def assert_gives_units(model):
     with torch.no_grad():
         standardised = model(images).logits.double()
         folded = copy.deepcopy(model)
-        rescale(last_layer(folded), STD, MEAN)
+        rescale(layer_of_numbers(folded), STD, MEAN)
         numbers = folded(images).logits
         expected = standardised * STD + MEAN
         # Of float32: two of its steps from the number, and of its spread what the products before round off.
         assert ((numbers - expected).abs() / (2.4e-7 * expected.abs() + 1e-5 * STD)).max() < 1
-        rescale(last_layer(folded), 1 / STD, -MEAN / STD)
+        rescale(layer_of_numbers(folded), 1 / STD, -MEAN / STD)
         torch.testing.assert_close(folded(images).logits.double(), standardised, rtol=1e-4, atol=1e-4)
     changed = {
         name
@@ -97,11 +97,11 @@ def test_a_head_that_is_not_known_is_refused():
         DeiTConfig(image_size=32, patch_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, **THREE)
     )
     with pytest.raises(UserError, match=r"--task image-regression must know which part of a DeiT.* is its head"):
-        last_layer(two_heads)
+        layer_of_numbers(two_heads)
     model = ViTForImageClassification(
         ViTConfig(image_size=32, patch_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, **THREE)
     )
     for head in (torch.nn.Linear(16, 3, bias=False), torch.nn.Linear(16, 4), torch.nn.Sequential(torch.nn.ReLU())):
         model.classifier = head
         with pytest.raises(UserError, match=r"ends with a linear layer with a bias|which part"):
-            last_layer(model)
+            layer_of_numbers(model)

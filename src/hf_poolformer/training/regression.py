@@ -19,6 +19,7 @@ from ..data.datasets import align_labels
 from ..foundation.errors import UserError
 from .adaptation import head_name
 from .classification import ClassificationTraining
+from .heads import last_layer
 from .objectives import Criterion, NumericLoss
 
 
@@ -45,7 +46,7 @@ class RegressionTraining(ClassificationTraining):
             UserError: as `ClassificationTraining.make_model`; or the model has no last layer that could give units.
         """
         model, processor = super().make_model(accelerator, memory_format)
-        layer = last_layer(model)
+        layer = layer_of_numbers(model)
         if self.head_is_trained:  # to give units
             rescale(layer, 1 / self.std, -self.mean / self.std)
         return model, processor
@@ -81,24 +82,24 @@ class RegressionTraining(ClassificationTraining):
         model = copy.deepcopy(model) if adapted is model else adapted
         # accelerate's, which computes in half precision: that has three digits, of a year say.
         vars(model).pop("forward", None)
-        rescale(last_layer(model), self.std, self.mean)
+        rescale(layer_of_numbers(model), self.std, self.mean)
         return model
 
 
-def last_layer(model: PreTrainedModel) -> nn.Linear:
+def layer_of_numbers(model: PreTrainedModel) -> nn.Linear:
     """The layer that gives a model's numbers.
 
     Raises:
         UserError: it does not end with a linear layer that has a bias and an output for each number.
     """
-    head = model.get_submodule(head_name(model, "--task image-regression"))
-    layers = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
-    if not layers or layers[-1].out_features != model.config.num_labels or layers[-1].bias is None:
+    head_name(model, "--task image-regression")
+    layer = last_layer(model)
+    if layer is None or layer.out_features != model.config.num_labels or layer.bias is None:
         raise UserError(
             f"--task image-regression needs a model that ends with a linear layer with a bias, and the head of a "
             f"{type(model).__name__} does not."
         )
-    return layers[-1]
+    return layer
 
 
 @torch.no_grad()
