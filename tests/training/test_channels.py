@@ -3,6 +3,9 @@
 import csv
 import json
 import random
+import re
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,8 +193,8 @@ def multispectral(folder, count: int = 24, number: int = 4) -> None:
             tifffile.imwrite(folder / label / f"{index}.tif", values.astype(np.uint16), **options)
 
 
-def test_from_colours_to_four_channels(make_checkpoint, tmp_path, capsys):
-    """Training, evaluation, prediction, explanation, export and pipeline of a model of four channels of 16 bits."""
+def test_from_colours_to_four_channels(make_checkpoint, tmp_path, capsys, monkeypatch):
+    """Training, evaluation, prediction, explanation, export, pipeline and card of a model of four channels."""
     multispectral(tmp_path / "data")
     odd = np.zeros((40, 40, 5), np.uint16)
     tifffile.imwrite(tmp_path / "data" / "dry" / "odd.tif", odd, photometric="minisblack", planarconfig="contig")
@@ -232,6 +235,16 @@ def test_from_colours_to_four_channels(make_checkpoint, tmp_path, capsys):
     assert found[0]["label"] == "wet"
     assert explain([str(run), image, "--output", str(tmp_path / "explained.png")]) == 0
     assert explain([str(run), str(tmp_path / "data" / "dry" / "odd.tif"), "--output", str(tmp_path / "x.png")]) == 2
+
+    (tmp_path / "image.tif").write_bytes(Path(image).read_bytes())
+    snippets = re.findall(r"```python\n(.*?)```", (run / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    for snippet in snippets:
+        (tmp_path / "snippet.py").write_text(re.sub(r'(model=|pretrained\()"[^"]*"', rf'\1"{run}"', snippet))
+        runpy.run_path(str(tmp_path / "snippet.py"))
+        assert "wet" in capsys.readouterr().out
+    assert len(snippets) == 2
 
 
 def test_grey_from_colours_and_on_from_there(make_settings_from, make_checkpoint, tmp_path):

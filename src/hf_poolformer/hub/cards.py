@@ -180,7 +180,9 @@ def model_card(
         summary=f"A [{family}](https://arxiv.org/abs/2111.11418) {task.noun}"
         f"{f' with {classes}' if task.figures else ''}{size}{how}.",
         facts=_converted_facts(config, conversion) if conversion else [],
-        **code_examples(task, _place(repo_id, called), config.get("model_type", "poolformer")),
+        **code_examples(
+            task, _place(repo_id, called), config.get("model_type", "poolformer"), config.get("num_channels", 3)
+        ),
         results=_result_rows(results, shown),
         results_intro=f"Measured on {evaluated} {where}, by the training script itself; nobody else verified it."
         + sure,

@@ -80,20 +80,26 @@ def render_card(card_data: ModelCardData, *, complete: bool = True, **values: An
     return text
 
 
-def code_examples(task: Task, place: str, model_type: str) -> dict[str, str]:
+def code_examples(task: Task, place: str, model_type: str, num_channels: int = 3) -> dict[str, str]:
     """How to use a model: by a pipeline, and one step lower, as values of the template.
 
     Args:
         place: Hub id, or what to call a folder.
+        num_channels: of its images.
     """
     # transformers has a PoolFormer of its own, which computes the same function; a MetaFormer needs its code. The
     # examples of dense tasks import this package.
     needs_code = not task.is_dense and not (task.built_in and model_type == "poolformer")
     source = f'"{place}"' + (", trust_remote_code=True" if needs_code else "")
-    return {
-        "pipeline_snippet": task.pipeline_code.replace("{source}", source),
-        "model_snippet": task.model_code.replace("{source}", source),
-    }
+    changes = {"{source}": source}
+    if num_channels != 3:  # the image processor reads these itself, from what Pillow cannot open, too
+        changes |= {"from PIL import Image\n": "", 'Image.open("photo.jpg").convert("RGB")': '"photo.jpg"'}
+    if num_channels not in (1, 3):
+        changes['"photo.jpg"'] = '"image.tif"'
+    codes = {"pipeline_snippet": task.pipeline_code, "model_snippet": task.model_code}
+    for old, new in changes.items():
+        codes = {name: code.replace(old, new) for name, code in codes.items()}
+    return codes
 
 
 def local_names(model_dir: str | os.PathLike, card: str) -> list[str]:
