@@ -317,7 +317,8 @@ def _open_described(
 ) -> FolderSource:
     """Rows of tables, by the split of their table, the folder of their image, or a column `split`."""
     images, table = described.files["image"], described.table
-    names = few([path.name for path in tables] if len(tables) < 3 else [f"{len(tables)} tables"])
+    different = sorted({path.name for path in tables})
+    names = few(different if len(different) < 3 else [f"{len(tables)} tables"])
     if not images:
         raise UserError(
             f"{place.name}: none of the {described.missing} files that {names} names is there, {described.example} "
