@@ -24,7 +24,7 @@ class ChannelBatches(DecodedBatches):
     """Decodes images to the `num_channels` of the transform, whose `load_example` gets them still encoded."""
 
     def _read(self, row: Mapping[str, Any]) -> tuple[EncodedImage, Any]:
-        label = self._label(row)
+        label = self._dataset.label(row)
         image = EncodedImage(
             row[self._dataset.image_column], num_channels=self._transform.num_channels, token=self._dataset.token
         )
