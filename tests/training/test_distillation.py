@@ -187,7 +187,7 @@ def test_the_teacher_sees_what_its_own_processor_makes(make_settings, processor,
     settings = make_settings(affine_degrees=0.0, affine_translate=0.0, affine_scale=0.0)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     example = TrainTransform(settings, students)(image)[None]
-    teacher = Teacher(torch.nn.Identity(), processor, students, range(10), training_accelerator(settings, fsdp=False))
+    teacher = Teacher(torch.nn.Identity(), processor, students, training_accelerator(settings, fsdp=False))
     expected = processor(image, return_tensors="pt")["pixel_values"].float()
     torch.testing.assert_close(teacher.adapt(example), expected, rtol=1e-5, atol=tolerance)
     if isinstance(processor, PoolFormerImageProcessor):

@@ -6,7 +6,7 @@ import pytest
 
 from hf_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.foundation.tasks import TASKS
+from hf_poolformer.foundation.tasks import FEATURE_DISTILLATION, TASKS
 from hf_poolformer.settings.classification import RECIPES
 from hf_poolformer.settings.command_line import parse
 from hf_poolformer.settings.training import TrainingSettings, settings_of
@@ -56,6 +56,8 @@ def test_every_recipe_is_one_for_its_task(task, recipe, tmp_path):
     data = ["--dataset_name", "x", "--output_dir", "run", "--task", task, "--recipe", recipe]
     if "model_name_or_path" not in settings_of(task).recipes(task)[recipe]:
         data += ["--model_name_or_path", saved(tmp_path, "convformer_s18")]
+    if task == FEATURE_DISTILLATION:
+        data += ["--teacher", "x"]
     settings = parse(data)
     assert (settings.task, settings.recipe) == (task, recipe)
 

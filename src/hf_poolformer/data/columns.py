@@ -44,7 +44,8 @@ class ImageDataset:
     Attributes:
         stream: rows; the image column holds `{"bytes", "path"}`.
         label_columns: none if unlabelled; `json.label` means the field `label` of the column `json`.
-        storage: what the values of these columns are in a batch; None if unlabelled, and for dense tasks.
+        storage: what the values of these columns are in a batch; None if unlabelled, and for dense tasks; `Nothing`
+            where images are learned from without labels.
         problem_type: as in a model's config; None if unlabelled.
         classes: None for unlabelled images and for regression.
         target_names: of regression.

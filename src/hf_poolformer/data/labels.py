@@ -67,6 +67,13 @@ class One(Storage):
         return np.int64(index)
 
 
+class Nothing(Storage):
+    """No label, whatever columns there are: int64, 0, so that a batch has as many labels as images."""
+
+    def label(self, values: Sequence[Any], classes: Classes | None) -> np.int64:
+        return np.int64(0)
+
+
 class Several(Storage):
     """Any number of classes: float32 (number of classes,), 1 for those that the image has, else 0."""
 

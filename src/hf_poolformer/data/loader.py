@@ -19,7 +19,7 @@ from ..foundation.errors import UserError, one_line
 from ..foundation.workers import prepare_worker
 from .columns import ImageDataset, columns_needed
 from .decoding import BrokenImage, decode_image, describe_source
-from .labels import Unlabelled
+from .labels import Nothing, Unlabelled
 from .sampling import Repeats
 from .stream import Lane, Order, Piece, Row, Start, among_lanes, deal, fresh_pieces, lane_seed, remaining
 
@@ -38,7 +38,8 @@ class Batch(TypedDict):
     Attributes:
         pixel_values: float32 (B, C, H, W); of dense tasks a list of (C, H, W).
         labels: of one class per image int64 (B,), its index; of several float32 (B, classes), 1 for each that the
-            image has, else 0; of regression float32 (B, targets), in units; of dense tasks a list.
+            image has, else 0; of regression float32 (B, targets), in units; of dense tasks a list; of images without
+            labels int64 (B,), zeros.
         skipped: describes the broken images that were met since the batch before.
     """
 
@@ -114,7 +115,7 @@ def make_loader(
     Raises:
         UserError: from the loader's iteration too: too many broken images, a label outside the range, nothing to read.
     """
-    if not dataset.label_columns:
+    if not dataset.label_columns and not isinstance(dataset.storage, Nothing):
         raise UserError(f"{dataset.name} has no labels")
     if batch_size < 1 or num_workers < 0:
         raise UserError(f"a batch needs at least one image and zero workers, not {batch_size} and {num_workers}")

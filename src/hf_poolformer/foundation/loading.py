@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -41,6 +42,14 @@ def load_checkpoint(name: str, origin: Origin = HERE, **config: Any) -> tuple[Pr
     """
     config["ignore_mismatched_sizes"] = True
     model, processor, missing = _load(name, origin, AutoModelForImageClassification, "an image classifier", config)
+    check_colours(name, model.config, processor)
+    return model, processor, missing
+
+
+def load_encoder(name: str, origin: Origin = HERE, **config: Any) -> tuple[PreTrainedModel, Any, list[str]]:
+    """As `load_checkpoint`, of any vision model, without its head."""
+    config["ignore_mismatched_sizes"] = True
+    model, processor, missing = _load(name, origin, AutoModel, "an image encoder", config)
     check_colours(name, model.config, processor)
     return model, processor, missing
 
@@ -135,6 +144,11 @@ def check_colours(name: str, config: Any, processor: Any) -> None:
 def belongs_to_head(name: str, model: PreTrainedModel) -> bool:
     """Whether a weight depends on the labels: the classifier, not the final norm before it."""
     return name.startswith(("classifier.", "head.", "fc.")) and not name.startswith(f"{model.base_model_prefix}.")
+
+
+def is_pooler(name: str) -> bool:
+    """Whether a weight of an encoder belongs to a layer behind it, which classifiers are trained without."""
+    return name.startswith("pooler.")
 
 
 def looks_like_checkpoint(name: str) -> bool:

@@ -73,8 +73,8 @@ class Task:
         built_in: transformers has a PoolFormer with this head, which it loads without this package.
         problem_type: in the configuration of a model whose head more than one task shares; else None.
         reads: what stands beside an image in a dataset: a class, any number of classes, numbers, a map of classes,
-            boxes, or boxes with masks.
-        gives: what a model answers: scores of the classes, a map of classes, or objects.
+            boxes, or boxes with masks; or nothing that is looked at.
+        gives: what a model answers: scores of the classes, a map of classes, objects, or features.
         figures: those for people, the one that says which of two models is better first.
         kept_by: all figures that `--metric_for_best_model` can go by.
         per_class: the figures of single classes, or of single numbers: columns of a table.
@@ -96,8 +96,8 @@ class Task:
     noun: str
     auto_class: str
     pipeline_tag: str
-    reads: Literal["class", "classes", "numbers", "map", "boxes", "masks"]
-    gives: Literal["scores", "map", "objects"]
+    reads: Literal["class", "classes", "numbers", "map", "boxes", "masks", "nothing"]
+    gives: Literal["scores", "map", "objects", "features"]
     figures: tuple[Figure, ...]
     kept_by: tuple[str, ...]
     per_class: tuple[Figure, ...]
@@ -172,6 +172,7 @@ class Task:
 CLASSIFICATION = "image-classification"
 MULTI_LABEL = "multi-label-classification"
 REGRESSION = "image-regression"
+FEATURE_DISTILLATION = "feature-distillation"
 
 LOSS = Figure("eval_loss", "loss", "Loss", "loss", better="low", share=False)
 CLASS_FIGURES = (
@@ -491,9 +492,8 @@ _ROWS = (
         limits=("The model finds only objects of the classes it was trained on, and misses some.", OTHER_DATA),
     ),
 )
-TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
 
-# Models without a head, which no task is learned with; a card, and a checkpoint of somebody else, may be of one.
+# Models without a head; a card, and a checkpoint of somebody else, may be of one.
 ENCODER = Task(
     name="encoder",
     title="Image feature extraction",
@@ -501,8 +501,8 @@ ENCODER = Task(
     auto_class="AutoModel",
     built_in=True,
     pipeline_tag="image-feature-extraction",
-    reads="class",
-    gives="scores",
+    reads="nothing",
+    gives="features",
     figures=(),
     kept_by=(),
     per_class=(),
@@ -528,6 +528,21 @@ BACKBONE = replace(
     ),
 )
 HEADLESS = (BACKBONE, ENCODER)
+
+# How an encoder is learned. A run names it; of a model nobody can tell how it was learned.
+_FEATURE_DISTILLATION = replace(
+    ENCODER,
+    name=FEATURE_DISTILLATION,
+    figures=(
+        Figure("eval_similarity", "cosine_similarity", "Similarity to the teacher", "similarity", share=False),
+        LOSS,
+    ),
+    kept_by=("eval_loss", "eval_similarity"),
+    evaluation="hf_poolformer.training.feature_distillation:SimilarityJudge",
+    settings="hf_poolformer.settings.classification:FeatureDistillationSettings",
+    training="hf_poolformer.training.feature_distillation:FeatureDistillationTraining",
+)
+TASKS: dict[str, Task] = {task.name: task for task in (*_ROWS, _FEATURE_DISTILLATION)}
 
 
 def task_named(name: str) -> Task:
@@ -576,6 +591,6 @@ def task_of_config(config: Any, headless: bool = False) -> Task | None:
     named = config.get("architectures") if isinstance(config, Mapping) else getattr(config, "architectures", None)
     architecture = str((named or [""])[0])
     problem = config.get("problem_type") if isinstance(config, Mapping) else getattr(config, "problem_type", None)
-    rows = [*TASKS.values(), *(HEADLESS if headless else ())]
+    rows = [*(task for task in TASKS.values() if task.reads != "nothing"), *(HEADLESS if headless else ())]
     rows.sort(key=lambda task: task.problem_type != problem)  # among those of one head
     return next((task for task in rows if architecture.endswith(task.head)), None)

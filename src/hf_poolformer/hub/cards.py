@@ -178,7 +178,7 @@ def model_card(
         card_data,
         title=name,
         summary=f"A [{family}](https://arxiv.org/abs/2111.11418) {task.noun}"
-        f"{f' with {classes}' if task.figures else ''}{size}{how}.",
+        f"{f' with {classes}' if task.reads != 'nothing' else ''}{size}{how}.",
         facts=_converted_facts(config, conversion) if conversion else [],
         **code_examples(
             task, _place(repo_id, called), config.get("model_type", "poolformer"), config.get("num_channels", 3)
@@ -337,7 +337,8 @@ def _distillation(settings: Mapping[str, Any]) -> str:
         return ""
     teacher_id = hub_id(teacher, with_namespace=True)
     name = link(teacher_id) if teacher_id else plain_markdown(last_component(teacher))
-    return f", with {name} as the teacher ({plain_markdown(settings.get('distillation', 'soft'))} distillation)"
+    kind = str(settings.get("distillation", "soft")).removesuffix("s")  # of features
+    return f", with {name} as the teacher ({plain_markdown(kind)} distillation)"
 
 
 def _in_force(key: str, settings: Mapping[str, Any]) -> bool:

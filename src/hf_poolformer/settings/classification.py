@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..foundation.errors import UserError, one_line
 from ..foundation.settings import altered, setting
-from .data import ClassificationDataSettings, SeveralLabelsSettings
+from .data import ClassificationDataSettings, ImageDataSettings, LabelledSettings, SeveralLabelsSettings
 from .training import (
     ModelSettings,
     OptimisationSettings,
@@ -43,12 +43,6 @@ class AugmentationSettings:
     random_erasing: float = setting(
         0.0, "Probability that a rectangle is overwritten with noise.", low=0, high=1, shown=True
     )
-    mixup_alpha: float = setting(0.0, "Mixup, Beta(alpha, alpha); 0: off.", low=0, shown=True)
-    cutmix_alpha: float = setting(0.0, "CutMix, Beta(alpha, alpha); 0: off.", low=0, shown=True)
-    mixup_switch_prob: float = setting(0.5, "How often CutMix rather than mixup, where both are on.", low=0, high=1)
-    label_smoothing: float = setting(
-        0.1, "Part of the target that is spread over all classes.", low=0, high=0.999, shown=True
-    )
     size_schedule: str | None = setting(
         None,
         "Sides of the training images by the epoch that begins with them, the first being 0, as JSON: "
@@ -56,6 +50,39 @@ class AugmentationSettings:
         "which the model is evaluated and saved.",
         shown=True,
         in_file="mapping",
+    )
+
+    def training_sides(self) -> list[tuple[int, int]]:
+        """`size_schedule` as pairs of an epoch and the side of the images from there on, in pixels, in order.
+
+        Raises:
+            UserError: it is no such thing.
+        """
+        if not self.size_schedule:
+            return []
+        try:
+            given = json.loads(self.size_schedule)
+            sides = sorted((int(epoch), side) for epoch, side in given.items())
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(
+                f'--size_schedule takes sides by epochs as JSON, \'{{"0": 160, "100": 224}}\', not '
+                f"{self.size_schedule!r}."
+            ) from error
+        for epoch, side in sides:
+            if epoch < 0 or not isinstance(side, int) or isinstance(side, bool) or side < 1:
+                raise UserError(f"--size_schedule: {side!r} pixels from epoch {epoch} on is no size of an image.")
+        return sides
+
+
+@dataclass
+class MixingSettings:
+    _argument_group_name = "augmentation"
+
+    mixup_alpha: float = setting(0.0, "Mixup, Beta(alpha, alpha); 0: off.", low=0, shown=True)
+    cutmix_alpha: float = setting(0.0, "CutMix, Beta(alpha, alpha); 0: off.", low=0, shown=True)
+    mixup_switch_prob: float = setting(0.5, "How often CutMix rather than mixup, where both are on.", low=0, high=1)
+    label_smoothing: float = setting(
+        0.1, "Part of the target that is spread over all classes.", low=0, high=0.999, shown=True
     )
 
 
@@ -329,6 +356,7 @@ class ClassificationSettings(
     TransferSettings,
     RareClassSettings,
     OptimisationSettings,
+    MixingSettings,
     AugmentationSettings,
     ChannelSettings,
     ClassificationDataSettings,
@@ -372,32 +400,10 @@ class ClassificationSettings(
             return load_config(self.config_name, self.origin_of_others())
         return load_config(self.model_name_or_path, self.origin())
 
-    def training_sides(self) -> list[tuple[int, int]]:
-        """`size_schedule` as pairs of an epoch and the side of the images from there on, in pixels, in order.
-
-        Raises:
-            UserError: it is no such thing.
-        """
-        if not self.size_schedule:
-            return []
-        try:
-            given = json.loads(self.size_schedule)
-            sides = sorted((int(epoch), side) for epoch, side in given.items())
-        except (AttributeError, TypeError, ValueError) as error:
-            raise UserError(
-                f'--size_schedule takes sides by epochs as JSON, \'{{"0": 160, "100": 224}}\', not '
-                f"{self.size_schedule!r}."
-            ) from error
-        for epoch, side in sides:
-            if epoch < 0 or not isinstance(side, int) or isinstance(side, bool) or side < 1:
-                raise UserError(f"--size_schedule: {side!r} pixels from epoch {epoch} on is no size of an image.")
-        return sides
-
     def check(self) -> None:
         super().check()
         self.training_sides()
-        if (self.dataset_name is None) == (self.train_dir is None):
-            raise UserError("give the training images by either --dataset_name or --train_dir.")
+        self.check_images_named()
         self.given_weights()
         if self.distillation == "hard" and not self.teacher:
             raise UserError("--distillation hard needs a teacher: --teacher MODEL.")
@@ -415,7 +421,7 @@ class MultiLabelSettings(SeveralLabelsSettings, ClassificationSettings):
     _argument_group_name = "several labels"
 
     label_smoothing: float = altered(
-        AugmentationSettings,
+        MixingSettings,
         "label_smoothing",
         0.0,
         "How far the target of each class is drawn towards one half: (1 - s) y + s / 2.",
@@ -495,8 +501,8 @@ class RegressionSettings(ClassificationSettings):
 
     _argument_group_name = "numbers"
 
-    cutmix_alpha: float = altered(AugmentationSettings, "cutmix_alpha", 0.0, "Nothing for numbers.")
-    label_smoothing: float = altered(AugmentationSettings, "label_smoothing", 0.0, "Nothing for numbers.")
+    cutmix_alpha: float = altered(MixingSettings, "cutmix_alpha", 0.0, "Nothing for numbers.")
+    label_smoothing: float = altered(MixingSettings, "label_smoothing", 0.0, "Nothing for numbers.")
     loss: Literal["mse", "l1", "huber"] = setting(
         "mse",
         "What a wrong number costs: its square, its absolute value, or the square up to --huber_delta and then "
@@ -523,3 +529,53 @@ class RegressionSettings(ClassificationSettings):
         self.refuse_rare_classes("numbers have no classes that could be rare")
         if self.distillation == "hard":
             raise UserError(f"--distillation hard is nothing for --task {self.task}: numbers have no likely label.")
+
+
+# Recipes of classifiers that suit an encoder, too; the others are fixed by heads and by labels.
+_RECIPES_OF_ENCODERS = ("finetune", "paper", "demo")
+
+
+@dataclass
+class FeatureDistillationSettings(
+    TrainingSettings,
+    PublishingSettings,
+    RunSettings,
+    OptimisationSettings,
+    AugmentationSettings,
+    ImageDataSettings,
+    ModelSettings,
+    RecipeSettings,
+):
+    """Images without labels, and a teacher that says what is in them."""
+
+    _argument_group_name = "distillation"
+
+    of_architecture = ClassificationSettings.of_architecture
+
+    teacher: str | None = altered(
+        TransferSettings,
+        "teacher",
+        None,
+        "Vision model whose features of each image the model learns: a Hub id or a folder, timm's too.",
+    )
+    distillation: Literal["features"] = setting("features", "What the model learns of the teacher.", shown=True)
+    train_dir: str | None = altered(
+        ImageDataSettings, "train_dir", None, "Folder with the training images, with or without folders for classes."
+    )
+    validation_dir: str | None = altered(LabelledSettings, "validation_dir", None)
+
+    @classmethod
+    def recipes(cls, task: str) -> Mapping[str, Mapping[str, Any]]:
+        """Those of classifiers, without what is only of labels."""
+        known = cls.__dataclass_fields__
+        return {
+            recipe: {name: value for name, value in RECIPES[recipe].items() if name in known}
+            for recipe in _RECIPES_OF_ENCODERS
+        }
+
+    def check(self) -> None:
+        super().check()
+        self.training_sides()
+        self.check_images_named()
+        if not self.teacher:
+            raise UserError(f"--task {self.task} needs a teacher: --teacher MODEL.")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..foundation.errors import UserError
 from ..foundation.settings import QuietParser, SettingsParser, as_flags, check_names, names_of, read_yaml
-from ..foundation.tasks import CLASSIFICATION, TASKS
+from ..foundation.tasks import CLASSIFICATION, FEATURE_DISTILLATION, TASKS
 from .training import TrainingSettings, default_recipe, defaults_of, settings_of
 
 
@@ -30,13 +30,16 @@ def parse(
     """
     argv, tasks = list(sys.argv[1:] if argv is None else argv), list(tasks or TASKS)
     first = QuietParser(add_help=False, allow_abbrev=False)
-    for flag in ("--task", "--recipe"):
+    for flag in ("--task", "--recipe", "--distillation"):
         first.add_argument(flag)
     first.add_argument("--config_file", "--config-file")
     known, _ = first.parse_known_args(argv)
     from_file = read_yaml(known.config_file) if known.config_file else {}
 
-    task = known.task or from_file.get("task") or (CLASSIFICATION if CLASSIFICATION in tasks else None)
+    task = known.task or from_file.get("task")
+    if task is None and CLASSIFICATION in tasks:
+        distillation = known.distillation or from_file.get("distillation")
+        task = FEATURE_DISTILLATION if distillation == "features" else CLASSIFICATION
     if task is None and not {"--help", "-h"} & set(argv):
         *most, last = tasks
         raise UserError(f"say what to train: --task {', '.join(most)} or {last}.")

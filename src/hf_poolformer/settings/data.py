@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..foundation.errors import UserError
 from ..foundation.origin import Origin
 from ..foundation.settings import altered, setting
 
@@ -115,7 +116,7 @@ class SplitSettings(ReadingSettings):
 
 
 @dataclass
-class ClassificationDataSettings(SplitSettings, LabelledSettings):
+class ImageDataSettings(SplitSettings):
     train_dir: str | None = setting(
         None, "Folder with the training images, one folder per class.", path=True, decides=False
     )
@@ -127,6 +128,16 @@ class ClassificationDataSettings(SplitSettings, LabelledSettings):
         "What the device does in the place of the data workers: nothing; augmentation; or (CUDA) JPEG decoding, "
         "too. auto: on a GPU, what a measurement of some seconds finds fast enough; on the CPU, nothing.",
     )
+
+    def check_images_named(self) -> None:
+        """Raises a UserError unless it is said, once, where the training images are."""
+        if (self.dataset_name is None) == (self.train_dir is None):
+            raise UserError("give the training images by either --dataset_name or --train_dir.")
+
+
+@dataclass
+class ClassificationDataSettings(ImageDataSettings, LabelledSettings):
+    pass
 
 
 @dataclass

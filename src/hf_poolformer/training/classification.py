@@ -8,37 +8,31 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..data.channels import batches_of
-from ..data.datasets import align_labels
 from ..data.description import describe_data, judge
-from ..data.loader import make_loader, skip_limit
-from ..data.opening import loader_arguments, open_splits
-from ..data.transforms import EvalTransform, input_size
+from ..data.loader import skip_limit
+from ..data.opening import open_splits
 from ..evaluation.classification import check_labels, draw_results, evaluate
-from ..evaluation.processes import describe_results, named_results
+from ..evaluation.processes import named_results
 from ..foundation.tasks import TASKS
 from ..settings.classification import ClassificationSettings
 from .adaptation import LinearProbe, adapt, merged
 from .augmentation import BatchMixer
 from .channels import channels_of_run, check_rgb, choose_statistics
-from .device_choice import choose_preprocessing
-from .device_pipeline import DevicePipeline, make_pipeline
 from .distillation import distillation_loss, load_teacher
+from .images import ImageTraining
 from .initialisation import initial_model, labels_in_model_order
 from .objectives import Criterion, cross_entropy
 from .rare_classes import RareClassLoss, rare_classes
-from .task import TaskTraining
 
 
 if TYPE_CHECKING:
     from .loop import Run
 
 
-class ClassificationTraining(TaskTraining):
+class ClassificationTraining(ImageTraining):
     loss_parts = ("label_loss", "distillation_loss")
     thresholds: Literal["f1"] | None = None  # as `evaluate` takes them
 
@@ -46,7 +40,6 @@ class ClassificationTraining(TaskTraining):
         super().__init__(settings)
         # Where hardly anything is trained there is nothing worth distributing.
         self.may_be_distributed = not (settings.lora or settings.freeze_backbone)
-        self.device_pipeline: DevicePipeline | None = None
 
     def open_data(self, accelerator: Accelerator) -> list[str]:
         settings = self.settings
@@ -55,14 +48,11 @@ class ClassificationTraining(TaskTraining):
         judge(self.datasets, skip_limit(settings.max_skipped), channels_of_run(settings))
         self.label_names = labels_in_model_order(settings, self.datasets["train"].label_names)
         self.rare = rare_classes(settings, self.datasets["train"], self.label_names)
-        self.epochs_vary = self.rare.repeats is not None
+        self.repeats = self.rare.repeats
+        self.epochs_vary = self.repeats is not None
         if text := str(self.rare):
             accelerator.print(text)
         return self.label_names
-
-    @property
-    def num_examples(self) -> int | None:
-        return self.datasets["train"].num_examples
 
     def make_model(self, accelerator: Accelerator, memory_format: torch.memory_format) -> tuple[PreTrainedModel, Any]:
         settings = self.settings
@@ -91,46 +81,6 @@ class ClassificationTraining(TaskTraining):
         weights = None if weights is None else torch.tensor(weights, device=device)
         return RareClassLoss(weights, settings.focal_gamma, settings.label_smoothing)
 
-    def make_loaders(self, accelerator: Accelerator, model: PreTrainedModel, processor: Any) -> tuple[Any, Any | None]:
-        """As `TaskTraining.make_loaders`, with the labels numbered as the model does.
-
-        Raises:
-            UserError: the device cannot do what `device_preprocessing` gives it to do.
-        """
-        settings, label2id = self.settings, model.config.label2id
-        common = {
-            **loader_arguments(settings, accelerator),
-            "seed": settings.seed,
-            "max_skipped_shards": settings.max_skipped_shards,
-        }
-        images = align_labels(self.datasets["train"], label2id)
-        preprocessing = choose_preprocessing(
-            settings, images, processor, accelerator, common["num_workers"], self.choices.get("device_preprocessing")
-        )
-        self.choices["device_preprocessing"] = list(preprocessing)
-        pipeline = make_pipeline(settings, processor, accelerator.device, preprocessing)
-        self.device_pipeline = pipeline["finish"]
-        training = make_loader(
-            images,
-            batch_size=settings.per_device_train_batch_size,
-            training=True,
-            shuffle_buffer_size=settings.shuffle_buffer_size,
-            repeats=self.rare.repeats,
-            **pipeline,
-            **common,
-        )
-        if "validation" not in self.datasets:
-            return training, None
-        evaluation = make_loader(
-            align_labels(self.datasets["validation"], label2id, subset=True),
-            transform := EvalTransform(processor),
-            batch_size=settings.per_device_eval_batch_size,
-            training=False,
-            batches=batches_of(transform),
-            **common,
-        )
-        return training, evaluation
-
     def trained_module(self, model: PreTrainedModel) -> nn.Module:
         return LinearProbe(model) if self.settings.freeze_backbone else model
 
@@ -146,17 +96,6 @@ class ClassificationTraining(TaskTraining):
         teacher = {"teacher": self.teacher.fingerprint()} if self.teacher else {}
         chosen = {name: getattr(self.settings, name) for name in names}
         return {**teacher, **chosen, **self.settings.rare_class_choices()}
-
-    def describe_images(self, processor: Any) -> str:
-        sides = "".join(f", {side}x{side} from epoch {epoch + 1}" for epoch, side in self.settings.training_sides())
-        return f"at {'x'.join(map(str, input_size(processor)))}{sides}"
-
-    def figures(self) -> dict[str, Any]:
-        """Of a run whose device decodes, how many images the CPU had to, since it was started last."""
-        pipeline = self.device_pipeline
-        if pipeline is None or pipeline.preprocessing.mode != "decode":
-            return {}
-        return {"images_decoded_by_cpu": sum(gather_object([pipeline.decoded_by_cpu]))}
 
     def losses(self, run: Run, batch: dict[str, Any]) -> list[torch.Tensor]:
         """With a teacher the parts are the labels' loss and the teacher's."""
@@ -202,9 +141,6 @@ class ClassificationTraining(TaskTraining):
             should_stop=run.stop.check,
         )
         return named_results(results, self.label_names), results if final else None
-
-    def describe(self, results: dict[str, Any]) -> str:
-        return describe_results(results, TASKS[self.settings.task], self.settings.metric_for_best_model)
 
     def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
         draw_results(folder, TASKS[self.settings.task], shown, self.label_names)

@@ -58,17 +58,17 @@ def binary_distillation_loss(
 
 
 class Teacher:
-    """A trained classifier that says what it thinks of a batch which was prepared for another model.
+    """A trained model that says what it thinks of a batch which was prepared for another model.
 
     It gets the same images, augmented and mixed: their normalisation is undone and its own applied, and they are
     resized (bilinear, antialiased) if its own image processor makes another size. It is in evaluation mode, without
     gradients, in the device's precision as accelerate sets it, and part of no checkpoint.
 
     Args:
-        model: a classifier of transformers, of timm's through TimmWrapper.
+        model: of transformers, of timm's through TimmWrapper; here a classifier.
         processor: its image processor; its colours must be an affine function of the image's.
         student_processor: that which the batches are prepared for.
-        order: for each of the student's labels the number of it among the teacher's.
+        order: for each of the student's labels the number of it among the teacher's; empty if they are the same.
 
     Calling it with pixel values (batch, 3, height, width) returns float32 logits (batch, labels), the labels in the
     student's order.
@@ -82,9 +82,9 @@ class Teacher:
         model: nn.Module,
         processor: Any,
         student_processor: Any,
-        order: Sequence[int],
         accelerator: Accelerator,
         memory_format: torch.memory_format = torch.contiguous_format,
+        order: Sequence[int] = (),
     ):
         device = accelerator.device
         # Stored in half precision, it computes in that only where the run does.
@@ -217,4 +217,4 @@ def load_teacher(
         )
     learnt = [model.config.id2label[index] for index in range(model.config.num_labels)]
     order = places_of_labels(learnt, label_names, name)
-    return Teacher(model, processor, student_processor, order, accelerator, memory_format)
+    return Teacher(model, processor, student_processor, accelerator, memory_format, order)

@@ -13,12 +13,20 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ..configuration_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
 from ..data.classes import class_key
 from ..foundation.errors import UserError, one_line
-from ..foundation.loading import belongs_to_head, load_checkpoint, load_config, load_processor, looks_like_checkpoint
+from ..foundation.loading import (
+    belongs_to_head,
+    is_pooler,
+    load_checkpoint,
+    load_config,
+    load_encoder,
+    load_processor,
+    looks_like_checkpoint,
+)
 from ..foundation.names import first_few
 from ..foundation.settings import check_names
-from ..foundation.tasks import TASKS, task_of_problem
+from ..foundation.tasks import HEADLESS, TASKS, task_of_config, task_of_problem
 from ..image_processing_poolformer import PoolFormerImageProcessor
-from ..settings.classification import ClassificationSettings
+from ..settings.classification import ClassificationSettings, FeatureDistillationSettings
 from ..settings.training import TrainingSettings
 from ..token_mixers import FixedTokens
 from .channels import adapt_stem, in_channels
@@ -48,17 +56,46 @@ def initial_model(settings: ClassificationSettings, label_names: Sequence[str]) 
         fields = {**labels, **head_fields(settings)}
         model, processor, trained_head = from_scratch(settings, fields), processor_of_architecture(settings), False
     check_head_dropout(model.config, settings.head_dropout)
+    if settings.num_channels:
+        model, processor = adapt_stem(model, settings.num_channels), in_channels(processor, settings.num_channels)
+    prepare(model, processor, settings)
+    return model, processor, trained_head
+
+
+def initial_encoder(settings: FeatureDistillationSettings) -> tuple[PreTrainedModel, Any]:
+    """The model of a run that learns no labels, without a head, and its image processor.
+
+    Raises:
+        UserError: the checkpoint does not fit and `ignore_mismatched_sizes` is off; unknown names or overrides.
+    """
+    if settings.model_name_or_path:
+        name, origin = settings.model_name_or_path, settings.origin()
+        overrides = overrides_of(settings, load_config(name, origin, "an image encoder"))
+        model, processor, fresh = load_encoder(name, origin, **overrides)
+        check_shape(name, [weight for weight in fresh if not is_pooler(weight)], settings)
+        model.config.num_labels = 0
+    else:
+        model, processor = from_scratch(settings, both_ways([])), processor_of_architecture(settings)
+    prepare(model, processor, settings)
+    return model, processor
+
+
+def prepare(
+    model: PreTrainedModel, processor: Any, settings: ClassificationSettings | FeatureDistillationSettings
+) -> None:
+    """Brings a model and its processor to the size of the images, and to compute as the settings say.
+
+    Raises:
+        UserError: the sizes of the images are to change, and the architecture knows one only.
+    """
     if settings.size_schedule and any(isinstance(layer, FixedTokens) for layer in model.modules()):
         raise UserError(
             "--size_schedule: this architecture mixes a fixed number of tokens, so it knows one size only."
         )
-    if settings.num_channels:
-        model, processor = adapt_stem(model, settings.num_channels), in_channels(processor, settings.num_channels)
     if settings.image_size:
         set_image_size(processor, settings.image_size)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
-    return model, processor, trained_head
 
 
 def both_ways(names: Sequence[str]) -> dict[str, Any]:
@@ -113,8 +150,8 @@ def check_head_dropout(config: PreTrainedConfig, rate: float | None) -> None:
         )
 
 
-def processor_of_architecture(settings: ClassificationSettings) -> Any:
-    """The image processor of a classifier that is trained from scratch."""
+def processor_of_architecture(settings: ClassificationSettings | FeatureDistillationSettings) -> Any:
+    """The image processor of a model of images that is trained from scratch."""
     name, variant = settings.config_name, VARIANTS.get(settings.config_name)
     if variant is None:
         return load_processor(name, settings.origin_of_others())
@@ -141,15 +178,15 @@ def from_checkpoint(
     overrides = overrides_of(settings, before) | head_fields(settings)
     model, processor, fresh = load_checkpoint(name, origin, **overrides, **labels)
     model.float()  # stored in half precision it would be trained in that: small steps would round to nothing
+    headless = task_of_config(before, headless=True) in HEADLESS
+    # An encoder has no final norm either, which is a classifier's.
     body = [weight for weight in fresh if not belongs_to_head(weight, model)]
-    if body and not settings.ignore_mismatched_sizes:
-        raise UserError(
-            f"the checkpoint {name} has another shape than the model asked for: {body[0]} and "
-            f"{len(body) - 1} more weights do not fit. Change --config_overrides, or give --ignore_mismatched_sizes "
-            "to start those afresh."
-        )
+    check_shape(name, [weight for weight in body if not (headless and is_final_norm(weight, model))], settings)
     if getattr(model.config, "label_thresholds", None) is not None:
         model.config.label_thresholds = None  # of the model as it was
+    if headless:
+        logger.warning("New head: the checkpoint is an encoder, without one.")
+        return model, processor, False
     trained_for, learnt = task_of_problem(before.problem_type), learnt_labels(before)
     same_task = trained_for.problem_type == labels["problem_type"]
     if same_task and learnt == names:
@@ -169,6 +206,27 @@ def from_checkpoint(
     else:
         logger.warning("New head: the checkpoint is for %s, this run for %s.", trained_for.name, settings.task)
     return model, processor, False
+
+
+def check_shape(name: str, fresh: Sequence[str], settings: TrainingSettings) -> None:
+    """
+    Args:
+        fresh: weights that did not come from the checkpoint, and should have.
+
+    Raises:
+        UserError: there are any, and `ignore_mismatched_sizes` is off.
+    """
+    if fresh and not settings.ignore_mismatched_sizes:
+        raise UserError(
+            f"the checkpoint {name} has another shape than the model asked for: {fresh[0]} and "
+            f"{len(fresh) - 1} more weights do not fit. Change --config_overrides, or give --ignore_mismatched_sizes "
+            "to start those afresh."
+        )
+
+
+def is_final_norm(weight: str, model: PreTrainedModel) -> bool:
+    """Whether a weight lies between an encoder and the head that labels need."""
+    return not weight.startswith(f"{model.base_model_prefix}.")
 
 
 def labels_in_model_order(settings: TrainingSettings, dataset_names: Sequence[str]) -> list[str]:

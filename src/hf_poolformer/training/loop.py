@@ -188,9 +188,10 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
     )
     reports = Reports(asked, accelerator, None if resume_from is None else progress.step)
     noun = TASKS[settings.task].outputs[len(label_names) != 1]
+    answers = f"{len(label_names)} {noun}, " if label_names else ""
     rate = "to be found" if to_be_found else f"{learning_rate:.2e}"
     accelerator.print(
-        f"{settings.task}: {describe_parameters(model)}, {len(label_names)} {noun}, "
+        f"{settings.task}: {describe_parameters(model)}, {answers}"
         f"{task.num_examples or 'unknown number of'} training images {task.describe_images(processor)}, "
         f"{total_steps} steps of {global_batch} images, learning rate {rate}, "
         f"{accelerator.num_processes} x {accelerator.device.type}."

@@ -48,7 +48,7 @@ class TaskTraining(ABC):
         """Opens the data undecoded, says what was understood of it and refuses what cannot be meant.
 
         Returns:
-            the names of the classes in the order of the model to be.
+            the names of the classes in the order of the model to be; none where images have no labels.
         """
 
     @property
