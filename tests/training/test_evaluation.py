@@ -19,6 +19,7 @@ from hf_poolformer.evaluation.classification import evaluate, evaluate_checkpoin
 from hf_poolformer.evaluation.pictures import write_confusion_matrix, write_label_figures, write_scatter
 from hf_poolformer.evaluation.processes import named_results
 from hf_poolformer.evaluation.settings import EvaluationSettings
+from hf_poolformer.evaluation.shared_metrics import TaskFigures
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.foundation.strict_json import to_json
 from hf_poolformer.foundation.tasks import CLASSIFICATION, MULTI_LABEL, REGRESSION, TASKS
@@ -278,3 +279,26 @@ def test_checkpoints_of_several_labels_and_of_numbers(checkpoint, poolformer_con
         assert found == pytest.approx(dict(zip(names, errors.mean(0), strict=True)), rel=1e-5)
         assert f"MAE {results['eval_mae']:.4g} (" in line and "scatter.png" in line
     assert results["task"] == task and (tmp_path / "out" / TASKS[task].judge.picture).stat().st_size > 5000
+
+
+@pytest.mark.parametrize("task", [CLASSIFICATION, MULTI_LABEL, REGRESSION])
+def test_figures_are_a_metric_of_the_library_evaluate(task):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(40, 4)).astype(np.float32)
+    labels = {
+        CLASSIFICATION: rng.integers(0, 4, 40),
+        MULTI_LABEL: rng.integers(0, 2, (40, 4)).astype(np.float32),
+        REGRESSION: rng.normal(size=(40, 4)).astype(np.float32),
+    }[task]
+    metric = TaskFigures(4, task)
+    found = metric.compute(predictions=logits, references=labels)
+    for start in range(0, 40, 16):  # anew, in batches
+        metric.add_batch(predictions=logits[start : start + 16], references=labels[start : start + 16])
+    again = metric.compute()
+    assert found.keys() == again.keys() and all(np.array_equal(found[name], again[name]) for name in found)
+    if task == CLASSIFICATION:
+        assert found["eval_accuracy"] == accuracy_score(labels, logits.argmax(1))
+    elif task == MULTI_LABEL:
+        assert found["eval_exact_match"] == accuracy_score(labels, logits >= 0)
+    else:
+        assert found["eval_mae"] == pytest.approx(np.abs(logits - labels).mean(), rel=1e-5)
