@@ -264,6 +264,7 @@ def test_the_readme_s_python_runs(tmp_path, poolformer_config):
     assert done.stdout.startswith("LABEL_")
 
 
+@pytest.mark.slow
 def test_the_mixer_of_the_pages_works(tmp_path):
     mixer, _ = blocks(PAGES["docs/extend.md"], "python")
     done = run(mixer + "assert model(torch.randn(2, 3, 64, 64)).logits.shape == (2, 10)\n", tmp_path)

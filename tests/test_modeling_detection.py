@@ -687,6 +687,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_stay_the_same(tmp_path, run_python):
     launch = """
 import sys

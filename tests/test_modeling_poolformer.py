@@ -333,6 +333,11 @@ def test_backbone_takes_the_weights_of_a_classifier(poolformer_config, scramble,
 # --- PyTorch's and transformers' machinery ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "config",  # the baseline has four of the mixers
+    ["poolformer", "baseline", *(pytest.param(name, marks=pytest.mark.slow) for name in TOKEN_MIXERS)],
+    indirect=True,
+)
 def test_compiles_to_one_graph_forward_and_backward(config, scramble):
     torch.compiler.reset()  # each case compiles the same functions for another model
     model = scramble(classifier(config))

@@ -57,6 +57,7 @@ def test_help_names_the_commands(capsys):
     assert set(command.COMMANDS) <= set(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_a_selection_of_everything(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("hf_poolformer.benchmark.run.SIZES", ((64, 48), (96, 64)))
     prefix = tmp_path / "benchmarks" / "cpu"

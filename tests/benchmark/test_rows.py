@@ -36,8 +36,15 @@ def compare(case: Case, *patterns: str):
     return {result.name: result for result in runner().compare(case, choose_rows(case, patterns)).results}
 
 
-@pytest.mark.parametrize("mode", ["infer", "train"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "mode"),
+    [
+        ("float32", "infer"),
+        ("bfloat16", "train"),
+        pytest.param("float32", "train", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "infer", marks=pytest.mark.slow),
+    ],
+)
 def test_every_uncompiled_contestant_passes_the_gate(mode, dtype):
     results = compare(tiny(mode, dtype=dtype), "ours reference", "ours fused", "*eager*", "onnxruntime", "OpenVINO")
     for name in ("ours reference", "ours fused", "built-in eager", "built-in eager NCHW", "timm eager"):

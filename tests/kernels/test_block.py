@@ -33,7 +33,7 @@ FAMILIES = {
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(values, id=name, marks=[pytest.mark.slow] * (name in ("other", "convformer")))
+        pytest.param(values, id=name, marks=[pytest.mark.slow] * (name in ("other", "convformer", "v2")))
         for name, values in FAMILIES.items()
     ],
 )

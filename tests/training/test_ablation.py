@@ -64,6 +64,7 @@ def test_summary_over_seeds():
     assert (no_norm["accuracy"], no_norm["diverged"], no_norm["paper_imagenet"]) == (None, 1, 46.1)
 
 
+@pytest.mark.slow
 def test_script_writes_table_and_plot_and_does_not_train_twice(digits, tmp_path):
     command = [sys.executable, SCRIPT, "--rows", "baseline", "no_mlp", "--recipe", "demo", "--dataset_name", digits]
     command += ["--output_dir", tmp_path, "--max_train_steps", "2", "--num_workers", "0", "--config_overrides", TINY]

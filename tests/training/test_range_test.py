@@ -61,6 +61,7 @@ def test_the_run_is_the_one_that_is_given_the_number(make_settings, tmp_path, sh
     assert f"`learning_rate` | auto: {rate}" in (tmp_path / "auto/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_what_it_chooses_learns(make_settings, tmp_path, capsys):
     """Better than a rate far below, on the same budget."""
     changes = {"num_train_epochs": 3, "label_smoothing": 0.0}

@@ -58,7 +58,7 @@ def test_two_processes_train_and_evaluate_exactly(flags, digits, tmp_path):
         assert next(bounds) == pytest.approx(next(bounds), rel=0.05), name
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm_saves_and_the_printed_command_goes_on(flags, tmp_path, processes):
     launcher = [*LAUNCH, "--num_processes", "2", "--cpu", "--main_process_port", "0"] if processes > 1 else []
     command = [*(launcher or [sys.executable]), str(ROOT / "scripts/train.py"), *flags]

@@ -77,6 +77,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_a_fault_that_one_process_meets_ends_all_and_leaves_the_model(make_settings, late_damage, tmp_path):
     """Two broken images of one shard, which one process reads, in its evaluation."""
     (tmp_path / "unseen.py").write_text(UNSEEN)
@@ -90,6 +91,7 @@ def test_a_fault_that_one_process_meets_ends_all_and_leaves_the_model(make_setti
     assert load_file(tmp_path / "run/model.safetensors")
 
 
+@pytest.mark.slow
 def test_other_precision_workers_and_device_layout(make_settings, tmp_path):
     settings = make_settings("object-detection", max_train_steps=2, num_workers=2, mixed_precision="bf16")
     settings.save(tmp_path / "settings.yaml")
