@@ -595,7 +595,15 @@ def test_subclasses_of_tensors_and_modes_take_plain_pytorch(model, monkeypatch):
     assert called == []
 
 
-@pytest.mark.parametrize("kernels", ["auto", pytest.param("cpu", marks=pytest.mark.slow)])
+def test_compiled_models_in_a_process_of_their_own(run_python):
+    """Behind some other tests in one process a compiled model missed a change, twice; which ones is not known yet."""
+    arguments = ("-q", "-m", "slow", "-k", "auto", f"{__file__}::test_changes_after_compilation")
+    done = run_python("import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", *arguments)
+    assert "1 passed" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["auto", "cpu"])
 def test_changes_after_compilation(kernels, model, monkeypatch, relative_error):
     monkeypatch.setenv("HF_POOLFORMER_KERNELS", kernels)
     torch.compiler.reset()

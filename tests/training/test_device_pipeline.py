@@ -26,7 +26,7 @@ from hf_poolformer.data.decoding import BrokenImage, EncodedImage, decode_image
 from hf_poolformer.data.loader import make_loader
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.settings.training import TrainingSettings
-from hf_poolformer.training import classification, device_choice, jpeg_decoders
+from hf_poolformer.training import device_choice, images, jpeg_decoders
 from hf_poolformer.training.augmentation import Box, Draws, ExampleHeader, TrainTransform
 from hf_poolformer.training.device_choice import Rates, choose, possible_ways
 from hf_poolformer.training.device_pipeline import (
@@ -261,7 +261,7 @@ def test_a_batch_crosses_in_one_tensor_of_8_bits(make_settings, processor, monke
     accelerator = Accelerator(cpu=True)
     task.open_data(accelerator)
     for way in (NO, AUGMENT):
-        monkeypatch.setattr(classification, "choose_preprocessing", lambda *_, way=way: way)
+        monkeypatch.setattr(images, "choose_preprocessing", lambda *_, way=way: way)
         loader, _ = task.make_loaders(accelerator, *task.make_model(accelerator, torch.channels_last))
         finish, messages = loader.finish, []
         loader.finish = lambda message, finish=finish, messages=messages: messages.append(message) or finish(message)
