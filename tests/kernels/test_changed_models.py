@@ -595,30 +595,25 @@ def test_subclasses_of_tensors_and_modes_take_plain_pytorch(model, monkeypatch):
     assert called == []
 
 
-def test_compiled_models_in_a_process_of_their_own(run_python):
-    """Behind some other tests in one process a compiled model missed a change, twice; which ones is not known yet."""
-    arguments = ("-q", "-m", "slow", "-k", "auto", f"{__file__}::test_changes_after_compilation")
-    done = run_python("import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", *arguments)
-    assert "1 passed" in done.stdout
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["auto", "cpu"])
 def test_changes_after_compilation(kernels, model, monkeypatch, relative_error):
     monkeypatch.setenv("HF_POOLFORMER_KERNELS", kernels)
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    # Past its limit of 8 recompilations a compiled model runs as plain PyTorch, which proves nothing. And PyTorch looks
+    # for hooks that came after the compilation only when asked to.
+    settings = torch._dynamo.config.patch(recompile_limit=64, skip_nnmodule_hook_guards=False)
+    compiled = settings(torch.compile(model, backend="aot_eager"))
     pixel_values = torch.randn(2, 3, 24, 20)
     block = model.metaformer.encoder.block[0][0]
-    for change in (
-        lambda: None,
-        lambda: setattr(block.output, "act_fn", nn.ReLU()),
-        lambda: setattr(block.token_mixer.pool, "count_include_pad", True),
-        lambda: setattr(block.after_norm, "num_groups", 2),
-        lambda: setattr(block, "layer_scale_2", None),
-        lambda: with_hook(block.output.conv2),
-    ):
+    for name, change in {
+        "nothing": lambda: None,
+        "another activation": lambda: setattr(block.output, "act_fn", nn.ReLU()),
+        "the average counts padding": lambda: setattr(block.token_mixer.pool, "count_include_pad", True),
+        "groups": lambda: setattr(block.after_norm, "num_groups", 2),
+        "no layer scale": lambda: setattr(block, "layer_scale_2", None),
+        "a hook": lambda: with_hook(block.output.conv2),
+    }.items():
         change()
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
-                assert relative_error(compiled(pixel_values).logits, model(pixel_values).logits) < CLOSE
+                assert relative_error(compiled(pixel_values).logits, model(pixel_values).logits) < CLOSE, name
