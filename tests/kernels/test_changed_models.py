@@ -599,8 +599,8 @@ def test_subclasses_of_tensors_and_modes_take_plain_pytorch(model, monkeypatch):
 def test_changes_after_compilation(kernels, model, monkeypatch, relative_error):
     monkeypatch.setenv("HF_POOLFORMER_KERNELS", kernels)
     torch.compiler.reset()
-    # Past its limit of 8 recompilations a compiled model runs as plain PyTorch, which proves nothing. And PyTorch looks
-    # for hooks that came after the compilation only when asked to.
+    # Past its limit of 8 recompilations a compiled model runs as plain PyTorch, which proves nothing;
+    # and hooks that came after the compilation are looked for only when asked to.
     settings = torch._dynamo.config.patch(recompile_limit=64, skip_nnmodule_hook_guards=False)
     compiled = settings(torch.compile(model, backend="aot_eager"))
     pixel_values = torch.randn(2, 3, 24, 20)

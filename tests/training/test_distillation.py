@@ -220,6 +220,11 @@ def test_a_teacher_of_timm(make_settings, tmp_path):
     TimmWrapperForImageClassification(config).save_pretrained(tmp_path / "timm")
     results = train(make_settings(teacher=str(tmp_path / "timm"), max_train_steps=2, per_device_train_batch_size=8))
     assert results["step"] == 2
+    # Its image processor says nothing that augmentation could go by.
+    settings = dict.fromkeys(["config_name", "config_overrides", "drop_path_rate"])
+    settings |= {"model_name_or_path": str(tmp_path / "timm"), "output_dir": str(tmp_path / "other")}
+    with pytest.raises(UserError, match=r"a TimmWrapperImageProcessor, does not say its size.*hf-poolformer convert"):
+        train(make_settings(**settings))
 
 
 @pytest.mark.parametrize(

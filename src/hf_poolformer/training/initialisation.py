@@ -86,8 +86,16 @@ def prepare(
     """Brings a model and its processor to the size of the images, and to compute as the settings say.
 
     Raises:
-        UserError: the sizes of the images are to change, and the architecture knows one only.
+        UserError: the sizes of the images are to change, and the architecture knows one only; or an image processor
+            that does not say what it does, as timm's through transformers, so that augmentation cannot do the same.
     """
+    if missing := [name for name in ("size", "image_mean", "image_std") if getattr(processor, name, None) is None]:
+        raise UserError(
+            f"{settings.model_name_or_path or settings.config_name}: its image processor, a "
+            f"{type(processor).__name__}, does not say its {missing[0]}, so images for training cannot be made as it "
+            "would make them. Such a model can be a --teacher, and be evaluated; to train one of timm's PoolFormers "
+            "and MetaFormers, bring it into this package's form: hf-poolformer convert."
+        )
     if settings.size_schedule and any(isinstance(layer, FixedTokens) for layer in model.modules()):
         raise UserError(
             "--size_schedule: this architecture mixes a fixed number of tokens, so it knows one size only."
