@@ -57,6 +57,15 @@ def natural(height, width):
     return Image.fromarray((255 * total).astype(np.uint8))
 
 
+@pytest.mark.parametrize(("left_right", "top_bottom"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_flips(processor, left_right, top_bottom):
+    image = natural(32, 32)
+    still = dict.fromkeys(["affine_degrees", "affine_translate", "affine_scale"], 0.0)
+    plain = transform("demo", processor, **still)(image)
+    flipped = transform("demo", processor, **still, horizontal_flip=left_right, vertical_flip=top_bottom)(image)
+    assert torch.equal(flipped, plain.flip([-1] * bool(left_right) + [-2] * bool(top_bottom)))
+
+
 @pytest.mark.parametrize(
     ("crop", "expected"),
     [

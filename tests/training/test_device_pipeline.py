@@ -424,6 +424,7 @@ def test_a_run_that_augments_on_the_device(make_settings, tmp_path):
     run = make_settings(
         crop_min_scale=0.5,
         horizontal_flip=0.5,
+        vertical_flip=0.5,
         rand_augment_magnitude=9.0,
         random_erasing=0.5,
         mixup_alpha=0.8,

@@ -33,6 +33,7 @@ SETTINGS = {
     "logging_steps": 1,
     "shuffle_buffer_size": 40,
     "horizontal_flip": 0.5,
+    "vertical_flip": 0.5,
     "crop_min_scale": 0.5,
     "rand_augment_magnitude": 9.0,
     "random_erasing": 0.5,

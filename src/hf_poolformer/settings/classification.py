@@ -30,6 +30,13 @@ class AugmentationSettings:
         0.35, "Smallest part of the image's area that a random crop takes; 1: no crop.", low=0.01, high=1, shown=True
     )
     horizontal_flip: float = setting(0.5, "Probability of a horizontal flip.", low=0, high=1, shown=True)
+    vertical_flip: float = setting(
+        0.0,
+        "Probability of a vertical flip, for images that have no top: from above, of cells.",
+        low=0,
+        high=1,
+        shown=True,
+    )
     affine_degrees: float = setting(0.0, "Random rotation up to this many degrees.", low=0, high=180, shown=True)
     affine_translate: float = setting(0.0, "Random shift up to this part of the side.", low=0, high=1, shown=True)
     affine_scale: float = setting(0.0, "Random zoom by up to this part, in or out.", low=0, high=0.9, shown=True)

@@ -63,6 +63,7 @@ class Draws:
     Attributes:
         crop: in the upright image; None: the centre.
         bicubic: how the crop is resized; otherwise bilinear.
+        flip, upside_down: mirrored left to right, top to bottom.
         affine: the random affine movement.
         operations: those of RandAugment.
         erased: rectangle of noise in the example, None for none.
@@ -72,6 +73,7 @@ class Draws:
     crop: Box | None = None
     bicubic: bool = True
     flip: bool = False
+    upside_down: bool = False
     affine: Affine | None = None
     operations: Sequence[DrawnOperation] = ()
     erased: Box | None = None
@@ -203,7 +205,8 @@ class TrainTransform:
             for values in (1 / (255 * std), -mean / std)
         )
         self.reduced_decoding = settings.reduced_decoding
-        self.horizontal_flip, self.random_erasing = settings.horizontal_flip, settings.random_erasing
+        self.horizontal_flip, self.vertical_flip = settings.horizontal_flip, settings.vertical_flip
+        self.random_erasing = settings.random_erasing
         self.crop_min_scale = settings.crop_min_scale
         self.random_affine = self.rand_augment = None
         if settings.affine_degrees or settings.affine_translate or settings.affine_scale:
@@ -269,6 +272,7 @@ class TrainTransform:
             crop = draw_crop(height, width, self.crop_min_scale)
             bicubic = chance(0.5)  # timm's `interpolation="random"`
         flip = bool(self.horizontal_flip) and chance(self.horizontal_flip)
+        upside_down = bool(self.vertical_flip) and chance(self.vertical_flip)
         affine = None
         if self.random_affine is not None:
             affine = Affine(**self.random_affine.make_params([_sized(self.height, self.width)]))
@@ -276,7 +280,7 @@ class TrainTransform:
         erased, noise = None, 0
         if self.random_erasing and chance(self.random_erasing):
             erased, noise = draw_erased(self.height, self.width), random.getrandbits(31)
-        return Draws(crop, bicubic, flip, affine, operations, erased, noise)
+        return Draws(crop, bicubic, flip, upside_down, affine, operations, erased, noise)
 
     def decode_crop(self, image: EncodedImage, draws: Draws) -> torch.Tensor:
         """As `crop`, of an image that is still encoded."""
@@ -325,12 +329,12 @@ class TrainTransform:
         same, with their channels last in memory."""
         pixels, steps = images.permute(0, 2, 3, 1).contiguous(), [self.steps(one) for one in draws]
         if images.device.type != "cpu":
-            pixels = apply_together(pixels, steps, [one.flip for one in draws])
+            pixels = apply_together(pixels, steps, [one.flip for one in draws], [one.upside_down for one in draws])
         else:
             results = []
             for one, these, image in zip(draws, steps, pixels, strict=True):
-                if one.flip:
-                    image = image.permute(2, 0, 1).flip(-1).permute(1, 2, 0)
+                if axes := [-1] * one.flip + [-2] * one.upside_down:
+                    image = image.permute(2, 0, 1).flip(axes).permute(1, 2, 0)
                 results.append(torch.from_numpy(apply_each(image.numpy(), these)) if these else image)
             pixels = torch.stack(results)
         return pixels.permute(0, 3, 1, 2)

@@ -174,21 +174,25 @@ def apply_each(pixels: np.ndarray, steps: Sequence[Step]) -> np.ndarray:
 
 
 def apply_together(
-    pixels: torch.Tensor, steps: Sequence[Sequence[Step]], flipped: Sequence[bool] | None = None
+    pixels: torch.Tensor,
+    steps: Sequence[Sequence[Step]],
+    flipped: Sequence[bool] = (),
+    upside_down: Sequence[bool] = (),
 ) -> torch.Tensor:
     """A batch, uint8 (B, H, W, 3), on any device: all first steps, then all second ones, each kind of them at once.
 
     Args:
-        flipped: which images are mirrored before.
+        flipped, upside_down: which images are mirrored before, left to right and top to bottom; none if empty.
     """
     height, width = pixels.shape[1:3]
     turns = []
     for index in range(max(map(len, steps), default=0)):
         turns.append(Turn([one[index] if index < len(one) else None for one in steps], height, width))
-    arrays = [np.asarray(flipped, dtype=bool)] if flipped is not None and any(flipped) else []
-    tensors = iter(upload([*arrays, *(array for turn in turns for array in turn.arrays())], pixels.device))
-    if arrays:
-        pixels = torch.where(next(tensors).view(-1, 1, 1, 1), pixels.flip(2), pixels)
+    mirrored = {axis: np.asarray(which, dtype=bool) for axis, which in ((2, flipped), (1, upside_down)) if any(which)}
+    arrays = [*mirrored.values(), *(array for turn in turns for array in turn.arrays())]
+    tensors = iter(upload(arrays, pixels.device))
+    for axis in mirrored:
+        pixels = torch.where(next(tensors).view(-1, 1, 1, 1), pixels.flip(axis), pixels)
     for turn in turns:
         pixels = turn.apply(pixels, tensors)
     return pixels
