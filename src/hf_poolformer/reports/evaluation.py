@@ -21,6 +21,7 @@ from ..evaluation.rows import read_rows
 from ..evaluation.settings import EvaluationSettings
 from ..foundation.files import put_in_place, write_json
 from ..foundation.names import first_few, printable
+from ..foundation.report_folder import FIGURES, PAGE, ROWS
 from ..foundation.tasks import TASKS
 from .material import Material, Told, bounds_text
 from .numbers import Numbers
@@ -30,10 +31,9 @@ from .several_labels import SeveralLabels
 from .slices import LEVEL, MOST_VALUES, Slice, slices_of
 
 
-PAGE, DATA = "report.html", "report.json"
 PARTS = {"class": OneLabel, "classes": SeveralLabels, "numbers": Numbers}
-# How many slices are on the page.
-LISTED_SLICES = 40
+# How many slices and broken images are on the page.
+LISTED_SLICES, LISTED_BROKEN = 40, 100
 
 
 def write_evaluation_report(
@@ -67,7 +67,7 @@ def write_evaluation_report(
     columns = {name: rows.table[name].to_pylist() for name in rows.about.get("slice_by") or ()}
     slices, left_out = slices_of(columns, parts.slice_figures, parts.faults)
     material.fetch(dataset, model, processor, parts.shown, parts.explained)
-    told = Told(settings.model, data_flags(settings), folder)
+    told = Told(settings.model, data_flags(settings), Path(settings.report or folder))
     findings = [*slice_findings(slices), *parts.findings()]
     commands = [*parts.commands(told), *commands_for_all(told, columns, dataset)]
     for name, table in parts.tables.items():
@@ -78,15 +78,16 @@ def write_evaluation_report(
         "labels": rows.label_names,
         "names": material.names,
         "images": len(rows),
-        "figures": results,
+        "figures": {name: value for name, value in results.items() if name.startswith("eval_")},
+        "broken": results.get("broken", []),
         "findings": findings,
         **parts.data(),
         "slices": [slice_data(part) for part in slices],
         "slice_values_left_out": left_out,
         "next": commands,
-        "rows": "images.parquet",
+        "rows": ROWS,
     }
-    write_json(folder / DATA, data)
+    write_json(folder / FIGURES, data)
     sections = [
         figure_section(material, parts),
         Section("What stands out", [Text("\n\n".join(findings) or "Nothing.")]),
@@ -95,6 +96,8 @@ def write_evaluation_report(
     ]
     if columns:
         sections.insert(-1, slice_section(slices, left_out, parts))
+    if results.get("broken"):
+        sections.append(broken_section(results["broken"]))
     sections.append(data_section(parts))
     name = printable(Path(settings.model).name or settings.model, 60)
     about = f"{rows.about.get('dataset')}, {rows.about.get('split')}: {len(rows):,} images"
@@ -207,6 +210,14 @@ def slice_section(slices: Sequence[Slice], left_out: Mapping[str, int], parts: A
         f"against all other images, and p is corrected (Holm) for the {len(slices)} slices: worse or better is said "
         f"below {LEVEL}, and what is above is within chance, however bad it looks.{missing}",
         "warning" if worse else "plain",
+    )
+
+
+def broken_section(broken: Sequence[Mapping[str, Any]]) -> Section:
+    shown = [[image["path"], image["error"]] for image in broken[:LISTED_BROKEN]]
+    caption = f"The first {len(shown)} of {len(broken):,}; all are in report.json." if len(broken) > len(shown) else ""
+    return Section(
+        "Images that could not be used", [Table(["image", "why"], shown, caption)], "No figure counts them.", "warning"
     )
 
 

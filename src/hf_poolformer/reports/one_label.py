@@ -315,8 +315,8 @@ class OneLabel:
             "Likely label errors",
             [Gallery(tiles, f"The first {len(tiles)} of {count:,}; all are in label_errors.parquet.")],
             f"{plural(count, 'image')} of {len(self.labels):,}, by confident learning (arXiv 1911.00068): the model "
-            "is as sure of another class as it usually is of that class, and surer than of the label. First come those "
-            "where the other class is most times as probable. Go down the list until the labels are right: further "
+            "is as sure of another class as it usually is of that class, and surer than of the label. First come "
+            "those where the other class is most times as probable. Go down until the labels are right: further "
             "down, it is the model that errs. It says nothing about images that the model has learned by heart, so "
             "evaluate on others.",
             "warning",
