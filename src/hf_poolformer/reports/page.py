@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 HERE = Path(__file__).parent
-# Characters of a cell or a line below an image; what is longer ends in an ellipsis.
-LONGEST = 240
+# Characters of a cell or a line below an image; of what is longer, the middle is left out. A path's end says most.
+LONGEST = 160
 # What stands for a missing figure.
 MISSING = "—"
 
@@ -172,7 +172,7 @@ def render(page: Page) -> str:
     charts = itertools.count(1)
     environment.filters |= {
         "kind": lambda part: type(part).__name__,
-        "line": lambda text: printable(text, LONGEST),
+        "line": line,
         "paragraphs": paragraphs,
         "cells": cells,
         "shares": shares,
@@ -195,12 +195,19 @@ def shown(value: Any) -> Any:
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
+def line(text: str) -> str:
+    """Text on one line, shortened where it is very long."""
+    text = printable(text)
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[: half - 1]} … {text[-half:]}"
+
+
 def paragraphs(text: str) -> list[str]:
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
 
 
 def cells(table: Table) -> list[list[dict[str, Any]]]:
-    """Of each cell its text, whether it stands in a column of numbers, and the value to sort by."""
+    """Of each cell its text, its classes (in a column of numbers, missing), and in such a column the value."""
     formats = table.formats or [""] * len(table.headings)
     columns = zip(*table.rows, strict=True) if table.rows else [[] for _ in formats]
     numeric = [all(value is None or is_number(value) for value in column) for column in columns]
@@ -208,8 +215,8 @@ def cells(table: Table) -> list[list[dict[str, Any]]]:
         [
             {
                 "text": cell_text(value, form),
-                "numeric": number,
-                "key": ("" if is_missing(value) else float(value)) if number else None,
+                "classes": " ".join(["number"] * number + ["missing"] * is_missing(value)),
+                "key": float(value) if number and not is_missing(value) else None,
             }
             for value, form, number in zip(row, formats, numeric, strict=True)
         ]
@@ -229,7 +236,7 @@ def cell_text(value: Any, form: str) -> str:
     if is_missing(value):
         return MISSING
     if not is_number(value):
-        return printable(str(value), LONGEST)
+        return line(str(value))
     return format(value, form or ("," if isinstance(value, numbers.Integral) else ".4g"))
 
 
