@@ -32,7 +32,7 @@ def test_many_discordant_images_are_tested_with_the_correction(only_a, only_b):
 def test_a_table_in_print():
     """Agresti, Categorical Data Analysis (2002), table 10.1: of 1600 people 150 approved only before, 86 only after.
 
-    There the difference is -0.04 with a standard error of 0.0095; so large a table has the same interval by any method.
+    The difference there is -0.04, with a standard error of 0.0095. So large a table has one interval by any method.
     """
     assert mcnemar(150, 86).p == pytest.approx(stats.chi2.sf(63**2 / 236, 1), rel=1e-9)
     assert newcombe(794, 150, 86, 570) == pytest.approx((-0.04 - 1.96 * 0.0095, -0.04 + 1.96 * 0.0095), abs=3e-4)
@@ -86,7 +86,7 @@ def test_a_model_against_itself(task):
         for one in paired if isinstance(paired, list) else [paired]:
             assert (one.difference, one.interval, one.p) == (0, (0, 0), 1)
             assert one.interval_a == one.interval_b
-            assert one.better(TASKS[task].figures[0]) is None
+            assert one.ahead(TASKS[task].figures[0]) is None
 
 
 @pytest.mark.parametrize("task", [CLASSIFICATION, MULTI_LABEL, REGRESSION])
@@ -97,10 +97,10 @@ def test_the_better_model_is_named(task):
         good = labels + 0.1 * (good - 4 * labels)
     a, b = columns_of(judge, labels, good, middling)
     found = paired_figures(judge, a, b)[figure.key]
-    assert found.better(figure) == "A" and found.p < 0.01
+    assert found.ahead(figure) == "A" and found.p < 0.01
     assert found.interval[0] < found.difference < found.interval[1]
     back = paired_figures(judge, b, a)[figure.key]
-    assert back.better(figure) == "B" and back.difference == -found.difference
+    assert back.ahead(figure) == "B" and back.difference == -found.difference
     assert back.interval == pytest.approx([-end for end in reversed(found.interval)])
     # Paired: narrower than two intervals by themselves would have it.
     widths = [high - low for low, high in (found.interval_a, found.interval_b)]

@@ -19,7 +19,7 @@ from ..foundation.tasks import Figure
 
 # Of fewer images that only one model gets right, McNemar's test is computed exactly.
 FEW = 25
-# Below this probability a difference is called significant.
+# Where a difference as large is less probable than this by chance, it is called significant.
 SIGNIFICANT = 0.05
 
 
@@ -105,9 +105,9 @@ class Paired:
     def difference(self) -> float:
         return self.b - self.a
 
-    def better(self, figure: Figure) -> str | None:
-        """Which model is significantly better, "A" or "B"; None where that may be chance."""
-        if self.p is None or self.p >= SIGNIFICANT or not self.difference:
+    def ahead(self, figure: Figure) -> str | None:
+        """The model whose figure is better, "A" or "B", be it by chance; None where they are equal."""
+        if not self.difference or math.isnan(self.difference):
             return None
         return "B" if (self.difference > 0) == (figure.better == "high") else "A"
 
