@@ -16,13 +16,19 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
     logging.basicConfig(format="%(message)s")
     settings = parse_comparison(argv, prog)
+    from ..foundation.processes import start_cpu_processes
+
+    start_cpu_processes()
     quieten()
+    from accelerate import PartialState
+
+    from ..foundation.report_folder import PAGE
     from ..reports.comparison_page import comparison_lines
-    from ..reports.comparison_run import REPORT, compare
+    from ..reports.comparison_run import compare
 
     comparison = compare(settings)
-    if settings.json:
-        print(to_json({**comparison.data(), "report": str(settings.folder / REPORT)}, indent=2))
-    else:
-        print("\n".join([*comparison_lines(comparison), f"Report: {settings.folder / REPORT}"]))
+    if PartialState().is_main_process:
+        report = settings.folder / PAGE
+        lines = [*comparison_lines(comparison), f"Report: {report}"]
+        print(to_json({**comparison.data(), "report": str(report)}, indent=2) if settings.json else "\n".join(lines))
     return WORSE if settings.fail_on == "worse" and comparison.better == "A" else 0

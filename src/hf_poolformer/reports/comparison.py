@@ -149,15 +149,15 @@ class Comparison:
             return np.bincount(labels, minlength=count).tolist()
         return labels.sum(0, dtype=np.int64).tolist() if self.pairs.task.reads == "classes" else [len(labels)] * count
 
-    def per_label(self) -> list[Figure]:
+    @cached_property
+    def label_figures(self) -> list[Figure]:
         """The figures of single labels, those that say most first."""
         figures = [figure for figure in self.pairs.task.per_class if figure.key in self.figures]
-        return sorted(figures, key=lambda figure: figure.metric not in ("recall", "mae"))
+        return sorted(figures, key=lambda figure: figure.metric not in ("average_precision", "recall", "mae"))
 
     def data(self) -> dict[str, Any]:
         """Everything that is found, for `report.json`."""
         pairs, about = self.pairs, self.pairs.rows.about
-        per_label = self.per_label()
         sides = [
             {"model": name, "missing_images": missing, **(asdict(cost) if cost else {})}
             for name, missing, cost in zip(self.names, (pairs.missing_a, pairs.missing_b), self.costs, strict=True)
@@ -182,7 +182,7 @@ class Comparison:
                 {
                     "label": name,
                     "images": self.samples[place],
-                    **{figure.key: figure_data(self.figures[figure.key][place]) for figure in per_label},
+                    **{figure.key: figure_data(self.figures[figure.key][place]) for figure in self.label_figures},
                 }
                 for place, name in enumerate(pairs.label_names)
             ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,6 +45,13 @@ def comparison_lines(comparison: Comparison) -> list[str]:
         )
     ]
     lines.append(verdict(comparison))
+    pairs = comparison.pairs
+    if pairs.task.reads != "numbers":
+        lines.append(f"Both give the same answer to {100 * comparison.agreement:.2f} % of the images.")
+    if pairs.missing_a or pairs.missing_b:
+        lines.append(
+            f"Left out: {pairs.missing_a:,} images that only B has answered, {pairs.missing_b:,} that only A has."
+        )
     if (ratio := speed_ratio(comparison.costs)) is not None:
         speeds = [f"{cost.images_per_second:.1f}" for cost in comparison.costs]
         lines.append(f"Speed: A {speeds[0]}, B {speeds[1]} images/s; B is {ratio:.2f} times as fast as A.")
@@ -59,33 +65,33 @@ def comparison_lines(comparison: Comparison) -> list[str]:
 
 def verdict(comparison: Comparison) -> str:
     """Which model is better, by how much, and how sure that is, in a few sentences."""
-    figure, main, pairs = comparison.main_figure, comparison.main, comparison.pairs
-    ahead = main.ahead(figure)
+    figure, main, ahead = comparison.main_figure, comparison.main, comparison.main.ahead(comparison.main_figure)
+    count, name = f"{len(comparison.pairs):,} images", name_of(figure)
     if ahead is None:
-        text = f"A and B are equal in {name_of(figure)} on {len(pairs):,} images"
+        text = f"A and B have the same {name} on {count}"
     else:
-        gap = difference_text(figure, abs(main.difference))
         word = "higher" if figure.better == "high" else "lower"
-        text = f"{ahead}'s {name_of(figure)} is {gap} {word} on {len(pairs):,} images"
+        whose = f"{ahead} is better: its" if comparison.better else f"{ahead}'s"
+        text = f"{whose} {name} is {gap_text(figure, abs(main.difference))} {word} on {count}"
     if main.interval is not None:
-        low, high = (difference_text(figure, end, sign=True) for end in main.interval)
-        text += f"; B less A: {difference_text(figure, main.difference, sign=True)}, 95 % interval {low} to {high}"
-    text += f". {test_text(comparison)}"
-    if comparison.better:
-        text += f" {comparison.better} is better."
-    elif ahead is not None:
-        text += " So small a difference may be chance."
-    return f"{text} They say the same of {comparison.agreement:.2%} of the images."
+        ends = sorted(main.interval if main.difference >= 0 else [-end for end in main.interval])
+        low, high = (gap_text(figure, end, unit=False) for end in ends)
+        text += f" (95 % interval {low} to {high})"
+    if ahead is not None and not comparison.better:
+        text += ", which may be chance"
+    return f"{text}. {test_text(comparison)}"
 
 
 def test_text(comparison: Comparison) -> str:
     test, p = comparison.test, comparison.p
-    if comparison.pairs.task.reads == "class":
-        return (
-            f"McNemar's test ({test.method}) of {test.only_a:,} images that only A gets right and {test.only_b:,} "
-            f"that only B does: {p_text(p)}."
-        )
-    return f"By the paired bootstrap {p_text(p)}." if p is not None else "There is no test of it."
+    if p is None:
+        return ""
+    if comparison.pairs.task.reads != "class":
+        return f"By the paired bootstrap, {p_text(p)}."
+    return (
+        f"Only A gets {test.only_a:,} of them right, only B {test.only_b:,}: {p_text(p)} by McNemar's test "
+        f"({test.method})."
+    )
 
 
 def p_text(p: float) -> str:
@@ -97,10 +103,10 @@ def name_of(figure: Figure) -> str:
     return figure.name[0].lower() + figure.name[1:] if figure.name[1:2].islower() else figure.name
 
 
-def difference_text(figure: Figure, value: float, sign: bool = False) -> str:
-    """Shares in percentage points."""
+def gap_text(figure: Figure, value: float, *, sign: bool = False, unit: bool = True) -> str:
+    """A difference between two models; of shares in percentage points."""
     plus = "+" if sign else ""
-    return f"{100 * value:{plus}.2f} points" if figure.share else f"{value:{plus}.4g}"
+    return f"{100 * value:{plus}.2f}{' points' * unit}" if figure.share else f"{value:{plus}.4g}"
 
 
 def comparison_page(comparison: Comparison, pictures: Mapping[int, Image.Image]) -> Page:
@@ -126,24 +132,28 @@ def comparison_page(comparison: Comparison, pictures: Mapping[int, Image.Image])
 
 def result_section(comparison: Comparison) -> Section:
     figure, main, pairs = comparison.main_figure, comparison.main, comparison.pairs
-    percent = partial(figure.text, percent=True)
-    facts = [
-        ("A", comparison.names[0]),
-        ("B", comparison.names[1]),
-        (f"{figure.name} of A", percent(main.a, main.interval_a)),
-        (f"{figure.name} of B", percent(main.b, main.interval_b)),
-        ("Difference, B less A", difference_text(figure, main.difference, sign=True)),
-        ("Same answer", f"{comparison.agreement:.2%}"),
+    facts = [(side, name) for side, name in zip("AB", comparison.names, strict=True)]
+    facts += [
+        (f"{figure.name}, {side}", figure.text(value, percent=True)) for side, value in (("A", main.a), ("B", main.b))
     ]
+    facts.append(("Difference, B less A", gap_text(figure, main.difference, sign=True)))
     if comparison.p is not None:
-        facts.append(("Chance of so large a difference between equal models", p_text(comparison.p)))
+        facts.append(("Chance of such a difference between equal models", p_text(comparison.p)))
+    if pairs.task.reads != "numbers":
+        facts.append(("Images with the same answer", f"{100 * comparison.agreement:.2f} %"))
     facts += [
         (f"Images left out, not answered by {side}", f"{missing:,}")
         for side, missing in (("A", pairs.missing_a), ("B", pairs.missing_b))
         if missing
     ]
+    intervals = [
+        f"{side}: {figure.text(value, interval, percent=True)}"
+        for side, value, interval in (("A", main.a, main.interval_a), ("B", main.b, main.interval_b))
+        if interval
+    ]
+    alone = f"By itself, each with its 95 % interval, {'; '.join(intervals)}." if intervals else ""
     level = {"A": "bad", "B": "good", None: "plain"}[comparison.better]
-    return Section("Which is better?", [Facts(facts), Text(verdict(comparison))], level=level)
+    return Section("Which is better?", [Facts(facts), Text(f"{verdict(comparison)}\n\n{alone}")], level=level)
 
 
 def figures_section(comparison: Comparison) -> Section:
@@ -157,7 +167,7 @@ def figures_section(comparison: Comparison) -> Section:
                 ]
                 for figure in comparison.shown_figures
             ],
-            "From and to: the 95 % interval of the difference. p: of the bootstrap.",
+            "With the 95 % interval of the difference, and p of the bootstrap, 0.002 at least.",
             ["", ".4f", ".4f", "+.4f", "+.4f", "+.4f", ".3f"],
         )
     ]
@@ -165,7 +175,7 @@ def figures_section(comparison: Comparison) -> Section:
         low, high = newcombe(table.both, table.only_a, table.only_b, table.neither)
         parts += [
             Table(
-                ["", "B right", "B wrong"],
+                ["images", "B right", "B wrong"],
                 [["A right", table.both, table.only_a], ["A wrong", table.only_b, table.neither]],
                 "Images that both models get right, one of them, and neither."
                 + (" Right is an image of which every label is." if comparison.pairs.task.reads == "classes" else ""),
@@ -290,23 +300,24 @@ def numbers_text(names: Sequence[str], values: np.ndarray) -> str:
 
 
 def labels_section(comparison: Comparison) -> Section:
-    pairs, figures = comparison.pairs, comparison.per_label()
-    first, *others = figures
+    pairs, (first, *others) = comparison.pairs, comparison.label_figures
+    second = [figure for figure in others if figure.metric in ("f1", "rmse")]
     what = pairs.task.outputs[0]
-    headings = [what, "images", f"{first.name} A", f"{first.name} B", "B less A", "from", "to"]
-    for figure in others:
-        headings += [f"{figure.name} A", f"{figure.name} B", f"{figure.name} B less A"]
+    headings = [what, "images"]
+    for figure in (first, *second):
+        headings += [f"{figure.name} A", f"{figure.name} B", "B less A", "from", "to"]
     rows = []
     for place, name in enumerate(pairs.label_names):
         cells: list[str | int | float | None] = [printable(name, LONGEST), comparison.samples[place]]
-        cells += numbers(comparison.figures[first.key][place])[:5]
-        for figure in others:
-            paired = comparison.figures[figure.key][place]
-            cells += [paired.a, paired.b, paired.difference]
+        for figure in (first, *second):
+            cells += numbers(comparison.figures[figure.key][place])[:-1]
         rows.append(cells)
     rows.sort(key=lambda cells: -abs(np.nan_to_num(cells[4])))
-    formats = ["", ",d", ".3f", ".3f", "+.3f", "+.3f", "+.3f", *([".3f", ".3f", "+.3f"] * len(others))]
-    intro = "The largest differences first. Of twenty that are none, one looks like one by chance."
+    formats = ["", ",d", *([".3f", ".3f", "+.3f", "+.3f", "+.3f"] * (1 + len(second)))]
+    intro = (
+        "The largest differences first, with 95 % intervals. Where nothing differs, one interval of twenty leaves "
+        "out zero by chance."
+    )
     return Section(f"By {what}", [Table(headings, rows, formats=formats)], intro)
 
 
@@ -322,48 +333,26 @@ def mistakes_section(comparison: Comparison) -> list[Section]:
 
 
 def cost_section(comparison: Comparison) -> Section:
-    if not any(comparison.costs):
-        return Section("Speed and size", [Text(comparison.note or "Not measured.")])
-    rows = []
-    for side, cost in zip("AB", comparison.costs, strict=True):
-        if cost is None:
-            continue
-        height_width = "x".join(map(str, cost.image_size)) if cost.image_size else None
-        rows.append(
-            [
-                side,
-                cost.runtime,
-                cost.parameters,
-                size_text(cost.bytes) if cost.bytes else None,
-                height_width,
-                cost.images_per_second,
-                1000 * cost.seconds if cost.seconds else None,
-                100 * cost.spread if cost.seconds else None,
-                cost.device or None,
-            ]
-        )
-    headings = [
-        "",
-        "runtime",
-        "parameters",
-        "weights on disk",
-        "pixels",
-        "images/s",
-        "ms per batch",
-        "spread, %",
-        "device",
+    note = f"Speed: {comparison.note}." if comparison.note else ""
+    known = [(side, cost) for side, cost in zip("AB", comparison.costs, strict=True) if cost]
+    if not known:
+        return Section("Speed and size", [Text(note)])
+    rows = [
+        ["runtime", *(cost.runtime for _, cost in known)],
+        ["parameters", *(f"{cost.parameters:,}" if cost.parameters else None for _, cost in known)],
+        ["weights on disk", *(size_text(cost.bytes) if cost.bytes else None for _, cost in known)],
     ]
-    parts: list[Part] = [Table(headings, rows, formats=["", "", ",d", "", "", ".1f", ".1f", ".1f", ""])]
     ratio = speed_ratio(comparison.costs)
     if ratio is not None:
-        cost = comparison.costs[0]
-        parts.append(
-            Text(
-                f"B is {ratio:.2f} times as fast as A. Measured in turns, {cost.batch_size} images at once, on this "
-                "machine; other machines may say otherwise. The model alone is timed, with images that are prepared. "
-                "The spread is that of the middle half of the turns."
-            )
+        note = (
+            f"B is {ratio:.2f} times as fast as A. The models were timed in turns, {known[0][1].batch_size} prepared "
+            "images at once; the spread is that of the middle half of the turns. Other machines may say otherwise."
         )
-    elif comparison.note:
-        parts.append(Text(f"Speed: {comparison.note}."))
-    return Section("Speed and size", parts)
+        rows += [
+            ["pixels of an image", *("x".join(map(str, cost.image_size)) for _, cost in known)],
+            ["images per second", *(f"{cost.images_per_second:.1f}" for _, cost in known)],
+            ["milliseconds per batch", *(f"{1000 * cost.seconds:.1f}" for _, cost in known)],
+            ["spread", *(f"{100 * cost.spread:.1f} %" for _, cost in known)],
+            ["device", *(cost.device for _, cost in known)],
+        ]
+    return Section("Speed and size", [Table(["what", *(side for side, _ in known)], rows), Text(note)])

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..evaluation.rows import ROWS
 from ..evaluation.settings import EvaluationSettings
 from ..foundation.errors import UserError
 from ..foundation.exported import is_exported
+from ..foundation.report_folder import ROWS
 from ..foundation.settings import SettingsParser, altered, check_values, names_of, setting
 from ..settings.data import CheckpointSettings, LabelledSettings, ReadingSettings, SeveralLabelsSettings
 
@@ -49,7 +49,7 @@ class ComparisonSettings(SeveralLabelsSettings, LabelledSettings, CheckpointSett
         high=0.999,
     )
     per_device_eval_batch_size: int = altered(
-        EvaluationSettings, "per_device_eval_batch_size", 64, "Images per device, when the speed is measured, too."
+        EvaluationSettings, "per_device_eval_batch_size", 64, "Images per device, also when the speed is measured."
     )
     device: str = altered(EvaluationSettings, "device", "auto")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = altered(EvaluationSettings, "mixed_precision", None)
@@ -76,11 +76,13 @@ class ComparisonSettings(SeveralLabelsSettings, LabelledSettings, CheckpointSett
         """Raises a UserError unless it is said, once, where the images are."""
         if self.dataset_name is not None and self.validation_dir is not None:
             raise UserError("give the images by either --dataset_name or --validation_dir.")
-        if self.dataset_name is self.validation_dir is None and not (is_evaluation(self.a) and is_evaluation(self.b)):
+        if not self.has_images and not (is_evaluation(self.a) and is_evaluation(self.b)):
             raise UserError(
                 "give the images by --dataset_name or --validation_dir; only two folders that evaluate --report wrote "
                 "have been measured already."
             )
+        if self.folder.resolve() in (Path(name).resolve() for name in (self.a, self.b) if is_evaluation(name)):
+            raise UserError(f"--output {self.folder} is what is compared: give another folder.")
 
     @property
     def has_images(self) -> bool:
@@ -95,7 +97,10 @@ class ComparisonSettings(SeveralLabelsSettings, LabelledSettings, CheckpointSett
         names = [re.sub(r"[^\w.=+-]+", "-", Path(name).resolve().name)[-60:] for name in (self.a, self.b)]
         return Path(f"comparison-{names[0]}-{names[1]}")
 
-    def of_model(self, side: Literal["A", "B"], train_val_split: float | None) -> EvaluationSettings:
+    def name_of(self, side: Literal["A", "B"]) -> str:
+        return self.a if side == "A" else self.b
+
+    def of_model(self, side: Literal["A", "B"]) -> EvaluationSettings:
         """For the evaluation of one of them."""
         own = {"output_dir", "overwrite", "json"}
         common = {
@@ -103,11 +108,10 @@ class ComparisonSettings(SeveralLabelsSettings, LabelledSettings, CheckpointSett
             for name in names_of(EvaluationSettings)
             if hasattr(self, name) and name not in own
         }
-        common["train_val_split"] = train_val_split
         if side == "B":
             common["model_revision"] = self.revision_b
         settings = EvaluationSettings(**common)
-        settings.model = self.a if side == "A" else self.b
+        settings.model = self.name_of(side)
         return settings
 
 
