@@ -136,10 +136,10 @@ class Comparison:
         return order[gains[order] > 0]
 
     @cached_property
-    def most_changed(self) -> np.ndarray:
-        """Images with different values, the largest changes first."""
+    def apart(self) -> np.ndarray:
+        """Images on which both models are equally right and say something else, the largest differences first."""
         order = np.argsort(-self.pairs.changes, kind="stable")
-        return order[self.pairs.changes[order] > 0]
+        return order[(self.pairs.changes[order] > 0) & (self.pairs.gains[order] == 0)]
 
     @cached_property
     def samples(self) -> list[int]:

@@ -31,7 +31,7 @@ LONGEST = 60  # of a label's name
 
 def wanted_images(comparison: Comparison) -> list[int]:
     """Positions of the images that the page shows."""
-    chosen = [comparison.better_on("A"), comparison.better_on("B"), comparison.most_changed]
+    chosen = [comparison.better_on("A"), comparison.better_on("B"), comparison.apart]
     return comparison.places(np.unique(np.concatenate([rows[:MOST_SHOWN] for rows in chosen])))
 
 
@@ -147,11 +147,11 @@ def result_section(comparison: Comparison) -> Section:
         if missing
     ]
     intervals = [
-        f"{side}: {figure.text(value, interval, percent=True)}"
+        f"{side} {figure.text(value, interval, percent=True)}"
         for side, value, interval in (("A", main.a, main.interval_a), ("B", main.b, main.interval_b))
         if interval
     ]
-    alone = f"By itself, each with its 95 % interval, {'; '.join(intervals)}." if intervals else ""
+    alone = f"Each by itself, with its 95 % interval: {', '.join(intervals)}." if intervals else ""
     level = {"A": "bad", "B": "good", None: "plain"}[comparison.better]
     return Section("Which is better?", [Facts(facts), Text(f"{verdict(comparison)}\n\n{alone}")], level=level)
 
@@ -218,7 +218,7 @@ def change_chart(comparison: Comparison) -> Chart:
                 axes.scatter(x[chosen], y[chosen], s=9, color=colour, alpha=0.6, linewidths=0, label=label)
         axes.set(xlabel=f"A: {what}", ylabel=f"B: {what}", aspect="equal")
         axes.grid()
-        axes.legend(loc="upper left" if pairs.task.reads != "class" else "lower right")
+        axes.legend(loc="upper left" if pairs.task.reads != "class" else "lower right", markerscale=2)
 
     shown = f" {len(taken):,} of {len(pairs):,} images, evenly taken." if len(taken) < len(pairs) else ""
     return Chart(
@@ -230,26 +230,19 @@ def change_chart(comparison: Comparison) -> Chart:
 
 
 def gallery_sections(comparison: Comparison, pictures: Mapping[int, Image.Image]) -> list[Section]:
-    numbers = comparison.pairs.task.reads == "numbers"
     titles = {
-        side: f"{side} nearer, {other} farther off" if numbers else f"{side} right, {other} wrong"
-        for side, other in ("AB", "BA")
-    }
-    if comparison.pairs.task.reads == "classes":
-        titles = {side: f"{side} has more labels right" for side in "AB"}
-    sections = [gallery_section(comparison, pictures, comparison.better_on(side), titles[side]) for side in "AB"]
-    return [
-        *sections,
-        gallery_section(comparison, pictures, comparison.most_changed, "Answers that differ most"),
-    ]
+        "class": ("A right, B wrong", "B right, A wrong", "Right or wrong alike, and furthest apart"),
+        "classes": ("A has more labels right", "B has more labels right", "As many labels right, and furthest apart"),
+        "numbers": ("A nearer than B", "B nearer than A", "Equally near, and furthest apart"),
+    }[comparison.pairs.task.reads]
+    rows = (comparison.better_on("A"), comparison.better_on("B"), comparison.apart)
+    return [gallery_section(comparison, pictures, *part) for part in zip(rows, titles, strict=True) if len(part[0])]
 
 
 def gallery_section(
     comparison: Comparison, pictures: Mapping[int, Image.Image], rows: np.ndarray, title: str
 ) -> Section:
     shown = rows[:MOST_SHOWN]
-    if not len(rows):
-        return Section(title, [Text("No image.")])
     tiles = [
         Tile([pictures[place]] if place in pictures else [], describe(comparison, row))
         for row, place in zip(shown.tolist(), comparison.places(shown), strict=True)
@@ -283,7 +276,8 @@ def describe(comparison: Comparison, row: int) -> list[str]:
     else:
         lines = [numbers_text(names, pairs.labels[row])]
         lines += [f"{side}: {numbers_text(names, answers.values[row])}" for side, answers in sides]
-    return [*lines, printable(pairs.rows.table["path"][row].as_py())]
+    folder = f"{pairs.rows.about.get('dataset') or ''}".rstrip("/") + "/"
+    return [*lines, printable(pairs.rows.table["path"][row].as_py().removeprefix(folder))]
 
 
 def few_labels(names: Sequence[str], chosen: np.ndarray) -> str:

@@ -102,7 +102,7 @@ def measure(
     found: list[Measured] = []
 
     def keep(scratch: Path, given: Any, model: nn.Module, processor: Any, dataset: ImageDataset, _: Any) -> None:
-        cost = cost_of(name, model, given.origin())
+        cost = cost_of(name, model, given.origin(), accelerator.mixed_precision)
         found.append(Measured(read_rows(scratch), cost, model, processor, dataset))
 
     own = settings.of_model(side)

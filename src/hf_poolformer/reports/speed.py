@@ -56,18 +56,20 @@ class Cost:
         return self.batch_size / self.seconds if self.seconds else None
 
 
-def cost_of(name: str, model: nn.Module, origin: Origin) -> Cost:
+def cost_of(name: str, model: nn.Module, origin: Origin, mixed_precision: str) -> Cost:
     """What is known of a model before it is timed.
 
     Args:
         name: folder or Hub id that it was loaded from.
+        mixed_precision: accelerate's, in which a model of PyTorch is run.
     """
     if is_exported(name):
         manifest = model.manifest
         sizes = [(Path(name) / file).stat().st_size for file in manifest.files if Path(file).suffix != ".json"]
         return Cost(f"{manifest.format}, {manifest.precision}", None, sum(sizes))
-    dtype = str(model.dtype).removeprefix("torch.")
-    return Cost(f"PyTorch, {dtype}", sum(part.numel() for part in model.parameters()), bytes_on_disk(name, origin))
+    runtime = f"PyTorch, {str(model.dtype).removeprefix('torch.')}"
+    runtime += "" if mixed_precision == "no" else f", in {mixed_precision} where autocast has it"
+    return Cost(runtime, sum(part.numel() for part in model.parameters()), bytes_on_disk(name, origin))
 
 
 def bytes_on_disk(name: str, origin: Origin) -> int | None:
@@ -144,5 +146,7 @@ def make_step(contestant: Contestant, accelerator: Accelerator) -> tuple[Callabl
         with torch.inference_mode(), contextlib.nullcontext() if numbers else accelerator.autocast():
             return answer(pixel_values=pixel_values).logits
 
-    name = processor_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return step, f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name
+    if device.type == "cuda":
+        return step, torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return step, f"{processor_name()}, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else str(device)
