@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
+from evaluation_rows import answers
 from scipy import stats
 
 from hf_poolformer.evaluation.intervals import wilson
@@ -62,20 +62,6 @@ def columns_of(judge, labels, *answers):
         yield {name: values.numpy() for name, values in judge.of_batch(labels, logits).items()}
 
 
-def answers(task, count=400, num_labels=4):
-    """Labels, and what a good and a middling model say."""
-    noise = torch.randn(2, count, num_labels)
-    if task == CLASSIFICATION:
-        labels = torch.randint(num_labels, (count,))
-        signal = torch.nn.functional.one_hot(labels, num_labels).float()
-    else:
-        signal = (
-            torch.randn(count, num_labels) if task == REGRESSION else torch.randint(2, (count, num_labels)).float()
-        )
-        labels = signal
-    return labels, 4 * signal + noise[0], signal + noise[1]
-
-
 @pytest.mark.parametrize("task", [CLASSIFICATION, MULTI_LABEL, REGRESSION])
 def test_a_model_against_itself(task):
     judge = TASKS[task].new_judge(4)
@@ -93,8 +79,6 @@ def test_a_model_against_itself(task):
 def test_the_better_model_is_named(task):
     judge, figure = TASKS[task].new_judge(4), TASKS[task].figures[0]
     labels, good, middling = answers(task)
-    if task == REGRESSION:
-        good = labels + 0.1 * (good - 4 * labels)
     a, b = columns_of(judge, labels, good, middling)
     found = paired_figures(judge, a, b)[figure.key]
     assert found.ahead(figure) == "A" and found.p < 0.01

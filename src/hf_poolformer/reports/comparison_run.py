@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
@@ -22,7 +23,7 @@ from ..data.pictures_again import pictures_of, sources_of
 from ..data.transforms import EvalTransform
 from ..evaluation.classification import accelerator_on_device, evaluate_checkpoint, held_out_fraction
 from ..evaluation.rows import Rows, read_rows
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
 from ..foundation.files import best_effort, write_json
 from ..foundation.processes import found_by_main
 from ..foundation.report_folder import FIGURES, PAGE, ROWS, report_folder
@@ -30,6 +31,7 @@ from .comparison import Comparison
 from .comparison_page import SIDE, comparison_page, wanted_images
 from .comparison_settings import ComparisonSettings, is_evaluation
 from .page import write_page
+from .pairing import Pairs
 from .speed import Contestant, Cost, cost_of, time_in_turns
 
 
@@ -155,36 +157,30 @@ def costs(
         return known, "measured by one process only, not under accelerate launch"
     gc.collect()
     try:
-        contestants = [*contestants_of(settings, comparison, sides)]
+        contestants = [*contestants_of(settings, comparison.pairs, sides)]
         return tuple(time_in_turns(contestants, accelerator, settings.speed_seconds)), ""
-    except UserError as error:
-        return known, f"not measured: {error}"
+    except (UserError, BrokenImage, KeyError) as error:  # storage that gives other images the second time
+        return known, f"not measured: {one_line(error)}"
 
 
 def contestants_of(
-    settings: ComparisonSettings, comparison: Comparison, sides: tuple[Measured, Measured]
+    settings: ComparisonSettings, pairs: Pairs, sides: tuple[Measured, Measured]
 ) -> Iterator[Contestant]:
     """Both models, with a batch of the images that both have answered."""
-    pairs, size = comparison.pairs, settings.per_device_eval_batch_size
-    positions = pairs.rows.table["position"].to_numpy()
-    chosen = positions.argsort()[:size]
-    for side, answers in zip(sides, (pairs.a, pairs.b), strict=True):
-        transform = EvalTransform(side.processor)
-        pixel_values = {}
-        for position, source in sources_of(side.dataset, positions[chosen].tolist()):
-            with (
-                contextlib.suppress(BrokenImage),
-                EncodedImage(source, num_channels=transform.num_channels, token=side.dataset.token) as image,
-            ):
-                pixel_values[position] = transform.load_example(image)
-        rows = [row for row in chosen.tolist() if positions[row] in pixel_values]
-        if len(rows) < len(chosen):
-            raise UserError("the images cannot be read again")
-        # Of few images, some come several times.
-        rows = (rows * size)[:size]
+    size = settings.per_device_eval_batch_size
+    positions = np.sort(pairs.rows.table["position"].to_numpy())[:size].tolist()
+    for side in sides:
+        transform, dataset = EvalTransform(side.processor), side.dataset
+        pixels = {}
+        for position, source in sources_of(dataset, positions):
+            with EncodedImage(source, num_channels=transform.num_channels, token=dataset.token) as image:
+                pixels[position] = transform.load_example(image)
+        # Both have just been shown this dataset, so that their positions are the same.
+        known = {position: row for row, position in enumerate(side.rows.table["position"].to_pylist())}
+        chosen = (positions * size)[:size]  # of few images, some come several times
         yield Contestant(
             side.model,
             side.cost,
-            torch.stack([pixel_values[positions[row]] for row in rows]),
-            torch.from_numpy(answers.values[rows]),
+            torch.stack([pixels[position] for position in chosen]),
+            torch.from_numpy(side.rows.answers[[known[position] for position in chosen]]),
         )
