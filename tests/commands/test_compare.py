@@ -1,6 +1,7 @@
 """`hf-poolformer compare`: from two models, or two evaluations, to a report."""
 
 import json
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
@@ -94,6 +95,22 @@ def test_evaluations_are_read_and_nothing_is_computed_again(things, swapped, tmp
         capfd, folders[0], swapped, "--dataset_name", things.photos, "--output", tmp_path / "two", "--num_workers", 0
     )
     assert json.loads((tmp_path / "two" / "report.json").read_text())["agreement"] == 1
+
+
+def test_broken_images_and_hostile_names(things, tmp_path, capfd):
+    """One image that nobody can read is counted, and no name does anything."""
+    photos = tmp_path / "photos"
+    shutil.copytree(things.photos, photos)
+    (photos / "up" / "0.png").write_bytes(b"no image")
+    (photos / "up" / "1.png").rename(photos / "up" / "<script>alert(1)</script>\n.png".replace("/", "_"))
+    said = compare(
+        capfd, things.model, things.model, "--dataset_name", photos, "--output", tmp_path / "o", "--num_workers", 0,
+        "--speed", "false",
+    )  # fmt: skip
+    assert "Left out: 1 image that cannot be read." in said.out and "not measured (--speed)" in said.out
+    data = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert data["images"] == 23 and data["broken"][0]["path"].endswith("up/0.png")
+    assert "<script>alert" not in (tmp_path / "o" / "report.html").read_text()
 
 
 def test_a_worse_model_can_fail_a_pipeline(tmp_path, capfd):

@@ -91,7 +91,8 @@ def test_images_of_one_model_only_are_left_out_and_counted():
     assert (len(found.pairs), found.pairs.missing_a, found.pairs.missing_b) == (55, 2, 3)
     assert (found.pairs.labels == labels[2:57].numpy()).all()
     assert (found.pairs.b.predicted == middling[2:57].argmax(1).numpy()).all()
-    assert "Left out: 2 images that only B has answered, 3 that only A has." in comparison_lines(found)
+    assert "Left out: 2 images that only B has answered." in comparison_lines(found)
+    assert "Left out: 3 images that only A has answered." in comparison_lines(found)
 
 
 def test_data_that_has_moved_is_known_by_position_and_name():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -51,6 +52,7 @@ class Comparison:
         figures: those of the task, by their keys; of single labels a list with one for each.
         costs: of A and of B; None where they are not known.
         note: on the speed; empty if there is nothing to say.
+        broken: images that a model could not be shown: `path`, `split`, `position` and `error` of each.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class Comparison:
         names: tuple[str, str],
         costs: tuple[Cost | None, Cost | None] = (None, None),
         note: str = "",
+        broken: Sequence[Mapping[str, Any]] = (),
     ):
-        self.names, self.costs, self.note = names, costs, note
+        self.names, self.costs, self.note, self.broken = names, costs, note, broken
         self.pairs: Pairs = pair(a, b)
         judge = self.pairs.new_judge()
         self.figures: dict[str, Paired | list[Paired]] = paired_figures(
@@ -170,6 +173,7 @@ class Comparison:
             "task": pairs.task.name,
             "label_names": pairs.label_names,
             "images": len(pairs),
+            "broken": list(self.broken),
             "better": self.better,
             "main_figure": self.main_figure.key,
             "p": self.p,

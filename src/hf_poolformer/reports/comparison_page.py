@@ -48,10 +48,7 @@ def comparison_lines(comparison: Comparison) -> list[str]:
     pairs = comparison.pairs
     if pairs.task.reads != "numbers":
         lines.append(f"Both give the same answer to {100 * comparison.agreement:.2f} % of the images.")
-    if pairs.missing_a or pairs.missing_b:
-        lines.append(
-            f"Left out: {pairs.missing_a:,} images that only B has answered, {pairs.missing_b:,} that only A has."
-        )
+    lines += [f"Left out: {count:,} image{'s' * (count > 1)} {why}." for why, count in left_out(comparison)]
     if (ratio := speed_ratio(comparison.costs)) is not None:
         speeds = [f"{cost.images_per_second:.1f}" for cost in comparison.costs]
         lines.append(f"Speed: A {speeds[0]}, B {speeds[1]} images/s; B is {ratio:.2f} times as fast as A.")
@@ -61,6 +58,16 @@ def comparison_lines(comparison: Comparison) -> list[str]:
     if any(sizes):
         lines.append(f"On disk: A {sizes[0] or 'unknown'}, B {sizes[1] or 'unknown'}.")
     return lines
+
+
+def left_out(comparison: Comparison) -> list[tuple[str, int]]:
+    """Why images were left out, and how many."""
+    counts = {
+        "that cannot be read": len(comparison.broken),
+        "that only B has answered": comparison.pairs.missing_a,
+        "that only A has answered": comparison.pairs.missing_b,
+    }
+    return [(why, count) for why, count in counts.items() if count]
 
 
 def verdict(comparison: Comparison) -> str:
@@ -141,11 +148,7 @@ def result_section(comparison: Comparison) -> Section:
         facts.append(("Chance of such a difference between equal models", p_text(comparison.p)))
     if pairs.task.reads != "numbers":
         facts.append(("Images with the same answer", f"{100 * comparison.agreement:.2f} %"))
-    facts += [
-        (f"Images left out, not answered by {side}", f"{missing:,}")
-        for side, missing in (("A", pairs.missing_a), ("B", pairs.missing_b))
-        if missing
-    ]
+    facts += [(f"Left out: {why}", f"{count:,}") for why, count in left_out(comparison)]
     intervals = [
         f"{side} {figure.text(value, interval, percent=True)}"
         for side, value, interval in (("A", main.a, main.interval_a), ("B", main.b, main.interval_b))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +44,7 @@ class Measured:
 
     Attributes:
         model, processor, dataset: of a model that was evaluated just now; the dataset has its labels.
+        broken: images that could not be read: `path`, `split`, `position` and `error` of each.
     """
 
     rows: Rows
@@ -51,6 +52,7 @@ class Measured:
     model: nn.Module | None = None
     processor: Any = None
     dataset: ImageDataset | None = None
+    broken: Sequence[Mapping[str, Any]] = ()
 
 
 def compare(settings: ComparisonSettings) -> Comparison:
@@ -103,9 +105,11 @@ def measure(
         return Measured(read_rows(name)) if accelerator.is_main_process else None
     found: list[Measured] = []
 
-    def keep(scratch: Path, given: Any, model: nn.Module, processor: Any, dataset: ImageDataset, _: Any) -> None:
+    def keep(
+        scratch: Path, given: Any, model: nn.Module, processor: Any, dataset: ImageDataset, results: dict[str, Any]
+    ) -> None:
         cost = cost_of(name, model, given.origin(), accelerator.mixed_precision)
-        found.append(Measured(read_rows(scratch), cost, model, processor, dataset))
+        found.append(Measured(read_rows(scratch), cost, model, processor, dataset, results["broken"]))
 
     own = settings.of_model(side)
     own.train_val_split, own.report = fraction, str(folder / f".{side}")
@@ -116,7 +120,8 @@ def measure(
 def write(
     settings: ComparisonSettings, a: Measured, b: Measured, folder: Path, accelerator: Accelerator
 ) -> Comparison:
-    comparison = Comparison(a.rows, b.rows, (settings.a, settings.b))
+    broken = {one["position"]: one for one in (*a.broken, *b.broken)}
+    comparison = Comparison(a.rows, b.rows, (settings.a, settings.b), broken=list(broken.values()))
     comparison.costs, comparison.note = costs(settings, comparison, (a, b), accelerator)
     pq.write_table(comparison.images(), folder / ROWS)
     write_json(folder / FIGURES, comparison.data())
