@@ -70,7 +70,9 @@ def compare(settings: ComparisonSettings) -> Comparison:
         folder = found_by_main(lambda: stack.enter_context(claimed))
         fraction = common_fraction(settings)
         a, b = (measure(settings, side, fraction, folder, accelerator) for side in ("A", "B"))
-        return found_by_main(lambda: write(settings, a, b, folder, accelerator))
+        comparison = found_by_main(lambda: write(settings, a, b, folder, accelerator))
+    accelerator.end_training()
+    return comparison
 
 
 def common_fraction(settings: ComparisonSettings) -> float | None:
@@ -113,7 +115,7 @@ def measure(
 
     own = settings.of_model(side)
     own.train_val_split, own.report = fraction, str(folder / f".{side}")
-    evaluate_checkpoint(own, keep)
+    evaluate_checkpoint(own, keep, accelerator)
     return found[0] if accelerator.is_main_process else None
 
 
