@@ -19,6 +19,7 @@ from pathlib import Path
 COMMANDS = {
     "train": "train or fine-tune a classifier, segmenter or detector",
     "evaluate": "measure a classifier on labelled images",
+    "compare": "tell which of two models is better, on which images, and whether by chance",
     "predict": "label images, or compute their features, into a table",
     "explain": "show what in an image speaks for a class",
     "convert": "read official, mmdet, mmseg and timm checkpoints, or write them",

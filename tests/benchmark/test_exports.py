@@ -8,8 +8,8 @@ import torch
 from hf_poolformer.benchmark.case import Case
 from hf_poolformer.benchmark.exports import ExportResult, Exports, gate_error
 from hf_poolformer.benchmark.report import Report, targets
-from hf_poolformer.benchmark.timing import Deadline
 from hf_poolformer.commands.benchmark import main
+from hf_poolformer.foundation.timing import Deadline
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from hf_poolformer.benchmark.predict import (
     steady_rate,
 )
 from hf_poolformer.benchmark.report import Report
-from hf_poolformer.benchmark.timing import Deadline
+from hf_poolformer.foundation.timing import Deadline
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hf_poolformer.benchmark.growth import Growth
 from hf_poolformer.benchmark.loop import LoopReport
 from hf_poolformer.benchmark.processors import Processing, ProcessorResult
 from hf_poolformer.benchmark.report import Report, comparison_table, table, targets, write
-from hf_poolformer.benchmark.timing import Deadline, Timing
+from hf_poolformer.foundation.timing import Deadline, Timing
 
 
 def comparison(case: Case, seconds: dict[str, float], memory: dict[str, int] | None = None) -> Comparison:

@@ -20,8 +20,8 @@ from hf_poolformer.benchmark.rows import (
     kernels,
     make_weights,
 )
-from hf_poolformer.benchmark.timing import Deadline
 from hf_poolformer.foundation.errors import UserError
+from hf_poolformer.foundation.timing import Deadline
 
 
 def tiny(mode: str = "infer", **fields) -> Case:

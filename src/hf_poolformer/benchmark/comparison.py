@@ -15,11 +15,11 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..foundation.timing import Deadline, Timing, WorkingMemory, take_turns
 from . import gate
 from .case import Case
 from .floor import Ceilings, floor_seconds
 from .rows import Contestant, Entry, Unavailable, Weights, build, make_weights
-from .timing import Deadline, Timing, WorkingMemory, take_turns
 
 
 @dataclass

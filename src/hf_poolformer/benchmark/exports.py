@@ -23,10 +23,10 @@ from hf_poolformer.export.quantisation import Quality, quantise
 from hf_poolformer.export.runtime import Graph
 from hf_poolformer.image_processing_poolformer import PoolFormerImageProcessor
 
+from ..foundation.timing import Deadline, take_turns
 from . import gate
 from .case import Case
 from .rows import Entry, Weights, build, export_manifest, make_weights, transformers_model
-from .timing import Deadline, take_turns
 
 
 # Images that int8 is calibrated on; the weights are random, so that more would not be better.

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..foundation.timing import synchronize
 from .case import DTYPES, Case
-from .timing import synchronize
 
 
 @dataclass(frozen=True)

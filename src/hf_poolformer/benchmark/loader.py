@@ -20,8 +20,8 @@ from hf_poolformer import PoolFormerImageProcessor
 
 from ..data.photographs import jpegs
 from ..foundation.errors import UserError
+from ..foundation.timing import Timing
 from .loop import DIFFERENT_PHOTOGRAPHS, PHOTOGRAPH, write_parquet
-from .timing import Timing
 
 
 CLASSES = 10

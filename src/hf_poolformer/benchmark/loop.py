@@ -25,8 +25,8 @@ from tqdm import tqdm
 from ..data.photographs import jpegs
 from ..foundation.errors import UserError
 from ..foundation.machine import cores
+from ..foundation.timing import synchronize
 from .case import TINY, Case
-from .timing import synchronize
 
 
 # What most of ImageNet measures, (width, height).

@@ -19,11 +19,11 @@ from hf_poolformer import PoolFormerImageProcessor
 from ..data.photographs import jpegs
 from ..foundation.errors import UserError
 from ..foundation.machine import cores
+from ..foundation.timing import Deadline, synchronize
 from ..prediction import Predictor, predict
 from ..prediction.inference import make_loader
 from .case import DTYPES, Case
 from .loop import DIFFERENT_PHOTOGRAPHS, PHOTOGRAPH
-from .timing import Deadline, synchronize
 
 
 READING, MODEL, WHOLE, PIPELINE = "reading alone", "model alone", "predict into a table", "transformers' pipeline"

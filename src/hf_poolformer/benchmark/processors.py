@@ -15,7 +15,7 @@ from transformers.models.poolformer.image_processing_poolformer import PoolForme
 from hf_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil
 
 from ..data.photographs import resized
-from .timing import take_turns
+from ..foundation.timing import take_turns
 
 
 # What most of ImageNet measures, and what a video camera gives.

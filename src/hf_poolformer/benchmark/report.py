@@ -16,6 +16,7 @@ import torch
 
 from ..foundation.machine import processor_name, versions_of
 from ..foundation.strict_json import to_json
+from ..foundation.timing import Deadline
 from .comparison import Comparison, Result
 from .exports import Exports
 from .first_step import FirstSteps
@@ -25,7 +26,6 @@ from .loader import Loading
 from .loop import LoopReport
 from .predict import PIPELINE, PredictReport
 from .processors import Processing
-from .timing import Deadline
 
 
 LIBRARIES = (

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ..foundation.errors import UserError
+from ..foundation.timing import Deadline
 from . import report as reports
 from .case import Case
 from .comparison import Runner
@@ -27,7 +28,6 @@ from .predict import measure_predict
 from .processors import SIZES, measure_processors
 from .report import Report
 from .rows import all_rows, choose_rows
-from .timing import Deadline
 
 
 # Batches of the modes where --batch_size does not say.

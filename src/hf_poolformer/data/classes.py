@@ -48,6 +48,11 @@ def class_key(value: Any) -> str | None:
     raise UnknownClass(f"a label is {type(value).__name__}, not a number or a name")
 
 
+def are_placeholders(names: Sequence[str]) -> bool:
+    """Whether these are transformers' names for classes without a name: `LABEL_0`, `LABEL_1`, ..."""
+    return set(names) == {f"LABEL_{index}" for index in range(len(names))}
+
+
 def is_number(key: str) -> bool:
     """Whether the key is that of an integer."""
     return re.fullmatch(r"-?(0|[1-9]\d*)", key) is not None

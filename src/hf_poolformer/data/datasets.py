@@ -14,7 +14,7 @@ from datasets import Image
 
 from ..foundation.errors import UserError
 from .class_names import told_classes
-from .classes import Classes, class_key
+from .classes import Classes, are_placeholders, class_key
 from .columns import ImageDataset, few, find_image_column, find_label_columns, find_other_columns, root_of
 from .labels import Numbers
 from .layouts import open_source
@@ -181,7 +181,7 @@ def align_labels(
     own = dataset.label_names
     if own is None or own == names:
         return dataset
-    if len(names) == len(own) and set(names) == {f"LABEL_{index}" for index in range(len(names))}:
+    if len(names) == len(own) and are_placeholders(names):
         logger.info("the checkpoint has no class names: those of %s are taken in their order", dataset.name)
         return dataset
     ours, theirs = ({class_key(name): name for name in group} for group in (own, names))

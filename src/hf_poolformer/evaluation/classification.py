@@ -164,7 +164,9 @@ def held_out_fraction(settings: EvaluationSettings) -> float:
 Report = Callable[[Path, EvaluationSettings, nn.Module, Any, ImageDataset, dict[str, Any]], Any]
 
 
-def evaluate_checkpoint(settings: EvaluationSettings, report: Report | None = None) -> dict[str, Any]:
+def evaluate_checkpoint(
+    settings: EvaluationSettings, report: Report | None = None, accelerator: Accelerator | None = None
+) -> dict[str, Any]:
     """Loads a checkpoint and a labelled dataset, evaluates, and writes the results if there is an `output_dir`.
 
     Where `settings` name a folder for a report, the rows of all images are written there, too.
@@ -174,6 +176,7 @@ def evaluate_checkpoint(settings: EvaluationSettings, report: Report | None = No
             the named one when it returns; the rows are there already (`rows.read_rows`). The model is on its device,
             `pictures_of` finds the images of the dataset, and the results are those of `all_results.json` and, under
             `broken`, `path`, `split`, `position` and `error` of each image that could not be used.
+        accelerator: of a caller who goes on with it; else its own, which ends here.
 
     Returns:
         what `all_results.json` holds: figures, and under `task` what the model does.
@@ -182,14 +185,15 @@ def evaluate_checkpoint(settings: EvaluationSettings, report: Report | None = No
         UserError: not a model, not a labelled dataset, or labels that do not belong together; a folder that holds
             another report.
     """
-    accelerator = accelerator_on_device(settings)
+    caller, accelerator = accelerator, accelerator or accelerator_on_device(settings)
     with contextlib.ExitStack() as stack:
         folder = None
         if settings.report is not None:
             claimed = report_folder(Path(settings.report), settings.overwrite)
             folder = found_by_main(lambda: stack.enter_context(claimed))
         results = _evaluate_into(folder, settings, report, accelerator)
-    accelerator.end_training()
+    if caller is None:
+        accelerator.end_training()
     return results
 
 

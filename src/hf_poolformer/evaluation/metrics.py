@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -145,22 +145,38 @@ class AnswerJudge(ABC):
         # Whichever process saw an image: the same resamples.
         order = np.lexsort([values.reshape(len(values), -1)[:, 0] for values in columns.values()])
         columns = {name: values[order] for name, values in columns.items()}
+        return self.bounds(columns, self.draw_figures(columns))
+
+    def draw_figures(self, columns: Columns) -> dict[str, np.ndarray]:
+        """Figures of the resamples: (resamples,), or (resamples, labels).
+
+        Of the answers of two models to the same images in the same order, the same images are drawn.
+        """
         drawn = defaultdict(list)
         rankings = []
         if columns.get("scores", np.zeros(0)).size <= MAX_RESAMPLED_SCORES:
             rankings = [Ranking(scores, truth) for scores, truth in self.rankable(columns)]
-        for weights in resamples(len(order)):
+        for weights in resamples(len(columns["labels"])):
             figures = self.resampled(columns, weights)
             if rankings:
-                figures |= of_rankings(*map(np.stack, zip(*(part.figures(weights) for part in rankings), strict=True)))
+                ranked = zip(*(part.figures(weights) for part in rankings), strict=True)
+                figures |= self.of_rankings(*map(np.stack, ranked))
             for name, values in figures.items():
                 drawn[name].append(values)
-        bounds = {name: middle(np.concatenate(parts)) for name, parts in drawn.items()} | self.shares(columns)
+        return {name: np.concatenate(parts) for name, parts in drawn.items()}
+
+    def bounds(self, columns: Columns, drawn: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """As `confidence_intervals`, of what `draw_figures` has given."""
+        bounds = {name: middle(values) for name, values in drawn.items()} | self.shares(columns)
         return {name: found for name, (low, high) in bounds.items() if (found := pairs(low, high)) is not None}
 
     def rankable(self, columns: Columns) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Of each class that is ranked: scores, and whether an image has it, both (images,)."""
         return iter(())
+
+    def of_rankings(self, auroc: np.ndarray, precision: np.ndarray) -> dict[str, np.ndarray]:
+        """Figures of the AUROC and average precision of each class, both (classes,) or (classes, resamples)."""
+        return {"eval_auroc": mean(auroc.T), "eval_average_precision": mean(precision.T)}
 
     @abstractmethod
     def resampled(self, columns: Columns, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -214,9 +230,7 @@ class ClassJudge(AnswerJudge):
         labels, predicted = columns["labels"], columns["predicted"]
         results = self.resampled(columns, np.ones((len(labels), 1)))
         results = {name: values[0] for name, values in results.items()}
-        if self.num_labels > RANKED:
-            results["eval_top5_accuracy"] = columns["in_top5"].mean()
-        results |= of_rankings(*ranked_by_torchmetrics(self.rankable(columns)))
+        results |= self.of_rankings(*ranked_by_torchmetrics(self.rankable(columns)))
         results["eval_per_class_samples"] = np.bincount(labels, minlength=self.num_labels)
         results["confusion_matrix"] = None
         if (size := self.num_labels) <= MAX_CONFUSION_CLASSES:
@@ -244,6 +258,8 @@ class ClassJudge(AnswerJudge):
             "eval_loss": columns["losses"].astype(np.float64) @ weights / count,
             "eval_per_class_accuracy": shares["recall"],
         }
+        if self.num_labels > RANKED:
+            results["eval_top5_accuracy"] = columns["in_top5"] @ weights / count
         for name, values in shares.items():
             results[f"eval_{name}_macro"] = macro(values, guessed, true)
             results[f"eval_{name}_weighted"] = (np.nan_to_num(values) * true).sum(-1) / count
@@ -297,16 +313,16 @@ class LabelsJudge(AnswerJudge):
         }
 
     def figures(self, columns: Columns) -> dict[str, Any]:
-        labels, predicted = columns["labels"], columns["predicted"]
+        labels = columns["labels"]
         results = self.resampled(columns, np.ones((len(labels), 1)))
         results = {name: values[0] for name, values in results.items()}
-        results["eval_exact_match"] = (labels == predicted).all(1).mean()
-        auroc, precision = ranked_by_torchmetrics(self.rankable(columns))
-        results |= of_rankings(auroc, precision)
-        if len(precision):
-            results["eval_per_class_average_precision"] = precision
+        results |= self.of_rankings(*ranked_by_torchmetrics(self.rankable(columns)))
         results["eval_per_class_samples"] = labels.sum(0)
         return results
+
+    def of_rankings(self, auroc: np.ndarray, precision: np.ndarray) -> dict[str, np.ndarray]:
+        results = super().of_rankings(auroc, precision)
+        return results | {"eval_per_class_average_precision": precision.T} if len(precision) else results
 
     def rankable(self, columns: Columns) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         if "scores" in columns:
@@ -319,13 +335,14 @@ class LabelsJudge(AnswerJudge):
             (weights.T @ values.astype(np.float32)).astype(np.float64)
             for values in (labels & predicted, predicted, labels)
         )
-        right = (labels == predicted).mean(1)
+        right = labels == predicted
         count = weights.sum(0, dtype=np.float64)
         shares = of_counts(correct, guessed, true)
         together = of_counts(*(values.sum(-1) for values in (correct, guessed, true)))
         results = {
             "eval_f1_micro": together["f1"],
-            "eval_hamming_accuracy": right @ weights / count,
+            "eval_exact_match": right.all(1) @ weights / count,
+            "eval_hamming_accuracy": right.mean(1) @ weights / count,
             "eval_loss": columns["losses"].astype(np.float64) @ weights / count,
         }
         for name, values in shares.items():
@@ -453,11 +470,6 @@ def ranked_by_torchmetrics(classes: Iterator[tuple[np.ndarray, np.ndarray]]) -> 
         auroc.append(binary_auroc(*both, validate_args=False).item() if 0 < some < images else np.nan)
         precision.append(binary_average_precision(*both, validate_args=False).item() if some else np.nan)
     return np.array(auroc), np.array(precision)
-
-
-def of_rankings(auroc: np.ndarray, precision: np.ndarray) -> dict[str, np.ndarray]:
-    """Of those of each class (classes, ...), the first axis."""
-    return {"eval_auroc": mean(auroc.T), "eval_average_precision": mean(precision.T)}
 
 
 def plain(value: Any) -> Any:

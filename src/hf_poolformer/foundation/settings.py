@@ -106,7 +106,7 @@ def flag_type(hint: Any) -> Any:
     """The type of a setting as argparse takes it, which has but one for a number that may be a word instead."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
     words = words_of(kinds)
-    return number_or(kinds[0], words) if words else hint
+    return number_or(kinds[0], words) if words and kinds[0] in (int, float) else hint
 
 
 def number_or(kind: type, words: Sequence[str]) -> Callable[[str], Any]:

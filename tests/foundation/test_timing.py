@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from hf_poolformer.benchmark.timing import Deadline, Timing, WorkingMemory, take_turns
+from hf_poolformer.foundation.timing import Deadline, Timing, WorkingMemory, take_turns
 
 
 def test_medians_and_quartiles():
