@@ -7,12 +7,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..evaluation.settings import EvaluationSettings
 from ..foundation.names import printable
 from ..foundation.settings import SettingsParser, altered, check_names, check_values, setting
-from ..settings.classification import RECIPES
+from ..foundation.tasks import TASKS
+from ..settings.classification import RECIPES, ChannelSettings
 from ..settings.data import CheckpointSettings, LabelledSettings, SeveralLabelsSettings, SplitSettings
 from ..settings.training import RunSettings
 
@@ -24,6 +25,8 @@ FAULTS = {
     "broken": "images that cannot be read",
     "contradictions": "the same picture with different labels",
 }
+# Flags by which data is opened here as in training.
+OPENED_BY = ("dataset_config_name", "image_column_name", "label_column_name", "label_separator", "label_names")
 # Exit status where one of them was found.
 FAULTY = 4
 
@@ -41,8 +44,8 @@ class InspectionSettings(SeveralLabelsSettings, LabelledSettings, CheckpointSett
     )
     train_split: str = altered(SplitSettings, "train_split", "train")
     validation_split: str | None = altered(SplitSettings, "validation_split", None)
-    task: Literal["auto", "image-classification", "multi-label-classification", "image-regression", "none"] = setting(
-        "auto", "What the labels are. auto: told by their columns; none: nobody looks at them."
+    task: Literal["auto", "image-classification", "multi-label-classification", "image-regression"] = setting(
+        "auto", "What the labels are. auto: told by their columns."
     )
     recipe: str | None = setting(
         None, f"Recipe whose augmentation is shown: {', '.join(RECIPES)}. Unset: the one that is suggested."
@@ -51,6 +54,9 @@ class InspectionSettings(SeveralLabelsSettings, LabelledSettings, CheckpointSett
         None,
         "Checkpoint whose features tell which images look like another class than their own: a Hub id or a folder.",
         path=True,
+    )
+    num_channels: int | None = altered(
+        ChannelSettings, "num_channels", None, "Channels of the images, where they are not RGB."
     )
     max_images: int | None = setting(None, "Images of each split at most. Unset: all.", low=1)
     fail_on: str | None = setting(
@@ -92,19 +98,20 @@ class InspectionSettings(SeveralLabelsSettings, LabelledSettings, CheckpointSett
         return Path(f"inspection-{plain or 'dataset'}")
 
     @property
+    def opening(self) -> dict[str, Any]:
+        """What `data.datasets.open_every_split` is told."""
+        place = "train_dir" if self.validation_dir else "dataset_name"
+        names = (*OPENED_BY, "validation_dir", "train_split", "validation_split", "cache_dir", "streaming")
+        problem = None if self.task == "auto" else TASKS[self.task].problem_type
+        access = {"revision": self.dataset_revision, "token": self.hub_token, "problem_type": problem}
+        return {place: self.dataset_name, **{name: getattr(self, name) for name in names}, **access}
+
+    @property
     def data_flags(self) -> dict[str, str]:
         """What says to `train` where the same data is."""
         place = "train_dir" if self.validation_dir else "dataset_name"
         flags = {place: self.dataset_name}
-        for name in (
-            "validation_dir",
-            "dataset_config_name",
-            "dataset_revision",
-            "image_column_name",
-            "label_column_name",
-            "label_separator",
-            "label_names",
-        ):
+        for name in (*OPENED_BY, "validation_dir", "dataset_revision", "num_channels"):
             if getattr(self, name) is not None:
                 flags[name] = getattr(self, name)
         return flags

@@ -17,7 +17,7 @@ from ..evaluation.intervals import wilson
 from ..foundation.names import first_few, printable
 from ..foundation.tasks import CLASSIFICATION, FEATURE_DISTILLATION, MULTI_LABEL, REGRESSION
 from ..settings.data import ReadingSettings, SplitSettings
-from ..settings.training import defaults_of, settings_of
+from ..settings.training import settings_of
 
 
 # A size that the strides of all stages divide.
@@ -32,6 +32,8 @@ class Traits:
 
     Attributes:
         task: the name of what can be learned of its labels; None if there are none, or a single class.
+        why_none: why there is nothing, in words.
+        complete: all images were looked at, and not a sample.
         images: training images that can be read, those included that are to be held out for validation.
         train_split, validation_split: names as stored; None where there is no such split.
         validation_images: those of that split that can be read.
@@ -53,6 +55,8 @@ class Traits:
 
     task: str | None
     images: int
+    why_none: str = ""
+    complete: bool = True
     train_split: str | None = "train"
     validation_split: str | None = None
     validation_images: int = 0
@@ -130,9 +134,9 @@ def learns_classes(traits: Traits) -> bool:
 
 def by_task(traits: Traits, chosen: Mapping[str, Any]) -> Suggestion | None:
     if traits.task is None:
-        what = "There is one class, so there is nothing to tell apart" if traits.counts else "There are no labels"
+        what = f"Nothing can be learned from labels: {traits.why_none}" if traits.why_none else "There are no labels"
         return Suggestion(
-            f"{what}. Without labels an encoder can learn what a teacher sees in these images; another class, or "
+            f"{what.rstrip('.')}. Without labels an encoder can learn what a teacher sees in these images; another class, or "
             "labels, would make it a classifier.",
             {"task": FEATURE_DISTILLATION, "teacher": traits.model or _TEACHER},
         )
@@ -348,7 +352,8 @@ def by_broken(traits: Traits, chosen: Mapping[str, Any]) -> Suggestion | None:
         for broken, seen, first in known
     ):
         return Suggestion(f"{told}So few are left out without a flag.")
-    if chosen.get("sampling") == "balanced":  # an image may come several times in an epoch
+    # An image may come several times in an epoch; and of a sample the number says nothing.
+    if chosen.get("sampling") == "balanced" or not traits.complete:
         share = max(broken / seen for broken, seen, _ in known)
         share = max(share, max(first / MIN_SEEN for _, _, first in known))
         limit: float = min(math.ceil(100 * (share + 3 * math.sqrt(share * (1 - share) / MIN_SEEN))), 99) / 100
