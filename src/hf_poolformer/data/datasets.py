@@ -174,8 +174,8 @@ def open_every_split(
     Raises:
         UserError: nothing there, no images, all splits empty.
     """
-    if (dataset_name is None) == (train_dir is None and validation_dir is None):
-        raise UserError("name the data by either --dataset_name or --train_dir / --validation_dir")
+    if (dataset_name, train_dir, validation_dir) == (None, None, None) or None not in (dataset_name, train_dir):
+        raise UserError("name the data by either --dataset_name or --train_dir, or --validation_dir alone")
     where = {"extra_splits": tuple(filter(None, (train_split, validation_split))), "cache_dir": cache_dir}
     places: dict[str, tuple[Source, str]] = {}
     main = None

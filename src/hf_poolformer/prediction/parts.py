@@ -139,10 +139,17 @@ def claim_folder(folder: Path, run: dict[str, Any], about: dict[str, Any], what:
         if "inputs" in differing:
             shown = [text for text in shown if not text.startswith(("images ", "shards "))]
         raise UserError(
-            f"{folder} holds {what} with {', '.join(shown)}: give another --output, or --overwrite to "
-            "replace them"
+            f"{folder} holds {what} with {', '.join(shown)}: give another --output, or --overwrite to replace them"
         )
     return fingerprint(run)
+
+
+def claimed_run(folder: Path) -> dict[str, Any] | None:
+    """The description of the run that the folder belongs to; None where there is none that can be read."""
+    try:
+        return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def is_claimed(folder: Path) -> bool:
