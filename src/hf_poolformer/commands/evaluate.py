@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..foundation.strict_json import to_json
 from . import command, quieten
@@ -24,9 +25,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
     from ..evaluation.classification import evaluate_checkpoint
     from ..evaluation.processes import describe_results
+    from ..foundation.report_folder import PAGE
     from ..foundation.tasks import TASKS
 
-    results = evaluate_checkpoint(settings)
+    report = None
+    if settings.report:
+        from ..reports.evaluation import write_evaluation_report as report
+    results = evaluate_checkpoint(settings, report)
     if not PartialState().is_main_process:
         return 0
     if settings.json:
@@ -36,4 +41,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     print(f"{settings.model}: {describe_results(results, task)}.")
     if settings.output_dir:
         print(f"Written to {settings.output_dir}: all_results.json, {task.judge.picture}")
+    if settings.report:
+        print(f"Report: {Path(settings.report) / PAGE}")
     return 0

@@ -35,6 +35,18 @@ class EvaluationSettings(SeveralLabelsSettings, LabelledSettings, CheckpointSett
         None, "Folder for all_results.json and the pictures. Unset: they are only shown.", ["--output"]
     )
     json: bool = setting(False, "Print the results as JSON, for programs.")
+    report: str | None = setting(
+        None,
+        "Folder for a report of single images: report.html, its figures as report.json, and a row for each image as "
+        "images.parquet.",
+    )
+    slice_by: str | None = setting(
+        None,
+        "Columns of the dataset by which the report tells results apart: names with commas between them, or a pattern "
+        "such as 'cam*'.",
+        in_file="list",
+    )
+    overwrite: bool = setting(False, "Replace a report that is there already.")
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -42,6 +54,8 @@ class EvaluationSettings(SeveralLabelsSettings, LabelledSettings, CheckpointSett
             raise UserError(f"--train_val_split must be at least 0 and below 1, not {self.train_val_split}.")
         if (self.dataset_name is None) == (self.validation_dir is None):
             raise UserError("give the images by either --dataset_name or --validation_dir.")
+        if self.slice_by is not None and self.report is None:
+            raise UserError("--slice_by is for the report: give its folder with --report.")
 
 
 def parse_evaluation(argv: Sequence[str] | None = None, prog: str | None = None) -> EvaluationSettings:

@@ -6,7 +6,7 @@ import heapq
 import logging
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ..data.columns import ImageDataset
 from ..data.datasets import OpenedSplit, open_every_split
 from ..data.pictures_again import pictures_of
 from ..data.transforms import input_size
@@ -68,6 +69,10 @@ class Inspection:
     found: dict[str, int]
     summary: list[str]
     data: dict[str, Any]
+
+    @property
+    def report(self) -> Path:
+        return self.folder / REPORT
 
 
 def inspect_dataset(
@@ -316,8 +321,8 @@ class Inspector:
         found = {}
         for split, wanted in positions.items():
             with best_effort(f"reading images of {split} again"):
-                for position, picture in pictures_of(self.opened[split].dataset, wanted, side).items():
-                    found[split, position] = picture
+                pictures = pictures_of(divided(self.opened[split]), wanted, side)
+                found |= {(split, position): picture for position, picture in pictures.items()}
         return found
 
     def write(self, folder: Path) -> Inspection:
@@ -326,6 +331,12 @@ class Inspector:
         write_json(folder / DATA, data)
         write_page(folder / REPORT, build_page(found))
         return Inspection(folder, found.found, summary_of(found, folder), data)
+
+
+def divided(split: OpenedSplit) -> ImageDataset:
+    """A split that knows, where its source does, how many rows each of its shards has: single rows are soon found."""
+    units = split.source.units(split.name)
+    return split.dataset if units is None else replace(split.dataset, shard_rows=[unit.rows for unit in units])
 
 
 class Drawn:
