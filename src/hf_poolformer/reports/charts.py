@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 __all__ = ["FAINT", "INK", "PAPER", "SERIES", "draw_svg"]
 
 # Colours that follow dark and light: text and lines, what stands back, and the page itself.
-INK, FAINT, PAPER = "#1a1f29", "#8b93a1", "#fefefe"
+INK, FAINT, PAPER = "#1a1f29", "#5d6675", "#fefefe"
 # Of lines and bars, one after the other; also as "C0" to "C7".
-SERIES = ("#2463c5", "#b9530c", "#1d7d4f", "#8645bd", "#c32f4c", "#0e7a89", "#82600f", "#596273")
+SERIES = ("#2463c5", "#ad4c08", "#1a7549", "#8645bd", "#bd2845", "#0d7382", "#7b5a0d", "#596273")
+# Of a line of text; more find no room in a chart.
+MOST_LETTERS = 60
 # The variables of page.css that take their place.
 _VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", PAPER: "var(--paper)"} | {
     colour: f"var(--series-{index})" for index, colour in enumerate(SERIES, 1)
@@ -29,7 +31,7 @@ _VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", PAPER: "var(--paper)"} |
 
 
 def draw_svg(draw: Callable[[Axes], None], size: tuple[float, float], prefix: str) -> str:
-    """The `<svg>` element of a figure with one plot, without width and height, the same each time.
+    """The `<svg>` element of a figure with one plot, the same each time.
 
     Text stays text, in the page's font; names are made printable, and a dollar in one is a dollar.
 
@@ -64,8 +66,9 @@ def draw_svg(draw: Callable[[Axes], None], size: tuple[float, float], prefix: st
 
 def _clean_texts(figure: Any) -> None:
     """Makes names on the axes and elsewhere printable, and takes mathematics for text, but for powers of ten."""
+    from matplotlib.category import StrCategoryFormatter
     from matplotlib.text import Text
-    from matplotlib.ticker import FuncFormatter, LogFormatter
+    from matplotlib.ticker import FixedFormatter, FuncFormatter, LogFormatter
 
     powers = set()
     for axes in figure.axes:
@@ -73,7 +76,7 @@ def _clean_texts(figure: Any) -> None:
             inner = axis.get_major_formatter()
             if isinstance(inner, LogFormatter):
                 powers.update(axis.get_ticklabels(which="both"))
-            else:
+            elif isinstance(inner, (FixedFormatter, FuncFormatter, StrCategoryFormatter)):
                 axis.set_major_formatter(FuncFormatter(lambda x, place, inner=inner: _lines(inner(x, place))))
     for text in figure.findobj(Text):
         text.set_text(_lines(text.get_text()))
@@ -82,7 +85,7 @@ def _clean_texts(figure: Any) -> None:
 
 
 def _lines(text: str) -> str:
-    return "\n".join(map(printable, text.split("\n")))
+    return "\n".join(printable(line, MOST_LETTERS) for line in text.split("\n"))
 
 
 def _for_page(text: str, prefix: str) -> str:
@@ -108,9 +111,12 @@ def _for_page(text: str, prefix: str) -> str:
             attributes[name] = re.sub(r"url\(#", f"url(#{prefix}", value)
         element.attrib.clear()
         element.attrib.update(attributes)
-    for name in ("width", "height", "version"):
+    for name in ("height", "version"):
         del root.attrib[name]
-    root.attrib["stroke-linejoin"] = "round"
+    root.attrib |= {
+        "width": f"{float(root.attrib['width'].removesuffix('pt')) * 96 / 72:g}",
+        "stroke-linejoin": "round",
+    }
     return ElementTree.tostring(root, encoding="unicode")
 
 

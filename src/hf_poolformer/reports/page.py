@@ -32,10 +32,12 @@ if TYPE_CHECKING:
 
 
 HERE = Path(__file__).parent
-# Characters of a cell or a line below an image; what is longer ends in an ellipsis.
-LONGEST = 240
+# Characters of a cell or a line below an image; of what is longer, the middle is left out. A path's end says most.
+LONGEST = 160
 # What stands for a missing figure.
 MISSING = "—"
+# Characters that a cell keeps on one line.
+SHORT = 20
 
 
 @dataclass
@@ -56,8 +58,8 @@ class Tile:
 class Gallery:
     """
     Attributes:
-        side: of an image, its longest, in CSS pixels. The file holds images of up to twice as many, for dense screens
-            and for when they are enlarged: 200 photographs at 96 are about 1.5 MB.
+        side: of an image, its longest, in CSS pixels. The file holds up to twice as many, for dense screens and for
+            enlarging it: 200 photographs at 96 are about 1 MB, and whatever is to be seen on them below 2 MB.
     """
 
     tiles: Sequence[Tile]
@@ -172,7 +174,7 @@ def render(page: Page) -> str:
     charts = itertools.count(1)
     environment.filters |= {
         "kind": lambda part: type(part).__name__,
-        "line": lambda text: printable(text, LONGEST),
+        "line": line,
         "paragraphs": paragraphs,
         "cells": cells,
         "shares": shares,
@@ -181,7 +183,7 @@ def render(page: Page) -> str:
     }
     style, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     return environment.get_template("page.html").render(
-        page=page, style=style, script=script, style_hash=hash_of(style), script_hash=hash_of(script)
+        page=page, SHORT=SHORT, style=style, script=script, style_hash=hash_of(style), script_hash=hash_of(script)
     )
 
 
@@ -195,26 +197,33 @@ def shown(value: Any) -> Any:
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
+def line(text: str) -> str:
+    """Text on one line, shortened where it is very long."""
+    text = printable(text)
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[: half - 1]} … {text[-half:]}"
+
+
 def paragraphs(text: str) -> list[str]:
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
 
 
 def cells(table: Table) -> list[list[dict[str, Any]]]:
-    """Of each cell its text, whether it stands in a column of numbers, and the value to sort by."""
+    """Of each cell its text and its classes; in a column of numbers the value, too."""
     formats = table.formats or [""] * len(table.headings)
     columns = zip(*table.rows, strict=True) if table.rows else [[] for _ in formats]
     numeric = [all(value is None or is_number(value) for value in column) for column in columns]
-    return [
-        [
-            {
-                "text": cell_text(value, form),
-                "numeric": number,
-                "key": ("" if is_missing(value) else float(value)) if number else None,
-            }
-            for value, form, number in zip(row, formats, numeric, strict=True)
-        ]
-        for row in table.rows
-    ]
+    return [[cell(*parts) for parts in zip(row, formats, numeric, strict=True)] for row in table.rows]
+
+
+def cell(value: Any, form: str, numeric: bool) -> dict[str, Any]:
+    text = cell_text(value, form)
+    classes = {"number": numeric, "short": not numeric and len(text) <= SHORT, "missing": is_missing(value)}
+    return {
+        "text": text,
+        "classes": " ".join(name for name, applies in classes.items() if applies),
+        "key": float(value) if numeric and not is_missing(value) else None,
+    }
 
 
 def is_number(value: Any) -> bool:
@@ -229,8 +238,9 @@ def cell_text(value: Any, form: str) -> str:
     if is_missing(value):
         return MISSING
     if not is_number(value):
-        return printable(str(value), LONGEST)
-    return format(value, form or ("," if isinstance(value, numbers.Integral) else ".4g"))
+        return line(str(value))
+    whole = isinstance(value, numbers.Integral) or 1e4 <= abs(value) < 1e15
+    return format(value, form or (",.0f" if whole else ".4g"))
 
 
 def shares(bars: Bars) -> list[float]:
