@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -62,6 +63,8 @@ class Copies:
     leak_groups: list[Group] = field(default_factory=list)
     duplicate_groups: list[Group] = field(default_factory=list)
     contradiction_groups: list[Group] = field(default_factory=list)
+    near: Mapping[str, int] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -104,6 +107,10 @@ class Findings:
         counts = (copies.leaks, copies.duplicates, self.measures.broken, copies.contradictions)
         return dict(zip(FAULTS, counts, strict=True))
 
+    def short(self, path: str) -> str:
+        """A path without the folder that all of them have in common."""
+        return path.removeprefix(f"{self.name.rstrip('/')}/")
+
     def picture(self, place: Place) -> list[Image.Image]:
         found = self.pictures.get((place.split, place.position))
         return [] if found is None else [found]
@@ -117,10 +124,10 @@ def build_page(findings: Findings) -> Page:
         splits(findings),
         *classes(findings),
         *numbers(findings),
-        leaks(findings),
-        contradictions(findings),
-        duplicates(findings),
-        broken(findings),
+        *leaks(findings),
+        *contradictions(findings),
+        *duplicates(findings),
+        *broken(findings),
         *odd(findings),
         sizes(findings),
         colours(findings),
@@ -145,20 +152,24 @@ def glance(findings: Findings) -> Section:
         pairs.append(("median size", f"{side} × {other}"))
     if measures.bytes_known:
         pairs.append(("stored", size_text(measures.bytes)))
-    words = {"leaks": "leaks", "duplicates": "copies", "broken": "broken", "contradictions": "contradictions"}
+    words = dict(zip(FAULTS, ("leaks", "copies", "broken images", "contradictory labels"), strict=True))
     pairs += [(words[fault], f"{count:,}") for fault, count in found.items()]
     faults = [f"{count:,} {FAULTS[fault]}" for fault, count in found.items() if count]
+    absent = [words[fault] for fault, count in found.items() if not count]
     bad = found["leaks"] or found["contradictions"] or found["broken"] == measures.images
     level = "bad" if bad else "warning" if faults else "good"
-    intro = f"Found: {'; '.join(faults)}." if faults else "No leaks, no copies, no broken images."
+    intro = f"Found: {'; '.join(faults)}." if faults else ""
+    intro += f" Looked for, and not there: {', '.join(absent)}." if absent else ""
     if findings.sample is not None:
         intro += " Only a sample was looked at: whole datasets have more of everything."
     return Section("At a glance", [Facts(pairs)], intro, level)
 
 
 def advice(findings: Findings) -> Section:
-    rows = [[suggestion.reason, suggestion.words] for suggestion in findings.suggestions]
-    parts: list[Part] = [Table(["why", "flags"], rows)] if rows else []
+    parts: list[Part] = []
+    for suggestion in findings.suggestions:
+        parts.append(Text(suggestion.reason))
+        parts += [Commands([suggestion.words])] if suggestion.flags else []
     if findings.command:
         parts += [Text("All of it in one command:"), Commands([findings.command])]
     return Section("What to do", parts, "What these images suggest, each with its reason.")
@@ -175,7 +186,11 @@ def splits(findings: Findings) -> Section:
     parts: list[Part] = [Table(headings, rows)]
     parts += [Text("\n\n".join(findings.remarks))] if findings.remarks else []
     if findings.measures.label_errors.counts:
-        parts.append(reasons_table(findings.measures.label_errors, "Labels that cannot be understood; training stops:"))
+        parts.append(
+            reasons_table(
+                findings, findings.measures.label_errors, "Labels that cannot be understood; training stops:"
+            )
+        )
     return Section("Splits", parts, level="warning" if findings.remarks else "plain")
 
 
@@ -250,9 +265,7 @@ def several_labels(measures: Measures) -> list[Part]:
         rows = []
         for row, name in enumerate(names):
             own = measures.together[row, row]
-            rows.append(
-                [name, int(own), *(float(both / own) if own else None for both in measures.together[row])]
-            )
+            rows.append([name, int(own), *(float(both / own) if own else None for both in measures.together[row])])
         formats = ["", ",", *[".0%"] * len(names)]
         caption = "Of the images with the label on the left, the share that has the one above, too."
         parts.append(Table(["label", "images", *names], rows, caption, formats))
@@ -292,7 +305,7 @@ def tiles_of(findings: Findings, members: Sequence[Member]) -> Tile | None:
     for member in members:
         pictures += findings.picture(member.place)
         what = ", ".join(filter(None, [printable(member.label, _NAME), member.size]))
-        lines.append(f"{member.place.split}: {member.place.path}" + (f" ({what})" if what else ""))
+        lines.append(f"{member.place.split}: {findings.short(member.place.path)}" + (f" ({what})" if what else ""))
     return Tile(pictures, lines) if pictures else None
 
 
@@ -309,58 +322,55 @@ def gallery(findings: Findings, groups: Sequence[Group], total: int, side: int =
     return [Gallery(tiles, left, side)] if tiles else []
 
 
-def leaks(findings: Findings) -> Section:
+def leaks(findings: Findings) -> list[Section]:
     copies = findings.copies
-    if len(findings.measures.splits) < 2:
-        return Section("Leaks between splits", [], "There is one split, so nothing can leak.")
     if not copies.leaks:
-        return Section("Leaks between splits", [], "No image of one split was found in another.", "good")
+        return []
     intro = (
-        f"{copies.leaks:,} images of one split are in an earlier one, too: {copies.exact_leaks:,} pixel by pixel, the "
-        "others nearly. What is measured on them says how well a model remembers."
+        f"{copies.leaks:,} images of one split are in another, too: {copies.exact_leaks:,} pixel by pixel, the others "
+        "nearly. What is measured on them says how well a model remembers."
     )
-    return Section("Leaks between splits", gallery(findings, copies.leak_groups, copies.leaks), intro, "bad")
+    return [Section("Leaks between splits", gallery(findings, copies.leak_groups, copies.leaks), intro, "bad")]
 
 
-def contradictions(findings: Findings) -> Section:
-    if findings.measures.kind == "nothing":
-        return Section("Contradictory labels", [], "There are no labels.")
+def contradictions(findings: Findings) -> list[Section]:
     copies = findings.copies
     if not copies.contradictions:
-        return Section("Contradictory labels", [], "No picture was found with different labels.", "good")
-    intro = f"{copies.contradictions:,} pictures are there several times, and their labels differ: one of them is wrong."
+        return []
+    intro = (
+        f"{copies.contradictions:,} pictures are there several times, and their labels differ: one of them is wrong."
+    )
     parts = gallery(findings, copies.contradiction_groups, copies.contradictions)
-    return Section("Contradictory labels", parts, intro, "bad")
+    return [Section("Contradictory labels", parts, intro, "bad")]
 
 
-def duplicates(findings: Findings) -> Section:
+def duplicates(findings: Findings) -> list[Section]:
     copies = findings.copies
     if not copies.duplicates:
-        return Section("Copies within a split", [], "No image is twice in a split.", "good")
+        return []
     intro = (
         f"{copies.duplicates:,} images are in a split that has the same picture already: {copies.exact_duplicates:,} "
         "pixel by pixel, the others nearly. They count twice in training, and in what is measured."
     )
-    return Section(
-        "Copies within a split", gallery(findings, copies.duplicate_groups, copies.duplicates), intro, "warning"
-    )
+    parts = gallery(findings, copies.duplicate_groups, copies.duplicates)
+    return [Section("Copies within a split", parts, intro, "warning")]
 
 
-def reasons_table(reasons: Reasons, caption: str = "") -> Table:
+def reasons_table(findings: Findings, reasons: Reasons, caption: str = "") -> Table:
     rows = []
     for reason, count in reasons.counts.most_common(50):
-        examples = [printable(path, 120) for path, _ in reasons.examples[reason]]
+        examples = [printable(findings.short(path), 120) for path, _ in reasons.examples[reason]]
         rows.append([count, reason, first_few(examples, 3)])
     return Table(["images", "reason", "for example"], rows, caption)
 
 
-def broken(findings: Findings) -> Section:
+def broken(findings: Findings) -> list[Section]:
     measures = findings.measures
     if not measures.broken:
-        return Section("Broken images", [], "Every image can be read.", "good")
+        return []
     intro = f"{measures.broken:,} of {measures.images:,} images cannot be read."
     level = "bad" if measures.broken > 0.01 * measures.images else "warning"
-    return Section("Broken images", [reasons_table(measures.reasons)], intro, level)
+    return [Section("Broken images", [reasons_table(findings, measures.reasons)], intro, level)]
 
 
 def odd(findings: Findings) -> list[Section]:
@@ -382,15 +392,17 @@ def odd(findings: Findings) -> list[Section]:
     if found.twins:
         rows = [[printable(first, _NAME), printable(second, _NAME), alike] for first, second, alike in found.twins]
         parts.append(Table(["class", "class", "cosine"], rows, "The classes that look most alike.", ["", "", ".3f"]))
-    intro = f"{found.count:,} images look, to the model, more like another class than like their own." if found.count else (
-        "No image looks much more like another class than like its own."
+    intro = (
+        f"{found.count:,} images look, to the model, more like another class than like their own."
+        if found.count
+        else ("No image looks much more like another class than like its own.")
     )
     return [Section("Odd ones out", parts, intro, "bad" if found.strangers else "warning" if found.count else "good")]
 
 
 def extremes(findings: Findings, found: Extremes, caption: str, side: int = 96) -> Gallery:
     tiles = [
-        Tile(findings.picture(place), [f"{place.split}: {place.path}", what])
+        Tile(findings.picture(place), [f"{place.split}: {findings.short(place.path)}", what])
         for _, place, what in found.found
         if findings.picture(place)
     ]
@@ -417,9 +429,12 @@ def sizes(findings: Findings) -> Section:
         if common[0][1] > 1:
             table = [[f"{width} × {height}", count, count / measures.readable] for (width, height), count in common]
             parts.append(Table(["size", "images", "share"], table, "The commonest sizes.", ["", ",", ".1%"]))
-    for heading, counter in (("format", measures.formats), ("mode", measures.modes)):
-        table = [[printable(name, 30), count, count / measures.readable] for name, count in counter.most_common(20)]
-        parts.append(Table([heading, "images", "share"], table, "", ["", ",", ".1%"]))
+    stored = [
+        [what, printable(name, 30), count, count / measures.readable]
+        for what, counter in (("format", measures.formats), ("mode", measures.modes))
+        for name, count in counter.most_common(20)
+    ]
+    parts.append(Table(["stored", "as", "images", "share"], stored, "", ["", "", ",", ".1%"]))
     if measures.bytes_known:
         intro += f" An image takes {size_text(round(measures.bytes / measures.bytes_known))} on average."
     if len(measures.sizes) > 1:
@@ -471,13 +486,13 @@ def augmentation(findings: Findings) -> list[Section]:
     if not findings.previews:
         return []
     tiles = [
-        Tile([image, *made], [f"{place.split}: {place.path}"])
+        Tile([image, *made], [f"{place.split}: {findings.short(place.path)}"])
         for place, image, made in findings.previews
     ]
     return [
         Section(
             "What training sees",
-            [Gallery(tiles, side=112)],
+            [Gallery(tiles, side=80)],
             f"An image as it is, and examples that a run would make of it. {findings.preview_note}",
         )
     ]
@@ -486,14 +501,18 @@ def augmentation(findings: Findings) -> list[Section]:
 def sheets(findings: Findings) -> list[Section]:
     parts = []
     for name, places in findings.sheets.items():
-        tiles = [Tile(findings.picture(place), [place.path]) for place in places if findings.picture(place)]
+        tiles = [
+            Tile(findings.picture(place), [findings.short(place.path)]) for place in places if findings.picture(place)
+        ]
         if tiles:
             parts.append(Gallery(tiles, printable(name, 100), 96))
     if not parts:
         return []
     total = len(findings.measures.label_names)
     kinds = findings.measures.kind in ("class", "classes")
-    left = f" {len(findings.sheets)} of {total:,} classes: the commonest and the rarest." if kinds and len(
-        findings.sheets
-    ) < total else ""
+    left = (
+        f" {len(findings.sheets)} of {total:,} classes: the commonest and the rarest."
+        if kinds and len(findings.sheets) < total
+        else ""
+    )
     return [Section("Contact sheet", parts, f"Some images{' of each class' if kinds else ''}, drawn at random.{left}")]

@@ -222,6 +222,8 @@ def measure(batches: Callable[[Sequence[str]], Iterator[pa.RecordBatch]], about:
         batches: rows of some columns, as often as it is called.
         about: whose `kind`, `label_names` and names of `splits` are known.
     """
+    for split in about.splits.values():
+        split.counts = np.zeros(len(about.label_names), np.int64)
     label_columns = [LABELS[about.kind], "label_error"] if about.kind in LABELS else []
     for batch in batches([*COLUMNS, *label_columns]):
         for part in by_split(batch):
