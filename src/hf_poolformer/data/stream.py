@@ -74,7 +74,7 @@ class Piece(NamedTuple):
     @classmethod
     def of_rows(cls, shard: int, rows: Sequence[int]) -> Piece:
         """These rows only, ascending."""
-        return cls(shard, start=_END, extra=tuple(rows))
+        return cls(shard, start=NO_ROW, extra=tuple(rows))
 
     def part(self, part: int, parts: int) -> Piece:
         """One of `parts` disjoint parts of this piece."""

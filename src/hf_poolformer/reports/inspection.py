@@ -21,8 +21,8 @@ from ..data.transforms import input_size
 from ..foundation.errors import UserError
 from ..foundation.files import best_effort, write_json
 from ..foundation.loading import load_processor
-from ..foundation.names import printable
-from ..foundation.tasks import FEATURE_DISTILLATION, task_of_problem
+from ..foundation.names import first_few, printable
+from ..foundation.tasks import task_of_problem
 from ..settings.command_line import parse
 from .inspection_page import Copies, Findings, build_page, in_training
 from .inspection_settings import InspectionSettings
@@ -113,7 +113,7 @@ def refuse_other_report(folder: Path, overwrite: bool) -> None:
     names = [path.name for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
     if names and not (folder / PARTS).is_dir() and not overwrite:
         raise UserError(
-            f"{folder} holds something else ({', '.join(sorted(names)[:3])}): give another --output_dir, or --overwrite"
+            f"{folder} holds something else ({first_few(sorted(names), 3)}): give another --output_dir, or --overwrite"
         )
 
 

@@ -19,7 +19,7 @@ from .suggestions import Suggestion
 
 
 # What a page shows at most; report.json and images.parquet have the rest.
-BARS, ROWS, TOGETHER = 40, 200, 12
+BARS, ROWS = 40, 200
 GROUPS, OF_A_GROUP = 24, 4
 _NAME = 60
 
@@ -149,7 +149,7 @@ def glance(findings: Findings) -> Section:
         pairs.append(("targets", str(len(measures.label_names))))
     if measures.readable:
         side, other = quantile(measures.shorter, 0.5), quantile(measures.longer, 0.5)
-        pairs.append(("median size", f"{side} × {other}"))
+        pairs.append(("median size", f"{side} x {other}"))
     if measures.bytes_known:
         pairs.append(("stored", size_text(measures.bytes)))
     words = dict(zip(FAULTS, ("leaks", "copies", "broken images", "contradictory labels"), strict=True))
@@ -166,10 +166,8 @@ def glance(findings: Findings) -> Section:
 
 
 def advice(findings: Findings) -> Section:
-    parts: list[Part] = []
-    for suggestion in findings.suggestions:
-        parts.append(Text(suggestion.reason))
-        parts += [Commands([suggestion.words])] if suggestion.flags else []
+    lines = [": ".join(filter(None, [one.words, one.reason])) for one in findings.suggestions]
+    parts: list[Part] = [Text("\n\n".join(lines))]
     if findings.command:
         parts += [Text("All of it in one command:"), Commands([findings.command])]
     return Section("What to do", parts, "What these images suggest, each with its reason.")
@@ -229,7 +227,7 @@ def classes(findings: Findings) -> list[Section]:
         (
             printable(names[index], _NAME),
             float(counts[index]),
-            f"{counts[index]:,}" + (" – rare" if counts[index] < threshold else ""),
+            f"{counts[index]:,}" + (", rare" if counts[index] < threshold else ""),
         )
         for index in shown
     ]
@@ -287,7 +285,7 @@ def numbers(findings: Findings) -> list[Section]:
     edges = number_edges(measures)
     for index, name in enumerate(measures.label_names[:6]):
 
-        def draw(axes, index=index) -> None:  # noqa: ANN001
+        def draw(axes, index=index) -> None:
             for split in known:
                 share = split.histogram[index] / max(split.histogram[index].sum(), 1)
                 axes.stairs(share, edges[index], label=printable(split.name, 30), fill=False, linewidth=1.5)
@@ -421,13 +419,13 @@ def sizes(findings: Findings) -> Section:
     parts: list[Part] = []
     if len(measures.sizes) == 1:
         (((width, height), _),) = measures.sizes.items()
-        intro = f"All images have {width} × {height} pixels."
+        intro = f"All images have {width} x {height} pixels."
     else:
         intro = f"{measures.oblong:,} of {measures.readable:,} are at least twice as long as wide, or as wide as long."
         parts += [Table(["pixels", "least", "5 %", "median", "95 %", "most"], rows), Chart(*side_histogram(measures))]
         common = measures.sizes.most_common(8)
         if common[0][1] > 1:
-            table = [[f"{width} × {height}", count, count / measures.readable] for (width, height), count in common]
+            table = [[f"{width} x {height}", count, count / measures.readable] for (width, height), count in common]
             parts.append(Table(["size", "images", "share"], table, "The commonest sizes.", ["", ",", ".1%"]))
     stored = [
         [what, printable(name, 30), count, count / measures.readable]
@@ -451,7 +449,7 @@ def side_histogram(measures: Measures) -> tuple:
     low, high = max(there[0], 1), max(there[-1], 2)
     edges = np.unique(np.round(np.geomspace(low, high + 1, BINS)).astype(int))
 
-    def draw(axes) -> None:  # noqa: ANN001
+    def draw(axes) -> None:
         for counts, name in ((measures.shorter, "shorter side"), (measures.longer, "longer side")):
             values = np.add.reduceat(np.append(counts, 0), np.minimum(edges, LONGEST_SIDE + 1))[:-1]
             axes.stairs(values, edges, label=name, linewidth=1.5)
@@ -468,6 +466,8 @@ def colours(findings: Findings) -> Section:
     if not measures.measured:
         return Section("Colours", [], "There is no image whose pixels could be measured.")
     names = ["red", "green", "blue"] if measures.channels == 3 else [f"{index}" for index in range(measures.channels)]
+    if measures.grey == measures.measured:
+        names = ["grey"]
     rows = [[name, float(measures.channel_mean[i]), float(measures.channel_std[i])] for i, name in enumerate(names)]
     caption = "White is 1; each image counts as much as any other."
     parts: list[Part] = [Table(["channel", "mean", "std"], rows, caption, ["", ".4f", ".4f"])]

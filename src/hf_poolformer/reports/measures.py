@@ -330,7 +330,7 @@ def _add_pixels(measures: Measures, batch: pa.RecordBatch) -> None:
 
     def image(index: int) -> tuple[Place, str]:
         place = Place(split, positions[index].as_py(), paths[index].as_py())
-        return place, f"{width[index]} × {height[index]}"
+        return place, f"{width[index]} x {height[index]}"
 
     measures.smallest.add(-(width * height).astype(float), image)
     measures.largest.add((width * height).astype(float), image)
@@ -378,7 +378,7 @@ def several_indices(batch: pa.RecordBatch, names: Sequence[str]) -> tuple[np.nda
 
 
 def _add_together(
-    measures: Measures, batches: Callable[[Sequence[str]], Iterator[pa.RecordBatch]], most: int = 12
+    measures: Measures, batches: Callable[[Sequence[str]], Iterator[pa.RecordBatch]], most: int = 8
 ) -> None:
     """How often the commonest classes come together."""
     total = measures.total_counts

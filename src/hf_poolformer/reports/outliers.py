@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from .measures import Extremes, Place, by_split, class_indices, lists
 
@@ -76,7 +75,7 @@ def find_outliers(
         far = margin < limits[labels]
         found.count += int(far.sum())
 
-        def image(index: int, rows=rows, labels=labels, other=other) -> tuple[Place, str]:  # noqa: ANN001
+        def image(index: int, rows=rows, labels=labels, other=other) -> tuple[Place, str]:
             place = Place(*(rows[name][index].as_py() for name in ("split", "position", "path")))
             return place, f"labelled {names[labels[index]]}, looks like {names[other[index]]}"
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from ..data.transforms import channels_of
-from ..image_processing_poolformer import PoolFormerImageProcessor
 from ..foundation.loading import load_processor
+from ..image_processing_poolformer import PoolFormerImageProcessor
 from ..settings.classification import ClassificationSettings, FeatureDistillationSettings
 from ..training.augmentation import TrainTransform
 from ..training.channels import in_channels

@@ -31,10 +31,10 @@ class Traits:
     """What of a dataset decides how to train on it.
 
     Attributes:
-        task: the name of what can be learned of its labels; None if there are none, or a single class.
-        why_none: why there is nothing, in words.
-        complete: all images were looked at, and not a sample.
+        task: the name of what can be learned of its labels; None if there is nothing.
         images: training images that can be read, those included that are to be held out for validation.
+        why_none: why nothing can be learned, in words.
+        complete: all images were looked at, and not a sample.
         train_split, validation_split: names as stored; None where there is no such split.
         validation_images: those of that split that can be read.
         counts: training images of each class.
@@ -136,8 +136,7 @@ def by_task(traits: Traits, chosen: Mapping[str, Any]) -> Suggestion | None:
     if traits.task is None:
         what = f"Nothing can be learned from labels: {traits.why_none}" if traits.why_none else "There are no labels"
         return Suggestion(
-            f"{what.rstrip('.')}. Without labels an encoder can learn what a teacher sees in these images; another class, or "
-            "labels, would make it a classifier.",
+            f"{what.rstrip('.')}. Without labels an encoder can learn what a teacher sees in these images.",
             {"task": FEATURE_DISTILLATION, "teacher": traits.model or _TEACHER},
         )
     if traits.task == MULTI_LABEL:
@@ -159,8 +158,8 @@ def by_recipe(traits: Traits, chosen: Mapping[str, Any]) -> Suggestion | None:
     if traits.side <= 40 and traits.images >= 1000 and not start:
         return Suggestion(
             f"{traits.images} images of about {traits.side} pixels: a small model learns them from scratch in "
-            "minutes. This recipe moves and turns images a little and never mirrors them, as suits letters and digits; "
-            "--horizontal_flip 0.5 where a mirror image means the same.",
+            "minutes. This recipe moves and turns images a little and never mirrors them, as suits letters and "
+            "digits; --horizontal_flip 0.5 where a mirror image means the same.",
             {"recipe": "demo"},
         )
     flags = {"recipe": "finetune", **start}
@@ -222,8 +221,8 @@ def by_size(traits: Traits, chosen: Mapping[str, Any]) -> Suggestion | None:
     if size > usual:
         return Suggestion(f"Half of the images are larger than {usual} pixels.", {"image_size": size})
     return Suggestion(
-        f"Half of the images have no more than {traits.side} pixels on their shorter side. At {usual} pixels they would "
-        f"be blown up, and each step would take about {(usual / size) ** 2:.0f} times as long.",
+        f"Half of the images have no more than {traits.side} pixels on their shorter side. At {usual} pixels they "
+        f"would be blown up, and each step would take about {(usual / size) ** 2:.0f} times as long.",
         {"image_size": size},
     )
 
@@ -282,11 +281,12 @@ def by_rare_labels(traits: Traits, chosen: Mapping[str, Any]) -> Suggestion | No
     if traits.task != MULTI_LABEL or not traits.images:
         return None
     shares = sorted(count / traits.images for count in traits.counts.values() if count)
-    if not shares or shares[len(shares) // 2] >= 0.25:
+    if not shares or (shares[0] >= 0.1 and shares[len(shares) // 2] >= 0.25):
         return None
     return Suggestion(
-        f"Half of the classes are on at most {shares[len(shares) // 2]:.1%} of the images: to say no to each of them is "
-        "nearly always right, so it costs more to miss one than to find it where it is not.",
+        f"The rarest class is on {shares[0]:.1%} of the training images, half of the classes are on at most "
+        f"{shares[len(shares) // 2]:.1%}. To say no to these is nearly always right, so it has to cost more to miss a "
+        "class than to find it where it is not.",
         {"pos_weight": "auto"},
     )
 
@@ -316,8 +316,8 @@ def by_splits(traits: Traits, chosen: Mapping[str, Any]) -> Suggestion | None:
             else ""
         )
         return Suggestion(
-            f"There is no validation split: {part:.0%} of the images, about {round(part * traits.images)}, are held out "
-            f"by what is in them, the same ones each time.{near}",
+            f"There is no validation split: {part:.0%} of the images, about {round(part * traits.images)}, are held "
+            f"out by what is in them, the same ones each time.{near}",
             {**names, "train_val_split": part},
         )
     if traits.validation_split not in ("validation", "test"):
@@ -369,8 +369,8 @@ def by_leaks(traits: Traits, chosen: Mapping[str, Any]) -> Suggestion | None:
     if not traits.leaks:
         return None
     return Suggestion(
-        f"{traits.leaks} images of other splits are in the training split, too, or nearly so: what is measured on them "
-        "is memory. Remove them from one of the two splits before you train; the report lists both paths."
+        f"{traits.leaks} images of one split are in another, too, or nearly so: what is measured on them is memory. "
+        "Remove them from one of the two before you train; the report lists both paths."
     )
 
 
