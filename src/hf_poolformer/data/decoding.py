@@ -74,7 +74,8 @@ class EncodedImage:
         height, width: of the image when it is upright, in pixels.
         orientation: as in EXIF, 1 to 8: how the stored image must be turned to be upright.
         name: the path by which a person would look for it, or None.
-        format, mode: how it is stored, in the words of Pillow ("JPEG", "RGB"); of an array "array" and its number type.
+        format, mode: how it is stored, in the words of Pillow ("JPEG", "RGB"); of an array "array" and its type of
+            numbers.
 
     Raises:
         BrokenImage: for anything that does not decode, whatever the reason.

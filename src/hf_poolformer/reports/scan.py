@@ -3,13 +3,12 @@
     FOLDER/images.parquet    the rows of all splits, written when the pass is complete
     FOLDER/.scan/            the parts it is put together from, as `prediction/parts.py` has them
 
-Whatever kills a pass, the next one goes on after the last part. Of a complete one, only what has changed is read again.
-Broken images are rows with their reason.
+Whatever kills a pass, the next one goes on after the last part. Of a complete one, only what has changed is read
+again. Broken images are rows with their reason.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import os
@@ -40,8 +39,8 @@ from ..data.transforms import channels_of
 from ..foundation.errors import UserError, one_line
 from ..foundation.files import make_folder, put_in_place
 from ..foundation.folders import hold
-from ..foundation.names import printable
 from ..foundation.loading import HERE
+from ..foundation.names import printable
 from ..foundation.origin import Origin
 from ..foundation.strict_json import to_json
 from ..prediction.inference import Predictor, make_loader
@@ -56,7 +55,7 @@ from ..prediction.parts import (
     remove_left_overs,
 )
 from ..prediction.tables import table, unwritable
-from .hashing import SIDE, perceptual_hash, thumbnail_of
+from .near import SIDE, thumbnail_of
 
 
 if TYPE_CHECKING:
@@ -89,12 +88,11 @@ class Scan:
     - `split`, and `position`: the number of the row in the split's stream, as `OpenedSplit.dataset.stream` yields it.
     - `label` (one class), `labels` (any number of classes) or `targets` (numbers, float32), null where there is none;
       none of these columns where the dataset has no labels. `label_error`: why a label cannot be read.
-    - `format` and `mode`: as stored, in Pillow's words (`JPEG`, `RGB`). `width`, `height`: upright, in pixels. `bytes`:
-      of the encoded image. Null where a broken image does not tell.
+    - `format` and `mode`: as stored, in Pillow's words (`JPEG`, `RGB`). `width`, `height`: upright, in pixels.
+      `bytes`: of the encoded image. Null where a broken image does not tell.
     - `error`: why the image cannot be read, else null. Then all that follows is null, but for `digest`.
     - `digest`: SHA-256 of the encoded bytes, `pixel_digest`: a hash of the decoded pixels; both hexadecimal.
-    - `phash`: 64 bits, alike for pictures that look alike; null where a picture has no contrast.
-    - `thumbnail`: uint8, `hashing.SIDE` x `SIDE` grey values, row by row, the whole picture squeezed into a square.
+    - `thumbnail`: uint8, `near.SIDE` x `SIDE` grey values, row by row, the whole picture squeezed into a square.
     - `mean`, `std`: of each channel, of values between 0 and 1.
     - `embedding`: features of the model, float32, if one was given.
 
@@ -411,7 +409,7 @@ def _schema(problem_type: str | None, embedding_size: int | None) -> pa.Schema:
     columns += [LABEL_COLUMNS[problem_type]] if problem_type is not None else []
     columns += [("label_error", text), ("format", text), ("mode", text)]
     columns += [("width", pa.int32()), ("height", pa.int32()), ("bytes", pa.int64())]
-    columns += [("error", text), ("digest", text), ("pixel_digest", text), ("phash", pa.uint64())]
+    columns += [("error", text), ("digest", text), ("pixel_digest", text)]
     columns += [("thumbnail", pa.list_(pa.uint8(), SIDE * SIDE))]
     columns += [("mean", pa.list_(pa.float32())), ("std", pa.list_(pa.float32()))]
     columns += [("embedding", pa.list_(pa.float32(), embedding_size))] if embedding_size else []
@@ -452,9 +450,8 @@ def examine(source: Any, num_channels: int = 3, token: str | bool | None = None)
     sha = hashlib.blake2b(repr((pixels.shape, pixels.dtype.str)).encode(), digest_size=16)
     sha.update(pixels)
     mean, std = _moments(pixels, image)
-    thumbnail = thumbnail_of(pixels if image is None else image)
-    row |= {"pixel_digest": sha.hexdigest(), "mean": mean, "std": std}
-    row |= {"thumbnail": thumbnail.ravel(), "phash": perceptual_hash(thumbnail)}
+    thumbnail = thumbnail_of(pixels if image is None else image).ravel()
+    row |= {"pixel_digest": sha.hexdigest(), "mean": mean, "std": std, "thumbnail": thumbnail}
     return row, {"bytes": data, "path": path} if image is None else image
 
 
