@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import heapq
-import logging
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +24,8 @@ from ..foundation.loading import load_processor
 from ..foundation.names import first_few, printable
 from ..foundation.tasks import task_of_problem
 from ..settings.command_line import parse
-from .inspection_page import Copies, Findings, build_page, in_training
+from . import duplicates
+from .inspection_page import GROUPS, OF_A_GROUP, Copies, Findings, Group, Member, build_page, in_training
 from .inspection_settings import InspectionSettings
 from .measures import (
     LABELS,
@@ -45,13 +46,13 @@ from .scan import PARTS, Scan, scan
 from .suggestions import Suggestion, Traits, suggest, training_words
 
 
-logger = logging.getLogger(__name__)
-
 REPORT, DATA = "report.html", "report.json"
 # Classes that are shown, images of each, and images that are augmented, so many times.
 _SHEETS, _OF_A_CLASS, _PREVIEWS, _TIMES = 24, 8, 10, 3
 # Longest side of a picture in the file, in pixels; of one that is augmented, before it is.
 _SIDE, _WHOLE = 192, 640
+# Groups of copies in report.json.
+_GROUPS_TOLD = 10_000
 
 
 @dataclass(frozen=True)
@@ -230,8 +231,7 @@ class Inspector:
         """Words behind `train`; none where nothing could be trained."""
         if not self.traits.images:
             return []
-        name = self.settings.folder.name.removeprefix("inspection-") or "model"
-        return training_words(self.traits, self.suggestions, f"outputs/{name}")
+        return training_words(self.traits, self.suggestions, f"outputs/{self.settings.name}")
 
     def sheets(self) -> dict[str, list[Place]]:
         """Some images of the commonest and the rarest classes, or of all; chosen by the seed and the place alone."""
@@ -373,6 +373,83 @@ def shuffled(positions: np.ndarray, seed: int) -> np.ndarray:
     return mixed >> np.uint64(1)
 
 
+def find_copies(seen: Scan, order: Sequence[str]) -> Copies:
+    """The groups of a scan as a page shows them.
+
+    Pictures of one colour are told elsewhere: that they are alike says nothing of leaks and labels.
+
+    Args:
+        order: of the splits, what is learned from first.
+    """
+    found = seen.duplicates()
+    copies = Copies()
+    near: Counter[str] = Counter()
+    data = []
+    for group in found.groups:
+        exact = group.kind != "near"
+        first = min(group.splits, key=order.index)
+        leaked = 0 if group.flat else sum(split != first for split in group.splits)
+        again = len(group) - len(set(group.splits))
+        copies.leaks += leaked
+        copies.duplicates += again
+        copies.exact_leaks += leaked if exact else 0
+        copies.exact_duplicates += again if exact else 0
+        if not exact:
+            near.update(group.splits)
+        contradicts = group.contradicts and not group.flat
+        copies.contradictions += contradicts
+        for wanted, shown, differing in (
+            (leaked, copies.leak_groups, group.splits),
+            (again, copies.duplicate_groups, ()),
+            (contradicts, copies.contradiction_groups, tuple(map(label_text, group.labels))),
+        ):
+            if wanted and len(shown) < GROUPS:
+                shown.append(as_shown(group, differing))
+        if len(data) < _GROUPS_TOLD:
+            members = zip(group.splits, group.positions, group.paths, group.labels, strict=True)
+            names = ("split", "position", "path", "label")
+            told = {name: getattr(group, name) for name in ("kind", "score", "mirrored", "flat")}
+            told |= {"leaks": bool(leaked), "contradicts": contradicts}
+            data.append({**told, "images": [dict(zip(names, member, strict=True)) for member in members]})
+    copies.near = near
+    copies.data = {
+        "leaks": {"images": copies.leaks, "exact": copies.exact_leaks},
+        "duplicates": {"images": copies.duplicates, "exact": copies.exact_duplicates},
+        "contradictions": copies.contradictions,
+        "number_of_groups": len(found.groups),
+        "groups": data,
+    }
+    return copies
+
+
+def as_shown(group: duplicates.Group, differing: Sequence[Any]) -> Group:
+    """A few images of a group, of each kind one before there is a second.
+
+    Args:
+        differing: what the group's images differ by.
+    """
+    seen: Counter[Any] = Counter()
+    turns = []
+    for kind in differing or range(len(group)):
+        turns.append(seen[kind])
+        seen[kind] += 1
+    first = sorted(range(len(group)), key=lambda index: turns[index])[:OF_A_GROUP]
+    members = [
+        Member(Place(group.splits[i], group.positions[i], group.paths[i]), label_text(group.labels[i]))
+        for i in sorted(first)
+    ]
+    return Group(members, len(group), group.kind != "near", group.mirrored)
+
+
+def label_text(label: Any) -> str:
+    """A label as a scan has it, in words."""
+    if label is None:
+        return ""
+    if isinstance(label, list):
+        return ", ".join(one if isinstance(one, str) else f"{one:.4g}" for one in label) or "none"
+    return str(label)
+
+
 def report_data(found: Findings, training: Sequence[str]) -> dict[str, Any]:
     """All figures of the page, as report.json has them."""
     measures, copies = found.measures, found.copies
@@ -454,7 +531,3 @@ def summary_of(found: Findings, folder: Path) -> list[str]:
     lines += [f"Suggested: {found.command}"] if found.command else []
     lines.append(f"Written to {folder / REPORT}")
     return [printable(line) for line in lines]
-
-
-def find_copies(seen: Scan, order: Sequence[str]) -> Copies:
-    return Copies()

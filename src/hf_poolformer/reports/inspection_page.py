@@ -34,25 +34,28 @@ class Member:
 
     place: Place
     label: str = ""
-    size: str = ""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Images that show the same, or nearly so: the first few of `count`."""
+    """Images that show the same, or nearly so: a few of `count`; perhaps mirrored."""
 
     members: Sequence[Member]
     count: int
     exact: bool
+    mirrored: bool = False
 
 
 @dataclass
 class Copies:
     """
     Attributes:
-        leaks: images outside of the training split that are in it, or of test that are in validation, too.
+        leaks: images outside of the training split that are in it, or of test that are in validation, too;
+            `exact_leaks` of them pixel by pixel.
         duplicates: images that one split has besides the first of their kind.
         contradictions: groups whose labels differ.
+        near: split -> images that look like another one.
+        data: all of it, for report.json.
     """
 
     leaks: int = 0
@@ -302,21 +305,22 @@ def tiles_of(findings: Findings, members: Sequence[Member]) -> Tile | None:
     pictures, lines = [], []
     for member in members:
         pictures += findings.picture(member.place)
-        what = ", ".join(filter(None, [printable(member.label, _NAME), member.size]))
-        lines.append(f"{member.place.split}: {findings.short(member.place.path)}" + (f" ({what})" if what else ""))
+        what = f" ({printable(member.label, _NAME)})" if member.label else ""
+        lines.append(f"{member.place.split}: {findings.short(member.place.path)}{what}")
     return Tile(pictures, lines) if pictures else None
 
 
-def gallery(findings: Findings, groups: Sequence[Group], total: int, side: int = 112) -> list[Part]:
+def gallery(findings: Findings, groups: Sequence[Group], side: int = 112) -> list[Part]:
     tiles = []
     for group in groups:
         tile = tiles_of(findings, group.members)
         if tile is None:
             continue
         more = group.count - len(group.members)
-        tile.note = ("the same picture" if group.exact else "nearly the same") + (f", {more} more" if more else "")
+        how = "the same pixels" if group.exact else "mirrored" if group.mirrored else "nearly the same"
+        tile.note = f"{how}, {more} more" if more else how
         tiles.append(tile)
-    left = f"{total - len(groups):,} more are in report.json." if total > len(groups) else ""
+    left = f"The first {len(groups)} groups; all are in report.json." if len(groups) == GROUPS else ""
     return [Gallery(tiles, left, side)] if tiles else []
 
 
@@ -328,7 +332,7 @@ def leaks(findings: Findings) -> list[Section]:
         f"{copies.leaks:,} images of one split are in another, too: {copies.exact_leaks:,} pixel by pixel, the others "
         "nearly. What is measured on them says how well a model remembers."
     )
-    return [Section("Leaks between splits", gallery(findings, copies.leak_groups, copies.leaks), intro, "bad")]
+    return [Section("Leaks between splits", gallery(findings, copies.leak_groups), intro, "bad")]
 
 
 def contradictions(findings: Findings) -> list[Section]:
@@ -338,7 +342,7 @@ def contradictions(findings: Findings) -> list[Section]:
     intro = (
         f"{copies.contradictions:,} pictures are there several times, and their labels differ: one of them is wrong."
     )
-    parts = gallery(findings, copies.contradiction_groups, copies.contradictions)
+    parts = gallery(findings, copies.contradiction_groups)
     return [Section("Contradictory labels", parts, intro, "bad")]
 
 
@@ -350,7 +354,7 @@ def duplicates(findings: Findings) -> list[Section]:
         f"{copies.duplicates:,} images are in a split that has the same picture already: {copies.exact_duplicates:,} "
         "pixel by pixel, the others nearly. They count twice in training, and in what is measured."
     )
-    parts = gallery(findings, copies.duplicate_groups, copies.duplicates)
+    parts = gallery(findings, copies.duplicate_groups)
     return [Section("Copies within a split", parts, intro, "warning")]
 
 

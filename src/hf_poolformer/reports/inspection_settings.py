@@ -89,13 +89,15 @@ class InspectionSettings(SeveralLabelsSettings, LabelledSettings, CheckpointSett
         return [word.strip() for word in (self.fail_on or "").split(",") if word.strip()]
 
     @property
+    def name(self) -> str:
+        """The dataset's, fit for a folder."""
+        name = printable(Path(self.dataset_name).name or Path(self.dataset_name).resolve().name)
+        return re.sub(r"[^\w.-]+", "-", name)[:60].strip("-.") or "dataset"
+
+    @property
     def folder(self) -> Path:
         """Where the report goes."""
-        if self.output_dir:
-            return Path(self.output_dir)
-        name = printable(Path(self.dataset_name).name or Path(self.dataset_name).resolve().name, 60)
-        plain = re.sub(r"[^\w.-]+", "-", name).strip("-.")
-        return Path(f"inspection-{plain or 'dataset'}")
+        return Path(self.output_dir or f"inspection-{self.name}")
 
     @property
     def opening(self) -> dict[str, Any]:

@@ -309,6 +309,11 @@ def by_splits(traits: Traits, chosen: Mapping[str, Any]) -> Suggestion | None:
     if traits.train_split not in (None, SplitSettings.__dataclass_fields__["train_split"].default):
         names["train_split"] = traits.train_split
     if traits.validation_split is None:
+        if traits.images < 8:
+            return Suggestion(
+                f"{traits.images} images are too few to hold some out: nothing is measured.",
+                {**names, "train_val_split": 0},
+            )
         part = 0.25 if traits.images < 500 else 0.15 if traits.images < 50_000 else 0.05
         near = (
             f" Near-duplicates, which {traits.near} images have, may be divided between the two parts: see above."
@@ -323,7 +328,9 @@ def by_splits(traits: Traits, chosen: Mapping[str, Any]) -> Suggestion | None:
     if traits.validation_split not in ("validation", "test"):
         names["validation_split"] = traits.validation_split
     said = []
-    if traits.validation_split == "test":
+    if not traits.validation_images:
+        said.append(f"No image of {printable(traits.validation_split, 60)} can be used: mend it, or remove it.")
+    elif traits.validation_split == "test":
         said.append(
             "There is no validation split, so a run measures on test, and a choice made by that flatters it. Divide "
             "the training images if you choose by the figures."
