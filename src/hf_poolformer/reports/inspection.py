@@ -382,29 +382,35 @@ def find_copies(seen: Scan, order: Sequence[str]) -> Copies:
         order: of the splits, what is learned from first.
     """
     found = seen.duplicates()
-    copies = Copies()
-    near: Counter[str] = Counter()
-    data = []
+    copies, near, data = Copies(), Counter(), []
+    pixels = seen.table.to_table(columns=["pixel_digest"])["pixel_digest"]
     for group in found.groups:
-        exact = group.kind != "near"
+        same = pixels.take(pa.array(group.rows)).to_pylist()
+        texts = [label_text(label) for label in group.labels]
         first = min(group.splits, key=order.index)
-        leaked = 0 if group.flat else sum(split != first for split in group.splits)
-        again = len(group) - len(set(group.splits))
-        copies.leaks += leaked
-        copies.duplicates += again
-        copies.exact_leaks += leaked if exact else 0
-        copies.exact_duplicates += again if exact else 0
-        if not exact:
-            near.update(group.splits)
+        leaked = [] if group.flat else [index for index, split in enumerate(group.splits) if split != first]
+        learned = {one for one, split in zip(same, group.splits, strict=True) if split == first}
+        copies.leaks += len(leaked)
+        copies.exact_leaks += sum(same[index] in learned for index in leaked)
+        times = Counter(group.splits)
+        copies.duplicates += len(group) - len(times)
+        copies.exact_duplicates += len(group) - len(set(zip(same, group.splits, strict=True)))
+        near.update(group.splits if group.kind == "near" else ())
         contradicts = group.contradicts and not group.flat
         copies.contradictions += contradicts
-        for wanted, shown, differing in (
-            (leaked, copies.leak_groups, group.splits),
-            (again, copies.duplicate_groups, ()),
-            (contradicts, copies.contradiction_groups, tuple(map(label_text, group.labels))),
+        labelled = {
+            (one, text) for one, text, label in zip(same, texts, group.labels, strict=True) if label is not None
+        }
+        copies.exact_contradictions += contradicts and len({one for one, _ in labelled}) < len(labelled)
+        everything = range(len(group))
+        again = [index for index in everything if times[group.splits[index]] > 1]
+        for chosen, shown, differing in (
+            (everything if leaked else (), copies.leak_groups, group.splits),
+            (again, copies.duplicate_groups, [""] * len(group)),
+            (everything if contradicts else (), copies.contradiction_groups, texts),
         ):
-            if wanted and len(shown) < GROUPS:
-                shown.append(as_shown(group, differing))
+            if chosen and len(shown) < GROUPS:
+                shown.append(as_shown(group, chosen, differing))
         if len(data) < _GROUPS_TOLD:
             members = zip(group.splits, group.positions, group.paths, group.labels, strict=True)
             names = ("split", "position", "path", "label")
@@ -415,30 +421,25 @@ def find_copies(seen: Scan, order: Sequence[str]) -> Copies:
     copies.data = {
         "leaks": {"images": copies.leaks, "exact": copies.exact_leaks},
         "duplicates": {"images": copies.duplicates, "exact": copies.exact_duplicates},
-        "contradictions": copies.contradictions,
+        "contradictions": {"pictures": copies.contradictions, "exact": copies.exact_contradictions},
         "number_of_groups": len(found.groups),
         "groups": data,
     }
     return copies
 
 
-def as_shown(group: duplicates.Group, differing: Sequence[Any]) -> Group:
-    """A few images of a group, of each kind one before there is a second.
+def as_shown(group: duplicates.Group, chosen: Sequence[int], differing: Sequence[str]) -> Group:
+    """A few of the `chosen` images of a group, of each kind one before there is a second.
 
     Args:
-        differing: what the group's images differ by.
+        differing: what kind each image of the group is.
     """
-    seen: Counter[Any] = Counter()
-    turns = []
-    for kind in differing or range(len(group)):
-        turns.append(seen[kind])
-        seen[kind] += 1
-    first = sorted(range(len(group)), key=lambda index: turns[index])[:OF_A_GROUP]
+    turns = {index: sum(differing[other] == differing[index] for other in chosen if other < index) for index in chosen}
+    first = sorted(sorted(chosen, key=turns.get)[:OF_A_GROUP])
     members = [
-        Member(Place(group.splits[i], group.positions[i], group.paths[i]), label_text(group.labels[i]))
-        for i in sorted(first)
+        Member(Place(group.splits[i], group.positions[i], group.paths[i]), label_text(group.labels[i])) for i in first
     ]
-    return Group(members, len(group), group.kind != "near", group.mirrored)
+    return Group(members, len(chosen), group.kind != "near", group.mirrored)
 
 
 def label_text(label: Any) -> str:

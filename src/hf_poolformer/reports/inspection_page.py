@@ -20,7 +20,7 @@ from .suggestions import Suggestion
 
 # What a page shows at most; report.json and images.parquet have the rest.
 BARS, ROWS = 40, 200
-GROUPS, OF_A_GROUP = 24, 4
+GROUPS, OF_A_GROUP = 24, 3
 _NAME = 60
 
 
@@ -53,7 +53,7 @@ class Copies:
         leaks: images outside of the training split that are in it, or of test that are in validation, too;
             `exact_leaks` of them pixel by pixel.
         duplicates: images that one split has besides the first of their kind.
-        contradictions: groups whose labels differ.
+        contradictions: groups whose labels differ; of `exact_contradictions` those of the same pixels.
         near: split -> images that look like another one.
         data: all of it, for report.json.
     """
@@ -63,6 +63,7 @@ class Copies:
     duplicates: int = 0
     exact_duplicates: int = 0
     contradictions: int = 0
+    exact_contradictions: int = 0
     leak_groups: list[Group] = field(default_factory=list)
     duplicate_groups: list[Group] = field(default_factory=list)
     contradiction_groups: list[Group] = field(default_factory=list)
@@ -340,7 +341,8 @@ def contradictions(findings: Findings) -> list[Section]:
     if not copies.contradictions:
         return []
     intro = (
-        f"{copies.contradictions:,} pictures are there several times, and their labels differ: one of them is wrong."
+        f"{copies.contradictions:,} pictures are there several times with different labels, "
+        f"{copies.exact_contradictions:,} of them pixel by pixel: of these one label is wrong."
     )
     parts = gallery(findings, copies.contradiction_groups)
     return [Section("Contradictory labels", parts, intro, "bad")]
@@ -362,6 +364,8 @@ def reasons_table(findings: Findings, reasons: Reasons, caption: str = "") -> Ta
     rows = []
     for reason, count in reasons.counts.most_common(50):
         examples = [printable(findings.short(path), 120) for path, _ in reasons.examples[reason]]
+        texts = {text for _, text in reasons.examples[reason]}
+        reason = texts.pop() if len(texts) == 1 else reason
         rows.append([count, reason, first_few(examples, 3)])
     return Table(["images", "reason", "for example"], rows, caption)
 
@@ -439,11 +443,12 @@ def sizes(findings: Findings) -> Section:
     parts.append(Table(["stored", "as", "images", "share"], stored, "", ["", "", ",", ".1%"]))
     if measures.bytes_known:
         intro += f" An image takes {size_text(round(measures.bytes / measures.bytes_known))} on average."
-    if len(measures.sizes) > 1:
+    areas = [abs(kind.found[0][0]) for kind in (measures.smallest, measures.largest)]
+    if areas[1] >= 4 * areas[0]:
         parts.append(extremes(findings, measures.smallest, "The smallest."))
         parts.append(extremes(findings, measures.largest, "The largest."))
-        if measures.longest.found:
-            parts.append(extremes(findings, measures.longest, "The longest, of which a square crop sees a part."))
+    if measures.longest.found:
+        parts.append(extremes(findings, measures.longest, "The longest, of which a square crop sees a part."))
     return Section("Sizes and formats", [part for part in parts if not isinstance(part, Gallery) or part.tiles], intro)
 
 
@@ -457,7 +462,9 @@ def side_histogram(measures: Measures) -> tuple:
         for counts, name in ((measures.shorter, "shorter side"), (measures.longer, "longer side")):
             values = np.add.reduceat(np.append(counts, 0), np.minimum(edges, LONGEST_SIDE + 1))[:-1]
             axes.stairs(values, edges, label=name, linewidth=1.5)
-        axes.set_xscale("log")
+        if high >= 10 * low:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set_xlabel("pixels")
         axes.set_ylabel("images")
         axes.legend()

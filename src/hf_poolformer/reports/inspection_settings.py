@@ -23,7 +23,7 @@ FAULTS = {
     "leaks": "images of one split that are in another, too, or nearly so",
     "duplicates": "images that are several times in a split, or nearly so",
     "broken": "images that cannot be read",
-    "contradictions": "the same picture with different labels",
+    "contradictions": "pictures that are there several times with different labels",
 }
 # Flags by which data is opened here as in training.
 OPENED_BY = ("dataset_config_name", "image_column_name", "label_column_name", "label_separator", "label_names")

@@ -385,8 +385,8 @@ def by_contradictions(traits: Traits, chosen: Mapping[str, Any]) -> Suggestion |
     if not traits.contradictions:
         return None
     return Suggestion(
-        f"{traits.contradictions} pictures are there several times with different labels, and one of these is wrong. "
-        "Mend the labels before you train; the report shows them side by side."
+        f"{traits.contradictions} pictures are there several times, or nearly so, with different labels. Mend those "
+        "that are wrong before you train; the report shows them side by side."
     )
 
 
