@@ -66,9 +66,10 @@ def find_outliers(
     there = np.flatnonzero(counts[train])
     margins: list[np.ndarray] = []
     classes: list[np.ndarray] = []
-    for _, vectors, labels, _ in _vectors(batches, names, size):
-        margins.append(_margins(vectors, labels, centres, there)[0])
-        classes.append(labels)
+    for split, vectors, labels, _ in _vectors(batches, names, size):
+        if split == train:
+            margins.append(_margins(vectors, labels, centres, there)[0])
+            classes.append(labels)
     limits = _limits(np.concatenate(margins), np.concatenate(classes), len(names))
     for _, vectors, labels, rows in _vectors(batches, names, size):
         margin, other = _margins(vectors, labels, centres, there)

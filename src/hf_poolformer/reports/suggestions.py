@@ -16,6 +16,7 @@ from ..data.loader import MIN_SEEN, skip_limit, too_many_broken
 from ..evaluation.intervals import wilson
 from ..foundation.names import first_few, printable
 from ..foundation.tasks import CLASSIFICATION, FEATURE_DISTILLATION, MULTI_LABEL, REGRESSION
+from ..settings.classification import RECIPES
 from ..settings.data import ReadingSettings, SplitSettings
 from ..settings.training import settings_of
 
@@ -210,16 +211,14 @@ def by_batch(traits: Traits, chosen: Mapping[str, Any]) -> Suggestion | None:
 
 
 def by_size(traits: Traits, chosen: Mapping[str, Any]) -> Suggestion | None:
-    usual = traits.model_side
+    size = _STEP * math.ceil(traits.side / _STEP)
     if chosen.get("recipe") == "demo":
-        usual = 32
-        size = _STEP * math.ceil(traits.side / _STEP)
-    else:
-        size = max(2 * _STEP, _STEP * math.ceil(traits.side / _STEP))
-    if chosen.get("recipe") not in ("demo", "finetune") or size == usual or (usual != 32 and size > 0.75 * usual):
+        usual = RECIPES["demo"]["image_size"]
+        reason = f"Half of the images have more than {usual} pixels on their shorter side."
+        return Suggestion(reason, {"image_size": size}) if size > usual else None
+    usual, size = traits.model_side, max(size, 2 * _STEP)
+    if chosen.get("recipe") != "finetune" or size > 0.75 * usual:
         return None
-    if size > usual:
-        return Suggestion(f"Half of the images are larger than {usual} pixels.", {"image_size": size})
     return Suggestion(
         f"Half of the images have no more than {traits.side} pixels on their shorter side. At {usual} pixels they "
         f"would be blown up, and each step would take about {(usual / size) ** 2:.0f} times as long.",
