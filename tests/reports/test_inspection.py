@@ -118,16 +118,17 @@ def test_a_clean_dataset_and_a_folder_that_holds_a_report(clean, faulty, tmp_pat
     assert (tmp_path / "other/report.html").read_text() == "another one"
 
 
-def test_stopped_and_continued(clean, tmp_path, capsys, monkeypatch):
-    scan = inspection.scan
+@pytest.mark.parametrize("step", ["scan", "find_copies", "write_page"])
+def test_stopped_and_continued(clean, tmp_path, capsys, monkeypatch, step):
+    do = getattr(inspection, step)
 
     def terminated(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return scan(*arguments, **options)
+        return do(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(inspection, "scan", terminated)
-        assert inspect(clean, tmp_path / "out", expected=143) is None
+        patch.setattr(inspection, step, terminated)
+        inspect(clean, tmp_path / "out", expected=143)
     assert "the same command goes on" in capsys.readouterr().err
     assert not (tmp_path / "out/report.html").exists()
     assert inspect(clean, tmp_path / "out")["images"] == 26

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from ..foundation.strict_json import to_json
-from . import command, quieten
+from . import Terminated, command, quieten
 
 
 @command
@@ -31,15 +31,18 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         terminated.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    signal.signal(signal.SIGTERM, terminate)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        from ..reports.inspection import inspect_dataset
+        from ..reports.inspection import scan_dataset, write_inspection
 
         quieten()
-        inspection = inspect_dataset(settings, should_stop=lambda: terminated)
-    except KeyboardInterrupt:
+        seen = scan_dataset(settings, should_stop=lambda: terminated)
+        signal.signal(signal.SIGTERM, before)  # there are no workers any more
+        inspection = write_inspection(settings, seen)
+    except KeyboardInterrupt as stop:
         print(f"stopped: {settings.folder} is not complete; the same command goes on", file=sys.stderr)
-        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+        by_signal = terminated or isinstance(stop, Terminated)
+        return 128 + (signal.SIGTERM if by_signal else signal.SIGINT)
     print(to_json(inspection.data, indent=2) if settings.json else "\n".join(inspection.summary))
     faults = {fault: inspection.found[fault] for fault in settings.faults if inspection.found[fault]}
     if faults:

@@ -75,10 +75,10 @@ class Inspection:
         return self.folder / REPORT
 
 
-def inspect_dataset(
+def scan_dataset(
     settings: InspectionSettings, *, progress: bool = True, should_stop: Callable[[], object] = lambda: False
-) -> Inspection:
-    """Scans a dataset and writes the report.
+) -> Scan:
+    """Looks at every image, and keeps what it finds in the folder of the report.
 
     Args:
         should_stop: as `scan` takes it.
@@ -89,10 +89,9 @@ def inspect_dataset(
     """
     folder = settings.folder
     refuse_other_report(folder, settings.overwrite)
-    opened = open_every_split(**settings.opening)
-    seen = scan(
+    return scan(
         folder,
-        opened,
+        open_every_split(**settings.opening),
         num_channels=settings.num_channels or 3,
         model=settings.model,
         origin=settings.origin(),
@@ -104,7 +103,11 @@ def inspect_dataset(
         progress=progress,
         should_stop=should_stop,
     )
-    return Inspector(settings, seen).write(folder)
+
+
+def write_inspection(settings: InspectionSettings, seen: Scan) -> Inspection:
+    """Writes report.json and report.html of a scan, each as a whole or not at all."""
+    return Inspector(settings, seen).write(settings.folder)
 
 
 def refuse_other_report(folder: Path, overwrite: bool) -> None:
