@@ -23,6 +23,8 @@ _ENOUGH = 5
 # Classes beyond which pairs of them are not compared.
 _MOST_CLASSES = 2000
 SHOWN = 24
+# Images at once times classes.
+_COSINES = 1 << 22
 COLUMNS = ("path", "split", "position", "label", "embedding")
 
 
@@ -103,8 +105,10 @@ def _vectors(
     batches: Callable[[Sequence[str]], Iterator[pa.RecordBatch]], names: Sequence[str], size: int
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray, pa.RecordBatch]]:
     """Split, features of length 1 (rows, size), classes (rows,), and the rows; of images with a label."""
+    rows = max(_COSINES // len(names), 1)
     for batch in batches(COLUMNS):
-        for part in by_split(batch):
+        pieces = (batch.slice(first, rows) for first in range(0, len(batch), rows))
+        for part in (part for piece in pieces for part in by_split(piece)):
             labels = class_indices(part, names)
             usable = (labels >= 0) & part["embedding"].is_valid().to_numpy(zero_copy_only=False)
             if usable.any():
