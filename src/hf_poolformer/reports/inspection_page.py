@@ -220,6 +220,8 @@ def classes(findings: Findings) -> list[Section]:
             f"{training.name}, the rarest, {printable(names[rare], _NAME)}, {counts[rare]:,}: "
             f"{ratio:.3g} to 1."
         )
+        if ratio == 1:
+            intro = f"Each class has {counts[common]:,} images in {training.name}."
     if empty := int((counts == 0).sum()):
         level = "warning"
         intro += f" {empty:,} of the classes have no image there."
