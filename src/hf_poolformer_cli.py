@@ -18,6 +18,7 @@ from pathlib import Path
 
 COMMANDS = {
     "train": "train or fine-tune a classifier, segmenter or detector",
+    "inspect": "look at a dataset: classes, copies, leaks, broken images",
     "evaluate": "measure a classifier on labelled images",
     "compare": "tell which of two models is better, on which images, and whether by chance",
     "predict": "label images, or compute their features, into a table",

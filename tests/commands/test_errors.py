@@ -15,6 +15,7 @@ import hf_poolformer_cli
 CALLS = {
     "train": ["--model_name_or_path", "MODEL", "--train_dir", "PHOTOS", "--output_dir", "OUT/run"],
     "evaluate": ["MODEL", "--dataset_name", "PHOTOS"],
+    "inspect": ["PHOTOS", "--model", "MODEL", "--output", "OUT/inspection"],
     "predict": ["MODEL", "IMAGE", "--output", "OUT/table.csv"],
     "explain": ["MODEL", "IMAGE", "--output", "OUT/explained.png"],
     "convert": ["MODEL", "OUT/converted"],
@@ -30,6 +31,7 @@ CALLS = {
 OTHER_FILES = {
     "train": ["--recipe", "demo", "--train_dir", "MISSING", "--output_dir", "OUT/run"],
     "evaluate": ["MODEL", "--dataset_name", "MISSING"],
+    "inspect": ["MISSING", "--output", "OUT/inspection"],
     "predict": ["MODEL", "MISSING", "--output", "OUT/table.csv"],
     "explain": ["MODEL", "MISSING", "--output", "OUT/explained.png"],
     "convert": ["MODEL", "OUT/converted", "--labels", "MISSING"],
@@ -49,6 +51,7 @@ OTHER_FILES = {
 NEEDS = {
     "train": "train",
     "evaluate": "train",
+    "inspect": "train",
     "explain": "train",
     "export": "export",
     "app": "app",

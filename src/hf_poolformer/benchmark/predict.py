@@ -90,7 +90,9 @@ def measure_predict(
 
         def reading() -> list[float]:
             parts = ((items[start : start + case.batch_size], None) for start in range(0, len(items), case.batch_size))
-            loader = make_loader(predictor, parts, case.batch_size, len(items), workers)
+            loader = make_loader(
+                predictor.preprocessing.load, parts, case.batch_size, len(items), workers, device.type == "cuda"
+            )
             return [time.perf_counter() for _ in loader]
 
         def model() -> list[float]:

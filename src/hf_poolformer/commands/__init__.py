@@ -6,7 +6,8 @@
         ...
 
 Exit statuses: 0; 1 where the work was done and its outcome is bad; 2 for a mistake, explained in one line on stderr;
-3 if a trained model could not be published; 130 after Ctrl-C and 143 after SIGTERM.
+3 if a trained model could not be published; 4 if `inspect` found what it was told to fail on; 130 after Ctrl-C and 143
+after SIGTERM.
 
 Nothing here and nothing at the top of a command's module imports torch, transformers or what an extra installs:
 `--help` appears at once, and a missing library is one readable line.

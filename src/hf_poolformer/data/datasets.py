@@ -4,11 +4,12 @@
 batches. Nothing is decoded before a worker does it, so that one broken image costs one image.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Image
 
@@ -19,7 +20,7 @@ from .columns import ImageDataset, few, find_image_column, find_label_columns, f
 from .labels import Numbers
 from .layouts import open_source
 from .sources import Source
-from .understanding import Wanted, begins_labelled, first_row, with_labels, with_labels_of
+from .understanding import PROBLEM_TYPES, Wanted, begins_labelled, first_row, with_labels, with_labels_of
 
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,103 @@ def open_datasets(
         else:
             opened[name] = with_labels(dataset, *parts[name], wanted)
     return opened
+
+
+class OpenedSplit(NamedTuple):
+    """A split with where it comes from.
+
+    Attributes:
+        source, name: what opened it, and what it is called there.
+        remarks: why it has no labels, or others than training would take, in words.
+    """
+
+    dataset: ImageDataset
+    source: Source
+    name: str
+    remarks: tuple[str, ...] = ()
+
+
+def open_every_split(
+    *,
+    dataset_name: str | os.PathLike | None = None,
+    dataset_config_name: str | None = None,
+    train_dir: str | os.PathLike | None = None,
+    validation_dir: str | os.PathLike | None = None,
+    train_split: str | None = "train",
+    validation_split: str | None = None,
+    image_column_name: str | None = None,
+    label_column_name: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    streaming: bool = True,
+    problem_type: str | None = None,
+    label_separator: str | None = None,
+    label_names: str | None = None,
+) -> dict[str, OpenedSplit]:
+    """Opens all that is there, to be looked at: every split in stored order, for one reader.
+
+    What training refuses is no error here: a split whose labels are missing, or cannot be understood, is opened
+    without them, and its remarks say why. The classes are those of the training split, as far as it knows them.
+
+    Args:
+        problem_type: as `open_datasets` takes it; None for the first of one class, several and numbers that the
+            columns allow.
+        others: as of `open_datasets`.
+
+    Raises:
+        UserError: nothing there, no images, all splits empty.
+    """
+    if (dataset_name, train_dir, validation_dir) == (None, None, None) or None not in (dataset_name, train_dir):
+        raise UserError("name the data by either --dataset_name or --train_dir, or --validation_dir alone")
+    where = {"extra_splits": tuple(filter(None, (train_split, validation_split))), "cache_dir": cache_dir}
+    places: dict[str, tuple[Source, str]] = {}
+    main = None
+    if dataset_name is not None or train_dir is not None:
+        remote = {"config_name": dataset_config_name, "revision": revision, "token": token, "streaming": streaming}
+        source = open_source(dataset_name, **remote, **where) if train_dir is None else open_source(train_dir, **where)
+        places = {split: (source, split) for split in source.splits}
+        main = source.split_named(train_split or "train")
+    if validation_dir is not None:
+        places["validation"] = (open_source(validation_dir, whole=True, **where), "train")
+    names = sorted(places, key=lambda split: split != main)  # what the classes are, training data says first
+    columns = {"image_column_name": image_column_name, "token": token, "shared": False}
+    kinds = PROBLEM_TYPES if problem_type is None else (problem_type,)
+    told = told_classes(label_names)
+    opened: dict[str, OpenedSplit] = {}
+    empty: list[str] = []
+    train: ImageDataset | None = None
+    for split in names:
+        source, name = places[split]
+        try:
+            plain = _open_split(source, name, **columns)
+        except UserError as error:
+            if len(names) == 1 or not str(error).endswith("is empty"):
+                raise
+            empty.append(split)
+            continue
+        remarks = []
+        if train is not None:
+            kinds = (train.problem_type,)
+        for kind in kinds:
+            wanted = Wanted(kind, separator=label_separator, told=told, cache_dir=cache_dir)
+            try:
+                named = _open_split(source, name, **columns, label_column_name=label_column_name, wanted=wanted)
+                if train is not None:
+                    with contextlib.suppress(UserError):
+                        opened[split] = OpenedSplit(with_labels_of(named, source, name, wanted, train), source, name)
+                        break
+                opened[split] = OpenedSplit(with_labels(named, source, name, wanted), source, name)
+                break
+            except UserError as error:
+                remarks.append(str(error))
+        else:
+            opened[split] = OpenedSplit(plain, source, name, (f"read without labels: {remarks[0]}",))
+        if train is None and opened[split].dataset.storage is not None:
+            train = opened[split].dataset
+    if not opened:
+        raise UserError(f"{few(sorted(empty))}: every split is empty")
+    return {split: opened[split] for split in places if split in opened}
 
 
 def open_images(
@@ -280,9 +378,14 @@ def _open_split(
     label_column_name: str | None = None,
     token: str | bool | None,
     wanted: Wanted | None = None,
+    shared: bool = True,
     other_columns: str | None = None,
 ) -> ImageDataset:
-    """A split with its columns found; labels not looked at yet, and their columns not looked for unless `wanted`."""
+    """A split with its columns found; labels not looked at yet, and their columns not looked for unless `wanted`.
+
+    Args:
+        shared: as of `Source.columns`.
+    """
     name = f"{source.name} ({split})" if len(source.splits) > 1 else source.name
     opened = source.open(split)
     stream = opened.stream
@@ -300,7 +403,7 @@ def _open_split(
         roots = (root_of(stream.features, column) for column in (*labels, *others))
         read = list(dict.fromkeys([image_column, *roots]))
         unread = tuple(column for column in stream.features if column not in read)
-        stream = source.columns(split, read)
+        stream = source.columns(split, read, shared)
     # Annotation maps as well: a broken one would end its shard where a filter decodes it.
     pictures = [column for column, feature in stream.features.items() if isinstance(feature, Image)]
     for column in {image_column, *pictures}:

@@ -74,6 +74,8 @@ class EncodedImage:
         height, width: of the image when it is upright, in pixels.
         orientation: as in EXIF, 1 to 8: how the stored image must be turned to be upright.
         name: the path by which a person would look for it, or None.
+        format, mode: how it is stored, in the words of Pillow ("JPEG", "RGB"); of an array "array" and its type of
+            numbers.
 
     Raises:
         BrokenImage: for anything that does not decode, whatever the reason.
@@ -91,20 +93,21 @@ class EncodedImage:
         self._files = contextlib.ExitStack()
         self._planes: torch.Tensor | None = None
         try:
-            with _broken_if_it_fails(max_pixels):
+            with broken_if_it_fails(max_pixels):
                 if isinstance(source, Image.Image):
                     self._file, image = None, source
                 else:
                     self._file = self._files.enter_context(_open_source(source, token))
                     array, image = self._open(3 * max_pixels)
                     if array is not None:
+                        self.format, self.mode = "array", str(array.values.dtype)
                         self._planes = _planes_of(array, num_channels)
                         self._image, self._scalable, self.orientation = None, False, 1
                         self.height, self.width = self._planes.shape[1:]
                         _judge_size(self.width, self.height, max_pixels)
                         return
                 _judge_size(*image.size, max_pixels)
-                self._image = image
+                self._image, self.format, self.mode = image, image.format, image.mode
                 self._scalable = self._file is not None and image.format in ("JPEG", "MPO")
                 if not self._scalable:
                     image.load()  # of an animation, the first frame; some formats tell their orientation only now
@@ -151,7 +154,7 @@ class EncodedImage:
         Raises:
             BrokenImage: the pixels cannot be read.
         """
-        with _broken_if_it_fails():
+        with broken_if_it_fails():
             if self._planes is not None:
                 return (self._planes if self._num_channels != 3 else _as_rgb(self._planes)), 1
             image, reduced = self._image, 1
@@ -194,7 +197,7 @@ class EncodedImage:
             return None
         if (image.mode == "RGB" and image.info.get("adobe_transform") == 0) or changes_colours(image):
             return None
-        with _broken_if_it_fails():
+        with broken_if_it_fails():
             self._file.seek(0)
             data = self._file.read()
         return data if _JPEG_END in data[-_JPEG_TAIL:] else None
@@ -274,7 +277,8 @@ def _as_rgb(planes: torch.Tensor) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _broken_if_it_fails(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
+def broken_if_it_fails(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
+    """Whatever is raised within the block becomes a BrokenImage that says it in words."""
     try:
         with warnings.catch_warnings():
             # Corrupt EXIF, sizes between Pillow's two limits: judged here, and not worth a line per image.

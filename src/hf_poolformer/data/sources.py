@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -71,6 +71,24 @@ class Split:
     num_examples: int | None
 
 
+class Unit(NamedTuple):
+    """What the stream of a split divides into: consecutive rows that can be read without those before them.
+
+    Attributes:
+        rows: how many.
+        name: what its rows are called after: a file or folder; empty where each row is a file of its own.
+        first: the number of its first row in what `name` names.
+        files: that the rows lie in.
+        other: what else is known of the rows, as text: their labels, where these lie in no file.
+    """
+
+    rows: int
+    name: str
+    first: int
+    files: Sequence[Path]
+    other: str = ""
+
+
 class Source(abc.ABC):
     """A dataset with named splits.
 
@@ -100,8 +118,16 @@ class Source(abc.ABC):
     def open(self, split: str) -> Split:
         """Opens one of `splits`."""
 
-    def columns(self, split: str, names: list[str]) -> IterableDataset:
-        """Rows of these columns only, without reading the others where the format allows it."""
+    def units(self, split: str) -> list[Unit] | None:
+        """What `data.stream.Shards` finds in a split when it is divided, in order; None where only reading tells."""
+        return None
+
+    def columns(self, split: str, names: list[str], shared: bool = True) -> IterableDataset:
+        """Rows of these columns only, without reading the others where the format allows it.
+
+        Args:
+            shared: several workers are going to read them.
+        """
         return self.open(split).stream.select_columns(names)
 
     def values(self, split: str, names: list[str]) -> Iterator[tuple[Any, ...]]:
@@ -208,7 +234,10 @@ class HubSource(Source):
         commit = re.fullmatch(r"[0-9a-f]{40}", builder.hash or "")
         return f"{builder.repo_id} {builder.config_id} {commit[0]}" if commit and builder.repo_id else None
 
-    def columns(self, split: str, names: list[str]) -> IterableDataset:
+    def units(self, split: str) -> list[Unit] | None:
+        return None if self._streaming else _units_of_maps(self.name, self._opened[split])
+
+    def columns(self, split: str, names: list[str], shared: bool = True) -> IterableDataset:
         if not self._streaming:
             return super().columns(split, names)
         return self._load(names)[split].select_columns(names)
@@ -229,6 +258,10 @@ class SavedSource(Source):
 
     def open(self, split: str) -> Split:
         return _from_memory_map(self._opened[split])
+
+    def units(self, split: str) -> list[Unit]:
+        name = os.path.join(self.name, split) if len(self.splits) > 1 else self.name
+        return _units_of_maps(name, self._opened[split])
 
     def values(self, split: str, names: list[str]) -> Iterator[tuple[Any, ...]]:
         return _values(self._opened[split], names)
@@ -295,8 +328,17 @@ class ParquetSource(FileSource):
     are needed are then written once, as `datasets` does for whatever it does not stream, and mapped into memory.
     """
 
-    def columns(self, split: str, names: list[str]) -> IterableDataset:
-        copied = self._copy(split, names) if self._is_hard_to_share(split) else None
+    def units(self, split: str) -> list[Unit]:
+        units = []
+        for path in self.files[split]:
+            known, first = pyarrow.parquet.read_metadata(path), 0
+            for group in range(known.num_row_groups):
+                units.append(Unit(known.row_group(group).num_rows, str(path), first, [path]))
+                first += units[-1].rows
+        return units
+
+    def columns(self, split: str, names: list[str], shared: bool = True) -> IterableDataset:
+        copied = self._copy(split, names) if shared and self._is_hard_to_share(split) else None
         stream = self._built(ParquetRows, split, columns=names) if copied is None else _from_memory_map(copied).stream
         return stream.select_columns(names)
 
@@ -381,6 +423,15 @@ class TarSource(FileSource):
     def _count(self, split: str) -> int:
         return self._look(split).count
 
+    def units(self, split: str) -> list[Unit]:
+        known, units = self._look(split), []
+        for path in self.files[split]:
+            first = 0
+            for rows in known.rows[os.path.abspath(path)]:
+                units.append(Unit(rows, str(path), first, [path]))
+                first += rows
+        return units
+
     def _look(self, split: str) -> "TarContents":
         if split not in self._contents:
             self._contents[split] = TarContents(self.files[split])
@@ -394,12 +445,14 @@ class TarContents:
         count: samples.
         kinds: the sets of fields (`jpg`, `cls`) that samples have.
         starts: path -> the bytes at which it may be entered: at the first sample, and at others far enough apart.
+        rows: path -> samples from each of these on.
     """
 
     def __init__(self, paths: Sequence[Path]):
         self.count = 0
         self.kinds: set[frozenset[str]] = set()
         self.starts: dict[str, list[int]] = {}
+        self.rows: dict[str, list[int]] = {}
         self._structures: dict[str, list[Any]] = {}
         for path in paths:
             self._add(path)
@@ -441,6 +494,7 @@ class TarContents:
                 logger.warning("%s has no end-of-archive mark, it is probably truncated", path)
         key, fields = None, set()
         starts = self.starts[os.path.abspath(path)] = [0]
+        rows = self.rows[os.path.abspath(path)] = [0]
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 # As WebDataset has it: a sample is what shares a path up to the first dot of the file's name.
@@ -449,19 +503,21 @@ class TarContents:
                 if not member.isfile() or not field or name.startswith((".", "__")):
                     continue
                 if (directory, stem) != key:
-                    self._end(fields)
+                    self._end(fields, rows)
                     if member.offset >= starts[-1] + _RANGE and not tar.pax_headers:  # these would be missed
                         starts.append(member.offset)
+                        rows.append(0)
                     key, fields = (directory, stem), set()
                 fields.add(field)
                 known = self._structures.setdefault(field, []) if field.lower().endswith(("json", "jsn")) else None
                 if known is not None and len(known) < _STRUCTURES_READ:
                     known.append(json.loads(tar.extractfile(member).read()))
-        self._end(fields)
+        self._end(fields, rows)
 
-    def _end(self, fields: set[str]) -> None:
+    def _end(self, fields: set[str], rows: list[int]) -> None:
         if fields:
             self.count += 1
+            rows[-1] += 1
             self.kinds.add(frozenset(fields))
 
 
@@ -522,6 +578,14 @@ class FolderSource(Source):
 
     def open(self, split: str) -> Split:
         return _stream(self.rows[split])
+
+    def units(self, split: str) -> list[Unit]:
+        units = []
+        for rows in _in_shards(self.rows[split]):
+            files = [path for paths in rows.files.values() for path in paths if path is not None]
+            labels = "" if rows.table is None else repr(rows.table.to_pydict())
+            units.append(Unit(len(rows), "", 0, files, labels))
+        return units
 
     def values(self, split: str, names: list[str]) -> Iterator[tuple[Any, ...]]:
         table = self.rows[split].table
@@ -587,16 +651,19 @@ def _stream(rows: Listed) -> Split:
     features = Features({column: Image(decode=False) for column in rows.files})
     if rows.table is not None:
         features.update(rows.features or Features.from_arrow_schema(rows.table.schema))
-    # Files of one class lie together on disk: dealt out at random, every shard is a sample of the whole.
-    order = np.random.default_rng(0).permutation(len(rows))
-    num_shards = min(_FOLDER_SHARDS, 1 << max((len(rows) // _FOLDER_ROWS).bit_length() - 1, 0))
     shards = []
-    for shard in range(num_shards):
-        chosen = rows.taken(order[shard::num_shards])
+    for chosen in _in_shards(rows):
         # One string and one table per shard, not a million small objects for each worker to copy.
         paths = {column: "\0".join(map(_text, files)) for column, files in chosen.files.items()}
         shards.append((len(chosen), paths, chosen.table))
     return Split(IterableDataset.from_generator(_listed_rows, features, gen_kwargs={"shards": shards}), len(rows))
+
+
+def _in_shards(rows: Listed) -> Iterator[Listed]:
+    """Files of one class lie together on disk: dealt out at random, every shard is a sample of the whole."""
+    order = np.random.default_rng(0).permutation(len(rows))
+    num_shards = min(_FOLDER_SHARDS, 1 << max((len(rows) // _FOLDER_ROWS).bit_length() - 1, 0))
+    return (rows.taken(order[shard::num_shards]) for shard in range(num_shards))
 
 
 def _text(path: Path | None) -> str:
@@ -650,9 +717,21 @@ def _state_of_maps(dataset: datasets.Dataset) -> str | None:
     return settled_state([file["filename"] for file in dataset.cache_files])
 
 
+def _units_of_maps(name: str, dataset: datasets.Dataset) -> list[Unit]:
+    """As datasets divides a table into so many shards: the first ones one row longer."""
+    number = _shards_of_maps(dataset)
+    whole, rest = divmod(len(dataset), number)
+    sizes = [whole + (index < rest) for index in range(number)]
+    files = [Path(file["filename"]) for file in dataset.cache_files]
+    return [Unit(size, name, sum(sizes[:index]), files) for index, size in enumerate(sizes)]
+
+
+def _shards_of_maps(dataset: datasets.Dataset) -> int:
+    return max(1, min(_SHARDS, len(dataset)))
+
+
 def _from_memory_map(dataset: datasets.Dataset) -> Split:
-    num_shards = max(1, min(_SHARDS, len(dataset)))
-    return Split(dataset.to_iterable_dataset(num_shards=num_shards), len(dataset))
+    return Split(dataset.to_iterable_dataset(num_shards=_shards_of_maps(dataset)), len(dataset))
 
 
 def _hub_failure(name: str, error: Exception) -> str:

@@ -71,6 +71,11 @@ class Piece(NamedTuple):
     first: int = 0
     copies: tuple[int, ...] = ()
 
+    @classmethod
+    def of_rows(cls, shard: int, rows: Sequence[int]) -> Piece:
+        """These rows only, ascending."""
+        return cls(shard, start=NO_ROW, extra=tuple(rows))
+
     def part(self, part: int, parts: int) -> Piece:
         """One of `parts` disjoint parts of this piece."""
         mine = slice(part, None, parts)

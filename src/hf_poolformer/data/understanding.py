@@ -37,7 +37,11 @@ _MANY, _SOME = 100, 10
 # So many rows without a label, and a split counts as unlabelled.
 _FIRST_ROWS = 100
 
-_SINGLE, _MULTI, _REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+PROBLEM_TYPES = _SINGLE, _MULTI, _REGRESSION = (
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+)
 _NEEDS = {
     _SINGLE: "one class for each image",
     _MULTI: "a list of classes for each image, or a column of true and false for each class",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -241,36 +241,38 @@ class Decoder(Dataset):
     process, undecoded, and everything costly is done here. A batch is (items, anything): the latter is passed on.
     """
 
-    def __init__(self, preprocessing: Preprocessing):
-        self._preprocessing = preprocessing
+    def __init__(self, load: Callable[[list[Any]], Any]):
+        self._load = load
 
-    def __getitems__(self, batch: tuple[list[tuple[str, Any]], Any]) -> tuple[dict[str, Any], Any]:
+    def __getitems__(self, batch: tuple[list[Any], Any]) -> tuple[Any, Any]:
         items, tag = batch
-        return self._preprocessing.load(items), tag
+        return self._load(items), tag
 
 
 def make_loader(
-    predictor: Predictor,
+    load: Callable[[list[Any]], Any],
     batches: Iterator[tuple[list[Any], Any]],
     batch_size: int,
     total: int | None,
     num_workers: int | None,
+    pin_memory: bool = False,
 ) -> DataLoader:
-    """A loader that yields `(decoded batch, tag)` for each `(items, tag)`, in order.
+    """A loader that yields `(load(items), tag)` for each `(items, tag)`, in order.
 
     Args:
+        load: runs in the workers.
         num_workers: chosen by the number of images and cores if None.
     """
     if num_workers is None:
         mine = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         num_workers = 0 if total is not None and total <= batch_size else min(16, max(1, mine - 1))
     return DataLoader(
-        Decoder(predictor.preprocessing),
+        Decoder(load),
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_as_is,
         worker_init_fn=prepare_worker,
-        pin_memory=predictor.device.type == "cuda",
+        pin_memory=pin_memory,
     )
 
 

@@ -24,7 +24,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from ..foundation.files import put_in_place
 from ..foundation.strict_json import to_json
 from .inference import Predictor
 from .inputs import Position, Shard
-from .tables import cell, table, unwritable
+from .tables import Write, cell, unwritable
 
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ MANIFEST, SUMMARY, BROKEN = ".manifest.json", ".summary.json", ".broken.csv"
 
 _PART = re.compile(r"part-(\d{5,})-of-(\d{5,})-(\d{5,})\.parquet")
 _KEY = "hf_poolformer"
+
+Rows = list[dict[str, Any]]
 
 
 @dataclass
@@ -75,16 +78,10 @@ class Tag:
 
 def describe_run(predictor: Predictor, shards: Sequence[Shard], part_size: int) -> dict[str, Any]:
     """All that decides what the parts hold; equal for every process and every start of one job."""
-    sha = hashlib.sha256()
-    for shard in shards:
-        sha.update(shard.key.encode("utf-8", "surrogateescape") + b"\n")
-    counts = [shard.count for shard in shards]
     return {
         "format": 1,
         "model": predictor.digest(),
-        "inputs": sha.hexdigest(),
-        "images": None if None in counts else sum(counts),
-        "shards": len(shards),
+        **describe_shards(shards),
         "part_size": part_size,
         "top_k": predictor.top_k,
         "threshold": predictor.threshold,
@@ -94,12 +91,26 @@ def describe_run(predictor: Predictor, shards: Sequence[Shard], part_size: int) 
     }
 
 
-def claim_folder(folder: Path, run: dict[str, Any], about: dict[str, Any]) -> str:
+def describe_shards(shards: Sequence[Shard]) -> dict[str, Any]:
+    """Which images these are, for the description of a run."""
+    sha = hashlib.sha256()
+    for shard in shards:
+        sha.update(shard.key.encode("utf-8", "surrogateescape") + b"\n")
+    counts = [shard.count for shard in shards]
+    return {
+        "inputs": sha.hexdigest(),
+        "images": None if None in counts else sum(counts),
+        "shards": len(shards),
+    }
+
+
+def claim_folder(folder: Path, run: dict[str, Any], about: dict[str, Any], what: str = "predictions") -> str:
     """Makes the folder this job's, or finds that it is already.
 
     Args:
         run: as `describe_run` gives it.
         about: what else a person would like to know of it; not compared.
+        what: the folder holds, for messages.
 
     Returns:
         the job's fingerprint.
@@ -128,10 +139,17 @@ def claim_folder(folder: Path, run: dict[str, Any], about: dict[str, Any]) -> st
         if "inputs" in differing:
             shown = [text for text in shown if not text.startswith(("images ", "shards "))]
         raise UserError(
-            f"{folder} holds predictions with {', '.join(shown)}: give another --output, or --overwrite to "
-            "replace them"
+            f"{folder} holds {what} with {', '.join(shown)}: give another --output, or --overwrite to replace them"
         )
     return fingerprint(run)
+
+
+def claimed_run(folder: Path) -> dict[str, Any] | None:
+    """The description of the run that the folder belongs to; None where there is none that can be read."""
+    try:
+        return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def is_claimed(folder: Path) -> bool:
@@ -208,7 +226,7 @@ class Parts:
         changed = [shard for shard, (_, part) in found.items() if part is not None and part.inputs != states[shard]]
         if changed:
             logger.warning(
-                "Images of %d of %d shards have changed since they were predicted: these shards are predicted anew.",
+                "Images of %d of %d shards have changed since they were read: these shards are read anew.",
                 len(changed),
                 self._num_shards,
             )
@@ -244,9 +262,18 @@ class Parts:
                 yield items, Tag(number, chunk, end, last, dataclasses.asdict(after))
                 chunk += end
 
-    def write(self, predictor: Predictor, loader: Any) -> Iterator[list[dict[str, Any]]]:
-        """Predicts what the loader yields and writes the parts; hands out the rows of each batch once written."""
-        columns = ("path", *predictor.columns, "error")
+    def write(
+        self,
+        rows_of: Callable[[Any], Rows],
+        table: Callable[[Path, Callable[[], dict[str, str]]], AbstractContextManager[Write]],
+        loader: Any,
+    ) -> Iterator[Rows]:
+        """Writes the rows of what the loader yields into parts; hands out those of each batch once written.
+
+        Args:
+            rows_of: makes rows of a batch, each with `error`.
+            table: opens a part, given its path and what says, in the end, its metadata: see `tables.table`.
+        """
         batches = iter(loader)
         for decoded, tag in batches:  # the first of a part
             part = Part(0, 0, False, {}, self._run, self._states[tag.shard])
@@ -254,9 +281,9 @@ class Parts:
             def metadata(part: Part = part) -> dict[str, str]:
                 return {_KEY: to_json(dataclasses.asdict(part))}
 
-            with table(self.path(tag.shard, tag.chunk), columns, predictor.embedding_size, metadata) as write:
+            with table(self.path(tag.shard, tag.chunk), metadata) as write:
                 while True:
-                    rows = predictor.rows(decoded)
+                    rows = rows_of(decoded)
                     write(rows)
                     part.rows += len(rows)
                     part.broken += sum(row["error"] is not None for row in rows)
@@ -266,11 +293,8 @@ class Parts:
                         break
                     decoded, tag = next(batches)
 
-    def finish(self) -> dict[str, Any] | None:
-        """Writes `broken.csv` and `summary.json` if every shard is complete; returns the summary, else None.
-
-        Every process asks when it is through with its own shards, so the last one finds all of them complete.
-        """
+    def complete(self) -> list[tuple[Path, Part]] | None:
+        """All parts in order; None while some are missing."""
         there = self.list()
         parts: list[tuple[Path, Part]] = []
         for shard in range(self._num_shards):
@@ -278,6 +302,16 @@ class Parts:
             if not pieces or any(part is None for _, part in pieces) or not pieces[-1][1].last:
                 return None
             parts += pieces
+        return parts
+
+    def finish(self) -> dict[str, Any] | None:
+        """Writes `broken.csv` and `summary.json` if every shard is complete; returns the summary, else None.
+
+        Every process asks when it is through with its own shards, so the last one finds all of them complete.
+        """
+        parts = self.complete()
+        if parts is None:
+            return None
         broken = sum(part.broken for _, part in parts)
         if broken:
             _publish(self.folder / BROKEN, _broken_rows([path for path, part in parts if part.broken]), replace=True)

@@ -21,13 +21,11 @@ from ..foundation.folders import hold
 from ..foundation.origin import Origin
 from .inference import Predictor, make_loader
 from .inputs import HubDataset, Images, Position, find_images
-from .parts import BROKEN, Parts, claim_folder, clear_folder, describe_run, is_claimed, remove_left_overs
+from .parts import BROKEN, Parts, Rows, claim_folder, clear_folder, describe_run, is_claimed, remove_left_overs
 from .tables import check_parquet, check_table, table
 
 
 PART_SIZE = 10_000
-
-Rows = list[dict[str, Any]]
 
 
 @dataclass
@@ -190,7 +188,7 @@ class Job:
         total = None if None in counts else sum(counts)
         items = (item for part in self.images for shard in part.shards(None) for item in shard.read(Position()))
         batches = ((batch, None) for batch in iter(lambda: list(islice(items, self.batch_size)), []))
-        loader = make_loader(self.predictor, batches, self.batch_size, total, self.num_workers)
+        loader = self._loader(batches, total)
         return self._follow(self._write_table(loader), total, Summary(self.output))
 
     def fill_folder(self, part_size: int, index: int, processes: int, about: dict[str, Any]) -> Summary:
@@ -215,9 +213,10 @@ class Job:
             count = shards[number].count
             total = None if total is None or count is None else total + count - rows
         batches = parts.batches(shards, progress, part_size, self.batch_size)
-        loader = make_loader(self.predictor, batches, self.batch_size, total, self.num_workers)
+        loader = self._loader(batches, total)
         whose = f"process 1 of {processes}" if processes > 1 else None
-        summary = self._follow(parts.write(self.predictor, loader), total, Summary(self.output, before=before), whose)
+        written = parts.write(self.predictor.rows, self._table, loader)
+        summary = self._follow(written, total, Summary(self.output, before=before), whose)
         whole = parts.finish()
         if whole is not None:
             summary.predicted, summary.broken = whole["predicted"], whole["broken"]
@@ -225,9 +224,16 @@ class Job:
             summary.predicted, summary.complete = summary.predicted + before, False
         return summary
 
+    def _loader(self, batches: Iterator[tuple[list[Any], Any]], total: int | None) -> Any:
+        pin_memory = self.predictor.device.type == "cuda"
+        load = self.predictor.preprocessing.load
+        return make_loader(load, batches, self.batch_size, total, self.num_workers, pin_memory)
+
+    def _table(self, path: Path, metadata: Callable[[], dict[str, str]] | None = None) -> Any:
+        return table(path, ("path", *self.predictor.columns, "error"), self.predictor.embedding_size, metadata)
+
     def _write_table(self, loader: Any) -> Iterator[Rows]:
-        columns = ("path", *self.predictor.columns, "error")
-        with table(self.output, columns, self.predictor.embedding_size) as write:
+        with self._table(self.output) as write:
             for decoded, _ in loader:
                 rows = self.predictor.rows(decoded)
                 write(rows)

@@ -49,14 +49,14 @@ def check_parquet() -> None:
 @contextmanager
 def table(
     output: Path,
-    columns: Sequence[str],
+    columns: Any,
     embedding_size: int | None = None,
     metadata: Callable[[], dict[str, str]] | None = None,
 ) -> Iterator[Write]:
     """A function that appends rows to a table; the table takes its name when the block ends without an exception.
 
     Args:
-        columns: of each row, `path` first and `error` last.
+        columns: names, of each row, `path` first and `error` last; or an Arrow schema, Parquet only.
         metadata: asked at the end, for the file's own key-value metadata; Parquet only.
 
     Raises:
@@ -109,11 +109,11 @@ def parquet_schema(columns: Sequence[str], embedding_size: int | None) -> Any:
 
 
 @contextmanager
-def _parquet(path: Path, columns: Sequence[str], embedding_size: int | None, metadata: Any) -> Iterator[Write]:
+def _parquet(path: Path, columns: Any, embedding_size: int | None, metadata: Any) -> Iterator[Write]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = parquet_schema(columns, embedding_size)
+    schema = columns if isinstance(columns, pa.Schema) else parquet_schema(columns, embedding_size)
     waiting: list[dict[str, Any]] = []
     with pq.ParquetWriter(path, schema) as writer:
 
@@ -174,6 +174,7 @@ def _encodable(row: dict[str, Any]) -> dict[str, Any]:
     row = {**row, "path": undecodable_escaped(row["path"])}
     if row.get("label") is not None:
         row["label"] = undecodable_escaped(row["label"])
+    if row.get("labels") is not None:
         row["labels"] = [undecodable_escaped(label) for label in row["labels"]]
     return row
 
