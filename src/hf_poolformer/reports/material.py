@@ -4,6 +4,7 @@ looks."""
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -91,7 +92,7 @@ class Material:
         pictures = [self.pictures[row]] if row in self.pictures else []
         if not pictures:
             note = f"{note}; not decoded again".lstrip("; ")
-        path = printable(self.rows.table["path"][row].as_py())
+        path = printable(self.rows.table["path"][row].as_py()).rpartition("/")[2]
         short = path if len(path) <= LONGEST_PATH else "…" + path[1 - LONGEST_PATH :]
         return Tile([*pictures, *(self.heats.get(row, ()) if heats else ())], [*lines, short], note)
 
@@ -111,8 +112,9 @@ class Told:
         self.model, self.data, self.folder = model, data, folder
 
     def show(self, table: str) -> str:
-        rows = f"pyarrow.parquet.read_table({str(self.folder / table)!r}).to_pylist()"
-        code = f"import pyarrow.parquet; print(*{rows}[:50], sep='\\n')"
+        """The first rows of a table, one a line."""
+        path = json.dumps(printable(str(self.folder / table)), ensure_ascii=False)
+        code = f"import pyarrow.parquet as p; [print(row) for row in p.read_table({path}).to_pylist()[:50]]"
         return shlex.join(["python", "-c", code])
 
     def evaluate(self, *flags: str) -> str:
@@ -176,7 +178,7 @@ def percent(share: float) -> str:
     """For people; of what is nearly everything or nothing, more digits."""
     if not np.isfinite(share):
         return "—"
-    return f"{share:.1%}".replace("%", " %") if 0.001 <= share < 0.9995 or share in (0, 1) else f"{share:.2g}"
+    return f"{share:.1%}" if 0.001 <= share < 0.9995 or share in (0, 1) else f"{share:.2g}"
 
 
 def plural(count: int, one: str, many: str = "") -> str:

@@ -13,7 +13,7 @@ from .material import Material, Told
 from .page import Chart, Gallery, Section, Table
 
 
-LOSSES, DRAWN_TARGETS, LISTED_TARGETS, MOST_DOTS = 24, 3, 200, 1000
+LOSSES, DRAWN_TARGETS, LISTED_TARGETS, MOST_DOTS = 16, 3, 200, 1000
 # An answer is systematically off in a range of the target where the mean error is so many times as large as chance
 # would have it.
 BEYOND_CHANCE = 3.0
@@ -28,6 +28,7 @@ class Numbers:
     """
 
     first_figure = None
+    slice_format = ".4g"
 
     def __init__(self, material: Material):
         self.material, rows = material, material.rows

@@ -10,6 +10,7 @@ import pyarrow as pa
 from ..evaluation.intervals import wilson
 from ..evaluation.pictures import draw_confusion_matrix
 from ..foundation.names import undecodable_escaped
+from ..foundation.report_folder import AMBIGUOUS, LABEL_ERRORS
 from . import analysis
 from .charts import FAINT
 from .label_errors import confident_learning
@@ -18,13 +19,15 @@ from .page import Chart, Gallery, Section, Table, Text
 
 
 # How much is shown; the tables beside the report have all of it.
-LOSSES, ERRORS, AMBIGUOUS, PAIRS, OF_PAIR, LISTED_PAIRS, LISTED_CLASSES = 24, 24, 12, 8, 4, 50, 200
+LOSSES, ERRORS, TORN, PAIRS, OF_PAIR, LISTED_PAIRS, LISTED_CLASSES = 16, 24, 12, 8, 4, 50, 200
 # Up to so many classes the confusion matrix is drawn, and up to so many it is in the JSON.
 DRAWN_CLASSES, MATRIX_CLASSES = 30, 100
 # The commonest class has so many times the images of the rarest: the accuracy says little of the rare ones.
 UNEVEN = 3
 # A class is said to be weak below this F1, and a model to be too sure or not sure enough by this calibration error.
 WEAK, MISCALIBRATED = 0.5, 0.05
+# Of the images; where more labels are doubted, it is mostly the model that is wrong.
+MOST_DOUBTED = 0.1
 
 
 class OneLabel:
@@ -55,12 +58,12 @@ class OneLabel:
         self.of_pairs = self.examples_of_pairs()
         examples = [row for rows in self.of_pairs.values() for row in rows]
         self.doubted = self.errors.found[:ERRORS].tolist()
-        self.between = self.ambiguous.images[:AMBIGUOUS].tolist()
+        self.between = self.ambiguous.images[:TORN].tolist()
         self.shown = [*self.worst, *self.doubted, *self.between, *examples]
         self.explained = {
             row: list(dict.fromkeys([int(self.predicted[row]), int(self.labels[row])])) for row in self.worst
         }
-        self.tables = {"label_errors.parquet": self.error_table(), "ambiguous.parquet": self.ambiguous_table()}
+        self.tables = {LABEL_ERRORS: self.error_table(), AMBIGUOUS: self.ambiguous_table()}
 
     def examples_of_pairs(self) -> dict[tuple[int, int], list[int]]:
         """Of the most confused pairs the images with the highest losses."""
@@ -130,7 +133,7 @@ class OneLabel:
                 "joint_estimate": self.errors.estimate,
                 "thresholds": dict(zip(self.names, self.errors.thresholds.tolist(), strict=True)),
                 "shown": [of_row(row) | self.doubt(row) for row in self.doubted],
-                "all": "label_errors.parquet",
+                "all": LABEL_ERRORS,
             },
             "mislabelled_classes": [
                 {"label": self.names[a], "looks_like": self.names[b], "images": count, "of_confident": of}
@@ -143,7 +146,7 @@ class OneLabel:
                     of_row(row) | {"classes": [self.names[a], self.names[b]], "probabilities": shares.tolist()}
                     for row, a, b, shares in self.between_rows()
                 ],
-                "all": "ambiguous.parquet",
+                "all": AMBIGUOUS,
             },
             "highest_losses": [
                 of_row(row)
@@ -208,6 +211,7 @@ class OneLabel:
 
     # Slices
 
+    slice_format = ".3f"
     slice_intro = (
         "Expected is the accuracy if each class were recognised in the slice as it is everywhere: it is less in a "
         "slice of difficult classes."
@@ -255,7 +259,7 @@ class OneLabel:
         """
         found = []
         if len(self.errors.found):
-            found += ["# every doubted label, the likeliest errors first", told.show("label_errors.parquet")]
+            found += ["# every doubted label, the likeliest errors first", told.show(LABEL_ERRORS)]
             found += ["# duplicates and leaks are a common reason for wrong labels", told.inspect()]
         if self.first_figure or any(row["images"] and (row["f1"] or 0) < WEAK for row in self.class_rows()):
             found += ["# weak or rare classes: train on, every class as often", told.train("--sampling", "balanced")]
@@ -311,15 +315,20 @@ class OneLabel:
                 f"rather: {doubt['suggested']} ({percent(doubt['suggested_probability'])})",
             ]
             tiles.append(self.material.tile(row, lines))
+        weak = ""
+        if count > MOST_DOUBTED * len(self.labels):
+            weak = (
+                f" With {count:,} of its {int(self.faults.sum()):,} mistakes in the list, most of these are its own: "
+                "a better model would doubt fewer labels."
+            )
         return Section(
             "Likely label errors",
-            [Gallery(tiles, f"The first {len(tiles)} of {count:,}; all are in label_errors.parquet.")],
+            [Gallery(tiles, f"The first {len(tiles)} of {count:,}; all are in {LABEL_ERRORS}.")],
             f"{plural(count, 'image')} of {len(self.labels):,}, by confident learning (arXiv 1911.00068): the model "
             "is as sure of another class as it usually is of that class, and surer than of the label. First come "
-            "those where the other class is most times as probable. Go down until the labels are right: further "
-            "down, it is the model that errs. It says nothing about images that the model has learned by heart, so "
-            "evaluate on others.",
-            "warning",
+            "those where the other class is most times as probable. Go down until the labels are right: further down, "
+            f"it is the model that errs.{weak} Of images that the model was trained on, it says little.",
+            "plain" if weak else "warning",
         )
 
     def loss_section(self) -> Section:
@@ -463,7 +472,7 @@ class OneLabel:
         )
 
     def ambiguous_section(self) -> Section:
-        together, margin = percent(analysis.TORN_TOGETHER), percent(analysis.TORN_MARGIN)
+        together, margin = f"{analysis.TORN_TOGETHER:.0%}", f"{analysis.TORN_MARGIN:.0%}"
         intro = (
             f"Two classes have at least {together} of the probability between them, neither leads by more than "
             f"{margin}, and the label is one of the two. Such images may show both, or neither well enough: here the "

@@ -10,6 +10,7 @@ import pyarrow as pa
 from ..evaluation.intervals import wilson
 from ..evaluation.thresholds import choose_thresholds
 from ..foundation.names import undecodable_escaped
+from ..foundation.report_folder import LABEL_ERRORS
 from . import analysis
 from .charts import FAINT
 from .label_errors import confident_learning_of_each
@@ -17,7 +18,7 @@ from .material import Material, Told, bounds_text, percent, plural
 from .page import Chart, Gallery, Section, Table, Text
 
 
-LOSSES, ERRORS, LISTED_LABELS, LISTED_PAIRS = 24, 24, 200, 30
+LOSSES, ERRORS, LISTED_LABELS, LISTED_PAIRS = 16, 24, 200, 30
 # Curves that are drawn: of all labels together, and of those with the worst F1.
 CURVES = 5
 # So many labels have their curves in the JSON.
@@ -33,6 +34,7 @@ class SeveralLabels:
     """
 
     first_figure = None
+    slice_format = ".3f"
     slice_intro = "Wrong labels are those missed and those too many, per image; the test is on them."
 
     def __init__(self, material: Material):
@@ -52,7 +54,7 @@ class SeveralLabels:
         self.doubted = list(dict.fromkeys(self.errors.images.tolist()))[:ERRORS]
         self.shown = [*self.worst, *self.doubted]
         self.explained = {row: [self.worst_label(row)] for row in self.worst}
-        self.tables = {"label_errors.parquet": self.error_table()}
+        self.tables = {LABEL_ERRORS: self.error_table()}
 
     def worst_label(self, row: int) -> int:
         """The label whose answer is the furthest from the truth."""
@@ -98,7 +100,7 @@ class SeveralLabels:
                 "missing": int(self.errors.missing.sum()),
                 "extra": int((~self.errors.missing).sum()),
                 "shown": [place(row) | {"labels": self.doubts(row)} for row in self.doubted],
-                "all": "label_errors.parquet",
+                "all": LABEL_ERRORS,
             },
             "highest_losses": [
                 place(row)
@@ -220,7 +222,7 @@ class SeveralLabels:
     def commands(self, told: Told) -> list[str]:
         found = []
         if len(self.errors.images):
-            found += ["# every doubted label, the likeliest errors first", told.show("label_errors.parquet")]
+            found += ["# every doubted label, the likeliest errors first", told.show(LABEL_ERRORS)]
         if self.gain() >= 0.01:
             found += [
                 "# train on, and choose the thresholds on held-out images",
@@ -249,7 +251,7 @@ class SeveralLabels:
         images = len(set(self.errors.images.tolist()))
         return Section(
             "Likely label errors",
-            [Gallery(tiles, f"The first {len(tiles)} of {plural(images, 'image')}; all are in label_errors.parquet.")],
+            [Gallery(tiles, f"The first {len(tiles)} of {plural(images, 'image')}; all are in {LABEL_ERRORS}.")],
             f"{plural(count, 'label')} of {plural(images, 'image')}, by confident learning (arXiv 1911.00068) of each "
             "label by itself: missing, where the model is as sure of a label as it usually is of images that have it, "
             "and extra, where it is as sure that there is none. The surest come first. Further down, it is the model "
