@@ -142,8 +142,12 @@ class Told:
 
 
 def in_order(values: Any, names: Sequence[str]) -> list[Any]:
-    """Figures by the names of the classes, as `named_results` has them."""
-    return [(values or {}).get(name) for name in names]
+    """Figures by the names of the classes, as `named_results` has them, in their order; of names that occur twice it
+    has but one figure, and these are looked up."""
+    values = values or {}
+    if len(values) == len(names):
+        return list(values.values())
+    return [values.get(name) for name in names]
 
 
 def side_of(processor: Any) -> int:

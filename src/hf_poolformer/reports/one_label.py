@@ -9,11 +9,10 @@ import pyarrow as pa
 
 from ..evaluation.intervals import wilson
 from ..evaluation.pictures import draw_confusion_matrix
-from ..foundation.names import undecodable_escaped
 from ..foundation.report_folder import AMBIGUOUS, LABEL_ERRORS
 from . import analysis
 from .charts import FAINT
-from .label_errors import confident_learning
+from .label_errors import MOST_DOUBTED, confident_learning
 from .material import Material, Told, bounds_text, percent, plural
 from .page import Chart, Gallery, Section, Table, Text
 
@@ -26,8 +25,6 @@ DRAWN_CLASSES, MATRIX_CLASSES = 30, 100
 UNEVEN = 3
 # A class is said to be weak below this F1, and a model to be too sure or not sure enough by this calibration error.
 WEAK, MISCALIBRATED = 0.5, 0.05
-# Of the images; where more labels are doubted, it is mostly the model that is wrong.
-MOST_DOUBTED = 0.1
 
 
 class OneLabel:
@@ -107,8 +104,7 @@ class OneLabel:
         return {name: table[name] for name in table.column_names}
 
     def texts(self, classes: np.ndarray) -> list[str]:
-        names = [undecodable_escaped(name) for name in self.material.rows.label_names]
-        return [names[index] for index in classes]
+        return [self.material.rows.label_names[index] for index in classes]
 
     def data(self) -> dict[str, Any]:
         matrix = None

@@ -9,11 +9,10 @@ import pyarrow as pa
 
 from ..evaluation.intervals import wilson
 from ..evaluation.thresholds import choose_thresholds
-from ..foundation.names import undecodable_escaped
 from ..foundation.report_folder import LABEL_ERRORS
 from . import analysis
 from .charts import FAINT
-from .label_errors import confident_learning_of_each
+from .label_errors import MOST_DOUBTED, confident_learning_of_each
 from .material import Material, Told, bounds_text, percent, plural
 from .page import Chart, Gallery, Section, Table, Text
 
@@ -67,7 +66,7 @@ class SeveralLabels:
         table = self.material.rows.table.select(["path", "split", "position"]).take(
             pa.array(errors.images, pa.int64())
         )
-        names = [undecodable_escaped(name) for name in self.material.rows.label_names]
+        names = self.material.rows.label_names
         return {name: table[name] for name in table.column_names} | {
             "rank": np.arange(1, len(errors.images) + 1),
             "label": [names[index] for index in errors.labels],
@@ -249,14 +248,16 @@ class SeveralLabels:
             lines = [f"{doubt['error']}: {doubt['label']} ({percent(doubt['probability'])})" for doubt in doubts[:3]]
             tiles.append(self.material.tile(row, lines, f"{len(doubts) - 3} more" if len(doubts) > 3 else ""))
         images = len(set(self.errors.images.tolist()))
+        weak = images > MOST_DOUBTED * len(self.targets)
         return Section(
             "Likely label errors",
             [Gallery(tiles, f"The first {len(tiles)} of {plural(images, 'image')}; all are in {LABEL_ERRORS}.")],
             f"{plural(count, 'label')} of {plural(images, 'image')}, by confident learning (arXiv 1911.00068) of each "
             "label by itself: missing, where the model is as sure of a label as it usually is of images that have it, "
             "and extra, where it is as sure that there is none. The surest come first. Further down, it is the model "
-            "that errs.",
-            "warning",
+            "that errs."
+            + (" So many are mostly its own mistakes: a better model would doubt fewer labels." if weak else ""),
+            "plain" if weak else "warning",
         )
 
     def loss_section(self) -> Section:
