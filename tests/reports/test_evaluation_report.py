@@ -8,9 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from sklearn.metrics import f1_score, precision_score, recall_score
 
+from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, PoolFormerImageProcessor
 from hf_poolformer.evaluation.processes import named_results
 from hf_poolformer.evaluation.rows import KEY, schema_of
 from hf_poolformer.foundation.tasks import TASKS
@@ -37,8 +39,6 @@ def report(tmp_path, monkeypatch):
     monkeypatch.setattr(material, "pictures_of", pictures_of)
 
     def run(task, names, labels, answers, thresholds=None, broken=(), **columns):
-        import torch
-
         judge = TASKS[task].new_judge(len(names), thresholds=thresholds, intervals=len(labels) <= 500)
         logits = torch.from_numpy(np.asarray(answers, dtype=np.float32))
         truth = torch.from_numpy(np.asarray(labels))
@@ -210,3 +210,67 @@ def test_numbers(report, targets):
     assert len(data["slices"]) == 4 and data["slices"][0]["mae_interval"]
     assert ("r2" in data["slices"][0]) == (targets == 1)
     assert not (folder / "label_errors.parquet").exists() and ">Largest errors" in page
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Red and green images, three of which lie in the wrong folder, and a model that has learned others."""
+    folder = tmp_path_factory.mktemp("colours")
+    draw = np.random.default_rng(0)
+
+    def image(green):
+        pixels = draw.integers(0, 90, (32, 32, 3))
+        pixels[:, :, green] += 120
+        return Image.fromarray(pixels.astype(np.uint8))
+
+    for name in ("green", "red"):
+        (folder / "images/test" / name).mkdir(parents=True)
+    for index in range(40):
+        green = index % 2
+        name = ["red", "green"][green ^ (index in (4, 9, 30))]
+        image(green).save(folder / "images/test" / name / f"{index}.png")
+    torch.manual_seed(0)
+    config = PoolFormerConfig(
+        depths=(1, 1, 1, 1),
+        hidden_sizes=(8, 8, 16, 16),
+        id2label={0: "green", 1: "red"},
+        label2id={"green": 0, "red": 1},
+    )
+    model, processor = PoolFormerForImageClassification(config), PoolFormerImageProcessor(size=32, crop_pct=1.0)
+    # The classifier alone is fitted, to random features.
+    learned = processor([image(index % 2) for index in range(32)], return_tensors="pt")["pixel_values"]
+    seen = []
+    model.classifier.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    model.eval()
+    with torch.no_grad():
+        model(learned)
+        features = torch.cat([seen[0], torch.ones(32, 1)], 1).double()
+        wanted = torch.tensor([[-3.0, 3.0], [3.0, -3.0]] * 16).double()
+        fitted = torch.linalg.solve(features.T @ features + 1e-4 * torch.eye(17), features.T @ wanted).float()
+        model.classifier.weight.copy_(fitted[:-1].T)
+        model.classifier.bias.copy_(fitted[-1])
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return folder
+
+
+def test_a_run_from_images_to_page(colours, tmp_path):
+    from hf_poolformer.commands.evaluate import main
+
+    arguments = [
+        str(colours / "model"),
+        "--dataset_name",
+        str(colours / "images"),
+        "--report",
+        str(tmp_path / "report"),
+    ]
+    assert main([*arguments, "--num_workers", "0"]) == 0
+    errors = pq.read_table(tmp_path / "report/label_errors.parquet").to_pylist()
+    assert {row["path"].rpartition("/")[2] for row in errors[:3]} == {"4.png", "9.png", "30.png"}
+    data = json.loads((tmp_path / "report/report.json").read_text())
+    assert {row["position"] for row in data["highest_losses"][:3]} == {row["position"] for row in errors[:3]}
+    page = (tmp_path / "report/report.html").read_text()
+    section = page[page.index(">Highest losses</h2>") : page.index(">Confusions</h2>")]
+    assert "Beside each image, Grad-CAM" in section
+    first = section[section.index("<li") : section.index("</li>")]
+    assert first.count("<img") == 3 and "label doubted" in first  # the image, for the prediction, for the label

@@ -68,7 +68,7 @@ def write_evaluation_report(
     columns = {name: rows.table[name].to_pylist() for name in rows.about.get("slice_by") or ()}
     slices, left_out = slices_of(columns, parts.slice_figures, parts.faults)
     material.fetch(dataset, model, processor, parts.shown, parts.explained)
-    told = Told(settings.model, data_flags(settings), Path(settings.report or folder))
+    told = Told(settings.model, data_flags(settings), Path(settings.report or folder), rows.task)
     findings = [*slice_findings(slices), *parts.findings()]
     commands = [*parts.commands(told), *commands_for_all(told, columns, dataset)]
     for name, table in parts.tables.items():

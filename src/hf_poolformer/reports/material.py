@@ -25,6 +25,7 @@ from ..explanation.pictures import overlay
 from ..foundation.errors import UserError, one_line
 from ..foundation.files import best_effort
 from ..foundation.names import numbered, printable
+from ..foundation.tasks import CLASSIFICATION
 from .page import Tile
 
 
@@ -96,6 +97,10 @@ class Material:
         short = path if len(path) <= LONGEST_PATH else "…" + path[1 - LONGEST_PATH :]
         return Tile([*pictures, *(self.heats.get(row, ()) if heats else ())], [*lines, short], note)
 
+    def group(self, rows: Sequence[int], lines: Sequence[str]) -> Tile:
+        """Several images that belong together."""
+        return Tile([self.pictures[row] for row in rows if row in self.pictures], lines)
+
     def place(self, row: int) -> dict[str, Any]:
         """Where an image lies, for data."""
         return {name: self.rows.table[name][row].as_py() for name in ("path", "split", "position")}
@@ -104,12 +109,14 @@ class Material:
 class Told:
     """Commands for the model and the data of an evaluation, ready to be run again."""
 
-    def __init__(self, model: str, data: Sequence[str], folder: Path):
+    def __init__(self, model: str, data: Sequence[str], folder: Path, task: str):
         """
         Args:
-            data: the flags that name the images.
+            data: the flags that name the images, first where they are.
+            folder: of the report.
+            task: key of `TASKS`.
         """
-        self.model, self.data, self.folder = model, data, folder
+        self.model, self.data, self.folder, self.task = model, data, folder, task
 
     def show(self, table: str) -> str:
         """The first rows of a table, one a line."""
@@ -125,9 +132,8 @@ class Told:
 
     def train(self, *flags: str) -> str:
         output = f"{self.model.rstrip('/').rpartition('/')[2]}-2"
-        return self.line(
-            "train", "--model_name_or_path", self.model, *self.training_data(), "--output_dir", output, *flags
-        )
+        words = ["--model_name_or_path", self.model, *self.training_data(), "--output_dir", output]
+        return self.line("train", *([] if self.task == CLASSIFICATION else ["--task", self.task]), *words, *flags)
 
     def training_data(self) -> list[str]:
         """A validation folder is not what to train on; a data set has its own splits."""

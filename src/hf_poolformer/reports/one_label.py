@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from .page import Chart, Gallery, Section, Table, Text
 
 # How much is shown; the tables beside the report have all of it.
 LOSSES, ERRORS, TORN, PAIRS, OF_PAIR, LISTED_PAIRS, LISTED_CLASSES = 16, 24, 12, 8, 4, 50, 200
+MISLABELLED, OF_MISLABELLED = 6, 6
 # Up to so many classes the confusion matrix is drawn, and up to so many it is in the JSON.
 DRAWN_CLASSES, MATRIX_CLASSES = 30, 100
 # The commonest class has so many times the images of the rarest: the accuracy says little of the rare ones.
@@ -54,9 +56,14 @@ class OneLabel:
         self.worst = np.argsort(-self.losses, kind="stable")[:LOSSES].tolist()
         self.of_pairs = self.examples_of_pairs()
         examples = [row for rows in self.of_pairs.values() for row in rows]
-        self.doubted = self.errors.found[:ERRORS].tolist()
+        self.mixed_up = self.examples_of_systematic()
+        pairs = set(self.mixed_up)
+        doubts = zip(self.errors.found.tolist(), *self.doubted_pairs(), strict=True)
+        single = (row for row, label, meant in doubts if (label, meant) not in pairs)
+        self.doubted = list(itertools.islice(single, ERRORS))
         self.between = self.ambiguous.images[:TORN].tolist()
-        self.shown = [*self.worst, *self.doubted, *self.between, *examples]
+        mixed_up = [row for rows in self.mixed_up.values() for row in rows]
+        self.shown = [*self.worst, *self.doubted, *self.between, *examples, *mixed_up]
         self.explained = {
             row: list(dict.fromkeys([int(self.predicted[row]), int(self.labels[row])])) for row in self.worst
         }
@@ -69,6 +76,19 @@ class OneLabel:
             members = np.flatnonzero((self.labels == label) & (self.predicted == prediction))
             found[label, prediction] = members[np.argsort(-self.losses[members], kind="stable")][:OF_PAIR].tolist()
         return found
+
+    def doubted_pairs(self) -> tuple[list[int], list[int]]:
+        """The labels of the doubted images, and what is suggested instead."""
+        found = self.errors.found
+        return self.labels[found].tolist(), self.errors.suggested[found].tolist()
+
+    def examples_of_systematic(self) -> dict[tuple[int, int], list[int]]:
+        """Of classes that look mislabelled, images that do: they would fill the list of single errors."""
+        labels, meant = map(np.array, self.doubted_pairs())
+        return {
+            (a, b): self.errors.found[(labels == a) & (meant == b)][:OF_MISLABELLED].tolist()
+            for a, b, *_ in self.systematic[:MISLABELLED]
+        }
 
     @property
     def first_figure(self) -> str | None:
@@ -226,14 +246,14 @@ class OneLabel:
 
     def findings(self) -> list[str]:
         present = np.flatnonzero(self.class_counts)
-        most = int(self.class_counts.argmax())
-        share = percent(int(self.class_counts[most]) / len(self.labels))
-        found = [f"Always saying “{self.names[most]}” would be right for {share}."]
-        found += [
+        found = [
             f"{plural(count, 'image')} labelled “{self.names[a]}” look like “{self.names[b]}”: "
             f"{percent(count / of)} of those that the model is confident about. Are the labels mixed up?"
-            for a, b, count, of in self.systematic
+            for a, b, count, of in self.systematic[:MISLABELLED]
         ]
+        most = int(self.class_counts.argmax())
+        share = percent(int(self.class_counts[most]) / len(self.labels))
+        found.append(f"Always saying “{self.names[most]}” would be right for {share}.")
         if self.pairs:
             label, prediction, count = self.pairs[0]
             found.append(
@@ -276,15 +296,14 @@ class OneLabel:
             [self.names[a], self.names[b], count, count / of, int(self.class_counts[a])]
             for a, b, count, of in self.systematic
         ]
+        tiles = [
+            self.material.group(rows, [f"label: {self.names[a]}", f"like: {self.names[b]}"])
+            for (a, b), rows in self.mixed_up.items()
+        ]
+        headings = ["label", "looks like", "images", "of the confident", "images of the class"]
         return Section(
             "Classes that look mislabelled",
-            [
-                Table(
-                    ["label", "looks like", "images", "of the confident", "images of the class"],
-                    rows,
-                    formats=["", "", ",", ".1%", ","],
-                )
-            ],
+            [Table(headings, rows, formats=["", "", ",", ".1%", ","]), Gallery(tiles, side=64)],
             "Most images with this label look like one other class. Either the images lie in the wrong folder, the "
             "names of two classes are exchanged, or the model has never learned this class. Look at the images first: "
             "all other figures of these classes mean nothing until this is known.",
@@ -311,6 +330,10 @@ class OneLabel:
                 f"rather: {doubt['suggested']} ({percent(doubt['suggested_probability'])})",
             ]
             tiles.append(self.material.tile(row, lines))
+        single = count - sum(pair in self.mixed_up for pair in zip(*self.doubted_pairs(), strict=True))
+        elsewhere = (
+            " Those of the classes that look mislabelled are in the list, but not here." if self.mixed_up else ""
+        )
         weak = ""
         if count > MOST_DOUBTED * len(self.labels):
             weak = (
@@ -319,11 +342,11 @@ class OneLabel:
             )
         return Section(
             "Likely label errors",
-            [Gallery(tiles, f"The first {len(tiles)} of {count:,}; all are in {LABEL_ERRORS}.")],
+            [Gallery(tiles, f"The first {len(tiles)} of {single:,}; all are in {LABEL_ERRORS}.")],
             f"{plural(count, 'image')} of {len(self.labels):,}, by confident learning (arXiv 1911.00068): the model "
             "is as sure of another class as it usually is of that class, and surer than of the label. First come "
             "those where the other class is most times as probable. Go down until the labels are right: further down, "
-            f"it is the model that errs.{weak} Of images that the model was trained on, it says little.",
+            f"it is the model that errs.{weak}{elsewhere} Of images that the model was trained on, it says little.",
             "plain" if weak else "warning",
         )
 
@@ -357,15 +380,12 @@ class OneLabel:
             return Section("Confusions", [Text("There are none: every image is recognised.")], level="good")
         tiles = []
         for (label, prediction), rows in self.of_pairs.items():
-            pictures = [self.material.pictures[row] for row in rows if row in self.material.pictures]
             count = next(count for a, b, count in self.pairs if (a, b) == (label, prediction))
-            tile = self.material.tile(rows[0], [])
-            tile.pictures = pictures
-            tile.lines = [
+            lines = [
                 f"{self.names[label]} → {self.names[prediction]}",
                 f"{plural(count, 'image')}, {percent(self.share(label, count))} of the class",
             ]
-            tiles.append(tile)
+            tiles.append(self.material.group(rows, lines))
         shown = self.pairs[:LISTED_PAIRS]
         parts: list[Any] = [
             Gallery(tiles, "The most confused pairs, label → prediction, each with its worst images.", side=64),
