@@ -15,6 +15,7 @@ from hf_poolformer import (
     PoolFormerForSemanticSegmentation,
     PoolFormerImageProcessor,
 )
+from hf_poolformer.reports.page import Gallery, Page, Section, Table, Tile, write_page
 
 
 TINY = {
@@ -80,6 +81,17 @@ def pictures(tmp_path_factory):
     (root / "cut.jpg").write_bytes((root / "other.jpg").read_bytes()[:2000])
     Image.new("1", (8000, 8000)).save(root / "bomb.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def report(tmp_path_factory):
+    """The folder of a report: a table of three classes, and one image."""
+    folder = tmp_path_factory.mktemp("report")
+    table = Table(["class", "F1"], [["intact", 0.9], ["<script>cracked</script>", 0.2], ["dark", 0.5]])
+    images = Gallery([Tile([Image.new("RGB", (40, 30), "red")], ["dark.png"])])
+    sections = [Section("Classes", [table]), Section("Images", [images])]
+    write_page(folder / "report.html", Page("How it does", "", sections))
+    return folder
 
 
 @pytest.fixture(scope="module")

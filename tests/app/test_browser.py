@@ -9,9 +9,10 @@ WAIT = 30_000  # milliseconds, on a busy machine
 
 
 @pytest.fixture(scope="module")
-def address(serve, saved_models, pictures):
+def address(serve, saved_models, pictures, report):
     models = [saved_models / name for name in ("classifier", "detector")]
-    return serve(*models, max_pixels=10**6, max_file_size="1mb", examples=[pictures / "other.jpg"]).local_url
+    examples = [pictures / "other.jpg"]
+    return serve(*models, max_pixels=10**6, max_file_size="1mb", examples=examples, report=report).local_url
 
 
 @pytest.fixture
@@ -62,6 +63,25 @@ def test_a_picture_its_classes_and_its_places(page, pictures):
 def test_an_example(page):
     page.locator(".gallery button, [data-testid=dataset] button, .gallery-item").first.click()
     page.locator("[data-testid=label-output-value]").wait_for(timeout=WAIT)
+
+
+def test_a_report_in_a_tab_of_its_own(page, address):
+    page.get_by_role("tab", name="Report").click()
+    report = page.frame_locator("iframe[title=Report]")
+    report.get_by_role("heading", name="How it does").wait_for(timeout=WAIT)
+    assert report.locator("tbody td:first-child").all_inner_texts() == ["intact", "<script>cracked</script>", "dark"]
+    report.get_by_role("button", name="F1").click()
+    assert report.locator("tbody td:first-child").first.inner_text() == "<script>cracked</script>"
+    report.get_by_role("link", name="Images").click()
+    report.get_by_role("button", name="dark.png").click()
+    report.get_by_role("button", name="Close").click()
+    # It belongs to no origin, so the app is out of its reach, and it loads nothing.
+    frame = next(frame for frame in page.frames if frame.url.startswith(f"{address}report"))
+    assert frame.evaluate("origin") == "null"
+    fetched = frame.evaluate("address => fetch(address).then(() => 'fetched', () => 'refused')", f"{address}config")
+    assert fetched == "refused"
+    page.get_by_role("tab", name="Try it").click()
+    assert page.locator("#look").is_visible()
 
 
 @pytest.mark.parametrize(

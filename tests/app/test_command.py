@@ -23,6 +23,7 @@ COMMAND = "import sys; from hf_poolformer.commands.app import main; sys.exit(mai
         (["{root}/classifier", "--max_file_size", "large"], "--max_file_size large is not a size"),
         (["{root}/classifier", "--max_megapixels", "0"], "--max_megapixels"),
         (["{root}/classifier", "--examples", "{root}/nothing"], "no such file or folder"),
+        (["{root}/classifier", "--report", "{root}/nothing"], "there is no report.html"),
         ([], "MODEL"),
     ],
 )

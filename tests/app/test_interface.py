@@ -120,6 +120,16 @@ def test_files_of_the_server_are_out_of_reach(client, saved_models, pictures):
         assert caught.value.code == 403
 
 
+def test_a_report_is_shown_when_asked_for_and_in_a_sandbox(client, serve, saved_models, report):
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{client.src.rstrip('/')}/report")
+    page = serve(saved_models / "classifier", report=report)
+    with urllib.request.urlopen(f"{page.local_url}report") as answer:
+        assert answer.read() == (report / "report.html").read_bytes()
+        policy = answer.headers["Content-Security-Policy"]
+    assert policy.startswith("sandbox allow-scripts; default-src 'none'") and "allow-same-origin" not in policy
+
+
 def test_the_page_tells_nothing_of_this_machine(client, saved_models):
     with urllib.request.urlopen(client.src) as answer:
         page = answer.read().decode()

@@ -16,6 +16,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 
 import gradio as gr
+from fastapi.responses import FileResponse
 
 from ..data.files import is_image, list_files
 from ..foundation.errors import UserError
@@ -37,6 +38,16 @@ DELETE_CACHE = (600, 3600)
 # No font from elsewhere: the page works without a network, and tells nobody who visits it.
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 HEIGHT = 380  # of an image on the page, in pixels
+# Where the report is served. In a sandbox, also when it is opened by itself: a page that can run scripts and load
+# nothing, that belongs to no origin, and that does not reach the page around it.
+REPORT_ROUTE = "report"
+REPORT_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+)
+REPORT_FRAME = (
+    f'<iframe src="{REPORT_ROUTE}" sandbox="allow-scripts" title="Report" '
+    'style="border: 0; display: block; height: 85vh; width: 100%"></iframe>'
+)
 
 
 def serve(
@@ -49,6 +60,7 @@ def serve(
     allow_any_model: bool = False,
     max_pixels: int = MAX_PIXELS,
     max_file_size: str = MAX_FILE_SIZE,
+    report: str | Path | None = None,
     device: str = "auto",
     revision: str = "main",
     token: str | None = None,
@@ -67,18 +79,20 @@ def serve(
         share: also through a tunnel of Gradio's, for anybody who knows its address.
         allow_any_model: visitors may name any model of the Hub; see `Models` for what is kept from them.
         max_pixels, max_file_size: of an image; a larger one is refused before it is decoded.
+        report: the folder of a report, for a tab of its own. Whoever reaches the page sees the images in it.
         device, revision, token, cache_dir, trust_remote_code: for loading `models`.
 
     Raises:
-        UserError: no such model, or the port is taken.
+        UserError: no such model or report, or the port is taken.
     """
+    report = None if report is None else find_report(Path(report))
     shelf = Models(
         models,
         allow_any_model=allow_any_model,
         device=device,
         origin=Origin(revision, token, cache_dir, trust_remote_code),
     )
-    page = build_page(shelf, find_examples(examples), max_pixels)
+    page = build_page(shelf, find_examples(examples), max_pixels, with_report=report is not None)
     page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1)
     try:
         page.launch(
@@ -95,7 +109,21 @@ def serve(
     except OSError as error:
         where = f"port {port or 'from 7860 on'} of {host or 'this machine'}"
         raise UserError(f"{where} cannot be used: {error}") from error
+    if report is not None:
+        headers = {"Content-Security-Policy": REPORT_POLICY, "X-Content-Type-Options": "nosniff"}
+        page.app.get(f"/{REPORT_ROUTE}")(lambda: FileResponse(report, media_type="text/html", headers=headers))
     return page
+
+
+def find_report(folder: Path) -> Path:
+    """
+    Raises:
+        UserError: the folder holds no report.
+    """
+    path = folder / "report.html"
+    if not path.is_file():
+        raise UserError(f"--report {folder}: there is no report.html; evaluate, compare and inspect write one")
+    return path
 
 
 def find_examples(places: Sequence[str | Path]) -> list[Path]:
@@ -113,8 +141,27 @@ def find_examples(places: Sequence[str | Path]) -> list[Path]:
     return found[:MAX_EXAMPLES]
 
 
-def build_page(models: Models, examples: Sequence[Path], max_pixels: int) -> gr.Blocks:
+def build_page(models: Models, examples: Sequence[Path], max_pixels: int, with_report: bool) -> gr.Blocks:
     """The page, not yet served."""
+    title = "Try a PoolFormer" if offers_several(models) else literal(models.names[0])
+    with gr.Blocks(title=f"{models.names[0]}: try it", delete_cache=DELETE_CACHE, analytics_enabled=False) as page:
+        gr.Markdown(f"# {title}\n")
+        if with_report:
+            with gr.Tab("Try it"):
+                add_trial(models, examples, max_pixels)
+            with gr.Tab("Report", elem_id="report"):
+                gr.HTML(REPORT_FRAME)
+        else:
+            add_trial(models, examples, max_pixels)
+    return page
+
+
+def offers_several(models: Models) -> bool:
+    return len(models.names) > 1 or models.allow_any_model
+
+
+def add_trial(models: Models, examples: Sequence[Path], max_pixels: int) -> None:
+    """Adds to the page that is being built: an image in, what the model says and a picture out."""
 
     def read(upload: Any, model: str | None) -> tuple[Any, Any]:
         """What Gradio hands over unprepared: it would decode an image before anybody could look at its size."""
@@ -151,74 +198,70 @@ def build_page(models: Models, examples: Sequence[Path], max_pixels: int) -> gr.
             literal(found.note),
         ]
 
-    several = len(models.names) > 1 or models.allow_any_model
     classifies = models.tasks[models.names[0]].reads in ("class", "classes")
-    with gr.Blocks(title=f"{models.names[0]}: try it", delete_cache=DELETE_CACHE, analytics_enabled=False) as page:
-        gr.Markdown(f"# {literal(models.names[0])}\n" if not several else "# Try a PoolFormer\n")
-        with gr.Row():
-            with gr.Column():
-                upload = gr.Image(
-                    label="Image",
-                    sources=["upload", "webcam", "clipboard"],
-                    type="filepath",
-                    height=HEIGHT,
-                    elem_id="upload",
-                )
-                model = gr.Dropdown(
-                    models.names,
-                    value=models.names[0],
-                    label="Model, or any of the Hub as user/name" if models.allow_any_model else "Model",
-                    allow_custom_value=models.allow_any_model,
-                    visible=several,
-                    elem_id="model",
-                )
-                button = gr.Button("Look at it", variant="primary", elem_id="look")
-            with gr.Column():
-                scores = gr.Label(label="Classes", visible=classifies, elem_id="scores")
-                picture = gr.Image(
-                    label="Where",
-                    type="pil",
-                    format="png",
-                    interactive=False,
-                    height=HEIGHT,
-                    buttons=["download", "fullscreen"],
-                    elem_id="picture",
-                )
-                note = gr.Markdown(elem_id="note")
-                shown = gr.Radio([], label="Show the places that speak for", visible=False, elem_id="classes")
-                table = gr.Dataframe(label="Found", interactive=False, visible=not classifies, elem_id="found")
-        results = [scores, picture, shown, table, note]
-        if examples:
-            gr.Examples([[str(path)] for path in examples], inputs=[upload], cache_examples=False)
-        # `preprocess=False`: see `read`. Gradio has checked by then that the file is an upload and no other.
-        options = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": 1}
-        button.click(
-            predict,
-            [upload, model],
-            results,
-            api_name="predict",
-            api_description="Classes with scores, or numbers, or what was found; a picture; and a note about it.",
-            **options,
-        )
-        gr.on(
-            [upload.change, model.input],
-            refresh,
-            [upload, model],
-            results,
-            api_visibility="private",
-            trigger_mode="always_last",
-            **options,
-        )
-        shown.input(
-            show_class,
-            [upload, model, shown],
-            [picture, note],
-            api_name="explain",
-            api_description="The heat map of a class of your choice over the image.",
-            trigger_mode="always_last",
-            **options,
-        )
-    return page
+    with gr.Row():
+        with gr.Column():
+            upload = gr.Image(
+                label="Image",
+                sources=["upload", "webcam", "clipboard"],
+                type="filepath",
+                height=HEIGHT,
+                elem_id="upload",
+            )
+            model = gr.Dropdown(
+                models.names,
+                value=models.names[0],
+                label="Model, or any of the Hub as user/name" if models.allow_any_model else "Model",
+                allow_custom_value=models.allow_any_model,
+                visible=offers_several(models),
+                elem_id="model",
+            )
+            button = gr.Button("Look at it", variant="primary", elem_id="look")
+        with gr.Column():
+            scores = gr.Label(label="Classes", visible=classifies, elem_id="scores")
+            picture = gr.Image(
+                label="Where",
+                type="pil",
+                format="png",
+                interactive=False,
+                height=HEIGHT,
+                buttons=["download", "fullscreen"],
+                elem_id="picture",
+            )
+            note = gr.Markdown(elem_id="note")
+            shown = gr.Radio([], label="Show the places that speak for", visible=False, elem_id="classes")
+            table = gr.Dataframe(label="Found", interactive=False, visible=not classifies, elem_id="found")
+    results = [scores, picture, shown, table, note]
+    if examples:
+        gr.Examples([[str(path)] for path in examples], inputs=[upload], cache_examples=False)
+    # `preprocess=False`: see `read`. Gradio has checked by then that the file is an upload and no other.
+    options = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": 1}
+    button.click(
+        predict,
+        [upload, model],
+        results,
+        api_name="predict",
+        api_description="Classes with scores, or numbers, or what was found; a picture; and a note about it.",
+        **options,
+    )
+    gr.on(
+        [upload.change, model.input],
+        refresh,
+        [upload, model],
+        results,
+        api_visibility="private",
+        trigger_mode="always_last",
+        **options,
+    )
+    shown.input(
+        show_class,
+        [upload, model, shown],
+        [picture, note],
+        api_name="explain",
+        api_description="The heat map of a class of your choice over the image.",
+        trigger_mode="always_last",
+        **options,
+    )
 
 
 def literal(text: str) -> str:

@@ -2,6 +2,7 @@
 
     hf-poolformer app outputs/pets
     hf-poolformer app outputs/pets sail/poolformer_s12 --examples photos
+    hf-poolformer app outputs/pets --report outputs/pets-report
 
 Upload an image or take one with the webcam: a classifier shows its best classes and where it sees them, a segmenter or
 detector what is where. Only this machine reaches the page, and only the models named here can be used, unless a flag
@@ -28,6 +29,7 @@ def parser(prog: str | None = None) -> CommandParser:
     add = parser.add_argument
     add("models", metavar="MODEL", nargs="+", help="folders or Hub ids of classifiers, segmenters, detectors")
     add("--examples", nargs="+", type=Path, metavar="PLACE", help="images to click on, or folders of them")
+    add("--report", type=Path, metavar="FOLDER", help="what evaluate, compare or inspect wrote, as a second tab")
     add(
         "--host",
         default="127.0.0.1",

@@ -31,7 +31,7 @@ _VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", PAPER: "var(--paper)"} |
 
 
 def draw_svg(draw: Callable[[Axes], None], size: tuple[float, float], prefix: str) -> str:
-    """The `<svg>` element of a figure with one plot, the same each time.
+    """The `<svg>` element of a figure with one plot, the same each time, whatever a user's matplotlibrc says.
 
     Text stays text, in the page's font; names are made printable, and a dollar in one is a dollar.
 
@@ -40,12 +40,12 @@ def draw_svg(draw: Callable[[Axes], None], size: tuple[float, float], prefix: st
         size: width and height, in inches.
         prefix: of the element's ids, its own in a page.
     """
-    import matplotlib
+    import matplotlib.style
     from cycler import cycler
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style = {
+    colours_and_text = {
         **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
         **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
         **{"legend.facecolor": PAPER, "legend.edgecolor": "none", "legend.framealpha": 0.8},
@@ -54,7 +54,7 @@ def draw_svg(draw: Callable[[Axes], None], size: tuple[float, float], prefix: st
         **{"image.interpolation": "none", "svg.fonttype": "none", "svg.hashsalt": "hf-poolformer"},
     }
     file = io.StringIO()
-    with matplotlib.rc_context(style), warnings.catch_warnings():
+    with matplotlib.style.context(["default", colours_and_text]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's font may have it
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
