@@ -40,6 +40,7 @@ from ..foundation.errors import UserError, one_line
 from ..foundation.names import numbered, undecodable_escaped
 from ..foundation.processes import found_by_main, machines_without
 from ..foundation.report_folder import ROWS
+from ..foundation.strict_json import to_json
 from ..foundation.tasks import TASKS
 from .processes import gather
 
@@ -237,6 +238,8 @@ class RowKeeper:
             for name, column in zip(names, dataset.other_columns, strict=True)
         }
         self._most = max(min(_MOST_ROWS, _MOST_BYTES // (4 * len(label_names))), 1)
+        # Used over and over: where large arrays come and go between small ones that stay, memory falls to pieces.
+        self._buffers: dict[str, torch.Tensor] = {}
         self._origins: list[Origin] = []
         self._batches: list[Mapping[str, torch.Tensor]] = []
         self._parts: list[pa.Table] = []
@@ -274,6 +277,8 @@ class RowKeeper:
         except UserError as error:
             own["fault"] = str(error)
         parts = gather(own)
+        self._parts.clear()
+        self._buffers.clear()
         starts = first_positions(loader.num_shards, [part["ends"] for part in parts])
         about = {**about, "task": self._task, "label_names": self._label_names, "slice_by": list(self._columns)}
         found_by_main(lambda: self._join([part["rows"] for part in parts], starts, about))
@@ -295,17 +300,19 @@ class RowKeeper:
             return
         origins, numbers = self._origins, {}
         for name, source in _NUMBERS[self._reads].items():
-            numbers[name] = pa.array(self._joined(source).astype(self._schema[name].to_pandas_dtype()))
-        lists = {name: self._joined(source) for name, source in _LISTS[self._reads].items()}
+            parts = [batch[source] for batch in self._batches]
+            values = torch.cat(parts).cpu().numpy() if parts else np.zeros(0)
+            numbers[name] = pa.array(values.astype(self._schema[name].to_pandas_dtype()))
+        lists = {name: self._together(name, source) for name, source in _LISTS[self._reads].items()}
         if self._reads == "numbers":
             errors = lists["answers"].astype(np.float64) - lists["targets"]
             numbers["loss"] = pa.array(np.square(errors).mean(1).astype(np.float32))
-        for name, values in lists.items():
-            try:
+        try:
+            for name, values in lists.items():
                 with self._file(name, self._index).open("ab") as file:
-                    values.astype(self._schema[name].value_type.to_pandas_dtype()).tofile(file)
-            except OSError as error:
-                raise UserError(f"the rows cannot be written to {self._folder.parent}: {one_line(error)}") from error
+                    values.tofile(file)
+        except OSError as error:
+            raise UserError(f"the rows cannot be written to {self._folder.parent}: {one_line(error)}") from error
         values = list(zip(*(origin.values for origin in origins), strict=True)) or [()] * len(self._columns)
         own = (column.array(values[place]) for place, column in enumerate(self._columns.values()))
         names = [None if origin.name is None else undecodable_escaped(origin.name) for origin in origins]
@@ -318,10 +325,18 @@ class RowKeeper:
         self._parts.append(pa.table({**told, **numbers, **dict(zip(self._columns, own, strict=True))}))
         self._origins, self._batches = [], []
 
-    def _joined(self, name: str) -> np.ndarray:
-        if self._batches:
-            return torch.cat([batch[name] for batch in self._batches]).cpu().numpy()
-        return np.zeros((0, len(self._label_names)) if name in _LISTS[self._reads].values() else 0, np.float32)
+    def _together(self, name: str, source: str) -> np.ndarray:
+        """What the batches have under `source` as one array (images, labels), which the next call overwrites."""
+        rows, count = len(self._origins), 0
+        if name not in self._buffers or len(self._buffers[name]) < rows:
+            kind = torch.uint8 if self._schema[name].value_type == pa.uint8() else torch.float32
+            self._buffers[name] = torch.empty(rows, len(self._label_names), dtype=kind)
+        buffer = self._buffers[name]
+        for batch in self._batches:
+            values = batch[source]
+            buffer[count : count + len(values)] = values
+            count += len(values)
+        return buffer[:rows].numpy()
 
     def _file(self, column: str, process_index: int) -> Path:
         return self._folder / f".{column}-{process_index}"
@@ -338,15 +353,17 @@ class RowKeeper:
         rows = rows.set_column(rows.schema.get_field_index("position"), "position", pa.array(positions))
         rows = rows.append_column("split", pa.repeat(pa.scalar(undecodable_escaped(about["split"])), len(rows)))
         kinds = self._schema | {name: column.kind for name, column in self._columns.items()}
-        schema = pa.schema(list(kinds.items()), {KEY: json.dumps(about)})
-        lists = {name: [self._mapped(name, *each) for each in enumerate(parts)] for name in _LISTS[self._reads]}
+        schema = pa.schema(list(kinds.items()), {KEY: to_json(about)})
         texts = [name for name, kind in kinds.items() if pa.types.is_string(kind) and name != "path"]
         texts += [f"{name}.list.element" for name, kind in kinds.items() if kind == pa.list_(pa.string())]
         try:
             with pq.ParquetWriter(self._folder / ROWS, schema, use_dictionary=texts) as writer:
                 for start in range(0, len(rows), self._most):
                     some = slice(start, start + self._most)
-                    own = {name: _taken(files, part_of[some], place[some]) for name, files in lists.items()}
+                    own = {}
+                    for name in _LISTS[self._reads]:  # mapped anew, so that what was read is let go
+                        files = [self._mapped(name, *each) for each in enumerate(parts)]
+                        own[name] = _taken(files, part_of[some], place[some])
                     table = self._named(rows.slice(start, self._most), own, about["thresholds"])
                     writer.write_table(table.select(schema.names).cast(schema))
         except OSError as error:
