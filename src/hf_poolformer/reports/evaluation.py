@@ -34,6 +34,7 @@ from .slices import LEVEL, MOST_VALUES, Slice, slices_of
 PARTS = {"class": OneLabel, "classes": SeveralLabels, "numbers": Numbers}
 # How many slices and broken images are on the page.
 LISTED_SLICES, LISTED_BROKEN = 40, 100
+SLICES_BEHIND = 2  # sections of a task, which are about single images
 
 
 def write_evaluation_report(
@@ -67,7 +68,7 @@ def write_evaluation_report(
     columns = {name: rows.table[name].to_pylist() for name in rows.about.get("slice_by") or ()}
     slices, left_out = slices_of(columns, parts.slice_figures, parts.faults)
     material.fetch(dataset, model, processor, parts.shown, parts.explained)
-    told = Told(settings.model, data_flags(settings), Path(settings.report or folder))
+    told = Told(settings.model, data_flags(settings), Path(settings.report or folder), rows.task)
     findings = [*slice_findings(slices), *parts.findings()]
     commands = [*parts.commands(told), *commands_for_all(told, columns, dataset)]
     for name, table in parts.tables.items():
@@ -95,7 +96,7 @@ def write_evaluation_report(
         *parts.sections(),
     ]
     if columns:
-        sections.insert(-1, slice_section(slices, left_out, parts))
+        sections.insert(3 + SLICES_BEHIND, slice_section(slices, left_out, parts))
     if results.get("broken"):
         sections.append(broken_section(results["broken"]))
     sections.append(data_section(parts))
@@ -137,30 +138,43 @@ def figure_section(material: Material, parts: Any) -> Section:
     """The figures, that which matters most first."""
     rows, results = material.rows, material.results
     figures = TASKS[rows.task].figures_of(len(rows.label_names), parts.first_figure)
-    pairs = [
-        (figure.name, figure.text(results[figure.key], material.intervals.get(figure.key), percent=True))
-        for figure in figures
-        if results.get(figure.key) is not None
-    ]
-    skipped = results.get("eval_skipped_images")
-    pairs.append(("Images", f"{len(rows):,}" + (f", and {skipped} broken ones left out" if skipped else "")))
+    known = [figure for figure in figures if results.get(figure.key) is not None]
+    facts, table = [], []
+    for figure in known:
+        value = figure.text(results[figure.key], percent=True)
+        both = figure.text(results[figure.key], material.intervals.get(figure.key), percent=True)
+        bounds = both.removeprefix(value).strip(" ()")
+        if figure is known[0] or figure.short:
+            facts.append((f"{figure.name}, {bounds}" if bounds else figure.name, value))
+        table.append([figure.name, value, bounds or None])
+    facts.append(("images", f"{len(rows):,}"))
+    if skipped := results.get("eval_skipped_images"):
+        facts.append(("broken images left out", f"{skipped:,}"))
     intro = (
-        "In brackets 95 % confidence intervals: how much of a figure may be the chance of which images are measured."
+        "The ranges are 95 % confidence intervals: how much may be the chance of which images are measured."
         if material.intervals
         else ""
     )
     if parts.first_figure:
         intro += " The classes are uneven, so the macro F1, which counts every class alike, comes first."
-    return Section("Figures", [Facts(pairs)], intro)
+    return Section("Figures", [Facts(facts), Table(["figure", "value", "95 % interval"], table)], intro)
 
 
 def slice_findings(slices: Sequence[Slice]) -> list[str]:
     return [
         f"Worse than on the other images, beyond chance: {printable(part.column, 40)} = {printable(part.value, 40)} "
-        f"({part.images:,} images)."
+        f"({part.images:,} images){explained(part)}."
         for part in slices
         if part.verdict == "worse"
     ][:3]
+
+
+def explained(part: Slice) -> str:
+    """Whether a difference is no more than that of the classes in the slice."""
+    if part.verdict not in ("worse", "better") or "expected" not in part.figures:
+        return ""
+    _, low, high = part.figures["accuracy"]
+    return ", as its classes are" if low <= part.figures["expected"] <= high else ""
 
 
 def slice_data(part: Slice) -> dict[str, Any]:
@@ -176,25 +190,23 @@ def slice_data(part: Slice) -> dict[str, Any]:
         "images": part.images,
         **figures,
         "p": part.p,
-        "verdict": part.verdict,
+        "verdict": part.verdict + explained(part),
     }
 
 
 def slice_section(slices: Sequence[Slice], left_out: Mapping[str, int], parts: Any) -> Section:
     figures = list(slices[0].figures) if slices else []
-    headings = ["column", "value", "images"]
+    headings, formats = ["column", "value", "images"], ["", "", ","]
     for name in figures:
-        headings += (
-            [name.replace("_", " "), "95 % interval"]
-            if isinstance(slices[0].figures[name], tuple)
-            else [name.replace("_", " ")]
-        )
+        interval = isinstance(slices[0].figures[name], tuple)
+        headings += [name.replace("_", " "), *(["95 % interval"] if interval else [])]
+        formats += [parts.slice_format, *([""] if interval else [])]
     shown = []
     for part in slices[:LISTED_SLICES]:
         row: list[Any] = [part.column, part.value, part.images]
         for value in part.figures.values():
             row += [value[0], bounds_text(value[1:])] if isinstance(value, tuple) else [value]
-        shown.append([*row, part.p, part.verdict])
+        shown.append([*row, part.p, part.verdict + explained(part)])
     worse = sum(part.verdict == "worse" for part in slices)
     caption = (
         f"The worst {LISTED_SLICES} of {len(slices)}; all are in report.json." if len(slices) > LISTED_SLICES else ""
@@ -205,7 +217,7 @@ def slice_section(slices: Sequence[Slice], left_out: Mapping[str, int], parts: A
     )
     return Section(
         "Slices",
-        [Table([*headings, "p", "verdict"], shown, caption)],
+        [Table([*headings, "p", "verdict"], shown, caption, [*formats, ".2g", ""])],
         f"The images by the columns that were asked for, the worst first. {parts.slice_intro} A slice is tested "
         f"against all other images, and p is corrected (Holm) for the {len(slices)} slices: worse or better is said "
         f"below {LEVEL}, and what is above is within chance, however bad it looks.{missing}",

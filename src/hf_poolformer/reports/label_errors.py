@@ -15,6 +15,8 @@ import numpy as np
 TOGETHER = 2**22
 # A class of which this share is doubted in favour of one and the same other class is more than single mistakes.
 SYSTEMATIC, FEWEST_SYSTEMATIC = 0.5, 5
+# Of the images; where the labels of more are doubted, it is mostly the model that is wrong.
+MOST_DOUBTED = 0.1
 
 
 @dataclass(frozen=True)

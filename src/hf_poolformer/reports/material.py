@@ -4,6 +4,7 @@ looks."""
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..explanation.pictures import overlay
 from ..foundation.errors import UserError, one_line
 from ..foundation.files import best_effort
 from ..foundation.names import numbered, printable
+from ..foundation.tasks import CLASSIFICATION
 from .page import Tile
 
 
@@ -91,9 +93,13 @@ class Material:
         pictures = [self.pictures[row]] if row in self.pictures else []
         if not pictures:
             note = f"{note}; not decoded again".lstrip("; ")
-        path = printable(self.rows.table["path"][row].as_py())
+        path = printable(self.rows.table["path"][row].as_py()).rpartition("/")[2]
         short = path if len(path) <= LONGEST_PATH else "…" + path[1 - LONGEST_PATH :]
         return Tile([*pictures, *(self.heats.get(row, ()) if heats else ())], [*lines, short], note)
+
+    def group(self, rows: Sequence[int], lines: Sequence[str]) -> Tile:
+        """Several images that belong together."""
+        return Tile([self.pictures[row] for row in rows if row in self.pictures], lines)
 
     def place(self, row: int) -> dict[str, Any]:
         """Where an image lies, for data."""
@@ -103,16 +109,19 @@ class Material:
 class Told:
     """Commands for the model and the data of an evaluation, ready to be run again."""
 
-    def __init__(self, model: str, data: Sequence[str], folder: Path):
+    def __init__(self, model: str, data: Sequence[str], folder: Path, task: str):
         """
         Args:
-            data: the flags that name the images.
+            data: the flags that name the images, first where they are.
+            folder: of the report.
+            task: key of `TASKS`.
         """
-        self.model, self.data, self.folder = model, data, folder
+        self.model, self.data, self.folder, self.task = model, data, folder, task
 
     def show(self, table: str) -> str:
-        rows = f"pyarrow.parquet.read_table({str(self.folder / table)!r}).to_pylist()"
-        code = f"import pyarrow.parquet; print(*{rows}[:50], sep='\\n')"
+        """The first rows of a table, one a line."""
+        path = json.dumps(printable(str(self.folder / table)), ensure_ascii=False)
+        code = f"import pyarrow.parquet as p; [print(row) for row in p.read_table({path}).to_pylist()[:50]]"
         return shlex.join(["python", "-c", code])
 
     def evaluate(self, *flags: str) -> str:
@@ -123,9 +132,8 @@ class Told:
 
     def train(self, *flags: str) -> str:
         output = f"{self.model.rstrip('/').rpartition('/')[2]}-2"
-        return self.line(
-            "train", "--model_name_or_path", self.model, *self.training_data(), "--output_dir", output, *flags
-        )
+        words = ["--model_name_or_path", self.model, *self.training_data(), "--output_dir", output]
+        return self.line("train", *([] if self.task == CLASSIFICATION else ["--task", self.task]), *words, *flags)
 
     def training_data(self) -> list[str]:
         """A validation folder is not what to train on; a data set has its own splits."""
@@ -140,8 +148,12 @@ class Told:
 
 
 def in_order(values: Any, names: Sequence[str]) -> list[Any]:
-    """Figures by the names of the classes, as `named_results` has them."""
-    return [(values or {}).get(name) for name in names]
+    """Figures by the names of the classes, as `named_results` has them, in their order; of names that occur twice it
+    has but one figure, and these are looked up."""
+    values = values or {}
+    if len(values) == len(names):
+        return list(values.values())
+    return [values.get(name) for name in names]
 
 
 def side_of(processor: Any) -> int:
@@ -176,7 +188,7 @@ def percent(share: float) -> str:
     """For people; of what is nearly everything or nothing, more digits."""
     if not np.isfinite(share):
         return "—"
-    return f"{share:.1%}".replace("%", " %") if 0.001 <= share < 0.9995 or share in (0, 1) else f"{share:.2g}"
+    return f"{share:.1%}" if 0.001 <= share < 0.9995 or share in (0, 1) else f"{share:.2g}"
 
 
 def plural(count: int, one: str, many: str = "") -> str:

@@ -11,9 +11,10 @@ from . import analysis
 from .charts import FAINT
 from .material import Material, Told
 from .page import Chart, Gallery, Section, Table
+from .slices import range_text
 
 
-LOSSES, DRAWN_TARGETS, LISTED_TARGETS, MOST_DOTS = 24, 3, 200, 1000
+LOSSES, DRAWN_TARGETS, LISTED_TARGETS, MOST_DOTS = 16, 3, 200, 1000
 # An answer is systematically off in a range of the target where the mean error is so many times as large as chance
 # would have it.
 BEYOND_CHANCE = 3.0
@@ -28,6 +29,7 @@ class Numbers:
     """
 
     first_figure = None
+    slice_format = ".4g"
 
     def __init__(self, material: Material):
         self.material, rows = material, material.rows
@@ -120,15 +122,15 @@ class Numbers:
             constant = float(np.abs(self.targets[:, target] - np.median(self.targets[:, target])).mean())
             if np.isfinite(figures["r2"]):
                 found.append(
-                    f"Of {name}, always answering the median would be off by {constant:.4g} on average; the model is "
-                    f"by {figures['mae']:.4g}."
+                    f"Of {name}, always answering the median would be off by {constant:.4g} on average; the model "
+                    f"is off by {figures['mae']:.4g}."
                 )
             rows = self.range_rows(target)
             for row, end in ((rows[0], "small"), (rows[-1], "large")) if len(rows) > 1 else ():
                 if row["biased"]:
                     way = "large" if row["bias"] > 0 else "small"
                     found.append(
-                        f"Of {end} {name} ({row['from']:.4g} to {row['to']:.4g}) the answers are too {way}, by "
+                        f"Of {end} {name} ({range_text(row['from'], row['to'])}) the answers are too {way}, by "
                         f"{abs(row['bias']):.4g} on average."
                     )
         return found
@@ -162,20 +164,22 @@ class Numbers:
                 Chart(
                     draw,
                     f"Predicted {name} by the true one",
-                    f"{name}: predicted by true; the line is where both are equal.",
+                    f"{name}: predicted by true",
                     (4.4, 3.8),
                 ),
                 Chart(
                     draw_errors,
                     f"Error of {name} by the true one",
-                    f"{name}: errors by true; a slope means that "
-                    "small ones are answered too large and large ones too small.",
+                    f"{name}: errors by true",
                     (4.4, 3.8),
                 ),
             ]
         few = f" {MOST_DOTS:,} of the {len(self.targets):,} images are drawn." if len(self.targets) > MOST_DOTS else ""
         more = f" Of the {self.count} targets the first {DRAWN_TARGETS}." if self.count > DRAWN_TARGETS else ""
-        return Section("Predicted and true", parts, f"{few}{more}".strip())
+        intro = (
+            "Errors that fall with the true number mean that the small are answered too large, the large too small."
+        )
+        return Section("Predicted and true", parts, f"{intro}{few}{more}")
 
     def error_section(self) -> Section:
         tiles = []
@@ -185,7 +189,10 @@ class Numbers:
             if self.count > 1:
                 lines.insert(0, self.names[target])
             tiles.append(self.material.tile(row, lines, heats=True))
-        evidence = self.material.unexplained or "Beside each, Grad-CAM: what makes the number larger."
+        evidence = (
+            self.material.unexplained
+            or "Beside each, Grad-CAM: what makes the number larger; nothing does where there is no colour."
+        )
         return Section(
             "Largest errors",
             [Gallery(tiles)],
@@ -204,7 +211,7 @@ class Numbers:
         for target in range(min(self.count, DRAWN_TARGETS)):
             rows = [
                 [
-                    f"{row['from']:.4g} to {row['to']:.4g}",
+                    range_text(row["from"], row["to"]),
                     row["images"],
                     row["mae"],
                     row["rmse"],

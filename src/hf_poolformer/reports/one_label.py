@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,16 +10,17 @@ import pyarrow as pa
 
 from ..evaluation.intervals import wilson
 from ..evaluation.pictures import draw_confusion_matrix
-from ..foundation.names import undecodable_escaped
+from ..foundation.report_folder import AMBIGUOUS, LABEL_ERRORS
 from . import analysis
 from .charts import FAINT
-from .label_errors import confident_learning
+from .label_errors import MOST_DOUBTED, confident_learning
 from .material import Material, Told, bounds_text, percent, plural
 from .page import Chart, Gallery, Section, Table, Text
 
 
 # How much is shown; the tables beside the report have all of it.
-LOSSES, ERRORS, AMBIGUOUS, PAIRS, OF_PAIR, LISTED_PAIRS, LISTED_CLASSES = 24, 24, 12, 8, 4, 50, 200
+LOSSES, ERRORS, TORN, PAIRS, OF_PAIR, LISTED_PAIRS, LISTED_CLASSES = 16, 24, 12, 8, 4, 50, 200
+MISLABELLED, OF_MISLABELLED = 6, 6
 # Up to so many classes the confusion matrix is drawn, and up to so many it is in the JSON.
 DRAWN_CLASSES, MATRIX_CLASSES = 30, 100
 # The commonest class has so many times the images of the rarest: the accuracy says little of the rare ones.
@@ -54,13 +56,18 @@ class OneLabel:
         self.worst = np.argsort(-self.losses, kind="stable")[:LOSSES].tolist()
         self.of_pairs = self.examples_of_pairs()
         examples = [row for rows in self.of_pairs.values() for row in rows]
-        self.doubted = self.errors.found[:ERRORS].tolist()
-        self.between = self.ambiguous.images[:AMBIGUOUS].tolist()
-        self.shown = [*self.worst, *self.doubted, *self.between, *examples]
+        self.mixed_up = self.examples_of_systematic()
+        pairs = set(self.mixed_up)
+        doubts = zip(self.errors.found.tolist(), *self.doubted_pairs(), strict=True)
+        single = (row for row, label, meant in doubts if (label, meant) not in pairs)
+        self.doubted = list(itertools.islice(single, ERRORS))
+        self.between = self.ambiguous.images[:TORN].tolist()
+        mixed_up = [row for rows in self.mixed_up.values() for row in rows]
+        self.shown = [*self.worst, *self.doubted, *self.between, *examples, *mixed_up]
         self.explained = {
             row: list(dict.fromkeys([int(self.predicted[row]), int(self.labels[row])])) for row in self.worst
         }
-        self.tables = {"label_errors.parquet": self.error_table(), "ambiguous.parquet": self.ambiguous_table()}
+        self.tables = {LABEL_ERRORS: self.error_table(), AMBIGUOUS: self.ambiguous_table()}
 
     def examples_of_pairs(self) -> dict[tuple[int, int], list[int]]:
         """Of the most confused pairs the images with the highest losses."""
@@ -69,6 +76,19 @@ class OneLabel:
             members = np.flatnonzero((self.labels == label) & (self.predicted == prediction))
             found[label, prediction] = members[np.argsort(-self.losses[members], kind="stable")][:OF_PAIR].tolist()
         return found
+
+    def doubted_pairs(self) -> tuple[list[int], list[int]]:
+        """The labels of the doubted images, and what is suggested instead."""
+        found = self.errors.found
+        return self.labels[found].tolist(), self.errors.suggested[found].tolist()
+
+    def examples_of_systematic(self) -> dict[tuple[int, int], list[int]]:
+        """Of classes that look mislabelled, images that do: they would fill the list of single errors."""
+        labels, meant = map(np.array, self.doubted_pairs())
+        return {
+            (a, b): self.errors.found[(labels == a) & (meant == b)][:OF_MISLABELLED].tolist()
+            for a, b, *_ in self.systematic[:MISLABELLED]
+        }
 
     @property
     def first_figure(self) -> str | None:
@@ -104,8 +124,7 @@ class OneLabel:
         return {name: table[name] for name in table.column_names}
 
     def texts(self, classes: np.ndarray) -> list[str]:
-        names = [undecodable_escaped(name) for name in self.material.rows.label_names]
-        return [names[index] for index in classes]
+        return [self.material.rows.label_names[index] for index in classes]
 
     def data(self) -> dict[str, Any]:
         matrix = None
@@ -130,7 +149,7 @@ class OneLabel:
                 "joint_estimate": self.errors.estimate,
                 "thresholds": dict(zip(self.names, self.errors.thresholds.tolist(), strict=True)),
                 "shown": [of_row(row) | self.doubt(row) for row in self.doubted],
-                "all": "label_errors.parquet",
+                "all": LABEL_ERRORS,
             },
             "mislabelled_classes": [
                 {"label": self.names[a], "looks_like": self.names[b], "images": count, "of_confident": of}
@@ -143,7 +162,7 @@ class OneLabel:
                     of_row(row) | {"classes": [self.names[a], self.names[b]], "probabilities": shares.tolist()}
                     for row, a, b, shares in self.between_rows()
                 ],
-                "all": "ambiguous.parquet",
+                "all": AMBIGUOUS,
             },
             "highest_losses": [
                 of_row(row)
@@ -208,6 +227,7 @@ class OneLabel:
 
     # Slices
 
+    slice_format = ".3f"
     slice_intro = (
         "Expected is the accuracy if each class were recognised in the slice as it is everywhere: it is less in a "
         "slice of difficult classes."
@@ -226,14 +246,14 @@ class OneLabel:
 
     def findings(self) -> list[str]:
         present = np.flatnonzero(self.class_counts)
-        most = int(self.class_counts.argmax())
-        share = percent(int(self.class_counts[most]) / len(self.labels))
-        found = [f"Always saying “{self.names[most]}” would be right for {share}."]
-        found += [
+        found = [
             f"{plural(count, 'image')} labelled “{self.names[a]}” look like “{self.names[b]}”: "
             f"{percent(count / of)} of those that the model is confident about. Are the labels mixed up?"
-            for a, b, count, of in self.systematic
+            for a, b, count, of in self.systematic[:MISLABELLED]
         ]
+        most = int(self.class_counts.argmax())
+        share = percent(int(self.class_counts[most]) / len(self.labels))
+        found.append(f"Always saying “{self.names[most]}” would be right for {share}.")
         if self.pairs:
             label, prediction, count = self.pairs[0]
             found.append(
@@ -255,7 +275,7 @@ class OneLabel:
         """
         found = []
         if len(self.errors.found):
-            found += ["# every doubted label, the likeliest errors first", told.show("label_errors.parquet")]
+            found += ["# every doubted label, the likeliest errors first", told.show(LABEL_ERRORS)]
             found += ["# duplicates and leaks are a common reason for wrong labels", told.inspect()]
         if self.first_figure or any(row["images"] and (row["f1"] or 0) < WEAK for row in self.class_rows()):
             found += ["# weak or rare classes: train on, every class as often", told.train("--sampling", "balanced")]
@@ -276,15 +296,14 @@ class OneLabel:
             [self.names[a], self.names[b], count, count / of, int(self.class_counts[a])]
             for a, b, count, of in self.systematic
         ]
+        tiles = [
+            self.material.group(rows, [f"label: {self.names[a]}", f"like: {self.names[b]}"])
+            for (a, b), rows in self.mixed_up.items()
+        ]
+        headings = ["label", "looks like", "images", "of the confident", "images of the class"]
         return Section(
             "Classes that look mislabelled",
-            [
-                Table(
-                    ["label", "looks like", "images", "of the confident", "images of the class"],
-                    rows,
-                    formats=["", "", ",", ".1%", ","],
-                )
-            ],
+            [Table(headings, rows, formats=["", "", ",", ".1%", ","]), Gallery(tiles, side=64)],
             "Most images with this label look like one other class. Either the images lie in the wrong folder, the "
             "names of two classes are exchanged, or the model has never learned this class. Look at the images first: "
             "all other figures of these classes mean nothing until this is known.",
@@ -311,15 +330,24 @@ class OneLabel:
                 f"rather: {doubt['suggested']} ({percent(doubt['suggested_probability'])})",
             ]
             tiles.append(self.material.tile(row, lines))
+        single = count - sum(pair in self.mixed_up for pair in zip(*self.doubted_pairs(), strict=True))
+        elsewhere = (
+            " Those of the classes that look mislabelled are in the list, but not here." if self.mixed_up else ""
+        )
+        weak = ""
+        if count > MOST_DOUBTED * len(self.labels):
+            weak = (
+                f" With {count:,} of its {int(self.faults.sum()):,} mistakes in the list, most of these are its own: "
+                "a better model would doubt fewer labels."
+            )
         return Section(
             "Likely label errors",
-            [Gallery(tiles, f"The first {len(tiles)} of {count:,}; all are in label_errors.parquet.")],
+            [Gallery(tiles, f"The first {len(tiles)} of {single:,}; all are in {LABEL_ERRORS}.")],
             f"{plural(count, 'image')} of {len(self.labels):,}, by confident learning (arXiv 1911.00068): the model "
             "is as sure of another class as it usually is of that class, and surer than of the label. First come "
-            "those where the other class is most times as probable. Go down until the labels are right: further "
-            "down, it is the model that errs. It says nothing about images that the model has learned by heart, so "
-            "evaluate on others.",
-            "warning",
+            "those where the other class is most times as probable. Go down until the labels are right: further down, "
+            f"it is the model that errs.{weak}{elsewhere} Of images that the model was trained on, it says little.",
+            "plain" if weak else "warning",
         )
 
     def loss_section(self) -> Section:
@@ -352,15 +380,12 @@ class OneLabel:
             return Section("Confusions", [Text("There are none: every image is recognised.")], level="good")
         tiles = []
         for (label, prediction), rows in self.of_pairs.items():
-            pictures = [self.material.pictures[row] for row in rows if row in self.material.pictures]
             count = next(count for a, b, count in self.pairs if (a, b) == (label, prediction))
-            tile = self.material.tile(rows[0], [])
-            tile.pictures = pictures
-            tile.lines = [
+            lines = [
                 f"{self.names[label]} → {self.names[prediction]}",
                 f"{plural(count, 'image')}, {percent(self.share(label, count))} of the class",
             ]
-            tiles.append(tile)
+            tiles.append(self.material.group(rows, lines))
         shown = self.pairs[:LISTED_PAIRS]
         parts: list[Any] = [
             Gallery(tiles, "The most confused pairs, label → prediction, each with its worst images.", side=64),
@@ -463,7 +488,7 @@ class OneLabel:
         )
 
     def ambiguous_section(self) -> Section:
-        together, margin = percent(analysis.TORN_TOGETHER), percent(analysis.TORN_MARGIN)
+        together, margin = f"{analysis.TORN_TOGETHER:.0%}", f"{analysis.TORN_MARGIN:.0%}"
         intro = (
             f"Two classes have at least {together} of the probability between them, neither leads by more than "
             f"{margin}, and the label is one of the two. Such images may show both, or neither well enough: here the "

@@ -9,15 +9,15 @@ import pyarrow as pa
 
 from ..evaluation.intervals import wilson
 from ..evaluation.thresholds import choose_thresholds
-from ..foundation.names import undecodable_escaped
+from ..foundation.report_folder import LABEL_ERRORS
 from . import analysis
 from .charts import FAINT
-from .label_errors import confident_learning_of_each
+from .label_errors import MOST_DOUBTED, confident_learning_of_each
 from .material import Material, Told, bounds_text, percent, plural
 from .page import Chart, Gallery, Section, Table, Text
 
 
-LOSSES, ERRORS, LISTED_LABELS, LISTED_PAIRS = 24, 24, 200, 30
+LOSSES, ERRORS, LISTED_LABELS, LISTED_PAIRS = 16, 24, 200, 30
 # Curves that are drawn: of all labels together, and of those with the worst F1.
 CURVES = 5
 # So many labels have their curves in the JSON.
@@ -33,6 +33,7 @@ class SeveralLabels:
     """
 
     first_figure = None
+    slice_format = ".3f"
     slice_intro = "Wrong labels are those missed and those too many, per image; the test is on them."
 
     def __init__(self, material: Material):
@@ -52,7 +53,7 @@ class SeveralLabels:
         self.doubted = list(dict.fromkeys(self.errors.images.tolist()))[:ERRORS]
         self.shown = [*self.worst, *self.doubted]
         self.explained = {row: [self.worst_label(row)] for row in self.worst}
-        self.tables = {"label_errors.parquet": self.error_table()}
+        self.tables = {LABEL_ERRORS: self.error_table()}
 
     def worst_label(self, row: int) -> int:
         """The label whose answer is the furthest from the truth."""
@@ -65,7 +66,7 @@ class SeveralLabels:
         table = self.material.rows.table.select(["path", "split", "position"]).take(
             pa.array(errors.images, pa.int64())
         )
-        names = [undecodable_escaped(name) for name in self.material.rows.label_names]
+        names = self.material.rows.label_names
         return {name: table[name] for name in table.column_names} | {
             "rank": np.arange(1, len(errors.images) + 1),
             "label": [names[index] for index in errors.labels],
@@ -98,7 +99,7 @@ class SeveralLabels:
                 "missing": int(self.errors.missing.sum()),
                 "extra": int((~self.errors.missing).sum()),
                 "shown": [place(row) | {"labels": self.doubts(row)} for row in self.doubted],
-                "all": "label_errors.parquet",
+                "all": LABEL_ERRORS,
             },
             "highest_losses": [
                 place(row)
@@ -220,7 +221,7 @@ class SeveralLabels:
     def commands(self, told: Told) -> list[str]:
         found = []
         if len(self.errors.images):
-            found += ["# every doubted label, the likeliest errors first", told.show("label_errors.parquet")]
+            found += ["# every doubted label, the likeliest errors first", told.show(LABEL_ERRORS)]
         if self.gain() >= 0.01:
             found += [
                 "# train on, and choose the thresholds on held-out images",
@@ -247,14 +248,16 @@ class SeveralLabels:
             lines = [f"{doubt['error']}: {doubt['label']} ({percent(doubt['probability'])})" for doubt in doubts[:3]]
             tiles.append(self.material.tile(row, lines, f"{len(doubts) - 3} more" if len(doubts) > 3 else ""))
         images = len(set(self.errors.images.tolist()))
+        weak = images > MOST_DOUBTED * len(self.targets)
         return Section(
             "Likely label errors",
-            [Gallery(tiles, f"The first {len(tiles)} of {plural(images, 'image')}; all are in label_errors.parquet.")],
+            [Gallery(tiles, f"The first {len(tiles)} of {plural(images, 'image')}; all are in {LABEL_ERRORS}.")],
             f"{plural(count, 'label')} of {plural(images, 'image')}, by confident learning (arXiv 1911.00068) of each "
             "label by itself: missing, where the model is as sure of a label as it usually is of images that have it, "
             "and extra, where it is as sure that there is none. The surest come first. Further down, it is the model "
-            "that errs.",
-            "warning",
+            "that errs."
+            + (" So many are mostly its own mistakes: a better model would doubt fewer labels." if weak else ""),
+            "plain" if weak else "warning",
         )
 
     def loss_section(self) -> Section:
