@@ -1,4 +1,4 @@
-"""`hf-poolformer evaluate`: how right a classifier or regressor is on labelled images, on one device or many."""
+"""`hf-poolformer evaluate`: how right a model is on labelled or annotated images, on one device or many."""
 
 from __future__ import annotations
 
@@ -23,10 +23,18 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     from accelerate import PartialState
 
     from ..evaluation.classification import evaluate_checkpoint
+    from ..evaluation.dense import evaluate_dense_checkpoint
     from ..evaluation.processes import describe_results
+    from ..foundation.loading import task_of_checkpoint
     from ..foundation.tasks import TASKS
 
-    results = evaluate_checkpoint(settings)
+    task = task_of_checkpoint(settings.model, settings.origin())
+    settings.check_for(task)
+    findings = None
+    if task.is_dense:
+        results, findings = evaluate_dense_checkpoint(settings, task)
+    else:
+        results = evaluate_checkpoint(settings)
     if not PartialState().is_main_process:
         return 0
     if settings.json:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..data.channels import batches_of
 from ..data.classes import Classes
+from ..data.columns import ImageDataset
 from ..data.datasets import HELD_OUT, align_labels
 from ..data.description import describe_data
 from ..data.loader import make_loader
@@ -34,6 +35,8 @@ from .settings import EvaluationSettings
 
 
 logger = logging.getLogger(__name__)
+
+BATCH_SIZE = 64
 
 
 @torch.inference_mode()
@@ -150,6 +153,17 @@ def held_out_fraction(settings: EvaluationSettings) -> float:
     return float(run.get("train_val_split") or 0.0)
 
 
+def tell_data(settings: EvaluationSettings, dataset: ImageDataset) -> None:
+    """Says on stderr what is measured on."""
+    print(describe_data({"evaluation": dataset}), file=sys.stderr)
+    if settings.train_val_split is None and dataset.name.endswith(HELD_OUT):
+        logger.warning(
+            "%s was trained on the other images of %s: --train_val_split 0 would take all.",
+            settings.model,
+            dataset.name,
+        )
+
+
 def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
     """Loads a checkpoint and a labelled dataset, evaluates, and writes the results if there is an `output_dir`.
 
@@ -186,17 +200,11 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
         problem_type=task.problem_type,
     )["validation"]
     if accelerator.is_main_process:
-        print(describe_data({"evaluation": dataset}), file=sys.stderr)
-    if settings.train_val_split is None and dataset.name.endswith(HELD_OUT) and accelerator.is_main_process:
-        logger.warning(
-            "%s was trained on the other images of %s: --train_val_split 0 would take all.",
-            settings.model,
-            dataset.name,
-        )
+        tell_data(settings, dataset)
     loader = make_loader(
         align_labels(dataset, model.config.label2id, subset=True),
         transform := EvalTransform(processor),
-        batch_size=settings.per_device_eval_batch_size,
+        batch_size=settings.per_device_eval_batch_size or BATCH_SIZE,
         training=False,
         batches=batches_of(transform),
         **loader_arguments(settings, accelerator),

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
-from ..data.dense.batches import collate
-from ..data.dense.datasets import Truth
+from ..data.classes import Classes
+from ..data.dense.batches import DenseEvalTransform, collate
+from ..data.dense.datasets import DenseBatches, DenseDataset, Truth, with_annotations
+from ..data.dense.plausibility import check_annotations
+from ..data.loader import make_loader
+from ..data.opening import loader_arguments, open_splits
+from ..foundation.errors import UserError
+from ..foundation.exported import is_exported
+from ..foundation.files import best_effort, write_json
 from ..foundation.finite import check_finite, check_weights
-from ..foundation.tasks import task_named
+from ..foundation.loading import load_trained
+from ..foundation.tasks import Task, task_named
+from .classification import accelerator_on_device, held_out_fraction, tell_data
 from .dense_metrics import DetectionMetric, SegmentationMetric
-from .processes import Judge, measure
+from .dense_pictures import write_predictions
+from .dense_rows import WORST, DenseRows, MapRows, ObjectRows, Shown, joined, mean_iou_intervals
+from .processes import Judge, measure, named_results
+from .settings import EvaluationSettings
 
 
 DIVISOR = 32  # of the sides of a batch; the stride of the last stage
+BATCH_SIZE = 1
+PICTURE, PICTURES = "predictions.png", 8  # the picture of predictions, and how many are in it
 
 
 @dataclass
@@ -40,34 +58,38 @@ class DenseJudge(Judge, Protocol):
     """
     Attributes:
         divisor: what sides of a batch are padded to a multiple of.
+        picture: name of the file with a picture of predictions.
     """
 
     divisor: int
+    picture: str
 
     def found(self, outputs: Any, processor: Any, sizes: list[tuple[int, int]]) -> list[Any]:
         """What the model found in each image, in the pixels of images of `sizes` (height, width)."""
 
-    def add(self, truth: Truth, found: Any) -> None:
-        """Counts one image."""
+    def add(self, truth: Truth, found: Any) -> Any:
+        """Counts one image, and returns what it counted of it."""
 
 
 class MapJudge(SegmentationMetric):
     """Of maps of classes."""
 
     divisor = 1
+    picture = PICTURE
 
     def found(self, outputs: Any, processor: Any, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
         maps = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
         return [values.cpu().numpy() for values in maps]
 
-    def add(self, truth: Truth, found: np.ndarray) -> None:
-        self.update(found, truth.map)
+    def add(self, truth: Truth, found: np.ndarray) -> np.ndarray:
+        return self.update(found, truth.map)
 
 
 class BoxJudge(DetectionMetric):
     """Of boxes."""
 
     divisor = DIVISOR
+    picture = PICTURE
     with_masks = False
 
     def __init__(self, num_labels: int):
@@ -85,9 +107,9 @@ class BoxJudge(DetectionMetric):
             for part in found
         ]
 
-    def add(self, truth: Truth, found: dict[str, Any]) -> None:
+    def add(self, truth: Truth, found: dict[str, Any]) -> dict[str, Any]:
         values = (found[name] for name in ("boxes", "scores", "labels", "masks"))
-        self.update(truth.key, truth.size, *values, truth.objects)
+        return self.update(truth.key, truth.size, *values, truth.objects)
 
 
 class MaskJudge(BoxJudge):
@@ -115,6 +137,7 @@ def evaluate(
     accelerator: Accelerator,
     num_labels: int,
     keep: int = 0,
+    rows: DenseRows | None = None,
     progress: bool = False,
     should_stop: Callable[[], int] = lambda: 0,
 ) -> tuple[dict[str, Any], list[EvaluatedImage]]:
@@ -127,6 +150,7 @@ def evaluate(
         loader: yields lists `pixel_values` and `labels` (`Truth`), and `skipped`.
         processor: its `post_process_*` make predictions of the model's outputs.
         keep: how many examples to return for pictures, of this process.
+        rows: what is told of each image.
         should_stop: asked after each batch; when it says so on any process, the results are empty.
 
     Returns:
@@ -144,9 +168,12 @@ def evaluate(
         for pixel_values, truths in alike(batch["pixel_values"], batch["labels"]):
             found = predict(bare, pixel_values, truths, judge, processor, accelerator)
             for image, truth, prediction in zip(pixel_values, truths, found, strict=True):
-                judge.add(truth, prediction)
+                counted = judge.add(truth, prediction)
+                example = EvaluatedImage(image, truth, prediction)
+                if rows is not None:
+                    rows.add(example, counted)
                 if len(examples) < keep:
-                    examples.append(EvaluatedImage(image, truth, prediction))
+                    examples.append(example)
         return len(batch["labels"])
 
     results = measure(bare, loader, look, judge, accelerator=accelerator, progress=progress, should_stop=should_stop)
@@ -179,3 +206,124 @@ def predict(
         outputs = model(**inputs)
     check_finite(outputs.logits, "the model")
     return judge.found(outputs, processor, [truth.size for truth in truths])
+
+
+@dataclass
+class DenseFindings:
+    """An evaluation image by image, in the main process.
+
+    Attributes:
+        task: of the model.
+        label_names: its classes, by index.
+        dataset: what messages call the split.
+        figures: all figures and arrays, as `evaluate` gives them.
+        rows: of every image, by position; see `dense_rows`.
+        worst: the worst images, the worst first.
+    """
+
+    task: Task
+    label_names: list[str]
+    dataset: str
+    figures: dict[str, Any]
+    rows: list[dict[str, Any]]
+    worst: list[Shown]
+
+
+def evaluate_dense_checkpoint(settings: EvaluationSettings, task: Task) -> tuple[dict[str, Any], DenseFindings | None]:
+    """Loads a segmenter or detector and annotated images, evaluates, and writes the results if there is an
+    `output_dir`.
+
+    Returns:
+        what `all_results.json` holds: figures, and under `task` what the model does; and, where there is to be a
+        report, what it is about, in the main process.
+
+    Raises:
+        UserError: not a trained model, no annotations of its kind, or classes that it does not know.
+    """
+    settings.task = task.name
+    accelerator = accelerator_on_device(settings)
+    main = accelerator.is_main_process
+    model, processor = load_dense(settings, task)
+    label_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    if settings.reduce_labels is None:
+        settings.reduce_labels = task.reads == "map" and bool(getattr(processor, "do_reduce_labels", False))
+    dataset = open_annotated(settings, task, model.config, label_names)
+    if main:
+        tell_data(settings, dataset.images)
+    checked, seen = check_annotations({"validation": dataset}, settings)
+    dataset = checked["validation"]
+    if main:
+        print("\n".join(seen), file=sys.stderr)
+    loader = make_loader(
+        dataset.images,
+        DenseEvalTransform(processor),
+        batch_size=settings.per_device_eval_batch_size or BATCH_SIZE,
+        training=False,
+        batches=functools.partial(DenseBatches, dense=dataset),
+        **{**loader_arguments(settings, accelerator), "pin_memory": False},
+    )
+    model.to(accelerator.device, memory_format=torch.channels_last)
+    rows: DenseRows | None = None
+    if task.gives == "map":  # they tell how sure the mean IoU is, too
+        rows = MapRows(processor, keep=WORST if settings.report else 0)
+    elif settings.report:
+        rows = ObjectRows(processor)
+    figures, examples = evaluate(
+        model,
+        loader,
+        task=task.name,
+        processor=processor,
+        accelerator=accelerator,
+        num_labels=len(label_names),
+        keep=PICTURES if settings.output_dir and main else 0,
+        rows=rows,
+        progress=main,
+    )
+    every, worst = joined(gather_object([rows.state()])) if rows is not None else ([], [])
+    if main and task.gives == "map":
+        figures["eval_confidence_intervals"] = mean_iou_intervals(every, len(label_names))
+    results = {"task": task.name, **named_results(figures, label_names)}
+    if settings.output_dir and main:
+        folder = Path(settings.output_dir)
+        write_json(folder / "all_results.json", {"model": settings.model, **results})
+        with best_effort(f"drawing {PICTURE}"):
+            write_predictions(folder / PICTURE, examples, label_names, processor.image_mean, processor.image_std)
+    accelerator.end_training()
+    if not settings.report or not main:
+        return results, None
+    return results, DenseFindings(task, label_names, dataset.images.name, figures, every, worst)
+
+
+def load_dense(settings: EvaluationSettings, task: Task) -> tuple[Any, Any]:
+    """The model, or export of one, and its image processor."""
+    if is_exported(settings.model):
+        from ..export.runtime import load
+
+        model = load(settings.model, trust_remote_code=settings.trust_remote_code)
+        return model, model.image_processor
+    return load_trained(settings.model, settings.origin(), task)
+
+
+def open_annotated(settings: EvaluationSettings, task: Task, config: Any, label_names: list[str]) -> DenseDataset:
+    """The split to measure on, with its classes as the model numbers them.
+
+    Raises:
+        UserError: its annotations are not of the kind that the model gives, or of other classes.
+    """
+    if settings.dataset_name is None:
+        raise UserError(f"{settings.model}, {task.noun}: give annotated images by --dataset_name.")
+    images = open_splits(
+        settings,
+        train_split=None,
+        validation_split=settings.split,
+        train_val_split=held_out_fraction(settings),
+        labelled=False,
+    )["validation"]
+    try:
+        dataset = with_annotations(images, settings, Classes.of_config(config))
+        own = dataset.label_names
+        if len(own) == len(label_names) and set(label_names) == {f"LABEL_{index}" for index in range(len(own))}:
+            return dataset  # a model that does not name its classes is taken by position
+        return dataset.with_class_order(label_names)
+    except UserError as error:
+        raise UserError(f"{settings.model}, {task.noun}: {error}") from error

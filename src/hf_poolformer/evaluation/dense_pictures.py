@@ -73,12 +73,25 @@ def write_predictions(
     save_figure(figure, path)
 
 
-def as_seen(example: EvaluatedImage, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """The image as uint8 (height, width, 3), in its stored size."""
+def as_seen(
+    example: EvaluatedImage, mean: Sequence[float], std: Sequence[float], longest: int | None = None
+) -> np.ndarray:
+    """The image as uint8 (height, width, 3), in its stored size; smaller where a side is longer than `longest`."""
     pixels = example.pixel_values.float().cpu().numpy().transpose(1, 2, 0) * np.array(std) + np.array(mean)
     image = Image.fromarray(np.rint(pixels.clip(0, 1) * 255).astype(np.uint8))
     height, width = example.truth.size
+    if longest is not None:
+        factor = min(longest / max(height, width), 1)
+        height, width = (max(round(side * factor), 1) for side in (height, width))
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map of classes, or a mask, (height, width), in another size."""
+    rows, columns = (
+        ((np.arange(new) + 0.5) * (old / new)).astype(int) for new, old in zip(size, values.shape, strict=True)
+    )
+    return np.asarray(values)[np.ix_(rows, columns)]
 
 
 def draw_map(axes: Any, image: np.ndarray, classes: np.ndarray, palette: np.ndarray) -> set[int]:
