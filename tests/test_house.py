@@ -21,6 +21,7 @@ ROOMS = [
     "training",
     "prediction",
     "explanation",
+    "reports",
     "app",
     "benchmark",
     "commands",
