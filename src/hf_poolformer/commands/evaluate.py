@@ -23,18 +23,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     from accelerate import PartialState
 
     from ..evaluation.classification import evaluate_checkpoint
-    from ..evaluation.dense import evaluate_dense_checkpoint
     from ..evaluation.processes import describe_results
     from ..foundation.loading import task_of_checkpoint
     from ..foundation.tasks import TASKS
+    from ..reports.dense import evaluate_dense
 
     task = task_of_checkpoint(settings.model, settings.origin())
     settings.check_for(task)
-    findings = None
-    if task.is_dense:
-        results, findings = evaluate_dense_checkpoint(settings, task)
-    else:
-        results = evaluate_checkpoint(settings)
+    results = evaluate_dense(settings, task) if task.is_dense else evaluate_checkpoint(settings)
     if not PartialState().is_main_process:
         return 0
     if settings.json:
@@ -44,4 +40,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     print(f"{settings.model}: {describe_results(results, task)}.")
     if settings.output_dir:
         print(f"Written to {settings.output_dir}: all_results.json, {task.judge.picture}")
+    if settings.report:
+        print(f"Report: {settings.report}/report.html")
     return 0

@@ -216,6 +216,7 @@ class DenseFindings:
         task: of the model.
         label_names: its classes, by index.
         dataset: what messages call the split.
+        split: its name.
         figures: all figures and arrays, as `evaluate` gives them.
         rows: of every image, by position; see `dense_rows`.
         worst: the worst images, the worst first.
@@ -224,6 +225,7 @@ class DenseFindings:
     task: Task
     label_names: list[str]
     dataset: str
+    split: str
     figures: dict[str, Any]
     rows: list[dict[str, Any]]
     worst: list[Shown]
@@ -291,7 +293,7 @@ def evaluate_dense_checkpoint(settings: EvaluationSettings, task: Task) -> tuple
     accelerator.end_training()
     if not settings.report or not main:
         return results, None
-    return results, DenseFindings(task, label_names, dataset.images.name, figures, every, worst)
+    return results, DenseFindings(task, label_names, dataset.images.name, "", figures, every, worst)
 
 
 def load_dense(settings: EvaluationSettings, task: Task) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,6 +144,11 @@ def described(
             row["segmentation"] = pycocotools().mask.encode(np.asfortranarray(masks[index], dtype=np.uint8))
         rows.append(row)
     return rows
+
+
+def mask_of(row: Mapping[str, Any]) -> np.ndarray:
+    """The mask, bool (height, width), of an object as `described` has it."""
+    return pycocotools().mask.decode(row["segmentation"]).astype(bool)
 
 
 def coco(images: Sequence[dict[str, Any]], kind: str, num_labels: int) -> dict[str, Any]:

@@ -104,7 +104,14 @@ class DenseRows(abc.ABC):
         truth = example.truth
         height, width = truth.size
         row, badness = self.row(counted)
-        place = {"key": truth.key, "path": truth.path or "", "position": None, "width": width, "height": height}
+        place = {
+            "key": truth.key,
+            "path": truth.path or "",
+            "split": "",
+            "position": None,
+            "width": width,
+            "height": height,
+        }
         self.rows.append({**place, **row})
         if not badness > 0 or not self.keep:
             return

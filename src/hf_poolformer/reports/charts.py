@@ -110,7 +110,10 @@ def _for_page(text: str, prefix: str) -> str:
         element.attrib.update(attributes)
     for name in ("height", "version"):
         del root.attrib[name]
-    root.attrib |= {"width": f"{float(root.attrib['width'].removesuffix('pt')) * 96 / 72:g}", "stroke-linejoin": "round"}
+    root.attrib |= {
+        "width": f"{float(root.attrib['width'].removesuffix('pt')) * 96 / 72:g}",
+        "stroke-linejoin": "round",
+    }
     return ElementTree.tostring(root, encoding="unicode")
 
 
