@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..foundation.strict_json import to_json
 from . import command, quieten
@@ -23,14 +24,21 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     from accelerate import PartialState
 
     from ..evaluation.classification import evaluate_checkpoint
+    from ..evaluation.dense import evaluate_dense_checkpoint
     from ..evaluation.processes import describe_results
     from ..foundation.loading import task_of_checkpoint
+    from ..foundation.report_folder import PAGE
     from ..foundation.tasks import TASKS
-    from ..reports.dense import evaluate_dense
 
     task = task_of_checkpoint(settings.model, settings.origin())
     settings.check_for(task)
-    results = evaluate_dense(settings, task) if task.is_dense else evaluate_checkpoint(settings)
+    report = None
+    if settings.report and task.is_dense:
+        from ..reports.dense import write_dense_report as report
+    elif settings.report:
+        from ..reports.evaluation import write_evaluation_report as report
+    evaluate = evaluate_dense_checkpoint if task.is_dense else evaluate_checkpoint
+    results = evaluate(settings, report)
     if not PartialState().is_main_process:
         return 0
     if settings.json:
@@ -41,5 +49,5 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if settings.output_dir:
         print(f"Written to {settings.output_dir}: all_results.json, {task.judge.picture}")
     if settings.report:
-        print(f"Report: {settings.report}/report.html")
+        print(f"Report: {Path(settings.report) / PAGE}")
     return 0

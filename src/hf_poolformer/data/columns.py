@@ -3,7 +3,7 @@
 import dataclasses
 import fnmatch
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import datasets
@@ -60,7 +60,10 @@ class ImageDataset:
         counts_from: the file that knew all this from an earlier run; empty where the columns were read.
         num_examples: exact if known, else None.
         name: what messages call it.
-        other_columns: read besides image and label.
+        other_columns: read besides image and label; named as label columns are.
+        split: its name at its source.
+        shard_rows: how many rows lie in each shard of `stream` (or, in the same order, in each of the shards that
+            `stream.Shards` finds when it divides them), where that is known: who wants few rows finds them by it.
         unread_columns: there are these, too.
         class_names: stored class -> name, where the source has them beside its rows (COCO's categories).
         token: Hub token, for rows that name remote files.
@@ -88,6 +91,8 @@ class ImageDataset:
     name: str = "dataset"
     token: str | bool | None = None
     other_columns: tuple[str, ...] = ()
+    split: str = ""
+    shard_rows: tuple[int, ...] | None = None
     unread_columns: tuple[str, ...] = ()
     class_names: Mapping[int, str] | None = None
     origin: str = ""
@@ -179,7 +184,7 @@ def find_label_columns(
         return () if found is None else (found,)
     fields = _fields(features)
     if wanted is not None:
-        return _wanted_columns(features, wanted, name)
+        return _wanted_columns(features, wanted, name, "--label_column_name", is_plain)
     if known and all(is_plain(feature_of(features, column)) for column in known):
         return tuple(known)
     if problem_type == "regression":
@@ -213,9 +218,35 @@ def find_label_columns(
     return tuple(flags)
 
 
-def _wanted_columns(features: datasets.Features, wanted: str, name: str) -> tuple[str, ...]:
-    """The columns that a flag names; fields of structures also without the name of the structure."""
-    fields = [(column, is_plain(feature)) for column, _, feature in _fields(features)]
+def find_other_columns(features: datasets.Features, wanted: str, name: str) -> tuple[str, ...]:
+    """The columns that `--slice_by` names: with commas between them, or a pattern with `*`.
+
+    Raises:
+        UserError: there is none of that name, or it does not hold one text, class, number or truth in each row.
+    """
+
+    def can_be(feature: Any) -> bool:
+        return isinstance(feature, ClassLabel) or is_plain(feature)
+
+    found = _wanted_columns(features, wanted, name, "--slice_by", can_be)
+    for column in found:
+        if not can_be(feature := feature_of(features, column)):
+            raise UserError(
+                f"the column {column!r} of {name} holds {kind_of(feature)}: --slice_by takes columns with a text, a "
+                "class, a number or a truth in each row"
+            )
+    return found
+
+
+def _wanted_columns(
+    features: datasets.Features, wanted: str, name: str, flag: str, fits: Callable[[Any], bool]
+) -> tuple[str, ...]:
+    """The columns that a flag names; fields of structures also without the name of the structure.
+
+    Args:
+        fits: whether a feature is one of those that a pattern means.
+    """
+    fields = [(column, fits(feature)) for column, _, feature in _fields(features)]
     found: list[str] = []
     for part in [wanted] if feature_of(features, wanted) is not None else wanted.split(","):
         column = part.strip()
@@ -225,13 +256,13 @@ def _wanted_columns(features: datasets.Features, wanted: str, name: str) -> tupl
         if "*" in column:
             matching = [
                 known
-                for known, plain in fields
-                if plain and any(fnmatch.fnmatchcase(name, column) for name in (known, known.partition(".")[2]))
+                for known, meant in fields
+                if meant and any(fnmatch.fnmatchcase(name, column) for name in (known, known.partition(".")[2]))
             ]
         else:
             matching = [known for known, _ in fields if known.partition(".")[2] == column]
         if not matching:
-            raise UserError(f"{name} has no column {column!r} (--label_column_name), only {columns_of(features)}")
+            raise UserError(f"{name} has no column {column!r} ({flag}), only {columns_of(features)}")
         found += matching
     return tuple(dict.fromkeys(found))
 
@@ -320,8 +351,8 @@ def field_of(row: Mapping[str, Any], column: str) -> Any:
 
 
 def columns_needed(dataset: ImageDataset) -> list[str]:
-    labels = [root_of(dataset.stream.features, column) for column in dataset.label_columns]
-    return list(dict.fromkeys([dataset.image_column, *labels, *dataset.other_columns]))
+    columns = (*dataset.label_columns, *dataset.other_columns)
+    return list(dict.fromkeys([dataset.image_column, *(root_of(dataset.stream.features, name) for name in columns)]))
 
 
 def root_of(features: Mapping[str, Any], column: str) -> str:

@@ -15,7 +15,7 @@ from datasets import Image
 from ..foundation.errors import UserError
 from .class_names import told_classes
 from .classes import Classes, class_key
-from .columns import ImageDataset, few, find_image_column, find_label_columns, root_of
+from .columns import ImageDataset, few, find_image_column, find_label_columns, find_other_columns, root_of
 from .labels import Numbers
 from .layouts import open_source
 from .sources import Source
@@ -49,6 +49,7 @@ def open_datasets(
     label_names: str | None = None,
     counted: bool = False,
     labelled: bool = True,
+    other_columns: str | None = None,
 ) -> dict[str, ImageDataset]:
     """Opens a labelled dataset as `{"train": ..., "validation": ...}`.
 
@@ -75,6 +76,7 @@ def open_datasets(
         counted: read the label columns even where the classes are known and that takes reading the whole dataset.
         labelled: False opens and splits the same way, and leaves it to the caller what the columns beside the image
             mean: annotation maps, boxes.
+        other_columns: names of columns that are read besides, as `find_other_columns` takes them.
 
     Raises:
         UserError: nothing there, no images, no labels, an empty split, columns or splits that cannot be told; labels
@@ -87,7 +89,7 @@ def open_datasets(
         raise UserError("name the data by either --dataset_name or --train_dir / --validation_dir")
     wanted = Wanted(problem_type, classes, label_separator, told_classes(label_names), counted, cache_dir)
     columns = {"image_column_name": image_column_name, "label_column_name": label_column_name, "token": token}
-    columns["wanted"] = wanted if labelled else None
+    columns |= {"wanted": wanted if labelled else None, "other_columns": other_columns}
     where = {"extra_splits": tuple(filter(None, (train_split, validation_split))), "cache_dir": cache_dir}
     source = train = validation = held_out_from = None
     if dataset_name is not None:
@@ -278,6 +280,7 @@ def _open_split(
     label_column_name: str | None = None,
     token: str | bool | None,
     wanted: Wanted | None = None,
+    other_columns: str | None = None,
 ) -> ImageDataset:
     """A split with its columns found; labels not looked at yet, and their columns not looked for unless `wanted`."""
     name = f"{source.name} ({split})" if len(source.splits) > 1 else source.name
@@ -292,8 +295,10 @@ def _open_split(
     if wanted is not None:
         named = label_column_name or source.label_column
         labels = find_label_columns(stream.features, named, name, wanted.problem_type, wanted.answers)
+    others = () if other_columns is None else find_other_columns(stream.features, other_columns, name)
     if labels:
-        read = list(dict.fromkeys([image_column, *(root_of(stream.features, column) for column in labels)]))
+        roots = (root_of(stream.features, column) for column in (*labels, *others))
+        read = list(dict.fromkeys([image_column, *roots]))
         unread = tuple(column for column in stream.features if column not in read)
         stream = source.columns(split, read)
     # Annotation maps as well: a broken one would end its shard where a filter decodes it.
@@ -308,7 +313,9 @@ def _open_split(
         num_examples=opened.num_examples,
         name=name,
         token=token,
+        other_columns=others,
         unread_columns=unread,
+        split=split,
         origin=source.split_origin(split),
         left_out=source.left_out,
         class_names=source.class_names,

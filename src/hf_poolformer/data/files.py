@@ -196,6 +196,7 @@ def _holds_results(names: Sequence[str]) -> bool:
     return bool(
         _RUN_FILES.intersection(names)
         or {"config.json", "model.safetensors"}.issubset(names)
+        or {"report.json", "images.parquet"}.issubset(names)
         or any(name.startswith("part-") and _PREDICTION_PART.fullmatch(name) for name in names)
     )
 

@@ -7,7 +7,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -17,12 +17,15 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from ..foundation.errors import UserError, one_line
 from ..foundation.workers import prepare_worker
-from .columns import ImageDataset, columns_needed
+from .columns import ImageDataset, columns_needed, field_of
 from .decoding import BrokenImage, decode_image, describe_source
 from .labels import Nothing, Unlabelled
 from .sampling import Repeats
 from .stream import Lane, Order, Piece, Row, Start, among_lanes, deal, fresh_pieces, lane_seed, remaining
 
+
+if TYPE_CHECKING:  # of typing itself from Python 3.11 on
+    from typing_extensions import NotRequired
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,27 @@ logger = logging.getLogger(__name__)
 MIN_SEEN = 64
 # Of `ImageLoader.state_dict`: with another number, the same numbers in it mean other rows.
 _FORMAT = 3
+# Of a message: what is for the loader itself.
+_NOT_OF_BATCHES = frozenset(["seen", "lane", "state", "damaged", "broken", "ends"])
+
+
+class Origin(NamedTuple):
+    """Where an image of a batch comes from.
+
+    Attributes:
+        shard, index: its row, as `stream.Row` has it.
+        name: the path by which a person would look for it, if it has one.
+        is_file: this is a file's, and not what a row with the bytes calls itself.
+        values: what the row holds in `ImageDataset.other_columns`.
+        error: why it is in no batch, where it is not.
+    """
+
+    shard: int
+    index: int
+    name: str | None
+    is_file: bool
+    values: tuple[Any, ...]
+    error: str = ""
 
 
 class Batch(TypedDict):
@@ -41,17 +65,21 @@ class Batch(TypedDict):
             image has, else 0; of regression float32 (B, targets), in units; of dense tasks a list; of images without
             labels int64 (B,), zeros.
         skipped: describes the broken images that were met since the batch before.
+        origins: of the images, in their order; only of a loader with `tell_origins`.
     """
 
     pixel_values: Any
     labels: Any
     skipped: list[str]
+    origins: "NotRequired[list[Origin]]"
 
 
 class Message(Batch, total=False):
     """What a worker sends: a batch, if it has one, and what became of the rows since the message before.
 
     Attributes:
+        broken: with `tell_origins`, of the images in `skipped`.
+        ends: with `tell_origins`, of each shard that was read in, the number behind its last row so far.
         damaged: shards that end early, and what is to be said of each.
         seen: rows, broken ones included.
         lane, state: whose rows these are, and the place behind them (`LaneState`), as JSON, which neither a queue nor
@@ -59,6 +87,8 @@ class Message(Batch, total=False):
         error: in the place of all this: why nothing more can be read.
     """
 
+    broken: list[Origin]
+    ends: dict[int, int]
     damaged: dict[str, str]
     seen: int
     lane: int
@@ -84,6 +114,7 @@ def make_loader(
     pin_memory: bool = False,
     batches: "Callable[..., DecodedBatches] | None" = None,
     finish: Callable[[Message], Message] | None = None,
+    tell_origins: bool = False,
 ) -> "ImageLoader":
     """Batches of one process's share of a labelled dataset.
 
@@ -111,6 +142,8 @@ def make_loader(
         batches: what makes examples and batches of rows, where these are not images with labels.
         finish: what the main process does with each message of the workers, on the device say; it may leave out images
             and describe them in `skipped`.
+        tell_origins: each batch has `origins`, and the loader `broken` and `ends`. Not with a `finish` that leaves
+            out images.
 
     Raises:
         UserError: from the loader's iteration too: too many broken images, a label outside the range, nothing to read.
@@ -139,6 +172,7 @@ def make_loader(
             num_workers,
         )
     images = (batches or DecodedBatches)(dataset, order, transform, batch_size, training)
+    images.tells_origins = tell_origins
     return ImageLoader(
         images,
         max_skipped=max_skipped,
@@ -169,6 +203,9 @@ class ImageLoader(DataLoader):
         seen: images met by this process in the current epoch, broken ones included.
         skipped: how many of them were broken.
         damaged: shards of this process that ended early in the current epoch: where and why.
+        broken: with `tell_origins`, of the images of this process that are in no batch of the epoch.
+        ends: with `tell_origins`, of each shard that this process read in, the number behind its last row. The
+            greatest of all processes is the number of rows in the shard.
     """
 
     def __init__(
@@ -194,11 +231,18 @@ class ImageLoader(DataLoader):
         self.skipped = 0
         self._damaged: dict[str, str] = {}
         self._examples: list[str] = []
+        self.broken: list[Origin] = []
+        self.ends: dict[int, int] = {}
 
     @property
     def dealing(self) -> str:
         """Who reads what, in words."""
         return str(self._images.order)
+
+    @property
+    def num_shards(self) -> int:
+        """Of the dataset, as `Origin.shard` counts them."""
+        return self._images.order.num_shards
 
     @property
     def damaged(self) -> list[str]:
@@ -293,6 +337,7 @@ class ImageLoader(DataLoader):
         resumes = order.start is not None and order.start.epoch == epoch
         place = self._place = self._resumed.copy() if resumes else _Place()
         self.seen, self.skipped, self._examples = place.seen, place.skipped, list(place.examples)
+        self.broken, self.ends = [], {}
         states = [json.loads(lane) for lane in place.lanes.values()]
         self._damaged = {shard: text for state in states for shard, text in state.get("damaged", {}).items()}
         held: Message | None = None  # one batch behind, so that late broken images still find one to go with
@@ -336,7 +381,7 @@ class ImageLoader(DataLoader):
             place.seen += message["seen"]
             place.skipped += len(message["skipped"])
             place.examples += message["skipped"][: 5 - len(place.examples)]
-        return {name: value for name, value in batch.items() if name not in ("seen", "lane", "state", "damaged")}
+        return {name: value for name, value in batch.items() if name not in _NOT_OF_BATCHES}
 
     def _complete(self, incomplete: list[Message], only: bool) -> Iterator[Batch]:
         incomplete = [message for message in incomplete if "labels" in message]
@@ -345,10 +390,13 @@ class ImageLoader(DataLoader):
         size = self._images.batch_size
         pixel_values = _joined([message["pixel_values"] for message in incomplete])
         labels = _joined([message["labels"] for message in incomplete])
+        whole = {"pixel_values": pixel_values, "labels": labels}
+        if self._images.tells_origins:
+            whole["origins"] = _joined([message["origins"] for message in incomplete])
         for start in range(0, len(labels), size):
             if len(labels) - start < size and self._drop_incomplete and not (only and start == 0):
                 return
-            yield {"pixel_values": pixel_values[start : start + size], "labels": labels[start : start + size]}
+            yield {name: values[start : start + size] for name, values in whole.items()}
 
     def _account(self, message: Message) -> None:
         if "error" in message:
@@ -365,6 +413,9 @@ class ImageLoader(DataLoader):
             )
         self.skipped += len(message["skipped"])
         self._examples += message["skipped"][: 5 - len(self._examples)]
+        self.broken += message.get("broken", ())
+        for shard, end in message.get("ends", {}).items():
+            self.ends[shard] = max(end, self.ends.get(shard, 0))
         if isinstance(self._max_skipped, int) or self.seen >= MIN_SEEN:
             self.judge(self.seen, self.skipped, "first ")
 
@@ -399,7 +450,10 @@ class DecodedBatches(torch.utils.data.IterableDataset):
 
     Attributes:
         made: by lane, how many messages there were, of all epochs, whether or not anybody has taken them yet.
+        tells_origins: `tell_origins` of `make_loader`.
     """
+
+    tells_origins = False
 
     def __init__(
         self,
@@ -446,6 +500,7 @@ class DecodedBatches(torch.utils.data.IterableDataset):
         examples: list[tuple[Any, Any]] = []
         skipped: list[str] = []
         seen = 0
+        told = _Told()
         rows = iter(lane)
         while True:
             try:
@@ -457,15 +512,21 @@ class DecodedBatches(torch.utils.data.IterableDataset):
             if row is None:
                 break
             seen += 1
+            if self.tells_origins:
+                told.ends[row.shard] = max(row.index + 1, told.ends.get(row.shard, 0))
             try:
                 image, label = self._read(row.values)
                 if self._training:
                     place = (self.order.seed, epoch, row.shard, row.index)
                     generators.seed((*place, row.copy) if row.copy else place)
                 examples.append(self._example(image, label))
+                if self.tells_origins:
+                    told.origins.append(self._origin(row))
             except Unlabelled as reason:
                 if self._dataset.labelled is None:
                     skipped.append(f"{self._describe(row)}: {reason}")
+                    if self.tells_origins:
+                        told.broken.append(self._origin(row, str(reason)))
                 else:  # they were counted, and judged, before
                     seen -= 1
                 continue
@@ -474,24 +535,28 @@ class DecodedBatches(torch.utils.data.IterableDataset):
                     seen -= 1
                 else:
                     skipped.append(f"{self._describe(row)}: {reason}")
+                    if self.tells_origins:
+                        told.broken.append(self._origin(row, str(reason)))
                 continue
             except UserError as error:
                 yield {"error": f"{self._describe(row)} of {self.name}: {error}"}
                 return
             if len(examples) == self.batch_size:
-                yield self._message(examples, skipped, seen, number, lane)
-                examples, skipped, seen = [], [], 0
-        if seen or lane.damaged:
-            yield self._message(examples, skipped, seen, number, lane)
+                yield self._message(examples, skipped, seen, told, number, lane)
+                examples, skipped, seen, told = [], [], 0, _Told()
+        if seen or lane.damaged or told.ends:
+            yield self._message(examples, skipped, seen, told, number, lane)
 
     def _message(
-        self, examples: list[tuple[Any, Any]], skipped: list[str], seen: int, number: int, lane: Lane
+        self, examples: list[tuple[Any, Any]], skipped: list[str], seen: int, told: "_Told", number: int, lane: Lane
     ) -> Message:
         batch = self._batch(*map(list, zip(*examples, strict=True))) if examples else {}
         self.made[number] += 1
         damaged = {shard: text for shard, text in lane.damaged.items() if shard not in self._reported}
         self._reported.update(lane.damaged)
         about = {"skipped": skipped, "damaged": damaged, "seen": seen, "lane": number}
+        if self.tells_origins:
+            about |= vars(told)
         return {**batch, **about, "state": json.dumps(lane.state())}
 
     # What a subclass may replace, to read something else than labels: these three.
@@ -513,6 +578,21 @@ class DecodedBatches(torch.utils.data.IterableDataset):
     def _describe(self, row: Row) -> str:
         path = describe_source(row.values[self._dataset.image_column])
         return path or f"image {row.index} of shard {row.shard}"
+
+    def _origin(self, row: Row, error: str = "") -> Origin:
+        source = row.values[self._dataset.image_column]
+        stored = isinstance(source, bytes) or (isinstance(source, Mapping) and source.get("bytes") is not None)
+        values = tuple(field_of(row.values, column) for column in self._dataset.other_columns)
+        return Origin(row.shard, row.index, describe_source(source), not stored, values, error)
+
+
+@dataclasses.dataclass
+class _Told:
+    """What a message says with `tell_origins`, by the names of `Message`."""
+
+    origins: list[Origin] = dataclasses.field(default_factory=list)
+    broken: list[Origin] = dataclasses.field(default_factory=list)
+    ends: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass

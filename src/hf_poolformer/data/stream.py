@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # of typing itself from Python 3.11 on
 
 
 _FEW = 4  # with fewer shards than so many for each worker, those that do not go round weigh
-_END = 1 << 62  # a row that no shard reaches
+NO_ROW = 1 << 62  # a row that no shard reaches
 _KEYS = 4096  # keys are drawn in blocks
 _GOLDEN = (5**0.5 - 1) / 2  # of the steps around an interval, the one that leaves no two places close to each other
 TABLE_ROWS = 16  # rows of an Arrow table: few enough that tables of large images stay small
@@ -95,7 +95,7 @@ class Piece(NamedTuple):
     @property
     def end(self) -> int:
         """No row from here on belongs to the piece."""
-        return _END if self.start < _END else (self.extra[-1] + 1 if self.extra else 0)
+        return NO_ROW if self.start < NO_ROW else (self.extra[-1] + 1 if self.extra else 0)
 
 
 class Row(NamedTuple):
@@ -488,7 +488,7 @@ def remaining(
             if later & piece.copies_of(row):
                 pending[row] = later & piece.copies_of(row)
         if number not in begun:
-            begun[number] = Piece(piece.shard, start=_END, group=group, first=first)
+            begun[number] = Piece(piece.shard, start=NO_ROW, group=group, first=first)
         if pending and not begun[number].extra:
             begun[number] = begun[number]._replace(group=group, first=first)
         begun[number] = _with_extra(begun[number], pending, most)

@@ -4,6 +4,7 @@ division of the images among them."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -28,10 +29,14 @@ from ..foundation.exported import is_exported
 from ..foundation.files import best_effort, write_json
 from ..foundation.graphs import graphed
 from ..foundation.loading import load_checkpoint
+from ..foundation.processes import found_by_main
+from ..foundation.report_folder import report_folder
 from ..foundation.settings import read_yaml
 from ..foundation.tasks import CLASSIFICATION, TASKS, Task, task_of_config
 from .processes import measure, named_results
+from .rows import RowKeeper
 from .settings import EvaluationSettings
+from .thresholds import HALF
 
 
 logger = logging.getLogger(__name__)
@@ -53,6 +58,7 @@ def evaluate(
     memory_format: torch.memory_format = torch.contiguous_format,
     progress: bool = False,
     should_stop: Callable[[], int] = lambda: 0,
+    rows: RowKeeper | None = None,
 ) -> dict[str, Any]:
     """Metrics over all images that the processes' loaders yield together: see `processes.measure`.
 
@@ -66,6 +72,7 @@ def evaluate(
         keep_answers: add `answers` (images, num_labels), float32: probabilities, or numbers in units; and the labels
             as `references`, in the same order.
         should_stop: asked after each batch; when it says so on any process, the result is empty.
+        rows: gets what was found of each image; the loader then tells `origins`.
 
     Returns:
         what `measure` returns, with the figures of `metrics.ClassJudge`, `LabelsJudge` or `NumbersJudge`.
@@ -85,7 +92,9 @@ def evaluate(
             # A number in its unit may have more digits than half precision.
             with contextlib.nullcontext() if TASKS[task].reads == "numbers" else accelerator.autocast():
                 logits = answer(pixel_values=pixel_values).logits
-            judge.add(labels, logits)
+            answers = judge.add(labels, logits)
+            if rows is not None:
+                rows.add(batch["origins"], answers)
         return len(labels)
 
     return measure(bare, loader, look, judge, accelerator=accelerator, progress=progress, should_stop=should_stop)
@@ -164,16 +173,43 @@ def tell_data(settings: EvaluationSettings, dataset: ImageDataset) -> None:
         )
 
 
-def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
+# folder, settings, model, image processor, dataset, results -> what the caller wants; it writes files into the folder.
+Report = Callable[[Path, EvaluationSettings, nn.Module, Any, ImageDataset, dict[str, Any]], Any]
+
+
+def evaluate_checkpoint(settings: EvaluationSettings, report: Report | None = None) -> dict[str, Any]:
     """Loads a checkpoint and a labelled dataset, evaluates, and writes the results if there is an `output_dir`.
+
+    Where `settings` name a folder for a report, the rows of all images are written there, too.
+
+    Args:
+        report: writes what a report has besides its rows, called on the main process. The folder that it gets becomes
+            the named one when it returns; the rows are there already (`rows.read_rows`). The model is on its device,
+            `pictures_of` finds the images of the dataset, and the results are those of `all_results.json` and, under
+            `broken`, `path`, `split`, `position` and `error` of each image that could not be used.
 
     Returns:
         what `all_results.json` holds: figures, and under `task` what the model does.
 
     Raises:
-        UserError: not a model, not a labelled dataset, or labels that do not belong together.
+        UserError: not a model, not a labelled dataset, or labels that do not belong together; a folder that holds
+            another report.
     """
     accelerator = accelerator_on_device(settings)
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if settings.report is not None:
+            claimed = report_folder(Path(settings.report), settings.overwrite)
+            folder = found_by_main(lambda: stack.enter_context(claimed))
+        results = _evaluate_into(folder, settings, report, accelerator)
+    accelerator.end_training()
+    return results
+
+
+def _evaluate_into(
+    folder: Path | None, settings: EvaluationSettings, report: Report | None, accelerator: Accelerator
+) -> dict[str, Any]:
+    """`evaluate_checkpoint` with a folder for what makes a report."""
     fraction = held_out_fraction(settings)
     if is_exported(settings.model):
         from ..export.runtime import load_classifier
@@ -187,45 +223,68 @@ def evaluate_checkpoint(settings: EvaluationSettings) -> dict[str, Any]:
         raise UserError(f"{settings.model} has no classes: it is a feature extractor (num_labels is 0).")
     task = task_of_config(model.config) or TASKS[CLASSIFICATION]
     label_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    folder = {"train_dir": None, "validation_dir": settings.validation_dir}
+    place = {"train_dir": None, "validation_dir": settings.validation_dir}
     if fraction:  # what is divided is a training folder; a validation folder is one as a whole
-        folder = {"train_dir": settings.validation_dir, "validation_dir": None}
+        place = {"train_dir": settings.validation_dir, "validation_dir": None}
     dataset = open_splits(
         settings,
-        **folder,
+        **place,
         train_split=None,
         validation_split=settings.split,
         train_val_split=fraction,
         classes=Classes.of_config(model.config),
         problem_type=task.problem_type,
+        other_columns=settings.slice_by,
     )["validation"]
     if accelerator.is_main_process:
         tell_data(settings, dataset)
+    dataset = align_labels(dataset, model.config.label2id, subset=True)
     loader = make_loader(
-        align_labels(dataset, model.config.label2id, subset=True),
+        dataset,
         transform := EvalTransform(processor),
         batch_size=settings.per_device_eval_batch_size or BATCH_SIZE,
         training=False,
         batches=batches_of(transform),
+        tell_origins=folder is not None,
         **loader_arguments(settings, accelerator),
     )
     memory_format = torch.channels_last
     model.to(accelerator.device, memory_format=memory_format)
+    thresholds = getattr(model.config, "label_thresholds", None)
+    rows = None
+    if folder is not None:
+        where = settings.dataset_name or settings.validation_dir
+        kept = {"where": where, "task": task.name, "label_names": label_names}
+        rows = RowKeeper(folder, dataset, **kept, process_index=accelerator.process_index)
     results = evaluate(
         model,
         loader,
         accelerator=accelerator,
         num_labels=len(label_names),
         task=task.name,
-        thresholds=getattr(model.config, "label_thresholds", None),
+        thresholds=thresholds,
         intervals=True,
         memory_format=memory_format,
         progress=accelerator.is_main_process,
+        rows=rows,
     )
     named = {"task": task.name, **named_results(results, label_names)}
     if settings.output_dir and accelerator.is_main_process:
-        folder = Path(settings.output_dir)
-        write_json(folder / "all_results.json", {"model": settings.model, **named})
-        draw_results(folder, task, results, label_names)
-    accelerator.end_training()
+        output = Path(settings.output_dir)
+        write_json(output / "all_results.json", {"model": settings.model, **named})
+        draw_results(output, task, results, label_names)
+    if rows is not None:
+        about = {"model": settings.model, "dataset": where, "train_val_split": fraction, "thresholds": None}
+        about["split"] = dataset.split if settings.dataset_name or fraction else "validation"
+        if task.reads == "classes":
+            about["thresholds"] = list(thresholds or [HALF] * len(label_names))
+        broken, shard_rows = rows.write(loader, about)
+        if report is not None:
+            dataset = dataclasses.replace(dataset, shard_rows=shard_rows)
+            found = {"model": settings.model, **named, "broken": broken}
+
+            def tell() -> None:
+                report(folder, settings, model, processor, dataset, found)
+
+            found_by_main(tell)
     return named

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,13 +26,16 @@ from ..foundation.errors import UserError
 from ..foundation.exported import is_exported
 from ..foundation.files import best_effort, write_json
 from ..foundation.finite import check_finite, check_weights
-from ..foundation.loading import load_trained
+from ..foundation.loading import load_trained, task_of_checkpoint
+from ..foundation.processes import found_by_main
+from ..foundation.report_folder import report_folder
 from ..foundation.tasks import Task, task_named
 from .classification import accelerator_on_device, held_out_fraction, tell_data
 from .dense_metrics import DetectionMetric, SegmentationMetric
 from .dense_pictures import write_predictions
 from .dense_rows import WORST, DenseRows, MapRows, ObjectRows, Shown, joined, mean_iou_intervals
 from .processes import Judge, measure, named_results
+from .rows import named_rows
 from .settings import EvaluationSettings
 
 
@@ -150,7 +154,7 @@ def evaluate(
         loader: yields lists `pixel_values` and `labels` (`Truth`), and `skipped`.
         processor: its `post_process_*` make predictions of the model's outputs.
         keep: how many examples to return for pictures, of this process.
-        rows: what is told of each image.
+        rows: gets what was found in each image; the loader then tells `origins`.
         should_stop: asked after each batch; when it says so on any process, the results are empty.
 
     Returns:
@@ -165,13 +169,15 @@ def evaluate(
     examples: list[EvaluatedImage] = []
 
     def look(batch: dict[str, Any]) -> int:
-        for pixel_values, truths in alike(batch["pixel_values"], batch["labels"]):
-            found = predict(bare, pixel_values, truths, judge, processor, accelerator)
-            for image, truth, prediction in zip(pixel_values, truths, found, strict=True):
-                counted = judge.add(truth, prediction)
-                example = EvaluatedImage(image, truth, prediction)
+        images, truths = batch["pixel_values"], batch["labels"]
+        for members in alike(images):
+            some = [images[index] for index in members], [truths[index] for index in members]
+            found = predict(bare, *some, judge, processor, accelerator)
+            for index, prediction in zip(members, found, strict=True):
+                counted = judge.add(truths[index], prediction)
+                example = EvaluatedImage(images[index], truths[index], prediction)
                 if rows is not None:
-                    rows.add(example, counted)
+                    rows.add(batch["origins"][index], example, counted)
                 if len(examples) < keep:
                     examples.append(example)
         return len(batch["labels"])
@@ -180,13 +186,12 @@ def evaluate(
     return results, examples if results else []
 
 
-def alike(images: list[torch.Tensor], truths: list[Truth]) -> Iterator[tuple[list[torch.Tensor], list[Truth]]]:
-    """The images of a batch in groups of one size each."""
+def alike(images: list[torch.Tensor]) -> Iterable[list[int]]:
+    """The images of a batch in groups of one size each: their places."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, image in enumerate(images):
         groups.setdefault(tuple(image.shape), []).append(index)
-    for members in groups.values():
-        yield [images[index] for index in members], [truths[index] for index in members]
+    return groups.values()
 
 
 def predict(
@@ -216,35 +221,60 @@ class DenseFindings:
         task: of the model.
         label_names: its classes, by index.
         dataset: what messages call the split.
-        split: its name.
-        figures: all figures and arrays, as `evaluate` gives them.
+        about: what all rows share: `model`, `dataset`, `split`, `task`, `label_names`.
+        results: what `all_results.json` holds.
+        figures: the same and arrays, as `evaluate` gives them.
         rows: of every image, by position; see `dense_rows`.
         worst: the worst images, the worst first.
+        broken: `path`, `split`, `position` and `error` of each image that could not be used.
     """
 
     task: Task
     label_names: list[str]
     dataset: str
-    split: str
+    about: dict[str, Any]
+    results: dict[str, Any]
     figures: dict[str, Any]
     rows: list[dict[str, Any]]
     worst: list[Shown]
+    broken: list[dict[str, Any]]
 
 
-def evaluate_dense_checkpoint(settings: EvaluationSettings, task: Task) -> tuple[dict[str, Any], DenseFindings | None]:
+def evaluate_dense_checkpoint(
+    settings: EvaluationSettings, report: Callable[[Path, DenseFindings], Any] | None = None
+) -> dict[str, Any]:
     """Loads a segmenter or detector and annotated images, evaluates, and writes the results if there is an
     `output_dir`.
 
+    Args:
+        report: where `settings` name a folder for a report, writes the files into the folder that it gets, on the main
+            process. This becomes the named one when it returns.
+
     Returns:
-        what `all_results.json` holds: figures, and under `task` what the model does; and, where there is to be a
-        report, what it is about, in the main process.
+        what `all_results.json` holds: figures, and under `task` what the model does.
 
     Raises:
-        UserError: not a trained model, no annotations of its kind, or classes that it does not know.
+        UserError: not a trained model, no annotations of its kind, classes that it does not know; a folder that holds
+            another report.
     """
-    settings.task = task.name
     accelerator = accelerator_on_device(settings)
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if settings.report is not None:
+            claimed = report_folder(Path(settings.report), settings.overwrite)
+            folder = found_by_main(lambda: stack.enter_context(claimed))
+        results, findings = find_out(settings, accelerator)
+        if folder is not None and report is not None:
+            found_by_main(lambda: report(folder, findings) and None)
+    accelerator.end_training()
+    return results
+
+
+def find_out(settings: EvaluationSettings, accelerator: Accelerator) -> tuple[dict[str, Any], DenseFindings | None]:
+    """`evaluate_dense_checkpoint` without the report; on the main process what it is about, if there is to be one."""
     main = accelerator.is_main_process
+    task = task_of_checkpoint(settings.model, settings.origin())
+    settings.task = task.name
     model, processor = load_dense(settings, task)
     label_names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     if settings.reduce_labels is None:
@@ -256,20 +286,21 @@ def evaluate_dense_checkpoint(settings: EvaluationSettings, task: Task) -> tuple
     dataset = checked["validation"]
     if main:
         print("\n".join(seen), file=sys.stderr)
+    rows: DenseRows | None = None
+    if task.gives == "map":  # they tell how sure the mean IoU is, too
+        rows = MapRows(processor, keep=WORST if settings.report else 0)
+    elif settings.report:
+        rows = ObjectRows(processor)
     loader = make_loader(
         dataset.images,
         DenseEvalTransform(processor),
         batch_size=settings.per_device_eval_batch_size or BATCH_SIZE,
         training=False,
         batches=functools.partial(DenseBatches, dense=dataset),
+        tell_origins=rows is not None,
         **{**loader_arguments(settings, accelerator), "pin_memory": False},
     )
     model.to(accelerator.device, memory_format=torch.channels_last)
-    rows: DenseRows | None = None
-    if task.gives == "map":  # they tell how sure the mean IoU is, too
-        rows = MapRows(processor, keep=WORST if settings.report else 0)
-    elif settings.report:
-        rows = ObjectRows(processor)
     figures, examples = evaluate(
         model,
         loader,
@@ -281,19 +312,28 @@ def evaluate_dense_checkpoint(settings: EvaluationSettings, task: Task) -> tuple
         rows=rows,
         progress=main,
     )
-    every, worst = joined(gather_object([rows.state()])) if rows is not None else ([], [])
-    if main and task.gives == "map":
-        figures["eval_confidence_intervals"] = mean_iou_intervals(every, len(label_names))
+    every = gather_object([rows.state(loader)]) if rows is not None else []
+    if not main:
+        return figures, None
+    place = {"where": settings.dataset_name, "split": dataset.images.split, "by_name": named_rows(dataset.images)}
+    told, worst, broken = joined(every, loader.num_shards, **place)
+    if task.gives == "map":
+        figures["eval_confidence_intervals"] = mean_iou_intervals(told, len(label_names))
     results = {"task": task.name, **named_results(figures, label_names)}
-    if settings.output_dir and main:
+    if settings.output_dir:
         folder = Path(settings.output_dir)
         write_json(folder / "all_results.json", {"model": settings.model, **results})
         with best_effort(f"drawing {PICTURE}"):
             write_predictions(folder / PICTURE, examples, label_names, processor.image_mean, processor.image_std)
-    accelerator.end_training()
-    if not settings.report or not main:
-        return results, None
-    return results, DenseFindings(task, label_names, dataset.images.name, "", figures, every, worst)
+    about = {
+        "model": settings.model,
+        "dataset": settings.dataset_name,
+        "split": dataset.images.split,
+        "task": task.name,
+        "label_names": label_names,
+    }
+    name = dataset.images.name
+    return results, DenseFindings(task, label_names, name, about, results, figures, told, worst, broken)
 
 
 def load_dense(settings: EvaluationSettings, task: Task) -> tuple[Any, Any]:

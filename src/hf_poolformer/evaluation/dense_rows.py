@@ -19,7 +19,8 @@ from __future__ import annotations
 import abc
 import heapq
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,20 +29,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..data.loader import ImageLoader, Origin
+from ..data.pictures_again import first_positions
 from ..foundation.errors import UserError, one_line
-from ..foundation.files import put_in_place
 from ..foundation.names import undecodable_escaped
 from .dense_metrics import pycocotools
 from .dense_pictures import as_seen, nearest
 from .intervals import middle, resamples
 from .metrics import SMALL_TEST_SET, mean
+from .rows import KEY, path_of
 
 
 if TYPE_CHECKING:
     from .dense import EvaluatedImage
 
 
-KEY = "hf_poolformer"
 WORST = 24  # images that are kept for pictures
 SIDE = 320  # longest side of such a picture, in pixels
 
@@ -64,21 +66,24 @@ class Shown:
 
     Attributes:
         badness: how bad; the larger the worse.
-        key: of the image, tells those of equal badness apart.
+        place: of its row, shard and number in it: of those that are equally bad, the first comes first.
         picture: uint8 (h, w, 3).
         truth, found: class indices (h, w), or objects as `dense_metrics.described` has them, in the pixels of the
             image of `size` (height, width).
     """
 
     badness: float
-    key: bytes
+    place: tuple[int, int]
     picture: np.ndarray
     size: tuple[int, int]
     truth: Any
     found: Any
 
     def __lt__(self, other: Shown) -> bool:
-        return (self.badness, self.key) < (other.badness, other.key)
+        return (self.badness, *(-number for number in self.place)) < (
+            other.badness,
+            *(-number for number in other.place),
+        )
 
 
 class DenseRows(abc.ABC):
@@ -95,31 +100,23 @@ class DenseRows(abc.ABC):
         self.rows: list[dict[str, Any]] = []
         self.worst: list[Shown] = []  # a heap, the least bad first
 
-    def add(self, example: EvaluatedImage, counted: Any) -> None:
+    def add(self, origin: Origin, example: EvaluatedImage, counted: Any) -> None:
         """One image.
 
         Args:
+            origin: of its row.
             counted: what the judge counted of it: see `SegmentationMetric.update` and `DetectionMetric.update`.
         """
-        truth = example.truth
-        height, width = truth.size
+        height, width = example.truth.size
         row, badness = self.row(counted)
-        place = {
-            "key": truth.key,
-            "path": truth.path or "",
-            "split": "",
-            "position": None,
-            "width": width,
-            "height": height,
-        }
-        self.rows.append({**place, **row})
-        if not badness > 0 or not self.keep:
-            return
-        if len(self.worst) == self.keep and (badness, truth.key) < (self.worst[0].badness, self.worst[0].key):
+        self.rows.append({"origin": origin, "width": width, "height": height, **row})
+        full = len(self.worst) == self.keep
+        if not badness > 0 or not self.keep or (full and badness < self.worst[0].badness):
             return
         picture = as_seen(example, *self.colours, longest=SIDE)
-        shown = Shown(badness, truth.key, picture, truth.size, *self.parts(example, counted, picture.shape[:2]))
-        (heapq.heappushpop if len(self.worst) == self.keep else heapq.heappush)(self.worst, shown)
+        place, size = (origin.shard, origin.index), example.truth.size
+        shown = Shown(badness, place, picture, size, *self.parts(example, counted, picture.shape[:2]))
+        (heapq.heappushpop if full else heapq.heappush)(self.worst, shown)
 
     @abc.abstractmethod
     def row(self, counted: Any) -> tuple[dict[str, Any], float]:
@@ -129,18 +126,40 @@ class DenseRows(abc.ABC):
     def parts(self, example: EvaluatedImage, counted: Any, size: tuple[int, int]) -> tuple[Any, Any]:
         """Truth and what was found, for a picture of this size."""
 
-    def state(self) -> tuple[list[dict[str, Any]], list[Shown]]:
-        """What `joined` takes; can be pickled."""
-        return self.rows, self.worst
+    def state(self, loader: ImageLoader) -> dict[str, Any]:
+        """What `joined` takes of each process, after it has read the loader; can be pickled."""
+        return {"rows": self.rows, "worst": self.worst, "broken": loader.broken, "ends": loader.ends}
 
 
 def joined(
-    states: Iterable[tuple[list[dict[str, Any]], list[Shown]]], keep: int = WORST
-) -> tuple[list[dict[str, Any]], list[Shown]]:
-    """The rows of all processes, and the worst images among theirs, the worst first; whoever saw which."""
-    states = list(states)
-    rows = sorted((row for state in states for row in state[0]), key=lambda row: (row["position"] or 0, row["key"]))
-    return rows, heapq.nlargest(keep, (shown for state in states for shown in state[1]))
+    states: Sequence[Mapping[str, Any]], num_shards: int, *, where: str, split: str, by_name: bool, keep: int = WORST
+) -> tuple[list[dict[str, Any]], list[Shown], list[dict[str, Any]]]:
+    """The rows of all processes by position, the worst images among theirs, the worst first, and those that are broken
+    (`path`, `split`, `position`, `error`); the same whoever saw which.
+
+    Args:
+        num_shards: of the dataset.
+        where, by_name: as `rows.path_of` takes them.
+    """
+    starts = first_positions(num_shards, [state["ends"] for state in states] or [{}])
+
+    def placed(origin: Origin) -> dict[str, Any]:
+        position = starts[origin.shard] + origin.index
+        return {
+            "path": path_of(where, origin.name, origin.is_file, position, by_name),
+            "split": split,
+            "position": position,
+        }
+
+    rows = [{**placed(row["origin"]), "place": row["origin"][:2], **row} for state in states for row in state["rows"]]
+    broken = [
+        {**placed(origin), "error": undecodable_escaped(origin.error)}
+        for state in states
+        for origin in state["broken"]
+    ]
+    worst = heapq.nlargest(keep, (shown for state in states for shown in state["worst"]))
+    position = operator.itemgetter("position")
+    return sorted(rows, key=position), worst, sorted(broken, key=position)
 
 
 class MapRows(DenseRows):
@@ -360,7 +379,7 @@ COLUMNS: dict[str, dict[str, pa.DataType]] = {
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], gives: str, about: Mapping[str, Any]) -> None:
-    """Writes the Parquet file, as a whole or not at all.
+    """Writes the Parquet file.
 
     Args:
         gives: as the row of the task says: `map` or `objects`.
@@ -372,10 +391,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], gives: str, about:
     columns = {**PLACES, **COLUMNS[gives]}
     schema = pa.schema(list(columns.items()), {KEY: json.dumps(about)})
     values = {name: [row[name] for row in rows] for name in columns}
-    values["path"] = [undecodable_escaped(name) for name in values["path"]]
-    partial = path.with_name(f".{path.name}.tmp")
     try:
-        pq.write_table(pa.table(values, schema=schema), partial)
-        put_in_place(partial, path)
+        pq.write_table(pa.table(values, schema=schema), path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {one_line(error)}.") from error
+        raise UserError(f"the rows cannot be written to {path.parent}: {one_line(error)}") from error

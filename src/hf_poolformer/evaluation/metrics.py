@@ -71,8 +71,8 @@ class AnswerJudge(ABC):
         self.seen: int = 0
         self.unusable: torch.Tensor | int = 0
 
-    def add(self, labels: torch.Tensor, logits: torch.Tensor) -> None:
-        """A batch; the labels, on the host, are known to fit.
+    def add(self, labels: torch.Tensor, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A batch; the labels, on the host, are known to fit. Gives `of_batch` back.
 
         Nobody waits for the device here.
 
@@ -82,10 +82,12 @@ class AnswerJudge(ABC):
         logits = logits.float()
         self.unusable += (~finite_answers(logits)).sum()
         self.seen += len(labels)
-        for name, values in self.of_batch(labels.to(logits.device, non_blocking=True), logits).items():
+        batch = self.of_batch(labels.to(logits.device, non_blocking=True), logits)
+        for name, values in batch.items():
             self.columns[name].append(values)
         if self.has_too_many_scores(self.seen):
             self.columns["scores"].clear()
+        return batch
 
     def has_too_many_scores(self, images: int) -> bool:
         return images * self.num_labels > MAX_SCORES and not (self.keep_answers or self.chooses)

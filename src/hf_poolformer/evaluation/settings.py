@@ -49,11 +49,19 @@ class EvaluationSettings(SeveralLabelsSettings, LabelledSettings, AnnotationSett
     output_dir: str | None = setting(
         None, "Folder for all_results.json and the pictures. Unset: they are only shown.", ["--output"]
     )
-    report: str | None = setting(
-        None, "Folder for a report: report.html, its figures in report.json, a row per image in images.parquet."
-    )
-    overwrite: bool = setting(False, "Replace a report that is in the folder.")
     json: bool = setting(False, "Print the results as JSON, for programs.")
+    report: str | None = setting(
+        None,
+        "Folder for a report of single images: report.html, its figures as report.json, and a row for each image as "
+        "images.parquet.",
+    )
+    slice_by: str | None = setting(
+        None,
+        "Columns of the dataset by which the report tells results apart: names with commas between them, or a pattern "
+        "such as 'cam*'.",
+        in_file="list",
+    )
+    overwrite: bool = setting(False, "Replace a report that is there already.")
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -61,13 +69,15 @@ class EvaluationSettings(SeveralLabelsSettings, LabelledSettings, AnnotationSett
             raise UserError(f"--train_val_split must be at least 0 and below 1, not {self.train_val_split}.")
         if (self.dataset_name is None) == (self.validation_dir is None):
             raise UserError("give the images by either --dataset_name or --validation_dir.")
+        if self.slice_by is not None and self.report is None:
+            raise UserError("--slice_by is for the report: give its folder with --report.")
 
     def check_for(self, task: Task) -> None:
         """
         Raises:
             UserError: a setting was given that says nothing to models for this task.
         """
-        strange = [*names_of(LabelledSettings), *names_of(SeveralLabelsSettings)]
+        strange = [*names_of(LabelledSettings), *names_of(SeveralLabelsSettings), "slice_by"]
         known, others = set(names_of(AnnotationSettings)), "classifiers and regressors"
         if not task.is_dense:
             strange, known, others = list(known), {*strange, "label_names"}, "segmenters and detectors"

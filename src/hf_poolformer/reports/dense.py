@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..evaluation.dense import DenseFindings, evaluate_dense_checkpoint
+from ..evaluation.dense import DenseFindings
 from ..evaluation.dense_metrics import mask_of
 from ..evaluation.dense_pictures import (
     SHOWN_SCORE,
@@ -39,19 +39,16 @@ from ..evaluation.dense_rows import (
     curve_of,
     write_rows,
 )
-from ..evaluation.settings import EvaluationSettings
-from ..foundation.errors import UserError
 from ..foundation.files import write_json
 from ..foundation.names import printable
-from ..foundation.processes import found_by_main
-from ..foundation.tasks import Task
+from ..foundation.report_folder import FIGURES, PAGE, ROWS
 from .page import Bars, Chart, Facts, Gallery, Page, Part, Section, Table, Text, Tile, write_page
 
 
-REPORT, DATA, ROWS = "report.html", "report.json", "images.parquet"
 PICTURE = 320  # longest side of a picture, in pixels
-SIDE = 200  # and on the page
+SIDES = {2: 160, 3: 112}  # and on the page, by how many stand side by side
 PAIRS = 20  # pairs of classes
+BROKEN = 50  # broken images
 NAMED = 30  # classes in a bar chart, and in the legend of the pictures
 LONGEST_NAME = 40
 # COCO's limits of size, in pixels of area: small, medium, large.
@@ -67,79 +64,34 @@ KINDS = {
 }
 
 
-def check_folder(folder: Path, overwrite: bool) -> None:
-    """
-    Raises:
-        UserError: another report is there, and it is not to be replaced.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--report {folder} is a file: give a folder.")
-    there = [name for name in (REPORT, DATA, ROWS) if (folder / name).exists()]
-    if there and not overwrite:
-        raise UserError(f"{folder} holds a report ({there[0]}): --overwrite replaces it, or give another folder.")
-
-
-def evaluate_dense(settings: EvaluationSettings, task: Task) -> dict[str, Any]:
-    """`evaluate_dense_checkpoint`, and the report if there is to be one; every process calls it.
-
-    Returns:
-        what `all_results.json` holds.
-
-    Raises:
-        UserError: as `evaluate_dense_checkpoint`; the report cannot be written.
-    """
-    folder = Path(settings.report) if settings.report else None
-    if folder is not None:
-        found_by_main(lambda: check_folder(folder, settings.overwrite))
-    results, found = evaluate_dense_checkpoint(settings, task)
-    if folder is not None and found is not None:
-        about = {
-            "model": settings.model,
-            "dataset": settings.dataset_name,
-            "split": found.split,
-            "task": task.name,
-            "label_names": found.label_names,
-        }
-        write_dense_report(folder, about, results, found)
-    return results
-
-
-def write_dense_report(
-    folder: Path, about: Mapping[str, Any], results: Mapping[str, Any], found: DenseFindings
-) -> Path:
-    """Writes the three files, the page last.
-
-    Args:
-        about: of the rows, for the metadata of `images.parquet`: model, dataset, split, task, label_names.
-        results: what `all_results.json` holds.
-
-    Returns:
-        the page.
+def write_dense_report(folder: Path, found: DenseFindings) -> None:
+    """Writes the three files; what `evaluation.dense.evaluate_dense_checkpoint` takes.
 
     Raises:
         UserError: a file cannot be written.
     """
-    report = (MapReport if found.task.gives == "map" else ObjectReport)(about, results, found)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_rows(folder / ROWS, report.rows, found.task.gives, {**about, **report.choices()})
-    write_json(folder / DATA, {"about": {**about, **report.choices()}, "results": dict(results), **report.data()})
-    names = printable(str(about["model"])), printable(found.dataset)
+    report = (MapReport if found.task.gives == "map" else ObjectReport)(found)
+    about = {**found.about, **report.choices()}
+    write_rows(folder / ROWS, report.rows, found.task.gives, about)
+    write_json(
+        folder / FIGURES,
+        {"about": about, "results": found.results, **report.data(), "broken": found.broken},
+    )
     page = Page(
-        title=f"{found.task.title}: {names[0]}",
-        subtitle=f"Measured on {names[1]}, {len(found.rows)} images.",
+        title=f"{found.task.title}: {found.about['model']}",
+        subtitle=f"Measured on {found.dataset}, {len(found.rows)} images.",
         sections=list(report.sections()),
     )
-    write_page(folder / REPORT, page)
-    return folder / REPORT
+    write_page(folder / PAGE, page)
 
 
 class DenseReport:
     """What the reports of segmenters and detectors share."""
 
-    def __init__(self, about: Mapping[str, Any], results: Mapping[str, Any], found: DenseFindings):
-        self.about, self.results, self.figures = about, results, found.figures
+    def __init__(self, found: DenseFindings):
+        self.results, self.figures, self.broken = found.results, found.figures, found.broken
         self.task, self.names, self.rows, self.worst = found.task, found.label_names, found.rows, found.worst
-        self.by_key = {row["key"]: row for row in self.rows}
+        self.by_place = {row["place"]: row for row in self.rows}
         self.palette = colours(len(self.names))
         self.used: set[int] = set()  # classes in the pictures
 
@@ -151,13 +103,14 @@ class DenseReport:
         value = self.results.get(key)
         return None if value is None else float(value)
 
-    def interval(self, key: str) -> Sequence[float] | None:
-        return (self.results.get("eval_confidence_intervals") or {}).get(key)
+    def interval(self, key: str) -> str:
+        known = (self.results.get("eval_confidence_intervals") or {}).get(key)
+        return f", 95 %: {known[0]:.3f} to {known[1]:.3f}" if known else ""
 
     def facts(self, *more: tuple[str, str]) -> Facts:
         """The figures of the task, and how many images they are of."""
         pairs = [
-            (figure.name, figure.text(self.results[figure.key], self.interval(figure.key)))
+            (figure.name + self.interval(figure.key), figure.text(self.results[figure.key]))
             for figure in self.task.figures
             if self.results.get(figure.key) is not None
         ]
@@ -175,9 +128,27 @@ class DenseReport:
         return [Gallery(swatches, "The colours of the classes", side=32)] if swatches else []
 
     def worst_section(self, intro: str) -> Section:
-        tiles = [self.tile(shown, self.by_key[shown.key]) for shown in self.worst]
-        parts: list[Part] = [Gallery(tiles, side=SIDE), *self.legend()] if tiles else [Text("No image has an error.")]
+        tiles = [self.tile(shown, self.by_place[shown.place]) for shown in self.worst]
+        parts: list[Part] = (
+            [Gallery(tiles, side=SIDES[len(tiles[0].pictures)]), *self.legend()]
+            if tiles
+            else [Text("No image has an error.")]
+        )
         return Section("The worst images", parts, intro)
+
+    def broken_section(self) -> list[Section]:
+        if not self.broken:
+            return []
+        rows = [[row["path"], row["error"]] for row in self.broken[:BROKEN]]
+        more = f" The first {BROKEN} of them:" if len(self.broken) > BROKEN else ""
+        return [
+            Section(
+                "Broken images",
+                [Table(["image", "what is wrong"], rows)],
+                f"{len(self.broken):,} images have broken pixels or annotations, and count nowhere.{more}",
+                level="warning",
+            )
+        ]
 
     def files_section(self) -> Section:
         return Section(
@@ -186,7 +157,7 @@ class DenseReport:
                 Table(
                     ["file", "what it holds"],
                     [
-                        [DATA, "every figure on this page"],
+                        [FIGURES, "every figure on this page"],
                         [ROWS, f"a row for each of the {len(self.rows):,} images: pandas.read_parquet reads it"],
                     ],
                 )
@@ -200,8 +171,8 @@ class DenseReport:
 class MapReport(DenseReport):
     """Of annotation maps."""
 
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
+    def __init__(self, found: DenseFindings):
+        super().__init__(found)
         self.matrix = self.figures["confusion_matrix"]  # pixels, true by predicted
         self.classes = list(self.of_classes())
         self.pairs = confused(self.matrix, self.names)
@@ -237,7 +208,10 @@ class MapReport(DenseReport):
             "confused": self.pairs,
             "confusion_matrix": self.matrix.tolist(),
             "worst": [
-                {name: self.by_key[shown.key][name] for name in ("path", "split", "position", "iou", "pixel_accuracy")}
+                {
+                    name: self.by_place[shown.place][name]
+                    for name in ("path", "split", "position", "iou", "pixel_accuracy")
+                }
                 for shown in self.worst
             ],
         }
@@ -264,6 +238,7 @@ class MapReport(DenseReport):
             "The images with the lowest IoU: the truth, what the model found, and in red the pixels that are wrong. "
             "What has no class in the truth is grey, and counts nowhere."
         )
+        yield from self.broken_section()
         yield self.files_section()
 
     def bars(self) -> list[Part]:
@@ -323,7 +298,7 @@ class MapReport(DenseReport):
         lost = np.maximum(row["true_pixels"] + row["predicted_pixels"] - 2 * row["correct_pixels"], 0)
         worst = [self.names[row["classes"][place]] for place in np.argsort(-lost, kind="stable")[:3] if lost[place]]
         lines = [
-            name_of(row),
+            row["path"],
             f"IoU {row['iou']:.3f}, {row['pixel_accuracy']:.1%} of the pixels right",
             f"most wrong: {', '.join(printable(name, LONGEST_NAME) for name in worst)}",
         ]
@@ -333,8 +308,8 @@ class MapReport(DenseReport):
 class ObjectReport(DenseReport):
     """Of boxes, and of masks."""
 
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
+    def __init__(self, found: DenseFindings):
+        super().__init__(found)
         self.curve = curve_of(self.rows)
         self.threshold = SHOWN_SCORE if self.curve.best is None else self.curve.best
         for row in self.rows:
@@ -410,7 +385,7 @@ class ObjectReport(DenseReport):
             "sizes": self.sizes,
             "confused": self.pairs,
             "curve": {name: values[self.steps()].tolist() for name, values in vars(self.curve).items()},
-            "worst": [{name: self.by_key[shown.key][name] for name in columns} for shown in self.worst],
+            "worst": [{name: self.by_place[shown.place][name] for name in columns} for shown in self.worst],
         }
 
     def f1(self) -> float | None:
@@ -455,14 +430,15 @@ class ObjectReport(DenseReport):
                 "Which threshold",
                 [self.curve_chart(), self.score_chart()],
                 "The F1 of all classes together is best where detections with a score of at least "
-                f"{self.threshold:.3f} count. For fewer false alarms take a higher threshold, to miss less a lower one. It was chosen on "
-                "these images: on others it is a little less good.",
+                f"{self.threshold:.3f} count. For fewer false alarms take a higher threshold, to miss less a lower "
+                "one. It was chosen on these images: on others it is a little less good.",
             )
         yield self.worst_section(
             "Each wrong detection costs its score, and each object what its detection's score lacks to 1. The images "
             "that cost most: the truth, and what the model found, with a score of at least "
             f"{self.threshold:.3f}."
         )
+        yield from self.broken_section()
         yield self.files_section()
 
     def bars(self) -> list[Part]:
@@ -551,7 +527,7 @@ class ObjectReport(DenseReport):
         counts = [f"{row[key]} {name}" for key, (name, _) in KINDS.items() if row[key]]
         f1 = "" if np.isnan(row["f1"]) else f", F1 {row['f1']:.2f}"
         lines = [
-            name_of(row),
+            row["path"],
             f"{row['objects']} objects, {row[RIGHT]} found{f1}",
             ", ".join(counts) or f"right, but with low scores (costs {row['cost']:.2f})",
         ]
@@ -586,10 +562,6 @@ def confused(matrix: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
         }
         for first, second in zip(*map(list, np.unravel_index(order, wrong.shape)), strict=True)
     ]
-
-
-def name_of(row: Mapping[str, Any]) -> str:
-    return str(row["path"]) or f"image {row['position']}"
 
 
 def number(value: float | None) -> float | None:

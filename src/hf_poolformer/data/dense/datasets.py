@@ -124,7 +124,6 @@ class Truth:
     Attributes:
         key: tells images apart and orders them, the same in every process.
         size: (height, width).
-        path: by which a person would look for the image; None if it has none.
         map: annotation map (height, width), or None.
         objects: or these; their masks are in the image's own size.
     """
@@ -133,7 +132,6 @@ class Truth:
     size: tuple[int, int]
     map: Any | None = None
     objects: Objects | None = None
-    path: str | None = None
 
 
 def open_dense_datasets(settings: AnnotationSettings) -> dict[str, DenseDataset]:
@@ -286,9 +284,8 @@ class DenseBatches(DecodedBatches):
         if self._training:
             return image, target
         encoded = source.get("bytes") if isinstance(source, Mapping) else None
-        path = describe_source(source)
-        key = content_key(encoded if encoded is not None else (path or "").encode())
-        return image, Truth(key, size, path=path, **{"map" if fields is None else "objects": target})
+        key = content_key(encoded if encoded is not None else (describe_source(source) or "").encode())
+        return image, Truth(key, size, **{"map" if fields is None else "objects": target})
 
     def _example(self, image: PILImage.Image, label: Any) -> tuple[Any, Any]:
         return self._transform(image, label)
