@@ -47,6 +47,7 @@ from .page import Bars, Chart, Facts, Gallery, Page, Part, Section, Table, Text,
 
 PICTURE = 320  # longest side of a picture, in pixels
 SIDES = {2: 160, 3: 112}  # and on the page, by how many stand side by side
+WHERE = ("path", "split", "position")
 PAIRS = 20  # pairs of classes
 BROKEN = 50  # broken images
 NAMED = 30  # classes in a bar chart, and in the legend of the pictures
@@ -129,12 +130,10 @@ class DenseReport:
 
     def worst_section(self, intro: str) -> Section:
         tiles = [self.tile(shown, self.by_place[shown.place]) for shown in self.worst]
-        parts: list[Part] = (
-            [Gallery(tiles, side=SIDES[len(tiles[0].pictures)]), *self.legend()]
-            if tiles
-            else [Text("No image has an error.")]
-        )
-        return Section("The worst images", parts, intro)
+        if not tiles:
+            return Section("The worst images", [Text("No image has an error.")])
+        gallery = Gallery(tiles, side=SIDES[len(tiles[0].pictures)])
+        return Section("The worst images", [*self.legend(), gallery], intro)
 
     def broken_section(self) -> list[Section]:
         if not self.broken:
@@ -376,7 +375,7 @@ class ObjectReport(DenseReport):
             }
 
     def data(self) -> dict[str, Any]:
-        columns = ("path", "split", "position", "cost", "f1", "objects", "detections", RIGHT, *KINDS)
+        columns = (*WHERE, "cost", "f1", "objects", "detections", RIGHT, *KINDS)
         return {
             "threshold": self.threshold,
             "errors": self.totals,
