@@ -1,6 +1,7 @@
 """Shared by all rooms: nothing leaves this machine, every test starts from one seed, small models are small."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -37,6 +38,19 @@ BASELINES = {
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window, driven by playwright."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, which drives the browser")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no Chromium: apt install chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -1,14 +1,9 @@
 """The page in headless Chromium: upload a picture, see its classes and where they are; a broken one, see a message."""
 
-import shutil
-
 import pytest
 
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, which drives the browser")
 pytest.importorskip("gradio", minversion="6.20", reason="needs gradio: pip install 'hf-poolformer[app]'")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: apt install chromium")
 
 WAIT = 30_000  # milliseconds, on a busy machine
 
@@ -17,14 +12,6 @@ WAIT = 30_000  # milliseconds, on a busy machine
 def address(serve, saved_models, pictures):
     models = [saved_models / name for name in ("classifier", "detector")]
     return serve(*models, max_pixels=10**6, max_file_size="1mb", examples=[pictures / "other.jpg"]).local_url
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

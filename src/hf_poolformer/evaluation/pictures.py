@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,17 @@ MOST_DOTS = 5000  # of a target
 
 
 def write_confusion_matrix(path: Path, matrix: np.ndarray, label_names: Sequence[str]) -> None:
-    """PNG of the share of each true class (row) that went to each prediction (column).
+    """PNG of `draw_confusion_matrix`."""
+    count = len(label_names)
+    side = 5 + min(count, MOST_NAMED) * 0.15 if count > 20 else 3.5 + count * 0.35
+    figure, axes = new_figure((side + 1, side))
+    draw_confusion_matrix(axes, matrix, label_names)
+    axes.set_title(f"Confusion matrix, {int(matrix.sum())} images")
+    save_figure(figure, path)
+
+
+def draw_confusion_matrix(axes: Any, matrix: np.ndarray, label_names: Sequence[str]) -> None:
+    """The share of each true class (row) that went to each prediction (column).
 
     Up to 20 classes the cells hold their counts; up to 60 the classes are named; beyond that the picture shows
     structure only, on a logarithmic scale so that single mistakes among 1000 classes stay visible.
@@ -28,8 +39,6 @@ def write_confusion_matrix(path: Path, matrix: np.ndarray, label_names: Sequence
 
     count = len(label_names)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = 5 + min(count, MOST_NAMED) * 0.15 if count > 20 else 3.5 + count * 0.35
-    figure, axes = new_figure((side + 1, side))
     if count <= MOST_NAMED:
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         names = [printable(name, 18) for name in label_names]
@@ -44,9 +53,8 @@ def write_confusion_matrix(path: Path, matrix: np.ndarray, label_names: Sequence
         for row, column in zip(*np.nonzero(matrix), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=8, color=colour)
-    axes.set(xlabel="predicted", ylabel="true", title=f"Confusion matrix, {int(matrix.sum())} images")
-    figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046, pad=0.04)
-    save_figure(figure, path)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046, pad=0.04)
 
 
 def write_label_figures(path: Path, figures: Mapping[str, Sequence[float]], label_names: Sequence[str]) -> None:
@@ -93,12 +101,17 @@ def write_scatter(path: Path, predicted: np.ndarray, truth: np.ndarray, target_n
     taken = np.linspace(0, len(truth) - 1, min(len(truth), MOST_DOTS)).astype(int)
     for index, axes in enumerate(places[:count]):
         true, guess = truth[taken, index], predicted[taken, index]
-        ends = min(true.min(), guess.min()), max(true.max(), guess.max())
-        axes.plot(ends, ends, color="grey", linewidth=1)
-        axes.scatter(true, guess, s=12, alpha=0.4, linewidths=0)
-        axes.set(xlabel="true", ylabel="predicted")
+        draw_scatter(axes, true, guess)
         axes.set_title(printable(target_names[index], 40), parse_math=False)
-        axes.grid(alpha=0.3)
     for axes in places[count:]:
         axes.set_axis_off()
     save_figure(figure, path)
+
+
+def draw_scatter(axes: Any, truth: np.ndarray, predicted: np.ndarray) -> None:
+    """What was predicted against what is true, (images,), and the line where both are equal."""
+    ends = min(truth.min(), predicted.min()), max(truth.max(), predicted.max())
+    axes.plot(ends, ends, color="grey", linewidth=1)
+    axes.scatter(truth, predicted, s=12, alpha=0.4, linewidths=0)
+    axes.set(xlabel="true", ylabel="predicted")
+    axes.grid(alpha=0.3)

@@ -14,7 +14,8 @@ from .folders import hold
 
 
 PAGE, FIGURES, ROWS = "report.html", "report.json", "images.parquet"
-FILES = (ROWS, FIGURES, PAGE)
+LABEL_ERRORS, AMBIGUOUS = "label_errors.parquet", "ambiguous.parquet"  # of evaluations that have them
+FILES = (ROWS, LABEL_ERRORS, AMBIGUOUS, FIGURES, PAGE)
 
 
 @contextlib.contextmanager

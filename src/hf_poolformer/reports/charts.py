@@ -22,6 +22,8 @@ __all__ = ["FAINT", "INK", "PAPER", "SERIES", "draw_svg"]
 INK, FAINT, PAPER = "#1a1f29", "#5d6675", "#fefefe"
 # Of lines and bars, one after the other; also as "C0" to "C7".
 SERIES = ("#2463c5", "#ad4c08", "#1a7549", "#8645bd", "#bd2845", "#0d7382", "#7b5a0d", "#596273")
+# Of a line of text; more find no room in a chart.
+MOST_LETTERS = 60
 # The variables of page.css that take their place.
 _VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", PAPER: "var(--paper)"} | {
     colour: f"var(--series-{index})" for index, colour in enumerate(SERIES, 1)
@@ -64,8 +66,9 @@ def draw_svg(draw: Callable[[Axes], None], size: tuple[float, float], prefix: st
 
 def _clean_texts(figure: Any) -> None:
     """Makes names on the axes and elsewhere printable, and takes mathematics for text, but for powers of ten."""
+    from matplotlib.category import StrCategoryFormatter
     from matplotlib.text import Text
-    from matplotlib.ticker import FuncFormatter, LogFormatter
+    from matplotlib.ticker import FixedFormatter, FuncFormatter, LogFormatter
 
     powers = set()
     for axes in figure.axes:
@@ -73,7 +76,7 @@ def _clean_texts(figure: Any) -> None:
             inner = axis.get_major_formatter()
             if isinstance(inner, LogFormatter):
                 powers.update(axis.get_ticklabels(which="both"))
-            else:
+            elif isinstance(inner, (FixedFormatter, FuncFormatter, StrCategoryFormatter)):
                 axis.set_major_formatter(FuncFormatter(lambda x, place, inner=inner: _lines(inner(x, place))))
     for text in figure.findobj(Text):
         text.set_text(_lines(text.get_text()))
@@ -82,7 +85,7 @@ def _clean_texts(figure: Any) -> None:
 
 
 def _lines(text: str) -> str:
-    return "\n".join(map(printable, text.split("\n")))
+    return "\n".join(printable(line, MOST_LETTERS) for line in text.split("\n"))
 
 
 def _for_page(text: str, prefix: str) -> str:

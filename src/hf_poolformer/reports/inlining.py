@@ -6,15 +6,17 @@ import base64
 import io
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, features
 
 from ..image_pixels import pil_to_rgb
 
 
 __all__ = ["Inlined", "shrink"]
 
-# Of JPEG and WebP, for images as small as these.
-QUALITY = 72
+# Of JPEG and WebP: the first whose file is small enough, or the last.
+QUALITIES = (72, 50, 30)
+# Bytes that an image may have, by its pixels and at least: photographs need less, noise and gravel more.
+PER_PIXEL, AT_LEAST = 0.2, 2000
 
 
 @dataclass
@@ -38,18 +40,25 @@ def shrink(image: Image.Image, side: int) -> Inlined:
     Args:
         side: the longest on the page, in CSS pixels.
     """
-    image = pil_to_rgb(image)
     longest = max(image.size)
     width, height = (max(round(length * side / longest), 1) for length in image.size)
-    small = image.copy()
+    small = pil_to_rgb(image).copy()
     small.thumbnail((2 * side, 2 * side), Image.Resampling.LANCZOS)
-    name, data = min(encoded(small), key=lambda pair: len(pair[1]))
+    for quality in QUALITIES:
+        name, data = min(encoded(small, quality), key=lambda pair: len(pair[1]))
+        if len(data) <= max(PER_PIXEL * small.width * small.height, AT_LEAST):
+            break
     address = f"data:image/{name};base64,{base64.b64encode(data).decode()}"
     return Inlined(address, width, height, pixelated=longest < side)
 
 
-def encoded(image: Image.Image) -> list[tuple[str, bytes]]:
-    options = {"jpeg": {"quality": QUALITY, "optimize": True}, "webp": {"quality": QUALITY}, "png": {"optimize": True}}
+def encoded(image: Image.Image, quality: int) -> list[tuple[str, bytes]]:
+    """The file in each format that may be the smallest: (format, bytes)."""
+    options = {"jpeg": {"quality": quality, "optimize": True}}
+    if features.check("webp"):
+        options["webp"] = {"quality": quality}
+    if image.getcolors(256):  # a drawing
+        options["png"] = {"optimize": True}
     found = []
     for name, option in options.items():
         file = io.BytesIO()

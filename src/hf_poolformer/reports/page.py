@@ -36,6 +36,8 @@ HERE = Path(__file__).parent
 LONGEST = 160
 # What stands for a missing figure.
 MISSING = "—"
+# Characters that a cell keeps on one line.
+SHORT = 20
 
 
 @dataclass
@@ -56,8 +58,8 @@ class Tile:
 class Gallery:
     """
     Attributes:
-        side: of an image, its longest, in CSS pixels. The file holds images of up to twice as many, for dense screens
-            and for when they are enlarged: 200 photographs at 96 are about 1.5 MB.
+        side: of an image, its longest, in CSS pixels. The file holds up to twice as many, for dense screens and for
+            enlarging it: 200 photographs at 96 are about 1 MB, and whatever is to be seen on them below 2 MB.
     """
 
     tiles: Sequence[Tile]
@@ -181,7 +183,7 @@ def render(page: Page) -> str:
     }
     style, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     return environment.get_template("page.html").render(
-        page=page, style=style, script=script, style_hash=hash_of(style), script_hash=hash_of(script)
+        page=page, SHORT=SHORT, style=style, script=script, style_hash=hash_of(style), script_hash=hash_of(script)
     )
 
 
@@ -207,21 +209,21 @@ def paragraphs(text: str) -> list[str]:
 
 
 def cells(table: Table) -> list[list[dict[str, Any]]]:
-    """Of each cell its text, its classes (in a column of numbers, missing), and in such a column the value."""
+    """Of each cell its text and its classes; in a column of numbers the value, too."""
     formats = table.formats or [""] * len(table.headings)
     columns = zip(*table.rows, strict=True) if table.rows else [[] for _ in formats]
     numeric = [all(value is None or is_number(value) for value in column) for column in columns]
-    return [
-        [
-            {
-                "text": cell_text(value, form),
-                "classes": " ".join(["number"] * number + ["missing"] * is_missing(value)),
-                "key": float(value) if number and not is_missing(value) else None,
-            }
-            for value, form, number in zip(row, formats, numeric, strict=True)
-        ]
-        for row in table.rows
-    ]
+    return [[cell(*parts) for parts in zip(row, formats, numeric, strict=True)] for row in table.rows]
+
+
+def cell(value: Any, form: str, numeric: bool) -> dict[str, Any]:
+    text = cell_text(value, form)
+    classes = {"number": numeric, "short": not numeric and len(text) <= SHORT, "missing": is_missing(value)}
+    return {
+        "text": text,
+        "classes": " ".join(name for name, applies in classes.items() if applies),
+        "key": float(value) if numeric and not is_missing(value) else None,
+    }
 
 
 def is_number(value: Any) -> bool:
@@ -237,7 +239,8 @@ def cell_text(value: Any, form: str) -> str:
         return MISSING
     if not is_number(value):
         return line(str(value))
-    return format(value, form or ("," if isinstance(value, numbers.Integral) else ".4g"))
+    whole = isinstance(value, numbers.Integral) or 1e4 <= abs(value) < 1e15
+    return format(value, form or (",.0f" if whole else ".4g"))
 
 
 def shares(bars: Bars) -> list[float]:
