@@ -29,7 +29,7 @@ def row_of(truth, found):
 
 
 TRUTH = truth_of([[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 90, 30]], [0, 0, 1, 1], [0, 0, 0, 1])
-# Each detection of one kind, the surest first: IoU 1; the same object again; IoU 1/3 with an object of its class; IoU 1
+# One of each kind, the surest first: IoU 1; the same object again; IoU 1/3 with an object of its class; IoU 1
 # with one of the other; IoU 1/3 with that; nowhere; inside the crowd.
 FOUND = found_of(
     [

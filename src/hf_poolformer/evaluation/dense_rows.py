@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import abc
 import heapq
-import json
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from ..data.loader import ImageLoader, Origin
 from ..data.pictures_again import first_positions
 from ..foundation.errors import UserError, one_line
 from ..foundation.names import undecodable_escaped
+from ..foundation.strict_json import to_json
 from .dense_metrics import pycocotools
 from .dense_pictures import as_seen, nearest
 from .intervals import middle, resamples
@@ -389,7 +389,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], gives: str, about:
         UserError: it cannot be written.
     """
     columns = {**PLACES, **COLUMNS[gives]}
-    schema = pa.schema(list(columns.items()), {KEY: json.dumps(about)})
+    schema = pa.schema(list(columns.items()), {KEY: to_json(about)})
     values = {name: [row[name] for row in rows] for name in columns}
     try:
         pq.write_table(pa.table(values, schema=schema), path)
