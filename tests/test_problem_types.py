@@ -29,6 +29,7 @@ from transformers import (
 from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, PoolFormerImageProcessor
 from hf_poolformer.app.answers import answer
 from hf_poolformer.evaluation.classification import evaluate_checkpoint
+from hf_poolformer.evaluation.rows import read_rows
 from hf_poolformer.evaluation.settings import EvaluationSettings
 from hf_poolformer.explanation.explainer import explain
 from hf_poolformer.export import export_model, load
@@ -390,10 +391,17 @@ def test_an_export_is_evaluated_as_the_model(problem, models, exports, photos, t
     images = [path.read_bytes() for path in sorted(photos.iterdir())]
     pq.write_table(pa.table({"image": images, **columns}), tmp_path / "test.parquet")
     found = []
-    for model in (models[problem], exports[problem]):
-        settings = EvaluationSettings(dataset_name=str(tmp_path / "test.parquet"), num_workers=0)
+    rows = []
+    for name, model in (("model", models[problem]), ("export", exports[problem])):
+        report = str(tmp_path / name)
+        settings = EvaluationSettings(dataset_name=str(tmp_path / "test.parquet"), num_workers=0, report=report)
         settings.model = str(model)
         found.append(evaluate_checkpoint(settings))
+        rows.append(read_rows(report))
+    assert rows[1].answers == pytest.approx(rows[0].answers, rel=1e-3, abs=1e-6)
+    assert np.array_equal(rows[0].labels, rows[1].labels) and rows[0].labels == pytest.approx(
+        truth.astype(float), rel=1e-6
+    )
     if problem == MULTI:
         right = (sigmoid(logits) >= thresholds_of(models[problem])) == truth
         assert found[0]["eval_hamming_accuracy"] == pytest.approx(right.mean())
