@@ -18,7 +18,7 @@ from pathlib import Path
 
 COMMANDS = {
     "train": "train or fine-tune a classifier, segmenter or detector",
-    "evaluate": "measure a classifier on labelled images",
+    "evaluate": "measure a model on labelled or annotated images",
     "predict": "label images, or compute their features, into a table",
     "explain": "show what in an image speaks for a class",
     "convert": "read official, mmdet, mmseg and timm checkpoints, or write them",

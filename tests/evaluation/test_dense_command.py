@@ -18,7 +18,7 @@ from shards import encoded
 
 import hf_poolformer_cli
 from hf_poolformer import PoolFormerConfig
-from hf_poolformer.foundation.tasks import TASKS
+from hf_poolformer.foundation.tasks import CLASSIFICATION, TASKS
 from hf_poolformer.training import loop
 
 
@@ -38,8 +38,7 @@ def saved_model(folder, task, names, change=lambda model: None):
     """A tiny model with random weights, whose detections count however little it is sure of them."""
     torch.manual_seed(0)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-    config = PoolFormerConfig(**TINY_MODEL, score_threshold=0.001, **labels)
-    model = TASKS[task].auto_model().from_config(config)
+    model = TASKS[task].auto_model().from_config(PoolFormerConfig(**TINY_MODEL, score_threshold=0.001, **labels))
     change(model)
     model.save_pretrained(folder)
     TASKS[task].new_processor(size={"shortest_edge": SIDE, "longest_edge": SIDE + 8}).save_pretrained(folder)
@@ -228,12 +227,17 @@ def test_what_does_not_belong_together_is_told_in_one_line(shapes, tmp_path, cap
     segmenter = saved_model(tmp_path / "segmenter", SEGMENTATION, GROUND)
     detector = saved_model(tmp_path / "detector", DETECTION, NAMES)
     others = saved_model(tmp_path / "others", DETECTION, ["cat", "dog"])
+    classifier = saved_model(tmp_path / "classifier", CLASSIFICATION, NAMES)
     maps, objects = shapes / "segmentation", shapes / "detection"
     cases = [
         ([segmenter, "--dataset_name", objects], "semantic segmenter .* has no column of annotation maps"),
         ([detector, "--dataset_name", maps], "object detector .* has no column of objects with boxes"),
         ([others, "--dataset_name", objects], "has the class 'square' .* does not know: cat, dog"),
         ([segmenter, "--dataset_name", maps, "--split", "nowhere"], "no split 'nowhere'"),
+        (
+            [classifier, "--dataset_name", maps, "--bbox_format", "xyxy"],
+            "--bbox_format is for segmenters and detectors",
+        ),
         ([segmenter, "--validation_dir", maps], "--validation_dir is for classifiers"),
         ([segmenter, "--dataset_name", maps, "--slice_by", "x", "--report", "r"], "--slice_by is for classifiers"),
     ]

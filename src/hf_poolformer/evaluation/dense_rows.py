@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from .dense import EvaluatedImage
 
 
-WORST = 24  # images that are kept for pictures
+WORST = 16  # images that are kept for pictures
 SIDE = 320  # longest side of such a picture, in pixels
 
 # From this IoU on a detection is right; below that one it is beside every object.
