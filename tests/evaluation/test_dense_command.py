@@ -220,6 +220,8 @@ def test_images_without_any_object(tmp_path, capfd):
     assert results["eval_map"] is None and results["eval_samples"] == 3
     report = json.loads((tmp_path / "report/report.json").read_text())
     assert report["errors"]["objects"] == 0 and report["f1"] in (0, None)
+    f1 = pq.read_table(tmp_path / "report/images.parquet")["f1"].to_pylist()
+    assert len(f1) == 3 and set(f1) <= {0, None}
     assert "there is nothing to measure" in (tmp_path / "report/report.html").read_text()
 
 

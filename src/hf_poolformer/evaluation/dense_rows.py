@@ -32,7 +32,7 @@ from ..data.loader import ImageLoader, Origin
 from ..data.pictures_again import first_positions
 from ..foundation.errors import UserError, one_line
 from ..foundation.names import undecodable_escaped
-from ..foundation.strict_json import to_json
+from ..foundation.strict_json import finite_or_none, to_json
 from .dense_metrics import pycocotools
 from .dense_pictures import as_seen, nearest
 from .intervals import middle, resamples
@@ -390,7 +390,8 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], gives: str, about:
     """
     columns = {**PLACES, **COLUMNS[gives]}
     schema = pa.schema(list(columns.items()), {KEY: to_json(about)})
-    values = {name: [row[name] for row in rows] for name in columns}
+    # What there is nothing to tell of is null.
+    values = {name: [finite_or_none(row[name]) for row in rows] for name in columns}
     try:
         pq.write_table(pa.table(values, schema=schema), path)
     except OSError as error:
