@@ -19,7 +19,7 @@ from pathlib import Path
 COMMANDS = {
     "train": "train or fine-tune a classifier, segmenter or detector",
     "inspect": "look at a dataset: classes, copies, leaks, broken images",
-    "evaluate": "measure a classifier on labelled images",
+    "evaluate": "measure a model on labelled or annotated images",
     "compare": "tell which of two models is better, on which images, and whether by chance",
     "predict": "label images, or compute their features, into a table",
     "explain": "show what in an image speaks for a class",

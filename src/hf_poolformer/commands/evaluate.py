@@ -1,4 +1,4 @@
-"""`hf-poolformer evaluate`: how right a classifier or regressor is on labelled images, on one device or many."""
+"""`hf-poolformer evaluate`: how right a model is on labelled or annotated images, on one device or many."""
 
 from __future__ import annotations
 
@@ -24,14 +24,21 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     from accelerate import PartialState
 
     from ..evaluation.classification import evaluate_checkpoint
+    from ..evaluation.dense import evaluate_dense_checkpoint
     from ..evaluation.processes import describe_results
+    from ..foundation.loading import task_of_checkpoint
     from ..foundation.report_folder import PAGE
     from ..foundation.tasks import TASKS
 
+    task = task_of_checkpoint(settings.model, settings.origin())
+    settings.check_for(task)
     report = None
-    if settings.report:
+    if settings.report and task.is_dense:
+        from ..reports.dense import write_dense_report as report
+    elif settings.report:
         from ..reports.evaluation import write_evaluation_report as report
-    results = evaluate_checkpoint(settings, report)
+    evaluate = evaluate_dense_checkpoint if task.is_dense else evaluate_checkpoint
+    results = evaluate(settings, report)
     if not PartialState().is_main_process:
         return 0
     if settings.json:

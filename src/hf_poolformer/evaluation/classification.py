@@ -41,6 +41,8 @@ from .thresholds import HALF
 
 logger = logging.getLogger(__name__)
 
+BATCH_SIZE = 64
+
 
 @torch.inference_mode()
 def evaluate(
@@ -160,6 +162,17 @@ def held_out_fraction(settings: EvaluationSettings) -> float:
     return float(run.get("train_val_split") or 0.0)
 
 
+def tell_data(settings: EvaluationSettings, dataset: ImageDataset) -> None:
+    """Says on stderr what is measured on."""
+    print(describe_data({"evaluation": dataset}), file=sys.stderr)
+    if settings.train_val_split is None and dataset.name.endswith(HELD_OUT):
+        logger.warning(
+            "%s was trained on the other images of %s: --train_val_split 0 would take all.",
+            settings.model,
+            dataset.name,
+        )
+
+
 # folder, settings, model, image processor, dataset, results -> what the caller wants; it writes files into the folder.
 Report = Callable[[Path, EvaluationSettings, nn.Module, Any, ImageDataset, dict[str, Any]], Any]
 
@@ -228,18 +241,12 @@ def _evaluate_into(
         other_columns=settings.slice_by,
     )["validation"]
     if accelerator.is_main_process:
-        print(describe_data({"evaluation": dataset}), file=sys.stderr)
-    if settings.train_val_split is None and dataset.name.endswith(HELD_OUT) and accelerator.is_main_process:
-        logger.warning(
-            "%s was trained on the other images of %s: --train_val_split 0 would take all.",
-            settings.model,
-            dataset.name,
-        )
+        tell_data(settings, dataset)
     dataset = align_labels(dataset, model.config.label2id, subset=True)
     loader = make_loader(
         dataset,
         transform := EvalTransform(processor),
-        batch_size=settings.per_device_eval_batch_size,
+        batch_size=settings.per_device_eval_batch_size or BATCH_SIZE,
         training=False,
         batches=batches_of(transform),
         tell_origins=folder is not None,

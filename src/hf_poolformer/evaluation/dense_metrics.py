@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,18 +30,21 @@ class SegmentationMetric:
         self.num_labels = num_labels
         self.counts = np.zeros((num_labels, num_labels), dtype=np.int64)  # true class by predicted class
 
-    def update(self, predicted: np.ndarray, truth: np.ndarray) -> None:
-        """One image: class indices, both (height, width)."""
+    def update(self, predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        """Counts one image: class indices, both (height, width). Returns its own pixels, as `counts` has them."""
         counted = truth != IGNORE_INDEX
         pairs = truth[counted].astype(np.int64) * self.num_labels + predicted[counted]
-        self.counts += np.bincount(pairs, minlength=self.num_labels**2).reshape(self.counts.shape)
+        counts = np.bincount(pairs, minlength=self.num_labels**2).reshape(self.counts.shape)
+        self.counts += counts
+        return counts
 
     def state(self) -> np.ndarray:
         return self.counts
 
     @staticmethod
     def compute(states: Sequence[np.ndarray]) -> dict[str, Any]:
-        """`eval_miou`, `eval_mean_accuracy`, `eval_pixel_accuracy` and `eval_per_class_iou` (a list)."""
+        """`eval_miou`, `eval_mean_accuracy`, `eval_pixel_accuracy` and `eval_per_class_iou` (a list); and
+        `confusion_matrix`, int64 array of pixels, true by predicted class."""
         counts = sum(states)
         correct, true, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
         with np.errstate(invalid="ignore"):
@@ -52,11 +55,14 @@ class SegmentationMetric:
             "eval_mean_accuracy": mean(accuracy),
             "eval_pixel_accuracy": float(correct.sum() / max(counts.sum(), 1)),
             "eval_per_class_iou": iou.tolist(),
+            "confusion_matrix": counts,
         }
 
 
 # Rows of COCOeval's summary that are kept -> the end of their names.
 SUMMARY = {0: "map", 1: "map_50", 2: "map_75", 3: "map_small", 4: "map_medium", 5: "map_large", 8: "mar_100"}
+# Averages of single classes -> which of COCO's ten IoUs, .50 to .95, they are over.
+PER_CLASS = {"per_class_map": slice(None), "per_class_map_50": slice(0, 1), "per_class_map_75": slice(5, 6)}
 
 
 class DetectionMetric:
@@ -78,8 +84,8 @@ class DetectionMetric:
         labels: np.ndarray,
         masks: np.ndarray | None,
         truth: Objects,
-    ) -> None:
-        """One image.
+    ) -> dict[str, Any]:
+        """Counts one image, and returns what it keeps of it.
 
         Args:
             key: tells it from the others.
@@ -88,20 +94,20 @@ class DetectionMetric:
             scores, labels: (D,).
             masks: bool (D, height, width).
         """
-        self.images.append(
-            {
-                "key": key,
-                "size": size,
-                "found": described(boxes, labels, masks if self.with_masks else None, scores=scores),
-                "truth": described(
-                    truth.boxes,
-                    truth.labels,
-                    truth.masks if self.with_masks else None,
-                    iscrowd=truth.crowd.astype(int),
-                    area=truth.areas,
-                ),
-            }
-        )
+        image = {
+            "key": key,
+            "size": size,
+            "found": described(boxes, labels, masks if self.with_masks else None, scores=scores),
+            "truth": described(
+                truth.boxes,
+                truth.labels,
+                truth.masks if self.with_masks else None,
+                iscrowd=truth.crowd.astype(int),
+                area=truth.areas,
+            ),
+        }
+        self.images.append(image)
+        return image
 
     def state(self) -> dict[str, Any]:
         return {"num_labels": self.num_labels, "with_masks": self.with_masks, "images": self.images}
@@ -109,8 +115,8 @@ class DetectionMetric:
     @staticmethod
     def compute(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """`eval_map` (mean over IoU .50 to .95), `eval_map_50`, `eval_map_75`, `eval_map_small`, `_medium`, `_large`,
-        `eval_mar_100`, `eval_per_class_map` (a list); and the same of masks, `eval_mask_map`, ... What there is no
-        object for is NaN.
+        `eval_mar_100`, and `eval_per_class_map`, `_map_50` and `_map_75` (lists); and the same of masks,
+        `eval_mask_map`, ... What there is no object for is NaN.
 
         Raises:
             UserError: pycocotools is missing.
@@ -140,6 +146,11 @@ def described(
     return rows
 
 
+def mask_of(row: Mapping[str, Any]) -> np.ndarray:
+    """The mask, bool (height, width), of an object as `described` has it."""
+    return pycocotools().mask.decode(row["segmentation"]).astype(bool)
+
+
 def coco(images: Sequence[dict[str, Any]], kind: str, num_labels: int) -> dict[str, Any]:
     """COCOeval over these images; `kind` is `bbox` or `segm`."""
     tools = pycocotools()
@@ -157,7 +168,7 @@ def coco(images: Sequence[dict[str, Any]], kind: str, num_labels: int) -> dict[s
         value = float("nan") if not truth else 0.0
         present = {row["category_id"] for row in truth}
         per_class = [0.0 if index in present else float("nan") for index in range(num_labels)]
-        return {**dict.fromkeys(names, value), "per_class_map": per_class}
+        return {**dict.fromkeys(names, value), **dict.fromkeys(PER_CLASS, per_class)}
     with contextlib.redirect_stdout(io.StringIO()):  # it tells about its progress
         known = tools.coco.COCO()
         known.dataset = {
@@ -175,11 +186,11 @@ def coco(images: Sequence[dict[str, Any]], kind: str, num_labels: int) -> dict[s
         evaluation.summarize()
     # (IoU, recall, class, size of the objects, number of detections); -1 where a class has no object.
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
-    per_class = [mean(np.where(part > -1, part, np.nan).ravel()) for part in np.moveaxis(precision, 2, 0)]
+    precision = np.moveaxis(np.where(precision > -1, precision, np.nan), 2, 0)
     values = {name: float(evaluation.stats[row]) for row, name in SUMMARY.items()}
     return {
         **{name: value if value > -1 else float("nan") for name, value in values.items()},
-        "per_class_map": per_class,
+        **{name: [mean(part[which].ravel()) for part in precision] for name, which in PER_CLASS.items()},
     }
 
 

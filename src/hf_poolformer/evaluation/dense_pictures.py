@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Below this a detection is not drawn; the metric counts all of them.
 SHOWN_SCORE = 0.4
+DPI = 100  # of a picture of its own
+WRONG = (0.85, 0.1, 0.15)  # the colour of wrong pixels
 
 
 def colours(count: int) -> np.ndarray:
@@ -73,12 +75,25 @@ def write_predictions(
     save_figure(figure, path)
 
 
-def as_seen(example: EvaluatedImage, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """The image as uint8 (height, width, 3), in its stored size."""
+def as_seen(
+    example: EvaluatedImage, mean: Sequence[float], std: Sequence[float], longest: int | None = None
+) -> np.ndarray:
+    """The image as uint8 (height, width, 3), in its stored size; smaller where a side is longer than `longest`."""
     pixels = example.pixel_values.float().cpu().numpy().transpose(1, 2, 0) * np.array(std) + np.array(mean)
     image = Image.fromarray(np.rint(pixels.clip(0, 1) * 255).astype(np.uint8))
     height, width = example.truth.size
+    if longest is not None:
+        factor = min(longest / max(height, width), 1)
+        height, width = (max(round(side * factor), 1) for side in (height, width))
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map of classes, or a mask, (height, width), in another size."""
+    rows, columns = (
+        ((np.arange(new) + 0.5) * (old / new)).astype(int) for new, old in zip(size, values.shape, strict=True)
+    )
+    return np.asarray(values)[np.ix_(rows, columns)]
 
 
 def draw_map(axes: Any, image: np.ndarray, classes: np.ndarray, palette: np.ndarray) -> set[int]:
@@ -122,3 +137,27 @@ def draw_objects(
                 bbox={"facecolor": palette[label], "edgecolor": "none", "pad": 1},
             )
     return set(labels.tolist())
+
+
+def drawn(image: np.ndarray, draw: Callable[[Any, np.ndarray], Any], longest: int) -> Image.Image:
+    """What `draw(axes, image)`, such as `draw_map`, makes of an image: a picture of its shape, without margins.
+
+    Args:
+        longest: the longer side of the picture, in pixels; what is written in it has the same size whatever the image.
+    """
+    factor = longest / DPI / max(image.shape[:2])
+    figure, axes = new_figure((image.shape[1] * factor, image.shape[0] * factor))
+    figure.set_layout_engine("none")
+    figure.set_dpi(DPI)
+    axes.set_position((0, 0, 1, 1))
+    axes.axis("off")
+    draw(axes, image)
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+
+
+def draw_errors(axes: Any, image: np.ndarray, found: np.ndarray, truth: np.ndarray) -> None:
+    """The image in grey, and in red where a class was found that is not the true one."""
+    wrong = (found != truth) & (truth != IGNORE_INDEX)
+    grey = np.repeat(0.6 * image.mean(axis=-1, keepdims=True) / 255, 3, axis=-1)
+    axes.imshow(np.where(wrong[..., None], 0.3 * grey + 0.7 * np.array(WRONG), grey))

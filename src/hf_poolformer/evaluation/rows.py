@@ -230,7 +230,7 @@ class RowKeeper:
         self._reads = TASKS[task].reads
         self._schema = schema_of(task, len(label_names))
         # A tar's rows are known by their names, as `predict` has it.
-        self._by_name = "__key__" in {*dataset.stream.features, *dataset.unread_columns}
+        self._by_name = named_rows(dataset)
         features = dataset.stream.features
         names = numbered(list(map(undecodable_escaped, dataset.other_columns)), self._schema)
         self._columns = {
@@ -392,10 +392,20 @@ class RowKeeper:
         return rows
 
     def _path(self, name: str | None, is_file: bool, position: int) -> str:
-        if name is not None and is_file:
-            return undecodable_escaped(name)
-        inside = name if name is not None and self._by_name else position
-        return undecodable_escaped(f"{self._where}#{inside}")
+        return path_of(self._where, name, is_file, position, self._by_name)
+
+
+def named_rows(dataset: ImageDataset) -> bool:
+    """Whether rows are known by names, as in a tar."""
+    return "__key__" in {*dataset.stream.features, *dataset.unread_columns}
+
+
+def path_of(where: str, name: str | None, is_file: bool, position: int, by_name: bool) -> str:
+    """The `path` of a row; the first three of its `Origin` and place in the dataset that is called `where`."""
+    if name is not None and is_file:
+        return undecodable_escaped(name)
+    inside = name if name is not None and by_name else position
+    return undecodable_escaped(f"{where}#{inside}")
 
 
 def _taken(files: Sequence[np.ndarray], part_of: np.ndarray, place: np.ndarray) -> np.ndarray:

@@ -8,17 +8,24 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..foundation.errors import UserError
-from ..foundation.settings import SettingsParser, altered, check_values, setting
-from ..settings.data import CheckpointSettings, LabelledSettings, SeveralLabelsSettings
+from ..foundation.settings import SettingsParser, altered, check_values, names_of, setting
+from ..foundation.tasks import Task
+from ..settings.data import AnnotationSettings, CheckpointSettings, LabelledSettings, SeveralLabelsSettings
 
 
 @dataclass
-class EvaluationSettings(SeveralLabelsSettings, LabelledSettings, CheckpointSettings):
-    """Everything that `evaluation.classification.evaluate_checkpoint` needs to know."""
+class EvaluationSettings(SeveralLabelsSettings, LabelledSettings, AnnotationSettings, CheckpointSettings):
+    """Everything that evaluating a checkpoint needs to know: `evaluation.classification`, and `evaluation.dense` for
+    segmenters and detectors.
+
+    Attributes:
+        task: key of `TASKS`, of a segmenter or detector; it is told from the model.
+    """
 
     _argument_group_name = "evaluation"
 
     model: str | None = dataclasses.field(default=None, init=False)  # the positional argument
+    task: str | None = dataclasses.field(default=None, init=False)
     validation_dir: str | None = altered(
         LabelledSettings, "validation_dir", None, "Folder with the images, one folder per class."
     )
@@ -28,7 +35,15 @@ class EvaluationSettings(SeveralLabelsSettings, LabelledSettings, CheckpointSett
         "Measure on the part that training held out with this setting. Unset: the run's own, where the images are "
         "those it was trained on; else, and with 0, all of them.",
     )
-    per_device_eval_batch_size: int = setting(64, "Images per device.", ["--batch_size"], low=1)
+    per_device_eval_batch_size: int | None = setting(
+        None, "Images per device. Unset: 64; of segmenters and detectors 1.", ["--batch_size"], low=1
+    )
+    reduce_labels: bool | None = altered(
+        AnnotationSettings,
+        "reduce_labels",
+        None,
+        "Annotation maps count classes from 1, and 0 is no class: ADE20K's 150 classes. Unset: as in training.",
+    )
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: an accelerator if there is one.")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(None, "Unset: accelerate's own setting.")
     output_dir: str | None = setting(
@@ -57,11 +72,27 @@ class EvaluationSettings(SeveralLabelsSettings, LabelledSettings, CheckpointSett
         if self.slice_by is not None and self.report is None:
             raise UserError("--slice_by is for the report: give its folder with --report.")
 
+    def check_for(self, task: Task) -> None:
+        """
+        Raises:
+            UserError: a setting was given that says nothing to models for this task.
+        """
+        strange = [*names_of(LabelledSettings), *names_of(SeveralLabelsSettings), "slice_by"]
+        known, others = set(names_of(AnnotationSettings)), "classifiers and regressors"
+        if not task.is_dense:
+            strange, known, others = list(known), {*strange, "label_names"}, "segmenters and detectors"
+        for name in strange:
+            default = type(self).__dataclass_fields__[name].default
+            if name not in {*known, "label_names"} and getattr(self, name) != default:
+                raise UserError(f"--{name} is for {others}, and {self.model} is another model: {task.noun}.")
+
 
 def parse_evaluation(argv: Sequence[str] | None = None, prog: str | None = None) -> EvaluationSettings:
     """Settings of `hf-poolformer evaluate` from the command line."""
     parser = SettingsParser(
-        EvaluationSettings, prog=prog, description="Evaluates an image classifier or regressor on a labelled dataset."
+        EvaluationSettings,
+        prog=prog,
+        description="Evaluates a classifier, regressor, segmenter or detector on a labelled dataset.",
     )
     parser.add_argument("model", metavar="MODEL", help="Checkpoint: a Hub id or a folder.")
     told = parser.parse(argv)

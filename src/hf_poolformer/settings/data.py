@@ -141,29 +141,16 @@ class ClassificationDataSettings(ImageDataSettings, LabelledSettings):
 
 
 @dataclass
-class DenseDataSettings(SplitSettings):
-    dataset_name: str | None = altered(
-        ReadingSettings,
-        "dataset_name",
-        None,
-        "Hub id, or a folder or file: Parquet, WebDataset tars, images with a metadata file.",
-    )
-    shuffle_buffer_size: int = altered(SplitSettings, "shuffle_buffer_size", 1000)
-    max_skipped: float = altered(
-        ReadingSettings,
-        "max_skipped",
-        0.01,
-        "Images with broken pixels or annotations tolerated before the run stops: a fraction if below 1, else a "
-        "number.",
-    )
+class AnnotationSettings(ReadingSettings):
+    """What annotation maps and objects mean, where the data does not tell.
+
+    Who inherits from it has `task` and `label_names` as well.
+    """
+
+    _argument_group_name = "annotations"
+
     annotation_column_name: str | None = setting(
         None, "Column of the annotation maps, or of the objects. Unset: found by its type and name."
-    )
-    label_names: str | None = setting(
-        None,
-        "Names of the classes: separated by commas, or a JSON file with a list, with id2label, whose keys are the "
-        "stored values, or with COCO's categories. Unset: the dataset's ClassLabel, else its id2label.json.",
-        in_file="list",
     )
     bbox_format: Literal["xywh", "xyxy", "cxcywh"] = setting(
         "xywh",
@@ -185,4 +172,28 @@ class DenseDataSettings(SplitSettings):
         True,
         "Refuse annotations that cannot be meant as they are read, by a look at the first few hundred: boxes in other "
         "units, masks without a pixel, values that no class has. false says so and goes on.",
+    )
+
+
+@dataclass
+class DenseDataSettings(AnnotationSettings, SplitSettings):
+    dataset_name: str | None = altered(
+        ReadingSettings,
+        "dataset_name",
+        None,
+        "Hub id, or a folder or file: Parquet, WebDataset tars, images with a metadata file.",
+    )
+    shuffle_buffer_size: int = altered(SplitSettings, "shuffle_buffer_size", 1000)
+    max_skipped: float = altered(
+        ReadingSettings,
+        "max_skipped",
+        0.01,
+        "Images with broken pixels or annotations tolerated before the run stops: a fraction if below 1, else a "
+        "number.",
+    )
+    label_names: str | None = setting(
+        None,
+        "Names of the classes: separated by commas, or a JSON file with a list, with id2label, whose keys are the "
+        "stored values, or with COCO's categories. Unset: the dataset's ClassLabel, else its id2label.json.",
+        in_file="list",
     )

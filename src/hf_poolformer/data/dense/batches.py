@@ -1,12 +1,25 @@
-"""Images and annotation maps of any sizes as one batch."""
+"""Images as a model sees them in evaluation; images and annotation maps of any sizes as one batch."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from PIL import Image
 
 from ...image_processing_dense import IGNORE_INDEX
+
+
+class DenseEvalTransform:
+    """The image processor's view of an image, without the padding of a batch; the annotations stay as they are."""
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+
+    def __call__(self, image: Image.Image, target: Any) -> tuple[torch.Tensor, Any]:
+        features = self.processor(images=image, do_pad=False, return_tensors="pt")
+        return features["pixel_values"][0], target
 
 
 def collate(pixel_values: list[torch.Tensor] | torch.Tensor, divisor: int) -> tuple[torch.Tensor, torch.Tensor | None]:

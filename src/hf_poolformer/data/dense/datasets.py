@@ -20,7 +20,7 @@ from PIL import Image as PILImage
 from ...foundation.errors import UserError
 from ...foundation.names import first_few
 from ...foundation.tasks import TASKS
-from ...settings.dense import DenseSettings
+from ...settings.data import AnnotationSettings
 from ..classes import Classes, class_key
 from ..columns import ImageDataset, columns_of
 from ..decoding import BrokenImage, EncodedImage, describe_source
@@ -134,7 +134,7 @@ class Truth:
     objects: Objects | None = None
 
 
-def open_dense_datasets(settings: DenseSettings) -> dict[str, DenseDataset]:
+def open_dense_datasets(settings: AnnotationSettings) -> dict[str, DenseDataset]:
     """The splits `train` and, unless there is none, `validation`.
 
     Raises:
@@ -147,8 +147,15 @@ def open_dense_datasets(settings: DenseSettings) -> dict[str, DenseDataset]:
     return dense
 
 
-def with_annotations(images: ImageDataset, settings: DenseSettings) -> DenseDataset:
-    """A split with its annotations, and their classes, found."""
+def with_annotations(images: ImageDataset, settings: AnnotationSettings, known: Classes | None = None) -> DenseDataset:
+    """A split with its annotations, and their classes, found.
+
+    Args:
+        known: what classes are stored as where the data does not name them: a trained model's.
+
+    Raises:
+        UserError: annotations or the names of the classes cannot be found.
+    """
     features, reads = images.stream.features, TASKS[settings.task].reads
     read_as = {"with_masks": reads == "masks", "reduced": settings.reduce_labels, "pixels": settings.annotation_pixels}
     if reads == "map":
@@ -156,6 +163,7 @@ def with_annotations(images: ImageDataset, settings: DenseSettings) -> DenseData
         stream = images.stream.cast_column(column, Image(decode=False))
         images = dataclasses.replace(images, stream=stream, label_columns=(column,))
         classes, void = known_classes(settings, None, images.name, images.class_names)
+        classes = classes or known
         if classes is None:
             raise unknown_classes(images.name, stored_classes(images))
         return DenseDataset(images, None, classes, void, **read_as).with_classes(classes)
@@ -176,7 +184,7 @@ def with_annotations(images: ImageDataset, settings: DenseSettings) -> DenseData
         )
     sizes = tuple(name for names in SIZE_FIELDS for name in names if name in features)
     images = dataclasses.replace(images, label_columns=(column,), other_columns=sizes)
-    classes, _ = known_classes(settings, inside[label], images.name, images.class_names)
+    classes = known_classes(settings, inside[label], images.name, images.class_names)[0] or known
     if classes is None:
         raise unknown_classes(images.name, stored_classes(images, label))
     fields = ObjectFields(box=box, label=label, mask=mask, classes=classes, bbox_format=settings.bbox_format)

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 
 from ...foundation.errors import UserError
 from ...foundation.names import first_few
-from ...settings.dense import DenseSettings
+from ...settings.data import AnnotationSettings
 from ..class_names import checked_names, listed_classes, parsed_names, read_names, told_names
 from ..classes import Classes, class_key, in_order, is_number
 
@@ -24,7 +24,7 @@ _MAX_VALUE = 1_000_000
 
 
 def known_classes(
-    settings: DenseSettings, feature: Any, name: str, own: Mapping[int, str] | None = None
+    settings: AnnotationSettings, feature: Any, name: str, own: Mapping[int, str] | None = None
 ) -> tuple[Classes | None, bool]:
     """The classes as told, from the dataset's ClassLabel, or from the id2label.json beside it; None if nobody knows.
     And whether 255 is said to be no class.
@@ -66,7 +66,7 @@ def unknown_classes(name: str, seen: Iterable[str]) -> UserError:
     )
 
 
-def _told(settings: DenseSettings, dataset: str | None) -> tuple[Any, str]:
+def _told(settings: AnnotationSettings, dataset: str | None) -> tuple[Any, str]:
     """Names as they were given, and where; those beside the data only if `dataset`, its name, is given."""
     names = settings.label_names
     if names:
@@ -75,7 +75,7 @@ def _told(settings: DenseSettings, dataset: str | None) -> tuple[Any, str]:
     return (None, "") if path is None else (parsed_names(read_names(path), "id2label.json"), "id2label.json")
 
 
-def id2label(settings: DenseSettings) -> Path | None:
+def id2label(settings: AnnotationSettings) -> Path | None:
     """The dataset's id2label.json, where transformers' examples keep the names of segmentation classes."""
     folder = Path(settings.dataset_name).expanduser()
     if folder.exists():

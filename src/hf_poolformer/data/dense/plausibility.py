@@ -22,7 +22,7 @@ from ...foundation.errors import UserError, one_line
 from ...foundation.names import first_few
 from ...foundation.processes import found_by_main
 from ...image_processing_dense import IGNORE_INDEX
-from ...settings.dense import DenseSettings
+from ...settings.data import AnnotationSettings
 from ..classes import Classes, UnknownClass, class_key, is_number
 from ..columns import ImageDataset, columns_needed
 from ..decoding import BrokenImage, EncodedImage
@@ -61,7 +61,7 @@ FEW_OUT, MANY_OUT = 0.05, 0.25
 
 
 def check_annotations(
-    datasets: Mapping[str, DenseDataset], settings: DenseSettings
+    datasets: Mapping[str, DenseDataset], settings: AnnotationSettings
 ) -> tuple[dict[str, DenseDataset], list[str]]:
     """Looks at annotations of each split; every process calls it, the main process looks for all.
 
@@ -91,7 +91,7 @@ def check_annotations(
     return changed, lines
 
 
-def look(dataset: DenseDataset, settings: DenseSettings, seconds: float) -> Seen:
+def look(dataset: DenseDataset, settings: AnnotationSettings, seconds: float) -> Seen:
     """Reads annotations for a while, from when the first of them is there."""
     seen = (MapsSeen if dataset.fields is None else ObjectsSeen)(dataset, settings)
     deadline = math.inf
@@ -130,7 +130,7 @@ class Seen(abc.ABC):
         broken: what was wrong with those that cannot be used.
     """
 
-    def __init__(self, dataset: DenseDataset, settings: DenseSettings):
+    def __init__(self, dataset: DenseDataset, settings: AnnotationSettings):
         self.dataset, self.settings = dataset, settings
         self.name = dataset.images.name
         self.rows = 0
@@ -249,7 +249,7 @@ class MapsSeen(Seen):
         maps: how many hold a value.
     """
 
-    def __init__(self, dataset: DenseDataset, settings: DenseSettings):
+    def __init__(self, dataset: DenseDataset, settings: AnnotationSettings):
         super().__init__(dataset, settings)
         self.table = dataset.value_table
         self.pixels: Counter[int] = Counter()
@@ -382,7 +382,7 @@ class ObjectsSeen(Seen):
         boxes: as they are stored, (4,), with the (height, width) that they belong to and their row.
     """
 
-    def __init__(self, dataset: DenseDataset, settings: DenseSettings):
+    def __init__(self, dataset: DenseDataset, settings: AnnotationSettings):
         super().__init__(dataset, settings)
         self.objects = self.empty = 0
         self.boxes: list[tuple[np.ndarray, Frame, int]] = []

@@ -1,8 +1,8 @@
 """Geometry and colours: image, annotation map, boxes and masks go through torchvision.transforms.v2 together.
 
 `DenseTrainTransform` is mmsegmentation's and mmdetection's pipeline under the paper's configurations: resize with the
-aspect ratio kept, random crop, flip, photometric distortion, normalisation. `DenseEvalTransform` is the processor that
-is saved with the model.
+aspect ratio kept, random crop, flip, photometric distortion, normalisation. What evaluation sees is
+`data.dense.batches.DenseEvalTransform`.
 """
 
 from __future__ import annotations
@@ -138,14 +138,3 @@ def object_labels(sample: Sample) -> dict[str, torch.Tensor]:
     if "masks" in sample:
         labels["masks"] = sample["masks"].as_subclass(torch.Tensor)[kept].bool()
     return labels
-
-
-class DenseEvalTransform:
-    """The image processor's view of an image, without the padding of a batch; the annotations stay as they are."""
-
-    def __init__(self, processor: Any):
-        self.processor = processor
-
-    def __call__(self, image: Image.Image, target: Any) -> tuple[torch.Tensor, Any]:
-        features = self.processor(images=image, do_pad=False, return_tensors="pt")
-        return features["pixel_values"][0], target

@@ -12,13 +12,13 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...data.dense.batches import collate, collate_maps
+from ...data.dense.batches import DenseEvalTransform, collate, collate_maps
 from ...data.dense.datasets import DenseBatches, DenseDataset, open_dense_datasets
 from ...data.dense.plausibility import check_annotations
 from ...data.description import describe_data
 from ...data.loader import ImageLoader, make_loader
 from ...data.opening import loader_arguments
-from ...evaluation.dense import DIVISOR, evaluate
+from ...evaluation.dense import DIVISOR, PICTURE, PICTURES, evaluate
 from ...evaluation.dense_metrics import pycocotools
 from ...evaluation.dense_pictures import write_predictions
 from ...evaluation.processes import describe_results, named_results
@@ -27,15 +27,12 @@ from ...foundation.tasks import TASKS
 from ...settings.dense import DenseSettings
 from ..initialisation import labels_in_model_order
 from ..task import TaskTraining
-from .augmentation import DenseEvalTransform, DenseTrainTransform
+from .augmentation import DenseTrainTransform
 from .initialisation import initial_dense_model
 
 
 if TYPE_CHECKING:
     from ..loop import Run
-
-
-PICTURES = 8  # predictions in the picture
 
 
 class DenseTraining(TaskTraining):
@@ -111,7 +108,7 @@ class DenseTraining(TaskTraining):
     def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
         colours = processor.image_mean, processor.image_std
         with best_effort("drawing the predictions"):
-            write_predictions(folder / "predictions.png", shown, self.label_names, *colours)
+            write_predictions(folder / PICTURE, shown, self.label_names, *colours)
 
 
 def make_dense_loader(
