@@ -4,7 +4,6 @@ looks."""
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..explanation.pictures import overlay
 from ..foundation.errors import UserError, one_line
 from ..foundation.files import best_effort
 from ..foundation.names import numbered, printable
+from ..foundation.strict_json import to_json
 from ..foundation.tasks import CLASSIFICATION
 from .page import Tile
 
@@ -120,7 +120,7 @@ class Told:
 
     def show(self, table: str) -> str:
         """The first rows of a table, one a line."""
-        path = json.dumps(printable(str(self.folder / table)), ensure_ascii=False)
+        path = to_json(printable(str(self.folder / table)), ensure_ascii=False)
         code = f"import pyarrow.parquet as p; [print(row) for row in p.read_table({path}).to_pylist()[:50]]"
         return shlex.join(["python", "-c", code])
 
