@@ -158,7 +158,7 @@ def glance(findings: Findings) -> Section:
         pairs.append(("stored", size_text(measures.bytes)))
     words = dict(zip(FAULTS, ("leaks", "copies", "broken images", "contradictory labels"), strict=True))
     pairs += [(words[fault], f"{count:,}") for fault, count in found.items()]
-    faults = [f"{count:,} {FAULTS[fault]}" for fault, count in found.items() if count]
+    faults = [f"{count:,} {words[fault]} ({FAULTS[fault]})" for fault, count in found.items() if count]
     absent = [words[fault] for fault, count in found.items() if not count]
     bad = found["leaks"] or found["contradictions"] or found["broken"] == measures.images
     level = "bad" if bad else "warning" if faults else "good"
@@ -343,7 +343,7 @@ def contradictions(findings: Findings) -> list[Section]:
     if not copies.contradictions:
         return []
     intro = (
-        f"{copies.contradictions:,} pictures are there several times with different labels, "
+        f"Pictures that are there several times with different labels: {copies.contradictions:,}, "
         f"{copies.exact_contradictions:,} of them pixel by pixel: of these one label is wrong."
     )
     parts = gallery(findings, copies.contradiction_groups)

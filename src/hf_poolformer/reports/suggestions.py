@@ -384,8 +384,8 @@ def by_contradictions(traits: Traits, chosen: Mapping[str, Any]) -> Suggestion |
     if not traits.contradictions:
         return None
     return Suggestion(
-        f"{traits.contradictions} pictures are there several times, or nearly so, with different labels. Mend those "
-        "that are wrong before you train; the report shows them side by side."
+        f"Pictures that are there several times, or nearly so, with different labels: {traits.contradictions}. Mend "
+        "those that are wrong before you train; the report shows them side by side."
     )
 
 
