@@ -238,7 +238,7 @@ def test_the_script(model, folder, tmp_path):
     assert refused.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in refused.stderr
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_interrupted_it_leaves_nothing_behind(model, tmp_path, name):
     (tmp_path / "many").mkdir()
     for index in range(4000):

@@ -595,7 +595,7 @@ def test_subclasses_of_tensors_and_modes_take_plain_pytorch(model, monkeypatch):
     assert called == []
 
 
-@pytest.mark.parametrize("kernels", ["auto", "cpu"])
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("cpu", marks=pytest.mark.slow)])
 def test_changes_after_compilation(kernels, model, monkeypatch, relative_error):
     monkeypatch.setenv("HF_POOLFORMER_KERNELS", kernels)
     torch.compiler.reset()

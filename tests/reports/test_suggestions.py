@@ -88,7 +88,7 @@ def test_flags(changes, expected):
     ("changes", "words"),
     [
         ({"leaks": 7}, "7 images of one split are in another"),
-        ({"contradictions": 3}, "3 pictures"),
+        ({"contradictions": 3}, "with different labels: 3. Mend those"),
         ({"outliers": 5}, "5 images look more like another class"),
         ({"grey": 1000}, "1000 of 3000 images are grey"),
         ({"counts": {"cat": 1500, "dog": 500}}, "'cat' has 1500 training images and 'dog' 500, a ratio of 3.0"),
