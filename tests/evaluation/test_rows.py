@@ -23,6 +23,7 @@ from sklearn.metrics import accuracy_score, average_precision_score, f1_score, l
 import hf_poolformer_cli
 from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, PoolFormerImageProcessor
 from hf_poolformer.data.pictures_again import pictures_of
+from hf_poolformer.evaluation import rows
 from hf_poolformer.evaluation.classification import evaluate_checkpoint
 from hf_poolformer.evaluation.rows import read_rows
 from hf_poolformer.evaluation.settings import EvaluationSettings
@@ -377,12 +378,13 @@ def test_who_is_killed_leaves_nothing_half(models, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["images.parquet", "notes.txt", "report.html"]
 
 
-def test_command(models, tmp_path, capfd):
+def test_command(models, tmp_path, capfd, monkeypatch):
     """The page, the rows and the results; what a program reads stays JSON."""
+    monkeypatch.setattr(rows, "_MOST_ROWS", 5)  # put away several times, as rows of large datasets are
     (tmp_path / "data").mkdir()
     data = write_parquet(tmp_path / "data", columns_of(CLASSIFICATION))
     words = [models[CLASSIFICATION], "--dataset_name", data, "--report", tmp_path / "report", "--slice_by", "camera"]
-    words += ["--num_workers", "0", "--max_skipped", "2", "--output", tmp_path / "report"]
+    words += ["--num_workers", "0", "--max_skipped", "2", "--batch_size", "3", "--output", tmp_path / "report"]
     assert hf_poolformer_cli.main(["evaluate", *map(str, words)]) == 0
     assert f"Report: {tmp_path / 'report/report.html'}\n" in capfd.readouterr().out
     figures = json.loads((tmp_path / "report/report.json").read_text())

@@ -239,7 +239,7 @@ class RowKeeper:
         }
         self._most = max(min(_MOST_ROWS, _MOST_BYTES // (4 * len(label_names))), 1)
         # Used over and over: where large arrays come and go between small ones that stay, memory falls to pieces.
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._buffers: dict[str, np.ndarray] = {}
         self._origins: list[Origin] = []
         self._batches: list[Mapping[str, torch.Tensor]] = []
         self._parts: list[pa.Table] = []
@@ -329,14 +329,15 @@ class RowKeeper:
         """What the batches have under `source` as one array (images, labels), which the next call overwrites."""
         rows, count = len(self._origins), 0
         if name not in self._buffers or len(self._buffers[name]) < rows:
-            kind = torch.uint8 if self._schema[name].value_type == pa.uint8() else torch.float32
-            self._buffers[name] = torch.empty(rows, len(self._label_names), dtype=kind)
+            # Of NumPy: one of torch could be filled either in inference mode or outside of it, and both happens here.
+            kind = np.uint8 if self._schema[name].value_type == pa.uint8() else np.float32
+            self._buffers[name] = np.empty((rows, len(self._label_names)), dtype=kind)
         buffer = self._buffers[name]
         for batch in self._batches:
             values = batch[source]
-            buffer[count : count + len(values)] = values
+            buffer[count : count + len(values)] = values.cpu().numpy()
             count += len(values)
-        return buffer[:rows].numpy()
+        return buffer[:rows]
 
     def _file(self, column: str, process_index: int) -> Path:
         return self._folder / f".{column}-{process_index}"
