@@ -6,6 +6,7 @@ Everything on the page is in `report.json` or, image by image, in `images.parque
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def write_dense_report(folder: Path, found: DenseFindings) -> None:
     write_page(folder / PAGE, page)
 
 
-class DenseReport:
+class DenseReport(ABC):
     """What the reports of segmenters and detectors share."""
 
     def __init__(self, found: DenseFindings):
@@ -163,8 +164,9 @@ class DenseReport:
             ],
         )
 
+    @abstractmethod
     def tile(self, shown: Shown, row: Mapping[str, Any]) -> Tile:
-        raise NotImplementedError
+        """An image of those with most errors."""
 
 
 class MapReport(DenseReport):

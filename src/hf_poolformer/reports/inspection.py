@@ -530,7 +530,7 @@ def summary_of(found: Findings, folder: Path) -> list[str]:
     measures = found.measures
     what = ", ".join(f"{split.images} in {name}" for name, split in measures.splits.items())
     lines = [f"{found.name}: {measures.images} images ({what})"]
-    faults = [f"{count} {fault}" for fault, count in found.found.items() if count]
+    faults = [f"{fault} {count}" for fault, count in found.found.items() if count]
     lines.append(f"Found: {', '.join(faults)}." if faults else "No leaks, no copies, nothing broken.")
     lines += [f"Suggested: {found.command}"] if found.command else []
     lines.append(f"Written to {folder / REPORT}")
