@@ -57,6 +57,16 @@ def valid(index, size, REACH: tl.constexpr):
 
 
 @triton.jit
+def no_row(TILE_W: tl.constexpr, TILE_C: tl.constexpr):
+    """
+    What a loop over rows starts from, made for each variable of its own.
+
+    Triton (up to 3.8 at least) takes `a` for constant in a loop with `a = b` if both began as the same tensor.
+    """
+    return tl.zeros((TILE_W, TILE_C), tl.float32)
+
+
+@triton.jit
 def row_sum(x, row, columns, channels, height, width, C: tl.constexpr, POOL: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Sum over the window's columns in a row of the sample at x, and the row itself, float32; outside zeros. If
     TRANSPOSED, each token counts by one over the size of its own window."""
@@ -143,11 +153,10 @@ def forward_kernel(
     centre = shortcut * tl.load(statistics + 2 * sample)
     across = valid(columns, width, REACH)
 
-    above = tl.zeros((TILE_W, TILE_C), tl.float32)
-    here = above
-    value = above
-    deviations = above
-    squares = above
+    above, here = no_row(TILE_W, TILE_C), no_row(TILE_W, TILE_C)
+    value = no_row(TILE_W, TILE_C)
+    deviations = no_row(TILE_W, TILE_C)
+    squares = no_row(TILE_W, TILE_C)
     for i in range(BAND + LEAD):
         row = first + i - LEAD
         if POOL == 3:
@@ -207,14 +216,13 @@ def reduction_kernel(
     sample = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     start = sample * height * width * C
-    branch = tl.zeros((TILE_W, TILE_C), tl.float32)
-    shortcut = branch
+    branch = no_row(TILE_W, TILE_C)
+    shortcut = no_row(TILE_W, TILE_C)
     for tile in range(split, tiles, splits):
         first, columns, channels, inside = place(tile, width, C, BAND, TILE_W, TILE_C)
         across = valid(columns, width, REACH)
-        above = tl.zeros((TILE_W, TILE_C), tl.float32)
-        here = above
-        value = above
+        above, here = no_row(TILE_W, TILE_C), no_row(TILE_W, TILE_C)
+        value = no_row(TILE_W, TILE_C)
         for i in range(BAND + LEAD):
             row = first + i - LEAD
             if POOL == 3:
@@ -271,9 +279,8 @@ def backward_kernel(
     mean = tl.load(statistics + 2 * sample)
     pull = tl.load(variance_grad + sample)
 
-    above = tl.zeros((TILE_W, TILE_C), tl.float32)
-    here = above
-    grad = above
+    above, here = no_row(TILE_W, TILE_C), no_row(TILE_W, TILE_C)
+    grad = no_row(TILE_W, TILE_C)
     for i in range(BAND + LEAD):
         row = first + i - LEAD
         if POOL == 3:
