@@ -51,6 +51,7 @@ from .launch import (
     bucket,
     empty_nhwc,
     float32,
+    kernel,
     on,
     operand,
     precision,
@@ -260,7 +261,7 @@ def finish(
 # Kernels
 
 
-@triton.jit
+@kernel
 def fold_kernel(
     weight1,  # (R, C)
     norm_weight,  # (C,)
@@ -307,7 +308,7 @@ def fold_kernel(
             tl.store(folded2 + place, value.to(folded2.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def normalise_kernel(
     x,  # (M, C)
     statistics,  # (S, 2)
@@ -335,7 +336,7 @@ def normalise_kernel(
     store_tail(target, row, row_inside, tl.full((ROWS,), 1.0, tl.float32), C, STRIDE)
 
 
-@triton.jit
+@kernel
 def mlp_kernel(
     x,  # (M, C)
     statistics,  # (S, 2)
@@ -406,7 +407,7 @@ def mlp_kernel(
     finish(out, x, bias2, layer_scale, res_scale, mask, y, partials, first, start + row, row, channel, M, tokens, M, C)
 
 
-@triton.jit
+@kernel
 def expand_kernel(
     source,  # (M, C), or x^ (M, C) of (M, STRIDE) if NORMED
     statistics,  # (S, 2)
@@ -456,7 +457,7 @@ def expand_kernel(
     tl.store(hidden + place, h.to(hidden.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def contract_kernel(
     hidden,  # (M, R)
     weight,  # (C, R)
@@ -491,7 +492,7 @@ def contract_kernel(
     finish(out, x, bias, layer_scale, res_scale, mask, y, partials, first, index, row, column, M, tokens, plane, N)
 
 
-@triton.jit
+@kernel
 def shortcut_kernel(
     g,  # (M, C)
     normed,  # x^ (M, C) of (M, STRIDE)
@@ -524,7 +525,7 @@ def shortcut_kernel(
         tl.store(sums + tl.program_id(0).to(tl.int64) * C + column, total, mask=column < C)
 
 
-@triton.jit
+@kernel
 def expand_backward_kernel(
     g,  # (M, C)
     weight,  # layer_scale W2, (C, R)
@@ -570,7 +571,7 @@ def expand_backward_kernel(
         store_tail(target, row, row_inside, factor, N, STRIDE)
 
 
-@triton.jit
+@kernel
 def contract_backward_kernel(
     dz,  # (M, R)
     folded,  # (R, C)
@@ -609,7 +610,7 @@ def contract_backward_kernel(
         tl.store(target + blocks * tl.cast(M, tl.int64), tl.sum(out * hat, 1), mask=row_inside)
 
 
-@triton.jit
+@kernel
 def norm_backward_kernel(
     q,  # (M, C)
     normed,  # x^ (M, C) of (M, STRIDE)
@@ -651,7 +652,7 @@ def norm_backward_kernel(
     tl.store(dx + place, out.to(dx.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def parameters_kernel(
     first,  # (R, width1 + 2 or more): dF if width1 = C, dv, and what its rounding left over
     second,  # (C, width2 + 2 or more): g^T (m act(z)) if width2 = R, sum m g, and what its rounding left over

@@ -1,6 +1,7 @@
 """How kernels are launched: tile sizes, precision of products, current device, memory format."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,51 @@ from .tiles import bucket as bucket
 INTERPRETED = not isinstance(tl.sum, triton.runtime.JITFunction)
 # Of every launch: multiply-adds in one rounding. Triton's default, of which 3.9 warns that 3.10 will change it.
 FUSION = {"enable_fp_fusion": True}
+
+
+class Kernel:
+    """
+    A kernel of Triton's that remembers what it was compiled to: `kernel[grid](arguments of its def, options by name)`.
+
+    Triton looks at each argument of every launch in Python, to find the code that was compiled for such ones; on a slow
+    CPU that takes longer than the launch. Here a few properties of theirs are the key.
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any):
+        self._jit = triton.jit(function, **options)
+        self._compiled: dict[tuple, tuple[Any, tuple]] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._jit[grid] if INTERPRETED else functools.partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        active = triton.runtime.driver.active
+        device = active.get_current_device()
+        key = device, *map(_kind, args), *options.items()
+        if key not in self._compiled:
+            compiled = self._jit[grid](*args, **options)
+            if compiled is not None:  # else another thread compiles it (see ahead.py)
+                constants = self._jit.arg_names[len(args) :]
+                self._compiled[key] = compiled, tuple(options[name] for name in constants)
+            return
+        compiled, constants = self._compiled[key]
+        stream = active.get_current_stream(device)
+        compiled[(*grid, 1, 1)[:3]](*args, *constants, stream=stream)
+
+
+def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """Decorator of a kernel: `triton.jit` for what is launched. Its last arguments are constants, given by name."""
+    return functools.partial(kernel, **options) if function is None else Kernel(function, **options)
+
+
+def _kind(argument: Any) -> Any:
+    """What Triton compiles for: type and, of addresses and integers, whether they are multiples of 16 or one."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if type(argument) is int:
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    return type(argument)
+
 
 # Device and key -> candidates in the order in which they are tried.
 _orders: dict[tuple, list] = {}

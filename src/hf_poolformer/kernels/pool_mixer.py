@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import FUSION, INTERPRETED, bucket, empty_nhwc, float32, on, tuned
+from .launch import FUSION, INTERPRETED, bucket, empty_nhwc, float32, kernel, on, tuned
 from .statistics import combine
 
 
@@ -120,7 +120,7 @@ def channel_factor(weight, layer_scale, channels, C: tl.constexpr):
     return factor
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     x,
     statistics,
@@ -193,7 +193,7 @@ def forward_kernel(
         tl.store(partials + 2 * plane + index, m2)
 
 
-@triton.jit
+@kernel
 def reduction_kernel(
     x,
     g,
@@ -248,7 +248,7 @@ def reduction_kernel(
         tl.store(target + C, tl.sum(shortcut, 0), mask=block < C)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
     x,
     g,

@@ -33,7 +33,7 @@ import triton.language as tl
 
 from .channel_mlp import contract_kernel, scalar, vector
 from .flops import count_products
-from .launch import FUSION, INTERPRETED, Tiles, empty_nhwc, float32, on, operand, precision, transposed_product
+from .launch import FUSION, INTERPRETED, Tiles, empty_nhwc, float32, kernel, on, operand, precision, transposed_product
 
 
 # Rows of at most so many channels are normalised in the kernel that multiplies them.
@@ -61,7 +61,7 @@ def standardised(value, inside, eps, C: tl.constexpr):
     return deviation * rstd[:, None], rstd
 
 
-@triton.jit
+@kernel
 def token_norm_kernel(x, norm_weight, normed, M, eps, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """n(x) (M, C) in the precision of products."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -74,7 +74,7 @@ def token_norm_kernel(x, norm_weight, normed, M, eps, C: tl.constexpr, ROWS: tl.
     tl.store(normed + place, value.to(normed.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def norm_product_kernel(
     weight,
     x,
@@ -189,7 +189,7 @@ def store_row(
     return scale_sum, bias_sum
 
 
-@triton.jit(do_not_specialize=["count", "strips", "height", "width", "band"])
+@kernel(do_not_specialize=["count", "strips", "height", "width", "band"])
 def depthwise_kernel(
     source,
     z,
@@ -325,7 +325,7 @@ def gradient_row(
     return values
 
 
-@triton.jit(do_not_specialize=["count", "strips", "height", "width", "band", "bands"])
+@kernel(do_not_specialize=["count", "strips", "height", "width", "band", "bands"])
 def depthwise_weight_kernel(
     z,
     g,
@@ -388,7 +388,7 @@ def depthwise_weight_kernel(
         tl.store(target + tap * C, tl.sum(totals[tap], 0), mask=channels < C)
 
 
-@triton.jit
+@kernel
 def token_norm_backward_kernel(
     e,
     x,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import FUSION, INTERPRETED, float32, on
+from .launch import FUSION, INTERPRETED, float32, kernel, on
 
 
 CHUNK = 256 if INTERPRETED else 8192
@@ -43,7 +43,7 @@ def store_row_moments(values, inside, row_inside, partials, plane, index):
     tl.store(partials + 2 * plane + index, m2, mask=row_inside)
 
 
-@triton.jit
+@kernel
 def chunk_kernel(x, partials, size, plane, CHUNK: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -57,7 +57,7 @@ def chunk_kernel(x, partials, size, plane, CHUNK: tl.constexpr):
     tl.store(partials + 2 * plane + index, m2)
 
 
-@triton.jit
+@kernel
 def combine_kernel(partials, statistics, groups, rows, stride_group, stride_sample, plane, BLOCK: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -86,7 +86,7 @@ def combine_kernel(partials, statistics, groups, rows, stride_group, stride_samp
     tl.store(statistics + 2 * sample + 1, tl.sum(m2, 0) / size)
 
 
-@triton.jit
+@kernel
 def combine_rows_kernel(partials, statistics, groups, M, plane, ROWS: tl.constexpr):
     """`combine_kernel` where each row has one entry per group."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -109,7 +109,7 @@ def combine_rows_kernel(partials, statistics, groups, M, plane, ROWS: tl.constex
     tl.store(target + 1, m2 / tl.maximum(size, 1.0), mask=inside)
 
 
-@triton.jit
+@kernel
 def token_kernel(x, statistics, M, C: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, WIDTH)
