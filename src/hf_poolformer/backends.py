@@ -346,6 +346,7 @@ def _triton_kernels() -> ModuleType | str:
     try:
         import hf_poolformer.kernels.ahead
         import hf_poolformer.kernels.channel_mlp
+        import hf_poolformer.kernels.inference
         import hf_poolformer.kernels.pool_mixer
         import hf_poolformer.kernels.separable_conv
         import hf_poolformer.kernels.statistics
@@ -549,11 +550,12 @@ def fused_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
 
 def fused_stage(stage: nn.ModuleList, x: torch.Tensor) -> torch.Tensor | None:
     """
-    All blocks of a stage without gradients, on the CPU: a few samples at a time go through all of them, which keeps
-    these in the caches. None where another backend is to compute, or a block is not what it was.
+    All blocks of a stage without gradients, by kernels: a CPU takes a few samples at a time through all of them, which
+    keeps these in the caches, and a GPU waits less for Python. None where plain PyTorch is to compute, or a block is
+    not what it was.
     """
     decision = None if torch.compiler.is_compiling() else DECISION.get()
-    if decision is None or not _holds(decision) or not infers(decision):
+    if decision is None or decision.backend == "reference" or torch.is_grad_enabled() or not _holds(decision):
         return None
     branches: list[Branch | None] = []
     for block in stage:
@@ -564,7 +566,7 @@ def fused_stage(stage: nn.ModuleList, x: torch.Tensor) -> torch.Tensor | None:
             branches.append(_find_branch(block, x, decision, MLPS))
         if None in branches:
             return None
-    return infer_branches(x, branches) if branches else None
+    return infer_branches(x, branches, decision.backend) if branches else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -592,7 +594,7 @@ def _inferred_block(block: nn.Module, x: torch.Tensor, decision: Decision) -> to
         x = block.mix_tokens(x)
     mlp = _find_branch(block, x, decision, MLPS)
     branches = [branch for branch in (mixer, mlp) if branch is not None]
-    x = infer_branches(x, branches) if branches else x
+    x = infer_branches(x, branches, decision.backend) if branches else x
     return block.mix_channels(x) if mlp is None else x
 
 
@@ -881,18 +883,22 @@ def separable_conv(
     return torch.ops.hf_poolformer.separable_conv(x, *vectors, eps, dtype, needs_gradient)[0]
 
 
-def infer_branches(x: torch.Tensor, branches: list[Branch]) -> torch.Tensor:
+def infer_branches(x: torch.Tensor, branches: list[Branch], backend: str) -> torch.Tensor:
     """
-    Branches in sequence on the CPU, without gradients.
+    Branches in sequence, without gradients.
 
     Args:
         x: (B, C, H, W), and so is the result, in channels_last memory.
         branches: of each the name of its operation, and its arguments: "pool_mixer", "channel_mlp" and
-            "separable_conv" with those of `ops`, all of them, but mask; "attention" and "mixing" with those of
-            `attention_arguments` and `mixing_arguments`.
+            "separable_conv" with those of `ops`, all of them, but mask; on the CPU "attention" and "mixing", too, with
+            those of `attention_arguments` and `mixing_arguments`.
+        backend: "cpu" or "triton".
     """
-    cpu = _cpu_kernels()
     x, dtype = _autocast(x)
+    if backend == "triton":
+        x = x.contiguous(memory_format=torch.channels_last)
+        return _triton_kernels().inference.infer(x, branches, dtype)
+    cpu = _cpu_kernels()
     return cpu.infer(x, [cpu.BRANCHES[name].prepare(dtype, **arguments) for name, arguments in branches])
 
 

@@ -28,8 +28,8 @@ class Kernel:
     """
     A kernel of Triton's that remembers what it was compiled to: `kernel[grid](arguments of its def, options by name)`.
 
-    Triton looks at each argument of every launch in Python, to find the code that was compiled for such ones; on a slow
-    CPU that takes longer than the launch. Here a few properties of theirs are the key.
+    Triton looks at each argument of every launch in Python, to find the code that was compiled for such ones, which
+    takes longer than the launch. Here a few properties of theirs are the key.
     """
 
     def __init__(self, function: Callable[..., Any], **options: Any):

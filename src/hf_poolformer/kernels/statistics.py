@@ -146,8 +146,7 @@ def combine(partials: torch.Tensor, samples: int) -> torch.Tensor:
     return statistics
 
 
-@torch.library.custom_op("hf_poolformer::sample_statistics", mutates_args=())
-def sample_statistics(x: torch.Tensor) -> torch.Tensor:
+def of_samples(x: torch.Tensor) -> torch.Tensor:
     """Mean and biased variance of each sample of x (B, C, H, W), channels_last: (B, 2) float32. No gradient."""
     with on(x):
         samples, size = x.shape[0], x[0].numel()
@@ -157,13 +156,15 @@ def sample_statistics(x: torch.Tensor) -> torch.Tensor:
         return combine(partials, samples)
 
 
+sample_statistics = torch.library.custom_op("hf_poolformer::sample_statistics", of_samples, mutates_args=())
+
+
 @sample_statistics.register_fake
 def _(x):
     return x.new_empty((x.shape[0], 2), dtype=torch.float32)
 
 
-@torch.library.custom_op("hf_poolformer::token_statistics", mutates_args=())
-def token_statistics(x: torch.Tensor) -> torch.Tensor:
+def of_tokens(x: torch.Tensor) -> torch.Tensor:
     """
     Mean and biased variance over the channels of each token of x (B, C, H, W), channels_last: (B H W, 2) float32.
 
@@ -178,6 +179,9 @@ def token_statistics(x: torch.Tensor) -> torch.Tensor:
             x, statistics, tokens, C=channels, ROWS=rows, WIDTH=columns, num_warps=8, **FUSION
         )
         return statistics
+
+
+token_statistics = torch.library.custom_op("hf_poolformer::token_statistics", of_tokens, mutates_args=())
 
 
 @token_statistics.register_fake
