@@ -27,12 +27,15 @@ Autocast: kernels compute products in autocast's dtype; statistics, sums and all
 so is the result, as it is when PyTorch's own operations compute the branch under autocast.
 """
 
+import copy
 import functools
+import operator
 import os
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -412,7 +415,13 @@ def is_unhooked(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or hooks._global_forward_hooks
+        or _has_global_hooks()
+    )
+
+
+def _has_global_hooks() -> bool:
+    return bool(
+        hooks._global_forward_hooks
         or hooks._global_forward_pre_hooks
         or hooks._global_backward_hooks
         or hooks._global_backward_pre_hooks
@@ -425,14 +434,22 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     what calling it does.
     """
     kind = type(module)
-    if kind not in FUSIBLE or (kinds and kind not in kinds):
+    if kind not in FUSIBLE or (kinds and kind not in kinds) or not _is_as_defined(kind):
         return False
     own = vars(module)
-    # A loop, which torch.compile can follow and so guard.
-    for name, function in FUSIBLE[kind].items():
-        if name in own or (function is not None and getattr(kind, name) is not function):
+    # Loops, which torch.compile can follow and so guard.
+    for name in FUSIBLE[kind]:
+        if name in own:
             return False
     return is_unhooked(module)
+
+
+def _is_as_defined(kind: type[nn.Module]) -> bool:
+    """Whether nobody has replaced a method of a class in `FUSIBLE`; others are nobody's business."""
+    for name, function in FUSIBLE.get(kind, {}).items():
+        if function is not None and getattr(kind, name) is not function:
+            return False
+    return True
 
 
 def formula(module: nn.Module) -> str | None:
@@ -557,6 +574,25 @@ def fused_stage(stage: nn.ModuleList, x: torch.Tensor) -> torch.Tensor | None:
     decision = None if torch.compiler.is_compiling() else DECISION.get()
     if decision is None or decision.backend == "reference" or torch.is_grad_enabled() or not _holds(decision):
         return None
+    branches = _known_branches(stage, x, decision)
+    return infer_branches(stage, x, branches, decision.backend) if branches else None
+
+
+# Stage -> what its branches were found for, and as what.
+_found: WeakKeyDictionary[nn.Module, tuple["Snapshot", tuple, list["Branch"] | None]] = WeakKeyDictionary()
+
+
+def _known_branches(stage: nn.ModuleList, x: torch.Tensor, decision: Decision) -> list["Branch"] | None:
+    """`_find_branches`, which looks at a hundred things for each block, only if something is not what it was."""
+    asked = (decision, x.dtype, x.device, x.shape[1:], torch.is_autocast_enabled(x.device.type))
+    known = _found.get(stage)
+    if known is None or known[1] != asked or not known[0].holds():
+        known = _found[stage] = Snapshot(stage), asked, _find_branches(stage, x, decision)
+    return known[2]
+
+
+def _find_branches(stage: nn.ModuleList, x: torch.Tensor, decision: Decision) -> list["Branch"] | None:
+    """All branches of the blocks of a stage; None if plain PyTorch is to compute one of them."""
     branches: list[Branch | None] = []
     for block in stage:
         if formula(block) != "block":
@@ -566,7 +602,38 @@ def fused_stage(stage: nn.ModuleList, x: torch.Tensor) -> torch.Tensor | None:
             branches.append(_find_branch(block, x, decision, MLPS))
         if None in branches:
             return None
-    return infer_branches(x, branches, decision.backend) if branches else None
+    return branches
+
+
+class Snapshot:
+    """All attributes of a module and of those within, as they are now."""
+
+    def __init__(self, module: nn.Module):
+        parts = [vars(each) for each in module.modules()]
+        # What may change in place: parameters, hooks and the like.
+        containers = [value for own in parts for value in own.values() if isinstance(value, dict | list | set)]
+        self._empty = [each for each in containers if not each]
+        self._now = parts + [each for each in containers if each]
+        self._then = [copy.copy(each) for each in self._now]
+        tensors = [value for own in parts for value in own["_parameters"].values() if value is not None]
+        self._tensors = [(tensor, tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        self._classes = {type(each) for each in module.modules()}
+
+    def holds(self) -> bool:
+        """Whether nothing has changed; neither has a class that was replaced a method, nor is there a global hook."""
+        try:
+            same = not any(self._empty) and all(map(operator.eq, self._now, self._then))
+        except RuntimeError:  # of two tensors, one of which stands in the place of the other
+            return False
+        return (
+            same
+            and all(
+                tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
+                for tensor, shape, dtype, device in self._tensors
+            )
+            and not _has_global_hooks()
+            and all(map(_is_as_defined, self._classes))
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -594,7 +661,7 @@ def _inferred_block(block: nn.Module, x: torch.Tensor, decision: Decision) -> to
         x = block.mix_tokens(x)
     mlp = _find_branch(block, x, decision, MLPS)
     branches = [branch for branch in (mixer, mlp) if branch is not None]
-    x = infer_branches(x, branches, decision.backend) if branches else x
+    x = infer_branches(block, x, branches, decision.backend) if branches else x
     return block.mix_channels(x) if mlp is None else x
 
 
@@ -883,11 +950,12 @@ def separable_conv(
     return torch.ops.hf_poolformer.separable_conv(x, *vectors, eps, dtype, needs_gradient)[0]
 
 
-def infer_branches(x: torch.Tensor, branches: list[Branch], backend: str) -> torch.Tensor:
+def infer_branches(owner: nn.Module, x: torch.Tensor, branches: list[Branch], backend: str) -> torch.Tensor:
     """
     Branches in sequence, without gradients.
 
     Args:
+        owner: the stage or the block whose branches they are.
         x: (B, C, H, W), and so is the result, in channels_last memory.
         branches: of each the name of its operation, and its arguments: "pool_mixer", "channel_mlp" and
             "separable_conv" with those of `ops`, all of them, but mask; on the CPU "attention" and "mixing", too, with
@@ -897,7 +965,7 @@ def infer_branches(x: torch.Tensor, branches: list[Branch], backend: str) -> tor
     x, dtype = _autocast(x)
     if backend == "triton":
         x = x.contiguous(memory_format=torch.channels_last)
-        return _triton_kernels().inference.infer(x, branches, dtype)
+        return _triton_kernels().inference.infer(owner, x, branches, dtype)
     cpu = _cpu_kernels()
     return cpu.infer(x, [cpu.BRANCHES[name].prepare(dtype, **arguments) for name, arguments in branches])
 

@@ -93,7 +93,9 @@ def check_branch(operation, shape, sizes, dtype, relative_error, **settings):
     }[operation]
     missing = dict.fromkeys(set(everything) - parameters.keys())
     with torch.no_grad():
-        y = backends.infer_branches(x, [(operation, {**parameters, **missing, **settings})], "cpu")
+        y = backends.infer_branches(
+            torch.nn.Identity(), x, [(operation, {**parameters, **missing, **settings})], "cpu"
+        )
         exact = {name: value.double() for name, value in parameters.items()}
         wanted = getattr(ops, operation)(x.double(), **exact, **settings)
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)

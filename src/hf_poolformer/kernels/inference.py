@@ -1,16 +1,24 @@
-"""Branches in sequence without gradients, by Triton's kernels: from launch to launch without PyTorch's dispatcher.
+"""Branches in sequence without gradients, by Triton's kernels, and what they launched repeated for the next images.
 
 A GPU computes an operation on a few images in a fraction of the time that it takes to get there: the dispatcher,
-custom operations in Python, devices and autocast looked at each time. Here all that happens once for a stage; and what
-one branch knows of the statistics of its result, the next one need not read the result for.
+custom operations in Python, shapes, tiles and allocations. So a stage runs its branches as plain functions, and what
+one knows of the statistics of its result, the next one need not read the result for. Which kernels were launched, and
+where their arguments lay, is recorded; images of the same shape then take a loop over the launches. Weights are read
+anew each time, from where they lie, so they may change; a weight that has moved makes a new recording.
 """
 
-from typing import Any
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
+import triton
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .channel_mlp import mlp
-from .launch import on
+from .launch import INTERPRETED, RECORDER, on, whole_grid
 from .pool_mixer import mix
 from .separable_conv import separate
 from .statistics import of_samples, of_tokens
@@ -18,20 +26,54 @@ from .statistics import of_samples, of_tokens
 
 # Of a branch: the name of its operation, and that operation's arguments beside x, as in `backends.py`.
 Branch = tuple[str, dict[str, Any]]
+# Stage -> what is the same for images of one kind -> their recording, None where there can be none.
+_recordings: WeakKeyDictionary[nn.Module, dict[tuple, "Recording | None"]] = WeakKeyDictionary()
+# Of one stage.
+MOST = 8
+# Bytes that each tensor of a recording begins at a multiple of, as the allocator's do.
+ALIGNMENT = 512
 
 
-def infer(x: torch.Tensor, branches: list[Branch], dtype: torch.dtype) -> torch.Tensor:
+def infer(stage: nn.Module, x: torch.Tensor, branches: list[Branch], dtype: torch.dtype) -> torch.Tensor:
     """
     x (B, C, H, W) in channels_last memory, through "pool_mixer", "channel_mlp" and "separable_conv".
 
     Args:
+        stage: whose branches they are.
         dtype: of products.
     """
-    statistics = None
+    values = [value for _, arguments in branches for value in arguments.values()]
+    weights = [value for value in values if isinstance(value, torch.Tensor)]
+    places = [x.data_ptr() % 16, *(weight.data_ptr() for weight in weights)]
+    layouts = [(weight.dtype, weight.is_contiguous()) for weight in weights]
+    rest = [None if isinstance(value, torch.Tensor) else value for value in values]
+    kind = (x.shape, x.dtype, x.device, dtype, *(name for name, _ in branches), *rest)
     with on(x):
-        for place, (name, arguments) in enumerate(branches):
-            following = branches[place + 1] if place + 1 < len(branches) else None
-            x, statistics = BRANCHES[name](x, statistics, takes_samples(following), dtype, **arguments)
+        known = _recordings.setdefault(stage, {})
+        recording = known.get(kind)
+        if recording is not None and recording.places == places and recording.layouts == layouts:
+            return recording.repeat(x)
+        if INTERPRETED or (recording is None and (kind in known or len(known) >= MOST)):
+            return run(x, branches, dtype)
+        made = recording.made if recording is not None else 0
+        recorder = Recorder(x, weights)
+        token = RECORDER.set(recorder)
+        try:
+            with recorder:
+                y = run(x, branches, dtype)
+        finally:
+            RECORDER.reset(token)
+        # Weights that move all the time are not worth it.
+        launches = recorder.launches if recorder.is_complete and made < MOST else None
+        known[kind] = launches and Recording(y, launches, recorder.sizes, recorder.place(y), places, layouts, made + 1)
+        return y
+
+
+def run(x: torch.Tensor, branches: list[Branch], dtype: torch.dtype) -> torch.Tensor:
+    statistics = None
+    for place, (name, arguments) in enumerate(branches):
+        following = branches[place + 1] if place + 1 < len(branches) else None
+        x, statistics = BRANCHES[name](x, statistics, takes_samples(following), dtype, **arguments)
     return x
 
 
@@ -106,3 +148,167 @@ def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 # Each takes x, its statistics of samples if they are known, whether those of the result are wanted, the dtype of
 # products, and the branch's arguments; it returns the result and its statistics, or None.
 BRANCHES = {"pool_mixer": _pool_mixer, "channel_mlp": _channel_mlp, "separable_conv": _separable_conv}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recordings
+
+
+class Place(NamedTuple):
+    """Where an argument lies: the input (owner 0), a weight (from 1 on), or memory allocated meanwhile (below 0)."""
+
+    owner: int
+    offset: int = 0  # bytes
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel; arguments are places of tensors, or values."""
+
+    start: Callable[..., None]
+    arguments: tuple[Any, ...]
+
+
+class Recorder(TorchDispatchMode):
+    """
+    Records launches, and the allocations that they work on.
+
+    Anything else that PyTorch computes meanwhile would be missing in a repetition, so the recording is not complete.
+    """
+
+    ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+
+    def __init__(self, x: torch.Tensor, weights: list[torch.Tensor]):
+        super().__init__()
+        self.launches: list[Launch] = []
+        self.sizes: list[int] = []  # of allocations, bytes
+        self.is_complete = True
+        self._given = {tensor.data_ptr(): Place(index) for index, tensor in enumerate([x, *weights])}
+        # Of the last allocation at an address: one that was freed before may have begun there, too.
+        self._allocated: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in self.ALLOCATIONS:
+            storage = result.untyped_storage()
+            self._allocated[storage.data_ptr()] = len(self.sizes)
+            self.sizes.append(storage.nbytes())
+        elif not function.is_view:
+            self.is_complete = False
+        return result
+
+    def __call__(self, found: tuple[Any, tuple] | None, grid: tuple[int, ...], arguments: tuple) -> None:
+        if found is None:  # not launched: another thread compiles it
+            self.is_complete = False
+            return
+        compiled, constants = found
+        places = [self.place(value) if isinstance(value, torch.Tensor) else value for value in arguments]
+        self.launches.append(Launch(compiled[whole_grid(grid)], (*places, *constants)))
+
+    def place(self, tensor: torch.Tensor) -> Place:
+        start = tensor.untyped_storage().data_ptr()
+        if start in self._allocated:
+            return Place(-1 - self._allocated[start], tensor.data_ptr() - start)
+        place = self._given.get(tensor.data_ptr())
+        if place is None:
+            self.is_complete = False
+            return Place(0)
+        return place
+
+
+class Recording:
+    """
+    Launches that can be repeated for another input.
+
+    Args:
+        y: the result, of which the shape counts, and `result` its place.
+        sizes: bytes of each allocation.
+        places: addresses of the weights, after what is left of the input's divided by 16.
+        layouts: dtype and contiguity of the weights.
+        made: how often this stage was recorded for such images.
+    """
+
+    def __init__(
+        self,
+        y: torch.Tensor,
+        launches: list[Launch],
+        sizes: list[int],
+        result: Place,
+        places: list[int],
+        layouts: list[tuple[torch.dtype, bool]],
+        made: int,
+    ):
+        self.places, self.layouts, self.made = places, layouts, made
+        self._shape, self._dtype = y.shape, y.dtype
+        offsets, self._bytes = share(sizes, lifetimes(launches), -1 - result.owner)
+        # All that arguments can be: the input, weights, allocations by their offsets, the result, and values.
+        constants: list[Any] = []
+        slots: dict[Place, int] = {}
+        self._offsets: list[int] = []
+        for launch in launches:
+            for argument in launch.arguments:
+                allocated = isinstance(argument, Place) and argument.owner < 0 and argument.owner != result.owner
+                if allocated and argument not in slots:
+                    slots[argument] = len(places) + len(self._offsets)
+                    self._offsets.append(offsets[-1 - argument.owner] + argument.offset)
+        end = len(places) + len(self._offsets)
+        self._steps = []
+        for launch in launches:
+            indices = []
+            for argument in launch.arguments:
+                if not isinstance(argument, Place):
+                    indices.append(end + 1 + len(constants))
+                    constants.append(argument)
+                elif argument.owner >= 0:
+                    indices.append(argument.owner)
+                else:
+                    indices.append(slots.get(argument, end))
+            self._steps.append((launch.start, operator.itemgetter(*indices)))
+        self._constants = constants
+
+    def repeat(self, x: torch.Tensor) -> torch.Tensor:
+        """The same for x, whose shape, dtype and device are those that were recorded."""
+        y = torch.empty(self._shape, dtype=self._dtype, device=x.device, memory_format=torch.channels_last)
+        memory = torch.empty(self._bytes, dtype=torch.uint8, device=x.device)
+        start = memory.data_ptr()
+        arguments = [x.data_ptr(), *self.places[1:], *(start + offset for offset in self._offsets), y.data_ptr()]
+        arguments += self._constants
+        active = triton.runtime.driver.active
+        stream = active.get_current_stream(active.get_current_device())
+        for launch, chosen in self._steps:
+            launch(*chosen(arguments), stream=stream)
+        return y
+
+
+def lifetimes(launches: list[Launch]) -> dict[int, tuple[int, int]]:
+    """Of each allocation that launches work on, the first and the last of them."""
+    found: dict[int, tuple[int, int]] = {}
+    for index, launch in enumerate(launches):
+        for argument in launch.arguments:
+            if isinstance(argument, Place) and argument.owner < 0:
+                allocation = -1 - argument.owner
+                found[allocation] = found.get(allocation, (index, index))[0], index
+    return found
+
+
+def share(sizes: list[int], lives: dict[int, tuple[int, int]], apart: int) -> tuple[dict[int, int], int]:
+    """
+    Offsets of allocations in memory that those share which live at different times, and its bytes; none for the one
+    that is `apart`.
+    """
+    offsets: dict[int, int] = {}
+    for allocation in sorted(lives, key=lambda each: -sizes[each]):
+        if allocation == apart:
+            continue
+        first, last = lives[allocation]
+        taken = sorted(
+            (offsets[other], offsets[other] + sizes[other])
+            for other in offsets
+            if lives[other][0] <= last and first <= lives[other][1]
+        )
+        offset = 0
+        for start, end in taken:
+            if offset + sizes[allocation] <= start:
+                break
+            offset = max(offset, -(-end // ALIGNMENT) * ALIGNMENT)
+        offsets[allocation] = offset
+    return offsets, max((offsets[each] + sizes[each] for each in offsets), default=0)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class Kernel:
     A kernel of Triton's that remembers what it was compiled to: `kernel[grid](arguments of its def, options by name)`.
 
     Triton looks at each argument of every launch in Python, to find the code that was compiled for such ones, which
-    takes longer than the launch. Here a few properties of theirs are the key.
+    takes longer than the launch. Here a few of their properties are the key: type and, of addresses and integers,
+    whether they are multiples of 16, or one, which is what Triton compiles for.
     """
 
     def __init__(self, function: Callable[..., Any], **options: Any):
@@ -42,16 +44,35 @@ class Kernel:
     def _launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         active = triton.runtime.driver.active
         device = active.get_current_device()
-        key = device, *map(_kind, args), *options.items()
-        if key not in self._compiled:
+        key, values = [device], []
+        for argument in args:
+            if isinstance(argument, torch.Tensor):
+                # Its address: Triton would ask the tensor for it, and then the driver whether that is one.
+                values.append(argument.data_ptr())
+                key += argument.dtype, values[-1] % 16 == 0
+            elif type(argument) is int:
+                values.append(argument)
+                key += argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+            else:
+                values.append(argument)
+                key.append(type(argument))
+        key = *key, *options.items()
+        found = self._compiled.get(key)
+        recorder = RECORDER.get()
+        if found is None:
             compiled = self._jit[grid](*args, **options)
             if compiled is not None:  # else another thread compiles it (see ahead.py)
-                constants = self._jit.arg_names[len(args) :]
-                self._compiled[key] = compiled, tuple(options[name] for name in constants)
-            return
-        compiled, constants = self._compiled[key]
-        stream = active.get_current_stream(device)
-        compiled[(*grid, 1, 1)[:3]](*args, *constants, stream=stream)
+                found = compiled, tuple(options[name] for name in self._jit.arg_names[len(args) :])
+                self._compiled[key] = found
+        else:
+            compiled, constants = found
+            compiled[whole_grid(grid)](*values, *constants, stream=active.get_current_stream(device))
+        if recorder is not None:
+            recorder(found, grid, args)
+
+
+def whole_grid(grid: tuple[int, ...]) -> tuple[int, ...]:
+    return (*grid, 1, 1)[:3]
 
 
 def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -59,15 +80,10 @@ def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     return functools.partial(kernel, **options) if function is None else Kernel(function, **options)
 
 
-def _kind(argument: Any) -> Any:
-    """What Triton compiles for: type and, of addresses and integers, whether they are multiples of 16 or one."""
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if type(argument) is int:
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    return type(argument)
-
-
+# Is told of every launch in this thread: (what was compiled and its constants, or None; grid; arguments).
+RECORDER: ContextVar[Callable[[tuple[Any, tuple] | None, tuple[int, ...], tuple], None] | None] = ContextVar(
+    "recorder", default=None
+)
 # Device and key -> candidates in the order in which they are tried.
 _orders: dict[tuple, list] = {}
 # While tiles are being timed (`hf-poolformer benchmark tune`), what stands for `_first_that_fits`.
