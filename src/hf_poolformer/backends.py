@@ -609,7 +609,9 @@ class Snapshot:
     """All attributes of a module and of those within, as they are now."""
 
     def __init__(self, module: nn.Module):
-        parts = [vars(each) for each in module.modules()]
+        self._modules = list(module.modules())
+        self._classes = list(map(type, self._modules))
+        parts = list(map(vars, self._modules))
         # What may change in place: parameters, hooks and the like.
         containers = [value for own in parts for value in own.values() if isinstance(value, dict | list | set)]
         self._empty = [each for each in containers if not each]
@@ -617,7 +619,6 @@ class Snapshot:
         self._then = [copy.copy(each) for each in self._now]
         tensors = [value for own in parts for value in own["_parameters"].values() if value is not None]
         self._tensors = [(tensor, tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
-        self._classes = {type(each) for each in module.modules()}
 
     def holds(self) -> bool:
         """Whether nothing has changed; neither has a class that was replaced a method, nor is there a global hook."""
@@ -631,8 +632,9 @@ class Snapshot:
                 tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
                 for tensor, shape, dtype, device in self._tensors
             )
+            and self._classes == list(map(type, self._modules))
+            and all(map(_is_as_defined, set(self._classes)))
             and not _has_global_hooks()
-            and all(map(_is_as_defined, self._classes))
         )
 
 
