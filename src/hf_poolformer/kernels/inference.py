@@ -239,7 +239,7 @@ class Recording:
     ):
         self.places, self.layouts, self.made = places, layouts, made
         self._shape, self._dtype = y.shape, y.dtype
-        offsets, self._bytes = share(sizes, lifetimes(launches), -1 - result.owner)
+        offsets, self.bytes = share(sizes, lifetimes(launches), -1 - result.owner)
         # All that arguments can be: the input, weights, allocations by their offsets, the result, and values.
         constants: list[Any] = []
         slots: dict[Place, int] = {}
@@ -268,7 +268,7 @@ class Recording:
     def repeat(self, x: torch.Tensor) -> torch.Tensor:
         """The same for x, whose shape, dtype and device are those that were recorded."""
         y = torch.empty(self._shape, dtype=self._dtype, device=x.device, memory_format=torch.channels_last)
-        memory = torch.empty(self._bytes, dtype=torch.uint8, device=x.device)
+        memory = torch.empty(self.bytes, dtype=torch.uint8, device=x.device)
         start = memory.data_ptr()
         arguments = [x.data_ptr(), *self.places[1:], *(start + offset for offset in self._offsets), y.data_ptr()]
         arguments += self._constants
