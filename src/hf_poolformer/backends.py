@@ -50,6 +50,8 @@ VARIABLE = "HF_POOLFORMER_KERNELS"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Side of the depthwise window that Triton's kernel holds in registers.
 LARGEST_WINDOW = 7
+# Channels of images whose patches Triton embeds; cuDNN is at its best from 16 on.
+MOST_CHANNELS = 8
 # Of the registered operations; kernels of another number have other arguments.
 INTERFACE = 2
 
@@ -168,13 +170,17 @@ def _lay_out(x: torch.Tensor, decision: Decision) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def convolve(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def convolve(conv: nn.Module, x: torch.Tensor, preferred: str | None = None) -> torch.Tensor:
     """
-    conv(x), in the memory format in which it is faster, and then as x is, (B, C, H, W) both.
+    conv(x) of an embedding, by whom it is faster, and in the memory format of x, (B, C, H, W) both.
 
-    PyTorch reorders a contiguous weight in every call for a channels_last input, which for one image takes longer than
-    the convolution where the weight is the larger of the two.
+    PyTorch on the CPU reorders a contiguous weight in every call for a channels_last input, which for one image takes
+    longer than the convolution where the weight is the larger of the two.
     """
+    decision = decided(x, preferred)
+    result = _convolved(conv, x, decision) if decision.backend == "triton" else None
+    if result is not None:
+        return result
     if (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -350,6 +356,7 @@ def _triton_kernels() -> ModuleType | str:
         import hf_poolformer.kernels.ahead
         import hf_poolformer.kernels.channel_mlp
         import hf_poolformer.kernels.inference
+        import hf_poolformer.kernels.patch_embedding
         import hf_poolformer.kernels.pool_mixer
         import hf_poolformer.kernels.separable_conv
         import hf_poolformer.kernels.statistics
@@ -523,6 +530,106 @@ def fit(like: torch.Tensor, shapes: Iterable[tuple[torch.Tensor | None, tuple[in
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Embeddings
+
+
+# While an embedding is on its way into a stage: what it gives, and the statistics of that, where kernels made them.
+ENTERING: ContextVar[list[tuple[torch.Tensor, torch.Tensor]] | None] = ContextVar("entering", default=None)
+
+
+def enter_stage(embedding: nn.Module, stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """stage(embedding(x)); where nobody can come between, the first block takes the statistics of its input from the
+    kernels of the embedding."""
+    if not _hands_over(embedding, stage):
+        return stage(embedding(x))
+    token = ENTERING.set([])
+    try:
+        return stage(embedding(x))
+    finally:
+        ENTERING.reset(token)
+
+
+def entering_statistics(x: torch.Tensor) -> torch.Tensor | None:
+    """Statistics (B, 2) of x, the input of a stage, if the embedding made them; they are given once."""
+    entering = None if torch.compiler.is_compiling() else ENTERING.get()
+    if not entering:
+        return None
+    made, statistics = entering.pop()
+    return statistics if made is x else None
+
+
+def _hands_over(embedding: nn.Module, stage: nn.Module) -> bool:
+    """Whether the first block of a stage wants statistics, and gets the very result of a convolution."""
+    decision = None if torch.compiler.is_compiling() else DECISION.get()
+    if decision is None or decision.backend != "triton" or not _holds(decision):
+        return False
+    if not (is_plain(stage) and isinstance(stage, nn.ModuleList) and len(stage) and formula(stage[0]) == "block"):
+        return False
+    block, last = stage[0], getattr(embedding, "post_norm", None)
+    return (
+        is_plain(embedding)
+        and isinstance(last, nn.Identity)
+        and is_plain(last)
+        and embedding.position_embeddings is None
+        and formula(block.before_norm) == "group_norm"
+        and getattr(block.token_mixer, "fused_pool_size", None) is not None
+        # It would compute itself again without them.
+        and not (block.gradient_checkpointing and block.training)
+    )
+
+
+def _convolved(conv: nn.Module, x: torch.Tensor, decision: Decision) -> torch.Tensor | None:
+    """conv(x) (B, C, H, W) with Triton's kernels, in whole or for its bias; None if plain PyTorch is to compute."""
+    if not (isinstance(conv, nn.Conv2d) and is_plain(conv)):
+        return None
+    compiling = torch.compiler.is_compiling()
+    entering = None if compiling else ENTERING.get()
+    arguments = embedding_arguments(conv, x, decision)
+    if arguments is not None:
+        y, statistics = patch_embedding(x, **arguments, with_statistics=entering is not None)
+    elif not compiling and not torch.is_grad_enabled() and _has_plain_bias(conv, x, decision):
+        y = conv._conv_forward(x, conv.weight, None)
+        if not y.is_contiguous(memory_format=torch.channels_last):
+            return y + conv.bias.to(y.dtype)[:, None, None]
+        kernels = _triton_kernels().patch_embedding
+        statistics = kernels.add_bias(y, conv.bias.contiguous(), entering is not None)
+    else:
+        return None
+    if entering is not None:
+        entering.append((y, statistics))
+    return y
+
+
+def embedding_arguments(conv: nn.Conv2d, x: torch.Tensor, decision: Decision) -> dict[str, Any] | None:
+    """Of `patch_embedding`, for the convolution of an embedding; None where that would compute another function, or
+    cannot, or is not faster."""
+    if _product_dtype(x) == torch.float32 or x.ndim != 4 or x.shape[1] > MOST_CHANNELS or conv.weight.ndim != 4:
+        return None
+    outputs, _, *window = conv.weight.shape
+    if not (
+        conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and all(type(pad) is int for pad in conv.padding)  # and not "same"
+        and all(size + 2 * pad >= side for size, pad, side in zip(x.shape[2:], conv.padding, window, strict=True))
+        and fit(x, [(conv.weight, (outputs, x.shape[1], *window)), (conv.bias, (outputs,))])
+        and takes(decision, x, conv.weight, conv.bias)
+    ):
+        return None
+    arguments = {"weight": conv.weight, "stride": list(conv.stride), "padding": list(conv.padding)}
+    if not _triton_kernels().patch_embedding.fits(**arguments):
+        return None
+    return {**arguments, "bias": conv.bias}
+
+
+def _has_plain_bias(conv: nn.Conv2d, x: torch.Tensor, decision: Decision) -> bool:
+    """Whether a convolution may compute its product, and a kernel add its bias."""
+    bias = conv.bias
+    shapes = [(conv.weight, conv.weight.shape), (bias, conv.weight.shape[:1])]
+    return bias is not None and fit(x, shapes) and takes(decision, x, conv.weight, bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Blocks
 
 
@@ -548,11 +655,12 @@ def fused_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         return None
     if infers(decision):
         return _inferred_block(block, x, decision)
+    known = entering_statistics(x)
     mixer, statistics = mixer_arguments(block, x, decision), None
     separable = separable_arguments(block, x, decision) if mixer is None else None
     if mixer is not None:
-        mask = block.drop_path.mask(x)
-        x, statistics = pool_mixer(x, **mixer, mask=mask, with_statistics=block.use_mlp, backend=decision.backend)
+        mixer |= {"mask": block.drop_path.mask(x), "statistics": known}
+        x, statistics = pool_mixer(x, **mixer, with_statistics=block.use_mlp, backend=decision.backend)
     elif separable is not None:
         x = separable_conv(x, **separable, mask=block.drop_path.mask(x))
     else:
@@ -575,7 +683,7 @@ def fused_stage(stage: nn.ModuleList, x: torch.Tensor) -> torch.Tensor | None:
     if decision is None or decision.backend == "reference" or torch.is_grad_enabled() or not _holds(decision):
         return None
     branches = _known_branches(stage, x, decision)
-    return infer_branches(stage, x, branches, decision.backend) if branches else None
+    return infer_branches(stage, x, branches, decision.backend, entering_statistics(x)) if branches else None
 
 
 # Stage -> what its branches were found for, and as what.
@@ -952,7 +1060,39 @@ def separable_conv(
     return torch.ops.hf_poolformer.separable_conv(x, *vectors, eps, dtype, needs_gradient)[0]
 
 
-def infer_branches(owner: nn.Module, x: torch.Tensor, branches: list[Branch], backend: str) -> torch.Tensor:
+def patch_embedding(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    stride: list[int],
+    padding: list[int],
+    with_statistics: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    The convolution of x (B, C, H, W) by Triton's kernel, in x's dtype or, as PyTorch has it, autocast's.
+
+    Args:
+        weight: (out, C, KH, KW), small enough for `patch_embedding.fits`; bias (out,).
+        stride, padding: of height and width, padding with zeros.
+        with_statistics: also return those of the result, (B, 2), else None.
+    """
+    x = x.to(_product_dtype(x)).contiguous(memory_format=torch.channels_last)
+    arguments = (x, weight, None if bias is None else bias.contiguous(), stride, padding, with_statistics)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        y, statistics = torch.ops.hf_poolformer.patch_embedding(*arguments)
+    else:
+        y, statistics = _triton_kernels().patch_embedding.convolve(*arguments)
+    return y, statistics if with_statistics else None
+
+
+def infer_branches(
+    owner: nn.Module,
+    x: torch.Tensor,
+    branches: list[Branch],
+    backend: str,
+    statistics: torch.Tensor | None = None,
+) -> torch.Tensor:
     """
     Branches in sequence, without gradients.
 
@@ -963,11 +1103,12 @@ def infer_branches(owner: nn.Module, x: torch.Tensor, branches: list[Branch], ba
             "separable_conv" with those of `ops`, all of them, but mask; on the CPU "attention" and "mixing", too, with
             those of `attention_arguments` and `mixing_arguments`.
         backend: "cpu" or "triton".
+        statistics: (B, 2) of x, where they are known; the CPU makes its own.
     """
     x, dtype = _autocast(x)
     if backend == "triton":
         x = x.contiguous(memory_format=torch.channels_last)
-        return _triton_kernels().inference.infer(owner, x, branches, dtype)
+        return _triton_kernels().inference.infer(owner, x, branches, dtype, statistics)
     cpu = _cpu_kernels()
     return cpu.infer(x, [cpu.BRANCHES[name].prepare(dtype, **arguments) for name, arguments in branches])
 

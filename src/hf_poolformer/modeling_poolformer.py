@@ -27,7 +27,7 @@ from transformers.utils import CONFIG_NAME, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .backends import computes, convolve, decides, fused_block, fused_stage, fusible, unless_fused
+from .backends import computes, convolve, decides, enter_stage, fused_block, fused_stage, fusible, unless_fused
 from .configuration_poolformer import MetaFormerConfig, PoolFormerConfig
 from .ops import drop, residual
 from .token_mixers import TOKEN_MIXERS, AttentionWeights, DefaultInitConv2d, SquaredReLU, activation
@@ -114,11 +114,13 @@ class DropPath(nn.Module):
         return f"rate={self.rate}"
 
 
+@fusible
 class MetaFormerEmbeddings(nn.Module):
     """Overlapping patch embedding that opens a stage: [norm] conv [norm] [position embedding]."""
 
     def __init__(self, config: MetaFormerConfig, stage: int):
         super().__init__()
+        self.config = config
         dim = config.hidden_sizes[stage]
         dim_in = config.hidden_sizes[stage - 1] if stage else config.num_channels
         # The second paper normalises after the stem convolution, but before the others.
@@ -134,7 +136,8 @@ class MetaFormerEmbeddings(nn.Module):
             self.position_embeddings = nn.Parameter(torch.zeros(1, dim, *config.stage_resolution(stage)))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.post_norm(convolve(self.projection, self.pre_norm(hidden_states)))
+        hidden_states = convolve(self.projection, self.pre_norm(hidden_states), self.config.kernels)
+        hidden_states = self.post_norm(hidden_states)
         if self.position_embeddings is not None:
             hidden_states = hidden_states + self.resize_positions(hidden_states.shape[-2:])
         return hidden_states
@@ -232,6 +235,7 @@ class MetaFormerBlock(GradientCheckpointingLayer):
         return branch if layer_scale is None else branch * layer_scale[:, None, None]
 
 
+@fusible
 class MetaFormerStage(nn.ModuleList):
     """The blocks of one stage, in sequence; slices of a stage are stages."""
 
@@ -432,7 +436,7 @@ class MetaFormerEncoder(MetaFormerPreTrainedModel):
             )
         hidden_states = pixel_values
         for embed, stage in zip(self.patch_embeddings, self.block, strict=True):
-            hidden_states = stage(embed(hidden_states))
+            hidden_states = enter_stage(embed, stage, hidden_states)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
@@ -447,7 +451,7 @@ class MetaFormerBackboneEncoder(MetaFormerEncoder):
         hidden_states = [self.patch_embeddings[0](pixel_values)]
         hidden_states.append(self.block[0](hidden_states[0]))
         for embed, stage in zip(self.patch_embeddings[1:], self.block[1:], strict=True):
-            hidden_states.append(stage(embed(hidden_states[-1])))
+            hidden_states.append(enter_stage(embed, stage, hidden_states[-1]))
         return tuple(hidden_states)
 
 

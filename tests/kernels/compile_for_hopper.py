@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from hf_poolformer import backends
-from hf_poolformer.kernels import channel_mlp, pool_mixer, separable_conv
+from hf_poolformer.kernels import channel_mlp, patch_embedding, pool_mixer, separable_conv
 
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -71,7 +71,7 @@ def compile_instead(kernel, *args, grid, warmup, **kwargs):
 
 def shape(values: dict) -> str:
     """Of a launch what differs between stages and tiles; whether z is kept, too."""
-    names = ("N", "K", "C", "R", "ROWS", "COLUMNS", "DEPTH", "num_warps", "num_stages")
+    names = ("N", "K", "C", "R", "OUT", "TILE_H", "TILE_W", "ROWS", "COLUMNS", "DEPTH", "num_warps", "num_stages")
     found = [f"{name}={values[name]}" for name in names if name in values]
     inference = "preactivation" in values and values["preactivation"] is None
     return " ".join(found + ["inference"] * inference)
@@ -134,12 +134,21 @@ def mix(dim: int, size: int, dtype: torch.dtype):
     y.sum().backward()
 
 
+def embed(dim: int, channels: int, dtype: torch.dtype):
+    """The stem for images of so many channels, and a bias of the embeddings that follow."""
+    x = torch.ones(2, channels, 224, 224, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.ones(dim, channels, 7, 7, dtype=dtype), torch.ones(dim, dtype=dtype)
+    y, _ = backends.patch_embedding(x, weight, bias, stride=[4, 4], padding=[2, 2], with_statistics=True)
+    patch_embedding.add_bias(y, bias, with_statistics=True)
+
+
 def main():
     JITFunction.run = compile_instead
-    pool_mixer.tuned = channel_mlp.tuned = launch_all
+    pool_mixer.tuned = channel_mlp.tuned = patch_embedding.tuned = launch_all
     channels = [int(argument) for argument in sys.argv[1:]]
     for dim in channels:
         run(dim, 14, torch.bfloat16, None, v2=False)
+        embed(dim, 3, torch.bfloat16)
         with torch.no_grad():
             run(dim, 14, torch.bfloat16, None, v2=False)
     if channels:
@@ -164,6 +173,9 @@ def main():
     for dim, size in ((64, 56), (128, 28), (512, 7)):
         mix(dim, size, torch.bfloat16)
     mix(64, 56, torch.float32)
+    for dim in (64, 96):
+        embed(dim, 3, torch.bfloat16)
+    embed(64, 4, torch.float16)
     print(json.dumps(list(reports.values())))
 
 

@@ -12,7 +12,7 @@ import torch
 
 SHARED_MEMORY = 227 * 1024  # bytes that a block may have on compute capability 9.0
 PRODUCTS = {"expand_kernel", "contract_kernel", "expand_backward_kernel", "contract_backward_kernel", "mlp_kernel"}
-PRODUCTS |= {"norm_product_kernel"}
+PRODUCTS |= {"norm_product_kernel", "convolution_kernel"}
 
 
 @pytest.mark.slow
@@ -27,7 +27,7 @@ def test_every_kernel_compiles_for_hopper_and_fits():
     kernels = {report["kernel"] for report in reports}
     assert kernels >= PRODUCTS | {"fold_kernel", "normalise_kernel", "shortcut_kernel", "norm_backward_kernel"}
     assert kernels >= {"parameters_kernel", "chunk_kernel", "token_kernel", "combine_kernel", "combine_rows_kernel"}
-    assert kernels >= {"forward_kernel", "reduction_kernel", "backward_kernel"}
+    assert kernels >= {"forward_kernel", "reduction_kernel", "backward_kernel", "bias_kernel"}
     assert kernels >= {
         "token_norm_kernel",
         "depthwise_kernel",

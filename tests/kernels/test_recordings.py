@@ -60,17 +60,16 @@ def program(seed, x, weights, recorder):
 
 
 def record(run, x, weights):
-    recorder = Recorder(x, weights)
+    recorder = Recorder([x, *weights])
     with recorder:
         y = run(x, weights, recorder)
-    places = [x.data_ptr() % 16, *(weight.data_ptr() for weight in weights)]
-    return y, recorder, Recording(y, recorder.launches, recorder.sizes, recorder.place(y), places, [], 1)
+    return recorder, Recording(recorder, y, [weight.data_ptr() for weight in weights], [], 1)
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_another_input_takes_the_same_launches(seed):
     x, weights = torch.randn(2, 3, 4, 5), [torch.randn(2, 3, 4, 5) for _ in range(3)]
-    _, recorder, recording = record(lambda *arguments: program(seed, *arguments), x, weights)
+    recorder, recording = record(lambda *arguments: program(seed, *arguments), x, weights)
     assert recorder.is_complete
     for _ in range(2):
         other = torch.randn(2, 3, 4, 5)
@@ -97,7 +96,7 @@ def test_another_input_takes_the_same_launches(seed):
 )
 def test_what_is_no_launch_is_noticed(other):
     x, weight = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
-    recorder = Recorder(x, [weight])
+    recorder = Recorder([x, weight])
     with recorder:
         other(lambda a, b: launch(recorder, a, b, 1.0), x, weight)
     assert not recorder.is_complete
@@ -108,7 +107,7 @@ UNKNOWN = torch.randn(1, 2, 3, 4)
 
 def test_views_and_kernels_that_are_not_compiled_yet():
     x, weight = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
-    recorder = Recorder(x, [weight])
+    recorder = Recorder([x, weight])
     with recorder:
         launch(recorder, x.flatten(), weight.view(24).detach(), 1.0)
     assert recorder.is_complete
@@ -122,6 +121,6 @@ def test_memory_is_shared_by_what_lives_at_different_times():
             x = launch(recorder, x, weights[0], 0.5)
         return x
 
-    _, recorder, recording = record(chain, torch.randn(1, 1, 16, 16), [torch.randn(1, 1, 16, 16)])
+    recorder, recording = record(chain, torch.randn(1, 1, 16, 16), [torch.randn(1, 1, 16, 16)])
     assert len(recorder.sizes) == 20
     assert recording.bytes <= 2 * 16 * 16 * 4

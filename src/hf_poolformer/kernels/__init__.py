@@ -6,6 +6,7 @@ float32; reductions are in a fixed order, so that results do not change from run
 
 cpu.py          both operations with oneDNN; the others need Triton, and without it raise ImportError
 statistics.py   mean and variance of each sample or token
+patch_embedding.py  a convolution of few channels; the bias of any other
 pool_mixer.py   res_scale * x + mask * scale * rstd * (pool(x) - x)
 channel_mlp.py  res_scale * x + mask * layer_scale * (W2 act(W1 norm(x) + b1) + b2)
 separable_conv.py  res_scale * x + mask * layer_scale * (W2 D act(W1 norm(x))), D a depthwise convolution

@@ -34,43 +34,51 @@ MOST = 8
 ALIGNMENT = 512
 
 
-def infer(stage: nn.Module, x: torch.Tensor, branches: list[Branch], dtype: torch.dtype) -> torch.Tensor:
+def infer(
+    stage: nn.Module,
+    x: torch.Tensor,
+    branches: list[Branch],
+    dtype: torch.dtype,
+    statistics: torch.Tensor | None = None,
+) -> torch.Tensor:
     """
     x (B, C, H, W) in channels_last memory, through "pool_mixer", "channel_mlp" and "separable_conv".
 
     Args:
         stage: whose branches they are.
         dtype: of products.
+        statistics: (B, 2) of x, where they are known.
     """
     values = [value for _, arguments in branches for value in arguments.values()]
     weights = [value for value in values if isinstance(value, torch.Tensor)]
-    places = [x.data_ptr() % 16, *(weight.data_ptr() for weight in weights)]
-    layouts = [(weight.dtype, weight.is_contiguous()) for weight in weights]
+    inputs = [x] if statistics is None else [x, statistics]
+    # What the launches were compiled for, and what they read again.
+    layouts = [*(each.data_ptr() % 16 for each in inputs), *((each.dtype, each.is_contiguous()) for each in weights)]
+    places = [weight.data_ptr() for weight in weights]
     rest = [None if isinstance(value, torch.Tensor) else value for value in values]
-    kind = (x.shape, x.dtype, x.device, dtype, *(name for name, _ in branches), *rest)
+    kind = (x.shape, x.dtype, x.device, dtype, len(inputs), *(name for name, _ in branches), *rest)
     with on(x):
         known = _recordings.setdefault(stage, {})
         recording = known.get(kind)
         if recording is not None and recording.places == places and recording.layouts == layouts:
-            return recording.repeat(x)
+            return recording.repeat(*inputs)
         if INTERPRETED or (recording is None and (kind in known or len(known) >= MOST)):
-            return run(x, branches, dtype)
-        made = recording.made if recording is not None else 0
-        recorder = Recorder(x, weights)
+            return run(x, branches, dtype, statistics)
+        made = 0 if recording is None else recording.made
+        recorder = Recorder([*inputs, *weights])
         token = RECORDER.set(recorder)
         try:
             with recorder:
-                y = run(x, branches, dtype)
+                y = run(x, branches, dtype, statistics)
         finally:
             RECORDER.reset(token)
         # Weights that move all the time are not worth it.
-        launches = recorder.launches if recorder.is_complete and made < MOST else None
-        known[kind] = launches and Recording(y, launches, recorder.sizes, recorder.place(y), places, layouts, made + 1)
+        worth = recorder.is_complete and made < MOST
+        known[kind] = Recording(recorder, y, places, layouts, made + 1) if worth else None
         return y
 
 
-def run(x: torch.Tensor, branches: list[Branch], dtype: torch.dtype) -> torch.Tensor:
-    statistics = None
+def run(x: torch.Tensor, branches: list[Branch], dtype: torch.dtype, statistics: torch.Tensor | None) -> torch.Tensor:
     for place, (name, arguments) in enumerate(branches):
         following = branches[place + 1] if place + 1 < len(branches) else None
         x, statistics = BRANCHES[name](x, statistics, takes_samples(following), dtype, **arguments)
@@ -155,7 +163,7 @@ BRANCHES = {"pool_mixer": _pool_mixer, "channel_mlp": _channel_mlp, "separable_c
 
 
 class Place(NamedTuple):
-    """Where an argument lies: the input (owner 0), a weight (from 1 on), or memory allocated meanwhile (below 0)."""
+    """Where an argument lies: in what was given (owner 0 and on), or in memory allocated meanwhile (below 0)."""
 
     owner: int
     offset: int = 0  # bytes
@@ -177,12 +185,13 @@ class Recorder(TorchDispatchMode):
 
     ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
-    def __init__(self, x: torch.Tensor, weights: list[torch.Tensor]):
+    def __init__(self, given: list[torch.Tensor]):
         super().__init__()
         self.launches: list[Launch] = []
         self.sizes: list[int] = []  # of allocations, bytes
         self.is_complete = True
-        self._given = {tensor.data_ptr(): Place(index) for index, tensor in enumerate([x, *weights])}
+        self.given = len(given)
+        self._given = {tensor.data_ptr(): Place(index) for index, tensor in enumerate(given)}
         # Of the last allocation at an address: one that was freed before may have begun there, too.
         self._allocated: dict[int, int] = {}
 
@@ -220,27 +229,19 @@ class Recording:
     Launches that can be repeated for another input.
 
     Args:
-        y: the result, of which the shape counts, and `result` its place.
-        sizes: bytes of each allocation.
-        places: addresses of the weights, after what is left of the input's divided by 16.
-        layouts: dtype and contiguity of the weights.
+        recorder: which was given the inputs, then the weights.
+        y: the result.
+        places: addresses of the weights.
+        layouts: what else must be the same: see `infer`.
         made: how often this stage was recorded for such images.
     """
 
-    def __init__(
-        self,
-        y: torch.Tensor,
-        launches: list[Launch],
-        sizes: list[int],
-        result: Place,
-        places: list[int],
-        layouts: list[tuple[torch.dtype, bool]],
-        made: int,
-    ):
+    def __init__(self, recorder: Recorder, y: torch.Tensor, places: list[int], layouts: list, made: int):
         self.places, self.layouts, self.made = places, layouts, made
         self._shape, self._dtype = y.shape, y.dtype
-        offsets, self.bytes = share(sizes, lifetimes(launches), -1 - result.owner)
-        # All that arguments can be: the input, weights, allocations by their offsets, the result, and values.
+        launches, result, given = recorder.launches, recorder.place(y), recorder.given
+        offsets, self.bytes = share(recorder.sizes, lifetimes(launches), -1 - result.owner)
+        # All that arguments can be: what is given, allocations by their offsets, the result, and values.
         constants: list[Any] = []
         slots: dict[Place, int] = {}
         self._offsets: list[int] = []
@@ -248,9 +249,9 @@ class Recording:
             for argument in launch.arguments:
                 allocated = isinstance(argument, Place) and argument.owner < 0 and argument.owner != result.owner
                 if allocated and argument not in slots:
-                    slots[argument] = len(places) + len(self._offsets)
+                    slots[argument] = given + len(self._offsets)
                     self._offsets.append(offsets[-1 - argument.owner] + argument.offset)
-        end = len(places) + len(self._offsets)
+        end = given + len(self._offsets)
         self._steps = []
         for launch in launches:
             indices = []
@@ -265,12 +266,16 @@ class Recording:
             self._steps.append((launch.start, operator.itemgetter(*indices)))
         self._constants = constants
 
-    def repeat(self, x: torch.Tensor) -> torch.Tensor:
-        """The same for x, whose shape, dtype and device are those that were recorded."""
-        y = torch.empty(self._shape, dtype=self._dtype, device=x.device, memory_format=torch.channels_last)
-        memory = torch.empty(self.bytes, dtype=torch.uint8, device=x.device)
+    def repeat(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The same for other inputs, whose shapes, dtypes and devices are those that were recorded."""
+        device = inputs[0].device
+        y = torch.empty(self._shape, dtype=self._dtype, device=device, memory_format=torch.channels_last)
+        memory = torch.empty(self.bytes, dtype=torch.uint8, device=device)
         start = memory.data_ptr()
-        arguments = [x.data_ptr(), *self.places[1:], *(start + offset for offset in self._offsets), y.data_ptr()]
+        arguments = [each.data_ptr() for each in inputs]
+        arguments += self.places
+        arguments += [start + offset for offset in self._offsets]
+        arguments.append(y.data_ptr())
         arguments += self._constants
         active = triton.runtime.driver.active
         stream = active.get_current_stream(active.get_current_device())
