@@ -23,16 +23,18 @@ from .launch import FUSION, INTERPRETED, bucket, float32, on, operand, precision
 from .statistics import CHUNK, combine, moments
 
 
-# Rows and columns of a tile of tokens, warps, and depth of the load pipeline. The first divides the 56 x 56 tokens of
-# 224 x 224 pixels, and two of its programs fit on a multiprocessor; not yet timed.
-TILES = [(8, 8, 4, 2), (8, 8, 4, 3), (16, 8, 4, 2), (16, 8, 8, 2), (8, 8, 4, 1)]
+# Rows and columns of a tile of tokens, warps, and depth of the load pipeline, by columns of the product: the first of
+# each leaves room for two programs on a Hopper multiprocessor. 8 x 8 divides the 56 x 56 tokens of 224 x 224 pixels.
+TILES = {
+    64: [(8, 8, 4, 2), (8, 8, 4, 1), (16, 8, 8, 2), (8, 8, 4, 3)],
+    128: [(8, 8, 4, 1), (16, 8, 8, 2), (8, 8, 4, 2)],
+}
 if INTERPRETED:
-    TILES = [(4, 4, 1, 1)]
-COLUMNS = 16 if INTERPRETED else 128
+    TILES = {16: [(4, 4, 1, 1)]}
 # Programs wanted, several per multiprocessor, so that each has several tiles to load its weight for.
 PROGRAMS = 4 if INTERPRETED else 1056
 # Numbers of a window, rows widened to powers of two: of more, tiles do not fit into shared memory.
-LARGEST_WINDOW = 512
+LARGEST_WINDOW = 256
 
 
 @triton.jit
@@ -177,7 +179,7 @@ def convolve(
     batch, channels, height, width = x.shape
     size = out_size(x, weight, stride, padding)
     _, out_channels, out_height, out_width = size
-    columns = min(max(triton.next_power_of_2(out_channels), 16), COLUMNS)
+    columns = min(max(triton.next_power_of_2(out_channels), min(TILES)), max(TILES))
     blocks = triton.cdiv(out_channels, columns)
 
     def launch(tile):
@@ -223,7 +225,7 @@ def convolve(
 
     with on(x):
         key = ("patch_embedding", x.dtype, bucket(batch * out_height * out_width), out_channels, channels)
-        y, partials = tuned((*key, *weight.shape[2:], with_statistics), TILES, launch)
+        y, partials = tuned((*key, *weight.shape[2:], with_statistics), TILES[columns], launch)
         return y, combine(partials, batch) if with_statistics else float32(x, 0, 2)
 
 
