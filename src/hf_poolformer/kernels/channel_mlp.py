@@ -869,8 +869,7 @@ def _normalise(x: torch.Tensor, statistics: torch.Tensor, eps: float, dtype: tor
     return normed
 
 
-@torch.library.custom_op("hf_poolformer::channel_mlp", mutates_args=())
-def channel_mlp(
+def mlp(
     x: torch.Tensor,
     statistics: torch.Tensor,
     norm_weight: torch.Tensor | None,
@@ -1014,6 +1013,9 @@ def channel_mlp(
             preactivation if save else x.new_empty((0,), dtype=dtype),
             normed if save and normed is not None else x.new_empty((0,), dtype=dtype),
         )
+
+
+channel_mlp = torch.library.custom_op("hf_poolformer::channel_mlp", mlp, mutates_args=())
 
 
 @channel_mlp.register_fake

@@ -318,8 +318,7 @@ def _key(name: str, x: torch.Tensor, *rest) -> tuple:
     return (name, x.dtype, bucket(batch * height * width), bucket(height), bucket(width), channels, *rest)
 
 
-@torch.library.custom_op("hf_poolformer::pool_mixer", mutates_args=())
-def pool_mixer(
+def mix(
     x: torch.Tensor,
     statistics: torch.Tensor,
     weight: torch.Tensor | None,
@@ -366,6 +365,9 @@ def pool_mixer(
     with on(x):
         y, partials = tuned(_key("pool_mixer", x, pool_size, with_statistics), _tiles(x), launch)
         return y, combine(partials, batch) if with_statistics else float32(x, 0, 2)
+
+
+pool_mixer = torch.library.custom_op("hf_poolformer::pool_mixer", mix, mutates_args=())
 
 
 @pool_mixer.register_fake

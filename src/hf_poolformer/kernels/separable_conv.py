@@ -621,8 +621,7 @@ def window_first(weight: torch.Tensor) -> torch.Tensor:
     return weight.flatten(1).t().contiguous()
 
 
-@torch.library.custom_op("hf_poolformer::separable_conv", mutates_args=())
-def separable_conv(
+def separate(
     x: torch.Tensor,
     norm_weight: torch.Tensor | None,
     weight1: torch.Tensor,
@@ -651,6 +650,9 @@ def separable_conv(
         mixed = convolve(strips, z, window_first(depthwise_weight), act_scale, act_bias, None)
         y = contract(mixed, weight2, x, layer_scale, res_scale, mask)
         return y, z if needs_gradient else z.new_empty((0,))
+
+
+separable_conv = torch.library.custom_op("hf_poolformer::separable_conv", separate, mutates_args=())
 
 
 @separable_conv.register_fake
