@@ -53,7 +53,7 @@ LARGEST_WINDOW = 7
 # Channels of images whose patches Triton embeds; cuDNN widens so few to eight, in a pass of its own.
 MOST_CHANNELS = 4
 # Of the registered operations; kernels of another number have other arguments.
-INTERFACE = 2
+INTERFACE = 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -660,7 +660,7 @@ def fused_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     mixer, statistics = mixer_arguments(block, x, decision), None
     separable = separable_arguments(block, x, decision) if mixer is None else None
     if mixer is not None:
-        mixer |= {"mask": block.drop_path.mask(x), "statistics": known}
+        mixer |= {"norm_bias": block.before_norm.bias, "mask": block.drop_path.mask(x), "statistics": known}
         x, statistics = pool_mixer(x, **mixer, with_statistics=block.use_mlp, backend=decision.backend)
     elif separable is not None:
         x = separable_conv(x, **separable, mask=block.drop_path.mask(x))
@@ -794,13 +794,9 @@ def mixer_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> di
     scales = {"layer_scale": block.layer_scale_1, "res_scale": block.res_scale_1}
     if pool_size is None or _norm_of_plain_branch(block, "mix_tokens", norm, x, *scales.values()) != "group":
         return None
-    weight = norm.weight
-    if norm.bias is not None and norm.bias.requires_grad and torch.is_grad_enabled():
-        # The bias cancels, but DistributedDataParallel waits for its gradient: zero.
-        weight = 0.0 * norm.bias + (1.0 if weight is None else weight)
-    if not takes(decision, x, weight, *scales.values()):
+    if not takes(decision, x, norm.weight, norm.bias, *scales.values()):
         return None
-    return {"pool_size": pool_size, "eps": norm.eps, "weight": weight, **scales}
+    return {"pool_size": pool_size, "eps": norm.eps, "weight": norm.weight, **scales}
 
 
 def mlp_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> dict[str, Any] | None:
@@ -967,6 +963,7 @@ def pool_mixer(
     pool_size: int,
     eps: float,
     weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
     layer_scale: torch.Tensor | None = None,
     res_scale: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
@@ -979,6 +976,7 @@ def pool_mixer(
     Args:
         x: (B, C, H, W). Kernels work in channels_last memory, to which they bring it.
         backend: "cpu" or "triton".
+        norm_bias: (C,), cancels; but it gets the gradient zero, because DistributedDataParallel waits for one.
         mask: gets no gradient.
         statistics: (B, 2) of x as an operation before this one returned them, which saves a pass. The gradient
             accounts for their dependence on x; they themselves get none.
@@ -990,9 +988,10 @@ def pool_mixer(
     x = _autocast(x)[0].contiguous(memory_format=torch.channels_last)
     parameters = _contiguous(weight, layer_scale, res_scale, mask)
     if backend == "cpu":
-        return torch.ops.hf_poolformer.cpu_pool_mixer(x, *parameters, pool_size, eps)[0], None
+        return torch.ops.hf_poolformer.cpu_pool_mixer(x, *parameters, pool_size, eps, norm_bias)[0], None
     statistics = _known_statistics(x, statistics)
-    y, statistics = torch.ops.hf_poolformer.pool_mixer(x, statistics, *parameters, pool_size, eps, with_statistics)
+    run = _operation("pool_mixer", "pool_mixer")
+    y, statistics = run(x, statistics, *parameters, pool_size, eps, with_statistics, norm_bias)
     return y, statistics if with_statistics else None
 
 
@@ -1025,7 +1024,9 @@ def channel_mlp(
             tokens.
     """
     x, dtype = _autocast(x)
-    vectors = (norm_weight, norm_bias, weight1.flatten(1), bias1, weight2.flatten(1), bias2, act_scale, act_bias)
+    if backend == "cpu":
+        weight1, weight2 = weight1.flatten(1), weight2.flatten(1)
+    vectors = (norm_weight, norm_bias, weight1, bias1, weight2, bias2, act_scale, act_bias)
     vectors = (*vectors, layer_scale, res_scale, mask)
     needs_gradient = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, *vectors))
     x, vectors = x.contiguous(memory_format=torch.channels_last), _contiguous(*vectors)
@@ -1033,7 +1034,7 @@ def channel_mlp(
         arguments = (x, *vectors, activation, eps, dtype, needs_gradient)
         return torch.ops.hf_poolformer.cpu_channel_mlp(*arguments)[0], None
     arguments = (x, _known_statistics(x, statistics, norm), *vectors, activation, eps, dtype, needs_gradient)
-    y, statistics, _, _ = torch.ops.hf_poolformer.channel_mlp(*arguments, with_statistics)
+    y, statistics, _, _ = _operation("channel_mlp", "channel_mlp")(*arguments, with_statistics)
     return y, statistics if with_statistics else None
 
 
@@ -1054,11 +1055,11 @@ def separable_conv(
     """`ops.separable_conv` by Triton's kernels, for a window of at most `LARGEST_WINDOW` tokens; the rest as in
     `pool_mixer`."""
     x, dtype = _autocast(x)
-    vectors = (norm_weight, weight1.flatten(1), act_scale, act_bias, depthwise_weight, weight2.flatten(1))
+    vectors = (norm_weight, weight1, act_scale, act_bias, depthwise_weight, weight2)
     vectors = (*vectors, layer_scale, res_scale, mask)
     needs_gradient = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, *vectors))
     x, vectors = x.contiguous(memory_format=torch.channels_last), _contiguous(*vectors)
-    return torch.ops.hf_poolformer.separable_conv(x, *vectors, eps, dtype, needs_gradient)[0]
+    return _operation("separable_conv", "separable_conv")(x, *vectors, eps, dtype, needs_gradient)[0]
 
 
 def patch_embedding(
@@ -1132,12 +1133,20 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
+def _operation(module: str, name: str) -> Callable[..., Any]:
+    """An operation of Triton's: where graphs are made the registered one, else without PyTorch's dispatcher, which
+    would take longer than launching the kernels."""
+    if torch.compiler.is_compiling() or _is_transformed() or _is_watched():
+        return getattr(torch.ops.hf_poolformer, name)
+    return getattr(getattr(_triton_kernels(), module), name)
+
+
 def _known_statistics(x: torch.Tensor, statistics: torch.Tensor | None, norm: str = "group") -> torch.Tensor:
     if statistics is not None:
         return statistics.detach()
     if norm == "channel":
-        return torch.ops.hf_poolformer.token_statistics(x.detach())
-    return torch.ops.hf_poolformer.sample_statistics(x.detach())
+        return _operation("statistics", "token_statistics")(x.detach())
+    return _operation("statistics", "sample_statistics")(x.detach())
 
 
 def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification
+from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification, kernels
+from hf_poolformer.kernels import channel_mlp, pool_mixer, separable_conv  # noqa: F401 which tests watch
 
 
 TINY = {"depths": (1, 1, 1, 1), "hidden_sizes": (8, 8, 16, 16), "num_labels": 3, "mlp_ratio": 2}
@@ -30,6 +31,17 @@ FAMILIES = {
 }
 
 
+def count_calls(patch) -> collections.Counter:
+    """From now on, how often blocks call each operation."""
+    calls = collections.Counter()
+    for module in (kernels.pool_mixer, kernels.separable_conv, kernels.channel_mlp):
+        name = module.__name__.rpartition(".")[2]
+        original = getattr(module, name)
+        counted = partial(lambda original, name, *args: calls.update([name]) or original(*args), original, name)
+        patch.setattr(module, name, counted)
+    return calls
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -46,11 +58,7 @@ def test_the_model_is_the_same_function(settings, device, scramble, relative_err
     wanted.loss.backward()
 
     monkeypatch.setenv("HF_POOLFORMER_KERNELS", "triton")
-    calls = collections.Counter()
-    for operation in ("pool_mixer", "separable_conv", "channel_mlp"):
-        original = getattr(torch.ops.hf_poolformer, operation)
-        counted = partial(lambda original, name, *args: calls.update([name]) or original(*args), original, operation)
-        monkeypatch.setattr(torch.ops.hf_poolformer, operation, counted)
+    calls = count_calls(monkeypatch)
     got = fused(pixel_values, labels=labels)
     got.loss.backward()
     mixers = settings.get("token_mixers", ("pooling",) * 4)
@@ -60,8 +68,8 @@ def test_the_model_is_the_same_function(settings, device, scramble, relative_err
     assert relative_error(got.logits, wanted.logits) < 2e-5
     for (name, parameter), other in zip(model.named_parameters(), fused.parameters(), strict=True):
         if name.endswith("before_norm.bias") and "token_mixers" not in settings:
-            # Cancels in the mixer: exactly no gradient here, rounding errors there.
-            assert other.grad is None or other.grad.abs().max() == 0
+            # Cancels in the mixer: rounding errors there, here zero, for which DistributedDataParallel waits.
+            assert other.grad.shape == other.shape and other.grad.count_nonzero() == 0
         else:
             # The gradient of a scalar of StarReLU is a sum over everything, whose terms nearly cancel.
             assert relative_error(other.grad, parameter.grad) < (2e-3 if ".act" in name else 2e-4), name
@@ -76,12 +84,8 @@ def test_blocks_that_are_not_plain_keep_their_modules(device, monkeypatch):
 
     def branches(block):
         """Which branches of a block on its own kernels compute."""
-        calls = []
         with monkeypatch.context() as patch:
-            for name in ("pool_mixer", "channel_mlp"):
-                original = getattr(torch.ops.hf_poolformer, name)
-                counted = partial(lambda original, name, *args: calls.append(name) or original(*args), original, name)
-                patch.setattr(torch.ops.hf_poolformer, name, counted)
+            calls = count_calls(patch)
             block(torch.randn(1, 8, 2, 2, device=device))
         return "pool_mixer" in calls, "channel_mlp" in calls
 

@@ -122,9 +122,9 @@ def test_autocast_keeps_float32_around_the_products(relative_error):
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(grad):
     x = activations((2, 6, 3, 4)).requires_grad_(grad)
-    scales = [torch.randn(6, requires_grad=grad) for _ in range(3)]
+    *scales, norm_bias = [torch.randn(6, requires_grad=grad) for _ in range(4)]
     mask = torch.tensor([0.0, 1.25])
-    torch.library.opcheck(torch.ops.hf_poolformer.cpu_pool_mixer.default, (x, *scales, mask, 3, 1e-5))
+    torch.library.opcheck(torch.ops.hf_poolformer.cpu_pool_mixer.default, (x, *scales, mask, 3, 1e-5, norm_bias))
     sizes = [(6,), (6,), (10, 6), (10,), (6, 10), (6,), (1,), (1,), (6,), (6,)]
     vectors = [torch.randn(size, requires_grad=grad) for size in sizes]
     arguments = (x, *vectors, mask, "star_relu", 1e-5, torch.float32, grad)

@@ -85,8 +85,8 @@ def test_opcheck_of_the_forward_operations(grad, device):
     x = torch.randn(2, DIM, 3, 4, device=device).contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(torch.ops.hf_poolformer.sample_statistics.default, (x,))
     torch.library.opcheck(torch.ops.hf_poolformer.token_statistics.default, (x,))
-    # The last flag asks for the statistics of the result.
-    mixer = (*mixer_arguments(device, grad), 3, 1e-5, grad)
+    # The last flag asks for the statistics of the result; then comes the norm's bias.
+    mixer = (*mixer_arguments(device, grad), 3, 1e-5, grad, torch.randn(DIM, device=device, requires_grad=grad))
     torch.library.opcheck(torch.ops.hf_poolformer.pool_mixer.default, mixer)
     x, statistics, *rest = mlp_arguments(device, grad)
     for known in (statistics, torch.ops.hf_poolformer.token_statistics(x.detach())):
@@ -97,7 +97,10 @@ def test_opcheck_of_the_forward_operations(grad, device):
 def test_opcheck_of_the_backward_operations(device):
     x, *rest = mixer_arguments(device, False)
     g = torch.randn_like(x)
-    torch.library.opcheck(torch.ops.hf_poolformer.pool_mixer_backward.default, (g, x, *rest, 3, 1e-5))
+    statistics, *scales, mask = rest
+    for wanted in ([False] * 4, [True] * 4):
+        arguments = (g, x, statistics, *scales, scales[0], mask, 3, 1e-5, wanted)
+        torch.library.opcheck(torch.ops.hf_poolformer.pool_mixer_backward.default, arguments)
     x, statistics, *parameters, mask = mlp_arguments(device, False)
     preactivation = torch.randn(24, INNER, device=device)
     for wanted in ([False] * 10, [True] * 10):

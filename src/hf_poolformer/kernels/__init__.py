@@ -10,6 +10,7 @@ patch_embedding.py  a convolution of few channels; the bias of any other
 pool_mixer.py   res_scale * x + mask * scale * rstd * (pool(x) - x)
 channel_mlp.py  res_scale * x + mask * layer_scale * (W2 act(W1 norm(x) + b1) + b2)
 separable_conv.py  res_scale * x + mask * layer_scale * (W2 D act(W1 norm(x))), D a depthwise convolution
+registration.py  the same under torch.ops.hf_poolformer, for graphs, and how eager code avoids that
 launch.py       choice of tiles, precision of products, devices
 tiles.py        which tile is the best known one
 ahead.py        compilation of all that a model needs, before its first step
@@ -20,7 +21,7 @@ from contextvars import ContextVar
 
 # What backends.py (which may be a copy that travelled with a checkpoint) expects of these operations. Raise it when a
 # schema changes: a copy that knows another number takes the reference instead of failing.
-INTERFACE = 2
+INTERFACE = 3
 
 # Whether a forward is a rehearsal for a CUDA graph (`hf_poolformer.graphed`), which is to do what the graph will.
 GRAPHING: ContextVar[bool] = ContextVar("graphing", default=False)

@@ -29,7 +29,8 @@ the rest of it. x^ and act(z) have more columns than entries instead, of ones an
 columns of dF and G. The sums over a sample are taken of q, which is a quarter as large as dz. For star_relu,
 act(z) = a p + b with p = relu(z)^2, the columns are those of p, and G = a g^T (m p) + b sum m g; the gradients of a
 and b follow from sums over weights. dF and G reduce over all tokens: those two products are cuBLAS's, which splits
-them; the other four are Triton's. What makes the parameters' gradients of dF and G is one launch.
+them; the other four are Triton's. What makes the parameters' gradients of dF and G is one launch, which also finishes
+all sums that an earlier one began; what it begins itself is left to the last, which makes dx.
 
 GELU. float32 takes the exact distribution of the normal, by erf. Half precision takes 1/2 + tanh(f(z)) / 2, where f is
 the odd polynomial nearest to atanh(erf(z / sqrt 2)) for |z| <= 4.5: off by 4e-5, and one instruction on NVIDIA's GPUs
@@ -49,6 +50,7 @@ from .launch import (
     INTERPRETED,
     Tiles,
     bucket,
+    empty_like_each,
     empty_nhwc,
     float32,
     kernel,
@@ -58,6 +60,7 @@ from .launch import (
     transposed_product,
     tuned,
 )
+from .registration import differentiable
 from .statistics import combine, store_row_moments, whole_rows
 
 
@@ -91,6 +94,7 @@ FOLD_ROWS, FOLD_COLUMNS = (16, 16) if INTERPRETED else (16, 128)
 REDUCE_ROWS, REDUCE_COLUMNS = (16, 16) if INTERPRETED else (64, 64)
 # Of weights: narrow where rows are summed, which makes more programs.
 GRADIENT_LONG, GRADIENT_SHORT = (16, 16) if INTERPRETED else (128, 16)
+SAMPLE_ROWS = 16 if INTERPRETED else 1024
 PROGRAMS = 4 if INTERPRETED else 1056
 if INTERPRETED:
     TILES = TILES_FLOAT32 = TILES_BACKWARD = TILES_WHOLE = TILES_WHOLE_NARROW = [Tiles(16, 16, 16, 1, 1)]
@@ -610,6 +614,22 @@ def contract_backward_kernel(
         tl.store(target + blocks * tl.cast(M, tl.int64), tl.sum(out * hat, 1), mask=row_inside)
 
 
+@triton.jit
+def store_activation_gradients(parts, count, dact_scale, dact_bias, BLOCK: tl.constexpr):
+    """Sums of parts (count, 2), where there is room for them; of no parts nothing."""
+    lanes = tl.arange(0, BLOCK)
+    scale_sum = tl.zeros((BLOCK,), tl.float32)
+    bias_sum = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        inside = start + lanes < count
+        scale_sum += tl.load(parts + 2 * (start + lanes), mask=inside, other=0.0)
+        bias_sum += tl.load(parts + 2 * (start + lanes) + 1, mask=inside, other=0.0)
+    if dact_scale is not None:
+        tl.store(dact_scale, tl.sum(scale_sum, 0).to(dact_scale.dtype.element_ty), mask=count > 0)
+    if dact_bias is not None:
+        tl.store(dact_bias, tl.sum(bias_sum, 0).to(dact_bias.dtype.element_ty), mask=count > 0)
+
+
 @kernel
 def norm_backward_kernel(
     q,  # (M, C)
@@ -619,14 +639,19 @@ def norm_backward_kernel(
     sums,  # (2, S) of q and q x^; without them each row is a sample, and makes its own
     res_scale,  # (C,)
     dx,  # (M, C)
+    act_sums,  # (act_parts, 2)
+    dact_scale,  # (1,)
+    dact_bias,  # (1,)
     M,
     span,
+    act_parts,
     eps,
     C: tl.constexpr,
     STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """dx, and sums of act_sums where there is room for them."""
     first = tl.program_id(0) * ROWS
     start = first.to(tl.int64)
     row = tl.arange(0, ROWS)
@@ -650,6 +675,8 @@ def norm_backward_kernel(
     shortcut = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
     out += shortcut * vector(res_scale, channel, channel < C, 1.0)[None, :]
     tl.store(dx + place, out.to(dx.dtype.element_ty), mask=inside)
+    if act_sums is not None:
+        store_activation_gradients(act_sums, act_parts if first == 0 else 0, dact_scale, dact_bias, WIDTH)
 
 
 @kernel
@@ -664,6 +691,8 @@ def parameters_kernel(
     act_scale,  # (1,)
     act_bias,  # (1,)
     layer_scale,  # (C,)
+    shortcut_sums,  # (splits, C): parts of the gradient of res_scale
+    row_sums,  # (2, column_parts, M) of q and q x^
     dnorm_weight,  # (C,)
     dnorm_bias,  # (C,)
     dweight1,  # (R, C)
@@ -672,20 +701,28 @@ def parameters_kernel(
     dbias2,  # (C,)
     act_sums,  # (blocks, 2): parts of the gradients of act_scale and act_bias
     dlayer_scale,  # (C,)
+    dres_scale,  # (C,)
+    sample_sums,  # (2, S) of q and q x^
     R,
     C,
+    M,
+    span,
     stride1,
     stride2,
     width1,
     width2,
+    splits,
+    column_parts,
     blocks1,
+    blocks2,
     LONG: tl.constexpr,
     SHORT: tl.constexpr,
+    SAMPLE: tl.constexpr,
 ):
     """
-    Gradients of parameters from the products over tokens; those there is room for.
+    Gradients of parameters from the products over tokens, those there is room for, and sums over samples.
 
-    The first blocks1 programs take columns of weight1, the others rows of weight2.
+    The first blocks1 programs take columns of weight1, then blocks2 take rows of weight2, the others a sample each.
     """
     if tl.program_id(0) < blocks1:
         column = tl.program_id(0) * SHORT + tl.arange(0, SHORT)
@@ -716,13 +753,22 @@ def parameters_kernel(
             tl.store(dnorm_weight + column, for_gamma.to(dnorm_weight.dtype.element_ty), mask=column_inside)
         if dnorm_bias is not None:
             tl.store(dnorm_bias + column, for_beta.to(dnorm_bias.dtype.element_ty), mask=column_inside)
-    else:
+    elif tl.program_id(0) < blocks1 + blocks2:
         block = tl.program_id(0) - blocks1
         row = block * SHORT + tl.arange(0, SHORT)
         row_inside = row < C
+        if dres_scale is not None:
+            for_res_scale = tl.zeros((SHORT,), tl.float32)
+            for start in range(0, splits, LONG):
+                split = start + tl.arange(0, LONG)
+                inside = (split < splits)[:, None] & row_inside[None, :]
+                part = tl.load(shortcut_sums + split[:, None] * C + row[None, :], mask=inside, other=0.0)
+                for_res_scale += tl.sum(part, 0)
+            tl.store(dres_scale + row, for_res_scale.to(dres_scale.dtype.element_ty), mask=row_inside)
         scale = vector(layer_scale, row, row_inside, 1.0)
-        tail = second + row * stride2 + width2
-        total = tl.load(tail, mask=row_inside, other=0.0) + tl.load(tail + 1, mask=row_inside, other=0.0)
+        if dbias2 is not None or dweight2 is not None or act_sums is not None or dlayer_scale is not None:
+            tail = second + row * stride2 + width2
+            total = tl.load(tail, mask=row_inside, other=0.0) + tl.load(tail + 1, mask=row_inside, other=0.0)
         if dbias2 is not None:
             tl.store(dbias2 + row, (scale * total).to(dbias2.dtype.element_ty), mask=row_inside)
         if dweight2 is not None or act_sums is not None or dlayer_scale is not None:
@@ -748,6 +794,21 @@ def parameters_kernel(
             if act_sums is not None:
                 tl.store(act_sums + 2 * block, tl.sum(tl.where(row_inside, scale * for_act_scale, 0.0), 0))
                 tl.store(act_sums + 2 * block + 1, tl.sum(tl.where(row_inside, scale * total * for_act_bias, 0.0), 0))
+    elif row_sums is not None:
+        sample = tl.program_id(0) - blocks1 - blocks2
+        lanes = tl.arange(0, SAMPLE)
+        plain_sum = tl.zeros((SAMPLE,), tl.float32)
+        hat_sum = tl.zeros((SAMPLE,), tl.float32)
+        entries = row_sums + sample.to(tl.int64) * span
+        plane = column_parts * tl.cast(M, tl.int64)
+        for _ in range(0, column_parts):
+            for start in range(0, span, SAMPLE):
+                inside = start + lanes < span
+                plain_sum += tl.load(entries + start + lanes, mask=inside, other=0.0)
+                hat_sum += tl.load(entries + plane + start + lanes, mask=inside, other=0.0)
+            entries += M
+        tl.store(sample_sums + sample, tl.sum(plain_sum, 0))
+        tl.store(sample_sums + M // span + sample, tl.sum(hat_sum, 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -766,7 +827,7 @@ def fold(
     with_sums: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """W1 norm_weight (R, C) and layer_scale W2 (C, R) in `dtype`, then u and v (R,) float32 or None, in one launch."""
-    inner, channels = weight1.shape
+    inner, channels = weight1.shape[:2]
     same1 = norm_weight is None and weight1.dtype == dtype and not with_sums
     same2 = layer_scale is None and weight2.dtype == dtype
     if same1 and same2:
@@ -889,14 +950,15 @@ def mlp(
     dtype: torch.dtype,
     save: bool,
     with_statistics: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """
-    y (B, C, H, W), its statistics, or (0, 2) if not wanted, and for backward (`save`) z (M, R) and x^.
+    y (B, C, H, W), its statistics, if wanted, and for backward (`save`) z (M, R) and x^; None for what is not there.
 
     x (B, C, H, W) channels_last, statistics float32 of x: (B, 2) of its samples, or (B H W, 2) of its tokens, which
-    says what the norm is; those of y are of the same kind. weight1 (R, C), weight2 (C, R), act_scale and act_bias (1,)
-    of star_relu, mask (B,), all other vectors (C,) but bias1 (R,). `dtype` is that of the products; x^, (M, more than
-    C), is kept where it was made anyway, else (0,). Without `save` there is no backward.
+    says what the norm is; those of y are of the same kind. weight1 (R, C) and weight2 (C, R), which may have further
+    dimensions of size 1, act_scale and act_bias (1,) of star_relu, mask (B,), all other vectors (C,) but bias1 (R,).
+    `dtype` is that of the products; x^, (M, more than C), is kept where it was made anyway. Without `save` there is no
+    backward.
     """
     batch, channels, height, width = x.shape
     inner, tokens = weight1.shape[0], height * width
@@ -1008,33 +1070,11 @@ def mlp(
             tiles = _candidates(dtype, TILES)
             hidden, preactivation = tuned(("expand", *key, act, save), tiles, expand)
             y, partials = tuned(("contract", *key, with_statistics), tiles, contract)
-        return (
-            y,
-            combine(partials, statistics.shape[0]) if with_statistics else float32(x, 0, 2),
-            preactivation if save else x.new_empty((0,), dtype=dtype),
-            normed if save and normed is not None else x.new_empty((0,), dtype=dtype),
-        )
+        statistics = combine(partials, statistics.shape[0]) if with_statistics else None
+        return y, statistics, preactivation, normed if save else None
 
 
-channel_mlp = torch.library.custom_op("hf_poolformer::channel_mlp", mlp, mutates_args=())
-
-
-@channel_mlp.register_fake
-def _(x, statistics, norm_weight, norm_bias, weight1, *rest):
-    *_, dtype, save, with_statistics = rest
-    batch, channels, height, width = x.shape
-    rows = batch * height * width
-    keeps = save and _keeps_normed(x, dtype)
-    return (
-        empty_nhwc(x),
-        float32(x, statistics.shape[0] if with_statistics else 0, 2),
-        x.new_empty((rows, weight1.shape[0]) if save else (0,), dtype=dtype),
-        x.new_empty((rows, _stride(channels)) if keeps else (0,), dtype=dtype),
-    )
-
-
-@torch.library.custom_op("hf_poolformer::channel_mlp_backward", mutates_args=())
-def channel_mlp_backward(
+def mlp_backward(
     g: torch.Tensor,
     source: torch.Tensor,
     statistics: torch.Tensor,
@@ -1053,9 +1093,9 @@ def channel_mlp_backward(
     activation: str,
     eps: float,
     wanted: list[bool],
-) -> list[torch.Tensor]:
+) -> list[torch.Tensor | None]:
     """
-    The gradients of x and of the ten parameters, norm_weight to res_scale; (0,) for those not `wanted`, ten flags.
+    The gradients of x and of the ten parameters, norm_weight to res_scale; None for those not `wanted`, ten flags.
 
     `source` is x (B, C, H, W) or x^ (M, more than C), whichever the forward operation left.
     """
@@ -1110,11 +1150,14 @@ def channel_mlp_backward(
     with on(g):
         operand1, operand2, *_ = fold(weight1, norm_weight, weight2, layer_scale, dtype)
         normed = source if source.ndim == 2 else _normalise(source, statistics, eps, dtype)
-        rounded, dres_scale = _shortcut(g, normed, statistics, eps, dtype, res_scale if wanted[-1] else None)
+        rounded, shortcut_sums = _shortcut(g, normed, statistics, eps, dtype, res_scale is not None and wanted[-1])
         key = (g.dtype, dtype, bucket(rows), channels, inner)
         dz, hidden = tuned(("expand_backward", *key, act), _candidates(dtype, TILES_BACKWARD), expand)
         q, row_sums = tuned(("contract_backward", *key, span == 1), _candidates(dtype, TILES), contract)
-        sums = None if span == 1 else row_sums.view(2, -1, groups, span).sum((1, 3))
+        rounded = rounded.permute(0, 2, 3, 1).reshape(rows, channels)
+        grads, sample_sums, act_sums = _parameter_gradients(
+            dz, normed, rounded, hidden, parameters, wanted, shortcut_sums, row_sums, groups
+        )
         dx = empty_nhwc(g)
         tile_rows, tile_columns = whole_rows(channels)
         norm_backward_kernel[(triton.cdiv(rows, tile_rows),)](
@@ -1122,11 +1165,14 @@ def channel_mlp_backward(
             normed,
             g,
             statistics,
-            sums,
+            sample_sums,
             res_scale,
             dx,
+            act_sums,
+            *grads[6:8],
             rows,
             span,
+            0 if act_sums is None else act_sums.shape[0],
             eps,
             C=channels,
             STRIDE=normed.shape[1],
@@ -1135,28 +1181,21 @@ def channel_mlp_backward(
             num_warps=8,
             **FUSION,
         )
-        rounded = rounded.permute(0, 2, 3, 1).reshape(rows, channels)
-        grads = _parameter_gradients(dz, normed, rounded, hidden, parameters[:-1], wanted[:-1])
-    return [dx, *(g.new_empty((0,)) if grad is None else grad for grad in (*grads, dres_scale))]
+    return [dx, *grads]
 
 
 def _shortcut(
-    g: torch.Tensor,
-    normed: torch.Tensor,
-    statistics: torch.Tensor,
-    eps: float,
-    dtype: torch.dtype,
-    res_scale: torch.Tensor | None,
+    g: torch.Tensor, normed: torch.Tensor, statistics: torch.Tensor, eps: float, dtype: torch.dtype, with_sums: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """g (B, C, H, W) in `dtype`, and the gradient of res_scale (C,), if that is given."""
+    """g (B, C, H, W) in `dtype`, and parts of the gradient of res_scale (any, C), if wanted."""
     rounds, sums = dtype != g.dtype, None
     rounded = empty_nhwc(g, dtype) if rounds else g
-    if rounds or res_scale is not None:
+    if rounds or with_sums:
         batch, channels, height, width = g.shape
         rows = batch * height * width
         blocks = triton.cdiv(channels, REDUCE_COLUMNS)
         splits = min(triton.cdiv(rows, REDUCE_ROWS), triton.cdiv(PROGRAMS, blocks))
-        sums = None if res_scale is None else float32(g, splits, channels)
+        sums = float32(g, splits, channels) if with_sums else None
         shortcut_kernel[(splits, blocks)](
             g,
             normed,
@@ -1172,7 +1211,7 @@ def _shortcut(
             COLUMNS=REDUCE_COLUMNS,
             **FUSION,
         )
-    return rounded, None if sums is None else sums.sum(0).to(res_scale.dtype)
+    return rounded, sums
 
 
 def _parameter_gradients(
@@ -1182,34 +1221,44 @@ def _parameter_gradients(
     hidden: torch.Tensor,
     parameters: Sequence[torch.Tensor | None],
     wanted: Sequence[bool],
-) -> list[torch.Tensor | None]:
-    """Gradients of the nine parameters norm_weight to layer_scale, or None; g (M, C) in the precision of products."""
-    norm_weight, norm_bias, weight1, _, weight2, bias2, act_scale, act_bias, layer_scale = parameters
-    grads = [
-        torch.empty_like(parameter, memory_format=torch.contiguous_format) if parameter is not None and want else None
-        for parameter, want in zip(parameters, wanted, strict=True)
-    ]
-    dnorm_weight, dnorm_bias, dweight1, dbias1, dweight2, dbias2, dact_scale, dact_bias, dlayer_scale = grads
+    shortcut_sums: torch.Tensor | None,
+    row_sums: torch.Tensor | None,
+    groups: int,
+) -> tuple[list[torch.Tensor | None], torch.Tensor | None, torch.Tensor | None]:
+    """
+    Gradients of the ten parameters norm_weight to res_scale, or None; g (M, C) in the precision of products.
+
+    Those of the activation are only allocated here, and are sums of the last of the results (any, 2). The other
+    result: of row_sums (2, any, M), if given, the sums over the rows of each of `groups` samples, (2, groups).
+    """
+    norm_weight, norm_bias, weight1, _, weight2, bias2, act_scale, act_bias, layer_scale, _ = parameters
+    grads = empty_like_each(parameters, wanted)
+    (
+        dnorm_weight, dnorm_bias, dweight1, dbias1, dweight2, dbias2, dact_scale, dact_bias, dlayer_scale, dres_scale
+    ) = grads  # fmt: skip
 
     def is_any(*found):
         return any(grad is not None for grad in found)
 
-    inner, channels = weight1.shape
+    inner, channels = weight1.shape[:2]
+    rows = dz.shape[0]
     blocks = triton.cdiv(channels, GRADIENT_SHORT)
     # The whole products, or of frozen weights the last columns alone.
-    first = second = act_sums = None
     width1 = channels if is_any(dnorm_weight, dweight1) else 0
     width2 = inner if is_any(dweight2, dact_scale, dact_bias, dlayer_scale) else 0
+    first = second = None
     if is_any(dnorm_weight, dnorm_bias, dweight1, dbias1):
         first = transposed_product(dz, normed if width1 else normed[:, channels:])
     if is_any(dbias2) or width2:
         second = transposed_product(g, hidden if width2 else hidden[:, inner:])
-    if is_any(dact_scale, dact_bias):
-        act_sums = float32(g, blocks, 2)
-    blocks1, blocks2 = (0 if each is None else blocks for each in (first, second))
-    if blocks1 + blocks2 == 0:
-        return grads
-    parameters_kernel[(blocks1 + blocks2,)](
+    act_sums = float32(g, blocks, 2) if is_any(dact_scale, dact_bias) else None
+    sample_sums = None if row_sums is None else float32(g, 2, groups)
+    blocks1 = 0 if first is None else blocks
+    blocks2 = 0 if second is None and dres_scale is None else blocks
+    programs = blocks1 + blocks2 + (0 if row_sums is None else groups)
+    if programs == 0:
+        return grads, sample_sums, act_sums
+    parameters_kernel[(programs,)](
         hidden if first is None else first,  # a pointer that no program follows
         hidden if second is None else second,
         norm_weight,
@@ -1220,6 +1269,8 @@ def _parameter_gradients(
         act_scale,
         act_bias,
         layer_scale,
+        shortcut_sums,
+        row_sums,
         dnorm_weight,
         dnorm_bias,
         dweight1,
@@ -1228,57 +1279,70 @@ def _parameter_gradients(
         dbias2,
         act_sums,
         dlayer_scale,
+        dres_scale,
+        sample_sums,
         inner,
         channels,
+        rows,
+        rows // groups,
         0 if first is None else first.shape[1],
         0 if second is None else second.shape[1],
         width1,
         width2,
+        0 if shortcut_sums is None else shortcut_sums.shape[0],
+        0 if row_sums is None else row_sums.shape[1],
         blocks1,
+        blocks2,
         LONG=GRADIENT_LONG,
         SHORT=GRADIENT_SHORT,
+        SAMPLE=SAMPLE_ROWS,
         num_warps=8,
         **FUSION,
     )
-    for place, grad in ((0, dact_scale), (1, dact_bias)):
-        if grad is not None:
-            grad.copy_(act_sums[:, place].sum())
-    return grads
+    return grads, sample_sums, act_sums
 
 
-@channel_mlp_backward.register_fake
-def _(g, source, statistics, preactivation, *rest):
-    *_, wanted = rest
-    grads = [
-        g.new_empty((0,)) if parameter is None or not want else torch.empty_like(parameter)
-        for parameter, want in zip(rest[:10], wanted, strict=True)
-    ]
-    return [empty_nhwc(g), *grads]
+def _fake(x, statistics, norm_weight, norm_bias, weight1, *rest):
+    *_, dtype, save, with_statistics = rest
+    batch, channels, height, width = x.shape
+    rows = batch * height * width
+    keeps = save and _keeps_normed(x, dtype)
+    return (
+        empty_nhwc(x),
+        float32(x, statistics.shape[0], 2) if with_statistics else None,
+        x.new_empty((rows, weight1.shape[0]), dtype=dtype) if save else None,
+        x.new_empty((rows, _stride(channels)), dtype=dtype) if keeps else None,
+    )
 
 
-def _setup_context(ctx, inputs, output):
+def _fake_backward(g, source, statistics, preactivation, *rest):
+    return [empty_nhwc(g), *empty_like_each(rest[:10], rest[-1])]
+
+
+def _keep(ctx, inputs, results):
     x, statistics, *parameters, mask, ctx.activation, ctx.eps, dtype, ctx.saved, _ = inputs
-    _, _, preactivation, normed = output
-    ctx.mark_non_differentiable(*output[1:])
+    _, _, preactivation, normed = results
+    ctx.mark_non_differentiable(*(result for result in results[1:] if result is not None))
     ctx.set_materialize_grads(False)
     source = normed if _keeps_normed(x, dtype) else x
     ctx.save_for_backward(source, statistics, preactivation, *parameters, mask)
 
 
-def _backward(ctx, g, *_):
+def _differentiate(ctx, backward, g, *_):
     grads: list[torch.Tensor | None] = [None] * 18
     if g is None:
         return tuple(grads)
     if not ctx.saved:
         raise RuntimeError("channel_mlp was called with save=False, so it has no backward")
     wanted = list(ctx.needs_input_grad[2:12])
-    grads[0], *found = torch.ops.hf_poolformer.channel_mlp_backward(
-        g.contiguous(memory_format=torch.channels_last), *ctx.saved_tensors, ctx.activation, ctx.eps, wanted
-    )
+    g = g.contiguous(memory_format=torch.channels_last)
+    grads[0], *found = backward(g, *ctx.saved_tensors, ctx.activation, ctx.eps, wanted)
     grads[2:12] = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
     return tuple(grads)
 
 
-channel_mlp.register_autograd(_backward, setup_context=_setup_context)
+channel_mlp = differentiable(
+    "channel_mlp", mlp, mlp_backward, fakes=(_fake, _fake_backward), keep=_keep, differentiate=_differentiate
+)
 count_products("channel_mlp", 2, x=0, weight1=4)
 count_products("channel_mlp_backward", 4, x=0, weight1=6)

@@ -213,8 +213,12 @@ def cpu_pool_mixer(
     mask: torch.Tensor | None,
     pool_size: int,
     eps: float,
+    norm_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (B, C, H, W), and mean and 1 / standard deviation of each sample of x, (2, B); x is channels_last."""
+    """y (B, C, H, W), and mean and 1 / standard deviation of each sample of x, (2, B); x is channels_last.
+
+    norm_bias (C,) cancels; its gradient is zero.
+    """
     settle_allocator()
     y, statistics = torch.empty_like(x), x.new_empty(2, x.shape[0], dtype=torch.float32)
     scale = product(weight, layer_scale)
@@ -226,7 +230,7 @@ def cpu_pool_mixer(
 
 
 @cpu_pool_mixer.register_fake
-def _(x, weight, layer_scale, res_scale, mask, pool_size, eps):
+def _(x, weight, layer_scale, res_scale, mask, pool_size, eps, norm_bias):
     return torch.empty_like(x), x.new_empty(2, x.shape[0], dtype=torch.float32)
 
 
@@ -272,16 +276,16 @@ def _(g, x, statistics, weight, layer_scale, res_scale, mask, pool_size):
 
 
 def _pool_mixer_context(ctx, inputs, output):
-    x, *parameters, ctx.pool_size, _ = inputs
+    x, *parameters, ctx.pool_size, _, norm_bias = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, output[1], *parameters)
+    ctx.save_for_backward(x, output[1], *parameters, norm_bias)
 
 
 def _pool_mixer_backward(ctx, g, _):
     if g is None:
-        return (None,) * 7
-    x, statistics, weight, layer_scale, res_scale, mask = ctx.saved_tensors
+        return (None,) * 8
+    x, statistics, weight, layer_scale, res_scale, mask, norm_bias = ctx.saved_tensors
     dx, dscale, dres = torch.ops.hf_poolformer.cpu_pool_mixer_backward(
         g.contiguous(memory_format=torch.channels_last),
         x,
@@ -295,7 +299,8 @@ def _pool_mixer_backward(ctx, g, _):
     dweight = None if weight is None else product(dscale, layer_scale).to(weight.dtype)
     dlayer = None if layer_scale is None else product(dscale, weight).to(layer_scale.dtype)
     dres = None if res_scale is None else dres.to(res_scale.dtype)
-    return dx, dweight, dlayer, dres, None, None, None
+    dnorm_bias = torch.zeros_like(norm_bias) if ctx.needs_input_grad[7] else None
+    return dx, dweight, dlayer, dres, None, None, None, dnorm_bias
 
 
 cpu_pool_mixer.register_autograd(_pool_mixer_backward, setup_context=_pool_mixer_context)

@@ -21,7 +21,7 @@ from .channel_mlp import mlp
 from .launch import INTERPRETED, RECORDER, on, whole_grid
 from .pool_mixer import mix
 from .separable_conv import separate
-from .statistics import of_samples, of_tokens
+from .statistics import sample_statistics, token_statistics
 
 
 # Of a branch: the name of its operation, and that operation's arguments beside x, as in `backends.py`.
@@ -92,7 +92,7 @@ def takes_samples(branch: Branch | None) -> bool:
 
 def _pool_mixer(x, statistics, with_statistics, dtype, *, pool_size, eps, weight, layer_scale, res_scale):
     if statistics is None:
-        statistics = of_samples(x)
+        statistics = sample_statistics(x)
     scales = _contiguous(weight, layer_scale, res_scale)
     y, statistics = mix(x, statistics, *scales, None, pool_size, eps, with_statistics)
     return y, statistics if with_statistics else None
@@ -119,9 +119,9 @@ def _channel_mlp(
     res_scale,
 ):
     if norm == "channel":
-        statistics, with_statistics = of_tokens(x), False
+        statistics, with_statistics = token_statistics(x), False
     elif statistics is None:
-        statistics = of_samples(x)
+        statistics = sample_statistics(x)
     tensors = (norm_weight, norm_bias, weight1.flatten(1), bias1, weight2.flatten(1), bias2, act_scale, act_bias)
     tensors = _contiguous(*tensors, layer_scale, res_scale)
     y, statistics, _, _ = mlp(x, statistics, *tensors, None, activation, eps, dtype, False, with_statistics)

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -186,9 +186,17 @@ def transposed_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float().t() @ b.float()
 
 
-@contextlib.contextmanager
-def on(x: torch.Tensor):
+def on(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Inside: kernels go to the device of `x`, and autocast, whose rules `backends.py` has applied, is off."""
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    # Either takes as long as a launch, so that it is done only where it changes something.
+    if elsewhere or torch.is_autocast_enabled(x.device.type):
+        return _switched(x)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _switched(x: torch.Tensor) -> Iterator[None]:
     device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
     with device, torch.autocast(x.device.type, enabled=False):
         yield
@@ -202,3 +210,12 @@ def empty_nhwc(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tenso
 def float32(x: torch.Tensor, *shape: int) -> torch.Tensor:
     """Uninitialised float32 tensor on the device of `x`."""
     return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+
+def empty_like_each(parameters: Sequence[torch.Tensor | None], wanted: Sequence[bool]) -> list[torch.Tensor | None]:
+    """Uninitialised contiguous tensors like those parameters that there are and that are `wanted`, for their
+    gradients."""
+    return [
+        torch.empty_like(parameter, memory_format=torch.contiguous_format) if parameter is not None and want else None
+        for parameter, want in zip(parameters, wanted, strict=True)
+    ]

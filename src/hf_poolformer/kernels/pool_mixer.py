@@ -9,7 +9,8 @@ and N = C H W:
     dL/dr     = m sum_c scale sum_hw g d     dr/dx = -r^3 (x - mean) / N
     dL/dx     = res_scale g + m r scale (P^T g - g) - r^3 (dL/dr) (x - mean) / N,    P^T = A D^-1
 
-One pass reads x and g for the sums over tokens, one reads both and writes dL/dx.
+One pass reads x and g for the sums over tokens, one reads both and writes dL/dx. Between them one small launch makes
+of the sums what the second pass needs of each sample, and the parameters' gradients.
 
 A window is separable, so is the number of its valid tokens. A program takes a band of rows and lets them stream by: of
 each it loads every token and its neighbours to the left and right, and keeps the sums of the last two rows, so that a
@@ -20,7 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import FUSION, INTERPRETED, bucket, empty_nhwc, float32, kernel, on, tuned
+from .launch import FUSION, INTERPRETED, bucket, empty_like_each, empty_nhwc, float32, kernel, on, tuned
+from .registration import differentiable
 from .statistics import combine
 
 
@@ -38,6 +40,8 @@ if INTERPRETED:
     TILES = {columns: [(2, 4, 32, 1)] for columns in TILES}
 # Programs wanted of the reduction, several per multiprocessor; a constant, so that sums do not depend on the device.
 PROGRAMS = 4 if INTERPRETED else 1056
+# Of the sums of all samples: rows, and few channels at a time, which makes more programs.
+SUM_ROWS, SUM_CHANNELS = (16, 16) if INTERPRETED else (128, 16)
 
 
 @triton.jit
@@ -102,7 +106,7 @@ def all_rows(x, row, columns, channels, height, width, C: tl.constexpr, POOL: tl
 
 @triton.jit
 def branch_factor(statistics, mask, sample, eps):
-    """mask * rstd of a sample."""
+    """mask * rstd of a sample, or of several."""
     factor = tl.rsqrt(tl.load(statistics + 2 * sample + 1) + eps)
     if mask is not None:
         factor *= tl.load(mask + sample).to(tl.float32)
@@ -249,6 +253,67 @@ def reduction_kernel(
 
 
 @kernel
+def scales_kernel(
+    sums,  # (B, splits, 1 or 2, C), of `reduction_kernel`
+    statistics,  # (B, 2)
+    weight,  # (C,)
+    layer_scale,  # (C,)
+    mask,  # (B,)
+    variance_grad,  # (B,): r^3 (dL/dr) / N
+    dweight,  # (C,)
+    dlayer_scale,  # (C,)
+    dres_scale,  # (C,)
+    dnorm_bias,  # (C,), zeros
+    batch,
+    splits,
+    size,  # N
+    eps,
+    C: tl.constexpr,
+    RES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The first `batch` programs take a sample each, the others channels; gradients that there is room for."""
+    KINDS: tl.constexpr = 2 if RES else 1
+    if tl.program_id(0) < batch:
+        sample = tl.program_id(0)
+        total = tl.zeros((ROWS,), tl.float32)
+        entries = sums + sample.to(tl.int64) * splits * KINDS * C
+        for _ in range(0, splits):
+            for start in range(0, C, ROWS):
+                channels = start + tl.arange(0, ROWS)
+                value = tl.load(entries + channels, mask=channels < C, other=0.0)
+                total += channel_factor(weight, layer_scale, channels, C) * value
+            entries += KINDS * C
+        rstd = branch_factor(statistics, None, sample, eps)
+        share = branch_factor(statistics, mask, sample, eps) * rstd * rstd / size
+        tl.store(variance_grad + sample, share * tl.sum(total, 0))
+    else:
+        channels = (tl.program_id(0) - batch) * COLUMNS + tl.arange(0, COLUMNS)
+        for_scale = tl.zeros((COLUMNS,), tl.float32)
+        for_res = tl.zeros((COLUMNS,), tl.float32)
+        for start in range(0, batch * splits, ROWS):
+            row = start + tl.arange(0, ROWS)
+            inside = (row < batch * splits)[:, None] & (channels < C)[None, :]
+            place = sums + row.to(tl.int64)[:, None] * KINDS * C + channels[None, :]
+            factor = branch_factor(statistics, mask, tl.minimum(row // splits, batch - 1), eps)
+            for_scale += tl.sum(factor[:, None] * tl.load(place, mask=inside, other=0.0), 0)
+            if RES:
+                for_res += tl.sum(tl.load(place + C, mask=inside, other=0.0), 0)
+        inside = channels < C
+        if dweight is not None:
+            grad = for_scale * channel_factor(layer_scale, None, channels, C)
+            tl.store(dweight + channels, grad.to(dweight.dtype.element_ty), mask=inside)
+        if dlayer_scale is not None:
+            grad = for_scale * channel_factor(weight, None, channels, C)
+            tl.store(dlayer_scale + channels, grad.to(dlayer_scale.dtype.element_ty), mask=inside)
+        if dres_scale is not None:
+            tl.store(dres_scale + channels, for_res.to(dres_scale.dtype.element_ty), mask=inside)
+        if dnorm_bias is not None:
+            tl.store(dnorm_bias + channels, tl.zeros((COLUMNS,), dnorm_bias.dtype.element_ty), mask=inside)
+
+
+@kernel
 def backward_kernel(
     x,
     g,
@@ -328,12 +393,14 @@ def mix(
     pool_size: int,
     eps: float,
     with_statistics: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    norm_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    y (B, C, H, W) and its statistics (B, 2), or (0, 2) if not wanted.
+    y (B, C, H, W) and its statistics (B, 2), or None if not wanted.
 
-    x (B, C, H, W) channels_last, statistics (B, 2) float32 of x, weight, layer_scale and res_scale (C,), mask (B,).
-    The derivative with respect to x is total: it includes that of the statistics, which themselves have none.
+    x (B, C, H, W) channels_last, statistics (B, 2) float32 of x, weight, layer_scale, res_scale and norm_bias (C,),
+    mask (B,). The derivative with respect to x is total: it includes that of the statistics, which themselves have
+    none. norm_bias cancels; its gradient is zero.
     """
     batch, channels, height, width = x.shape
 
@@ -364,32 +431,26 @@ def mix(
 
     with on(x):
         y, partials = tuned(_key("pool_mixer", x, pool_size, with_statistics), _tiles(x), launch)
-        return y, combine(partials, batch) if with_statistics else float32(x, 0, 2)
+        return y, combine(partials, batch) if with_statistics else None
 
 
-pool_mixer = torch.library.custom_op("hf_poolformer::pool_mixer", mix, mutates_args=())
-
-
-@pool_mixer.register_fake
-def _(x, statistics, weight, layer_scale, res_scale, mask, pool_size, eps, with_statistics):
-    return empty_nhwc(x), float32(x, x.shape[0] if with_statistics else 0, 2)
-
-
-@torch.library.custom_op("hf_poolformer::pool_mixer_backward", mutates_args=())
-def pool_mixer_backward(
+def mix_backward(
     g: torch.Tensor,
     x: torch.Tensor,
     statistics: torch.Tensor,
     weight: torch.Tensor | None,
     layer_scale: torch.Tensor | None,
     res_scale: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
     mask: torch.Tensor | None,
     pool_size: int,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x (B, C, H, W), of layer_scale * weight (C,), and of res_scale (C,), or (0,) if there is none."""
+    wanted: list[bool],
+) -> list[torch.Tensor | None]:
+    """The gradients of x and of weight, layer_scale, res_scale and norm_bias; None for those not `wanted`, four
+    flags."""
     batch, channels, height, width = x.shape
-    has_res = res_scale is not None
+    has_res = res_scale is not None and wanted[2]
 
     def reduce(tile):
         tiles, blocks, options = _grid(x, tile)
@@ -424,47 +485,57 @@ def pool_mixer_backward(
         return dx
 
     with on(x):
-        sums = tuned(_key("pool_mixer_reduction", x, pool_size, has_res), _tiles(x), reduce).sum(1)  # (B, 1 or 2, C)
-        branch = sums[:, 0]
-        scale = 1.0
-        for factor in (weight, layer_scale):
-            scale = scale if factor is None else scale * factor.float()
-        rstd = torch.rsqrt(statistics[:, 1] + eps)
-        factor = rstd if mask is None else rstd * mask
-        dscale = (factor[:, None] * branch).sum(0)
-        # m (dL/dr) r^3 / N, a float32 sum rather than a product that might run in TF32
-        variance_grad = factor * rstd.square() * (branch * scale).sum(1) / (channels * height * width)
-        dx = tuned(_key("pool_mixer_backward", x, pool_size), _tiles(x), differentiate)
-        return dx, dscale, sums[:, 1].sum(0) if has_res else float32(x, 0)
+        sums = tuned(_key("pool_mixer_reduction", x, pool_size, has_res), _tiles(x), reduce)
+        variance_grad = float32(x, batch)
+        grads = empty_like_each((weight, layer_scale, res_scale, norm_bias), wanted)
+        blocks = triton.cdiv(channels, SUM_CHANNELS) if any(grad is not None for grad in grads) else 0
+        scales_kernel[(batch + blocks,)](
+            sums,
+            statistics,
+            weight,
+            layer_scale,
+            mask,
+            variance_grad,
+            *grads,
+            batch,
+            sums.shape[1],
+            float(channels * height * width),
+            eps,
+            C=channels,
+            RES=has_res,
+            ROWS=SUM_ROWS,
+            COLUMNS=SUM_CHANNELS,
+            **FUSION,
+        )
+        return [tuned(_key("pool_mixer_backward", x, pool_size), _tiles(x), differentiate), *grads]
 
 
-@pool_mixer_backward.register_fake
-def _(g, x, statistics, weight, layer_scale, res_scale, mask, pool_size, eps):
-    return empty_nhwc(x), float32(x, x.shape[1]), float32(x, 0 if res_scale is None else res_scale.shape[0])
+def _fake(x, statistics, weight, layer_scale, res_scale, mask, pool_size, eps, with_statistics, norm_bias=None):
+    return empty_nhwc(x), float32(x, x.shape[0], 2) if with_statistics else None
 
 
-def _setup_context(ctx, inputs, output):
-    x, statistics, weight, layer_scale, res_scale, mask, ctx.pool_size, ctx.eps, _ = inputs
-    ctx.mark_non_differentiable(output[1])
+def _fake_backward(g, x, statistics, weight, layer_scale, res_scale, norm_bias, mask, pool_size, eps, wanted):
+    return [empty_nhwc(g), *empty_like_each((weight, layer_scale, res_scale, norm_bias), wanted)]
+
+
+def _keep(ctx, inputs, results):
+    x, statistics, weight, layer_scale, res_scale, mask, ctx.pool_size, ctx.eps, _, norm_bias = inputs
+    if results[1] is not None:
+        ctx.mark_non_differentiable(results[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, statistics, weight, layer_scale, res_scale, mask)
+    ctx.save_for_backward(x, statistics, weight, layer_scale, res_scale, norm_bias, mask)
 
 
-def _backward(ctx, g, _):
+def _differentiate(ctx, backward, g, _):
     if g is None:
-        return (None,) * 9
-    x, statistics, weight, layer_scale, res_scale, mask = ctx.saved_tensors
+        return (None,) * 10
+    wanted = [*ctx.needs_input_grad[2:5], ctx.needs_input_grad[9]]
     g = g.contiguous(memory_format=torch.channels_last)
-    dx, dscale, dres = torch.ops.hf_poolformer.pool_mixer_backward(
-        g, x, statistics, weight, layer_scale, res_scale, mask, ctx.pool_size, ctx.eps
-    )
-    dweight = dlayer = None
-    if weight is not None:
-        dweight = (dscale if layer_scale is None else dscale * layer_scale).to(weight.dtype)
-    if layer_scale is not None:
-        dlayer = (dscale if weight is None else dscale * weight).to(layer_scale.dtype)
-    dres = None if res_scale is None else dres.to(res_scale.dtype)
-    return dx, None, dweight, dlayer, dres, None, None, None, None
+    dx, *grads = backward(g, *ctx.saved_tensors, ctx.pool_size, ctx.eps, wanted)
+    *dscales, dnorm_bias = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
+    return dx, None, *dscales, None, None, None, None, dnorm_bias
 
 
-pool_mixer.register_autograd(_backward, setup_context=_setup_context)
+pool_mixer = differentiable(
+    "pool_mixer", mix, mix_backward, fakes=(_fake, _fake_backward), keep=_keep, differentiate=_differentiate
+)

@@ -31,9 +31,22 @@ import torch
 import triton
 import triton.language as tl
 
-from .channel_mlp import contract_kernel, scalar, vector
+from .channel_mlp import contract_kernel, fold, scalar, store_activation_gradients, vector
 from .flops import count_products
-from .launch import FUSION, INTERPRETED, Tiles, empty_nhwc, float32, kernel, on, operand, precision, transposed_product
+from .launch import (
+    FUSION,
+    INTERPRETED,
+    Tiles,
+    empty_like_each,
+    empty_nhwc,
+    float32,
+    kernel,
+    on,
+    operand,
+    precision,
+    transposed_product,
+)
+from .registration import differentiable
 
 
 # Rows of at most so many channels are normalised in the kernel that multiplies them.
@@ -50,6 +63,8 @@ STRIP = range(2, 4) if INTERPRETED else range(4, 9)
 REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
 # Programs wanted, several per multiprocessor; a constant, so that sums do not depend on the device.
 PROGRAMS = 4 if INTERPRETED else 1056
+# Of what makes gradients of sums: entries of a row of weights, and a tile of parts of sums.
+FINISH, FINISH_ROWS, FINISH_COLUMNS = (64, 16, 16) if INTERPRETED else (1024, 64, 32)
 
 
 @triton.jit
@@ -430,6 +445,100 @@ def token_norm_backward_kernel(
     tl.store(target + C, tl.sum(shortcut_sum, 0), mask=column < C)
 
 
+@triton.jit
+def column_sum(parts, count, stride, column, inside, ROWS: tl.constexpr):
+    """Sums over `count` rows of `parts`, which lie `stride` apart, for each column."""
+    total = tl.zeros((column.shape[0],), tl.float32)
+    for start in range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)
+        there = (row < count)[:, None] & inside[None, :]
+        total += tl.sum(
+            tl.load(parts + row.to(tl.int64)[:, None] * stride + column[None, :], mask=there, other=0.0), 0
+        )
+    return total
+
+
+@triton.jit
+def store_if_wanted(target, place, values, inside):
+    if target is not None:
+        tl.store(target + place, values.to(target.dtype.element_ty), mask=inside)
+
+
+@kernel
+def finish_kernel(
+    first,  # (R, C): dW1
+    second,  # (C, R): G
+    tap_parts,  # (tap_count, taps, R)
+    act_parts,  # (act_count, 2)
+    norm_parts,  # (norm_count, 2, C)
+    weight2,  # (C, R)
+    layer_scale,  # (C,)
+    dnorm_weight,  # (C,)
+    dweight1,  # (R, C)
+    dact_scale,  # (1,)
+    dact_bias,  # (1,)
+    ddepthwise,  # (R, taps)
+    dweight2,  # (C, R)
+    dlayer_scale,  # (C,)
+    dres_scale,  # (C,)
+    C,
+    R,
+    taps,
+    tap_count,
+    act_count,
+    norm_count,
+    end1,
+    end2,
+    end3,
+    end4,
+    ENTRIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """
+    Gradients of parameters, those there is room for, from products and from parts of sums.
+
+    Programs up to end1 take entries of weight1, up to end2 a row of weight2, up to end3 some channels of a tap, up to
+    end4 some channels of the norm, and the last the activation.
+    """
+    program = tl.program_id(0)
+    entry = tl.arange(0, ENTRIES)
+    column = tl.arange(0, COLUMNS)
+    if program < end1:
+        if first is not None:
+            place = program * ENTRIES + entry
+            value = tl.load(first + place, mask=place < R * C, other=0.0)
+            store_if_wanted(dweight1, place, value, place < R * C)
+    elif program < end2:
+        if second is not None:
+            row = program - end1
+            scale = scalar(None if layer_scale is None else layer_scale + row, 1.0)
+            for_scale = tl.zeros((ENTRIES,), tl.float32)
+            for start in range(0, R, ENTRIES):
+                inside = start + entry < R
+                place = row * R + start + entry
+                value = tl.load(second + place, mask=inside, other=0.0)
+                for_scale += value * tl.load(weight2 + place, mask=inside, other=0.0).to(tl.float32)
+                store_if_wanted(dweight2, place, value * scale, inside)
+            store_if_wanted(dlayer_scale, row, tl.sum(for_scale, 0), True)
+    elif program < end3:
+        if tap_parts is not None:
+            tap = (program - end2) % taps
+            column = (program - end2) // taps * COLUMNS + column
+            total = column_sum(tap_parts + tap * R, tap_count, taps * R, column, column < R, ROWS)
+            store_if_wanted(ddepthwise, column * taps + tap, total, column < R)
+    elif program < end4:
+        column = (program - end3) * COLUMNS + column
+        if dnorm_weight is not None:
+            total = column_sum(norm_parts, norm_count, 2 * C, column, column < C, ROWS)
+            store_if_wanted(dnorm_weight, column, total, column < C)
+        if dres_scale is not None:
+            total = column_sum(norm_parts + C, norm_count, 2 * C, column, column < C, ROWS)
+            store_if_wanted(dres_scale, column, total, column < C)
+    else:
+        store_activation_gradients(act_parts, act_count, dact_scale, dact_bias, ENTRIES)
+
+
 def token_rows(x: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) in channels_last memory as (M, C)."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
@@ -454,8 +563,8 @@ def expand(
     rows: torch.Tensor, norm_weight: torch.Tensor | None, weight: torch.Tensor, eps: float, dtype: torch.dtype
 ) -> torch.Tensor:
     """z (M, R) in `dtype`."""
-    weight = weight.to(dtype)
     (count, channels), inner = rows.shape, weight.shape[0]
+    weight = weight.to(dtype).view(inner, channels)
     if channels > WHOLE:
         return torch.mm(normalise(rows, norm_weight, eps, dtype), weight.t())
     z = torch.empty((count, inner), dtype=dtype, device=rows.device)
@@ -589,14 +698,14 @@ def convolve_backward(
     act_bias: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dz (M, R), and (2,) the gradients of act_scale and act_bias, from grad = dd (M, R)."""
+    """dz (M, R), and parts (any, 2) of the gradients of act_scale and act_bias, from grad = dd (M, R)."""
     out = torch.empty_like(z)
     grid = (strips.groups, strips.blocks, strips.bands)
     sums = float32(z, strips.groups * strips.blocks * strips.bands, 2)
     depthwise_kernel[grid](
         grad, z, taps, act_scale, act_bias, mask, out, sums, *strips.sizes, BACKWARD=True, **strips.options
     )
-    return out, sums.sum(0)
+    return out, sums
 
 
 def convolve_weight_backward(
@@ -607,13 +716,13 @@ def convolve_weight_backward(
     act_bias: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """dD (window^2, R) in float32."""
+    """Parts of dD, (any, window^2, R), in float32."""
     programs = min(strips.groups * strips.bands, triton.cdiv(PROGRAMS, strips.blocks))
     sums = float32(z, programs, strips.options["WINDOW"] ** 2, z.shape[1])
     depthwise_weight_kernel[(programs, strips.blocks)](
         z, grad, act_scale, act_bias, mask, sums, *strips.sizes, strips.bands, **strips.options
     )
-    return sums.sum(0)
+    return sums
 
 
 def window_first(weight: torch.Tensor) -> torch.Tensor:
@@ -635,13 +744,13 @@ def separate(
     eps: float,
     dtype: torch.dtype,
     needs_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    y (B, C, H, W) and for backward (`needs_gradient`) z (M, R), else (0,).
+    y (B, C, H, W) and for backward (`needs_gradient`) z (M, R), else None.
 
-    x (B, C, H, W) channels_last, weight1 (R, C), depthwise_weight (R, 1, window, window) of an odd window, weight2
-    (C, R), act_scale and act_bias (1,), mask (B,), all other vectors (C,). `dtype` is that of the products. Without
-    `needs_gradient` there is no backward.
+    x (B, C, H, W) channels_last, weight1 (R, C) and weight2 (C, R), which may have further dimensions of size 1,
+    depthwise_weight (R, 1, window, window) of an odd window, act_scale and act_bias (1,), mask (B,), all other vectors
+    (C,). `dtype` is that of the products. Without `needs_gradient` there is no backward.
     """
     batch, _, height, width = x.shape
     with on(x):
@@ -649,35 +758,10 @@ def separate(
         strips = Strips(batch, height, width, z.shape[1], depthwise_weight.shape[-1])
         mixed = convolve(strips, z, window_first(depthwise_weight), act_scale, act_bias, None)
         y = contract(mixed, weight2, x, layer_scale, res_scale, mask)
-        return y, z if needs_gradient else z.new_empty((0,))
+        return y, z if needs_gradient else None
 
 
-separable_conv = torch.library.custom_op("hf_poolformer::separable_conv", separate, mutates_args=())
-
-
-@separable_conv.register_fake
-def _(
-    x,
-    norm_weight,
-    weight1,
-    act_scale,
-    act_bias,
-    depthwise_weight,
-    weight2,
-    layer_scale,
-    res_scale,
-    mask,
-    eps,
-    dtype,
-    needs_gradient,
-):
-    batch, _, height, width = x.shape
-    kept = (batch * height * width, weight1.shape[0]) if needs_gradient else (0,)
-    return empty_nhwc(x), x.new_empty(kept, dtype=dtype)
-
-
-@torch.library.custom_op("hf_poolformer::separable_conv_backward", mutates_args=())
-def separable_conv_backward(
+def separate_backward(
     g: torch.Tensor,
     x: torch.Tensor,
     z: torch.Tensor,
@@ -691,103 +775,134 @@ def separable_conv_backward(
     res_scale: torch.Tensor | None,
     mask: torch.Tensor | None,
     eps: float,
-    with_weights: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    dx; then in float32 dW1 (R, C), dD (window^2, R), G (C, R), sums (2, C) of e (x - mu) r and of g x, and (2,) the
-    gradients of act_scale and act_bias.
-
-    Without `with_weights`, dW1, dD and G are (0,).
-    """
+    wanted: list[bool],
+) -> list[torch.Tensor | None]:
+    """The gradients of x and of the eight parameters, norm_weight to res_scale; None for those not `wanted`, eight
+    flags."""
     batch, channels, height, width = g.shape
-    dtype = z.dtype
+    inner, dtype = weight1.shape[0], z.dtype
+    _, need1, _, _, need_depthwise, need2, need_scale, _ = wanted
+    parameters = norm_weight, weight1, act_scale, act_bias, depthwise_weight, weight2, layer_scale, res_scale
     with on(g):
-        strips = Strips(batch, height, width, z.shape[1], depthwise_weight.shape[-1])
+        strips = Strips(batch, height, width, inner, depthwise_weight.shape[-1])
         taps, activation = window_first(depthwise_weight), (act_scale, act_bias, mask)
         rows, grad = token_rows(x), token_rows(g).to(dtype)
-        weight1, weight2 = weight1.to(dtype), weight2 if layer_scale is None else layer_scale[:, None] * weight2
-        dmixed = torch.mm(grad, weight2.to(dtype))
-        if with_weights:
-            dtaps = convolve_weight_backward(strips, dmixed, z, *activation)
-            contracted = transposed_product(grad, convolve(strips, z, taps, *activation))
-        dz, dact = convolve_backward(strips, dmixed, z, taps, *activation)
-        if with_weights:
-            dweight1 = transposed_product(dz, normalise(rows, norm_weight, eps, dtype))
-        else:
-            dweight1, dtaps, contracted = (float32(g, 0) for _ in range(3))
+        operand1, operand2, *_ = fold(weight1, None, weight2, layer_scale, dtype)
+        dmixed = torch.mm(grad, operand2.view(channels, inner))
+        parts = convolve_weight_backward(strips, dmixed, z, *activation) if need_depthwise else None
+        dz, act_parts = convolve_backward(strips, dmixed, z, taps, *activation)
+        first = second = None
+        if need1:
+            first = transposed_product(dz, normalise(rows, norm_weight, eps, dtype))
+        if need2 or need_scale:
+            second = transposed_product(grad, convolve(strips, z, taps, *activation))
         dx, tile = empty_nhwc(g), row_tile(channels)
         sums = float32(g, min(triton.cdiv(len(rows), tile["ROWS"]), PROGRAMS), 2, channels)
         token_norm_backward_kernel[(len(sums),)](
-            torch.mm(dz, weight1), x, g, norm_weight, res_scale, dx, sums, len(rows), eps, C=channels, **tile
+            torch.mm(dz, operand1.view(inner, channels)),
+            x,
+            g,
+            norm_weight,
+            res_scale,
+            dx,
+            sums,
+            len(rows),
+            eps,
+            C=channels,
+            **tile,
         )
-        return dx, dweight1, dtaps, contracted, sums.sum(0), dact
+        grads = empty_like_each(parameters, wanted)
+        finish(first, second, parts, act_parts, sums, weight2, layer_scale, grads)
+        return [dx, *grads]
 
 
-@separable_conv_backward.register_fake
-def _(
-    g,
-    x,
-    z,
-    norm_weight,
-    weight1,
-    act_scale,
-    act_bias,
-    depthwise_weight,
-    weight2,
-    layer_scale,
-    res_scale,
-    mask,
-    eps,
-    with_weights,
-):
-    inner, channels = weight1.shape
-    shapes = [(inner, channels), (depthwise_weight[0].numel(), inner), (channels, inner)]
-    return (
-        empty_nhwc(g),
-        *(float32(g, *(shape if with_weights else (0,))) for shape in shapes),
-        float32(g, 2, channels),
-        float32(g, 2),
+def finish(
+    first: torch.Tensor | None,
+    second: torch.Tensor | None,
+    tap_parts: torch.Tensor | None,
+    act_parts: torch.Tensor,
+    norm_parts: torch.Tensor,
+    weight2: torch.Tensor,
+    layer_scale: torch.Tensor | None,
+    grads: list[torch.Tensor | None],
+) -> None:
+    """Fills the gradients of the eight parameters, from dW1 (R, C) and G (C, R), and from the sums as kernels left
+    them."""
+    if all(grad is None for grad in grads):
+        return
+    channels, inner = weight2.shape[:2]
+    blocks1 = 0 if first is None else triton.cdiv(inner * channels, FINISH)
+    blocks2 = 0 if second is None else channels
+    taps = 0 if tap_parts is None else tap_parts.shape[1]
+    blocks3 = taps * triton.cdiv(inner, FINISH_COLUMNS)
+    blocks4 = triton.cdiv(channels, FINISH_COLUMNS)
+    finish_kernel[(blocks1 + blocks2 + blocks3 + blocks4 + 1,)](
+        first,
+        second,
+        tap_parts,
+        act_parts,
+        norm_parts,
+        weight2,
+        layer_scale,
+        *grads,
+        channels,
+        inner,
+        taps,
+        0 if tap_parts is None else tap_parts.shape[0],
+        act_parts.shape[0],
+        norm_parts.shape[0],
+        blocks1,
+        blocks1 + blocks2,
+        blocks1 + blocks2 + blocks3,
+        blocks1 + blocks2 + blocks3 + blocks4,
+        ENTRIES=FINISH,
+        ROWS=FINISH_ROWS,
+        COLUMNS=FINISH_COLUMNS,
+        **FUSION,
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _fake(x, norm_weight, weight1, *rest):
+    *_, dtype, needs_gradient = rest
+    batch, _, height, width = x.shape
+    return empty_nhwc(x), x.new_empty(
+        (batch * height * width, weight1.shape[0]), dtype=dtype
+    ) if needs_gradient else None
+
+
+def _fake_backward(g, x, z, *rest):
+    return [empty_nhwc(g), *empty_like_each(rest[:8], rest[-1])]
+
+
+def _keep(ctx, inputs, results):
     *tensors, ctx.eps, _, ctx.saved = inputs
-    ctx.mark_non_differentiable(output[1])
+    if results[1] is not None:
+        ctx.mark_non_differentiable(results[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *tensors)
+    ctx.save_for_backward(results[1], *tensors)
 
 
-def _backward(ctx, g, _):
+def _differentiate(ctx, backward, g, _):
     grads: list[torch.Tensor | None] = [None] * 13
     if g is None:
         return tuple(grads)
     if not ctx.saved:
         raise RuntimeError("separable_conv was called with needs_gradient=False, so it has no backward")
-    z, x, *parameters, mask = ctx.saved_tensors
-    *_, depthwise_weight, weight2, layer_scale, _ = parameters
+    z, x, *rest = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[1:9])
     g = g.contiguous(memory_format=torch.channels_last)
-    _, _, need1, _, _, need_depthwise, need2, need_scale, *_ = ctx.needs_input_grad
-    with_weights = need1 or need_depthwise or need2 or need_scale
-    dx, dweight1, dtaps, contracted, sums, dact = torch.ops.hf_poolformer.separable_conv_backward(
-        g, x, z, *parameters, mask, ctx.eps, with_weights
-    )
-    # Tensors of the size of weights from here on.
-    ddepthwise = dweight2 = dlayer = None
-    if need_depthwise:
-        ddepthwise = dtaps.t().reshape(depthwise_weight.shape)
-    if need2:
-        dweight2 = contracted if layer_scale is None else layer_scale[:, None] * contracted
-    if need_scale:
-        dlayer = (contracted * weight2).sum(1)
-    found = [sums[0], dweight1, dact[:1], dact[1:], ddepthwise, dweight2, dlayer, sums[1]]
-    grads[0] = dx
-    grads[1:9] = [
-        grad.to(parameter.dtype) if needed else None
-        for parameter, grad, needed in zip(parameters, found, ctx.needs_input_grad[1:9], strict=True)
-    ]
+    grads[0], *found = backward(g, x, z, *rest, ctx.eps, wanted)
+    grads[1:9] = [grad if want else None for grad, want in zip(found, wanted, strict=True)]
     return tuple(grads)
 
 
-separable_conv.register_autograd(_backward, setup_context=_setup_context)
+separable_conv = differentiable(
+    "separable_conv",
+    separate,
+    separate_backward,
+    fakes=(_fake, _fake_backward),
+    keep=_keep,
+    differentiate=_differentiate,
+)
 count_products("separable_conv", 2, x=0, weight1=2, convolutions=1, depthwise=5)
 count_products("separable_conv_backward", 4, x=0, weight1=4, convolutions=3, depthwise=7)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .launch import FUSION, INTERPRETED, float32, kernel, on
+from .registration import register
 
 
 CHUNK = 256 if INTERPRETED else 8192
@@ -146,25 +147,17 @@ def combine(partials: torch.Tensor, samples: int) -> torch.Tensor:
     return statistics
 
 
-def of_samples(x: torch.Tensor) -> torch.Tensor:
+def sample_statistics(x: torch.Tensor) -> torch.Tensor:
     """Mean and biased variance of each sample of x (B, C, H, W), channels_last: (B, 2) float32. No gradient."""
     with on(x):
-        samples, size = x.shape[0], x[0].numel()
+        samples, size = x.shape[0], x.numel() // x.shape[0]
         chunks = triton.cdiv(size, CHUNK)
         partials = float32(x, 3, 1, samples * chunks)
         chunk_kernel[(samples, chunks)](x, partials, size, samples * chunks, CHUNK=CHUNK, num_warps=8, **FUSION)
         return combine(partials, samples)
 
 
-sample_statistics = torch.library.custom_op("hf_poolformer::sample_statistics", of_samples, mutates_args=())
-
-
-@sample_statistics.register_fake
-def _(x):
-    return x.new_empty((x.shape[0], 2), dtype=torch.float32)
-
-
-def of_tokens(x: torch.Tensor) -> torch.Tensor:
+def token_statistics(x: torch.Tensor) -> torch.Tensor:
     """
     Mean and biased variance over the channels of each token of x (B, C, H, W), channels_last: (B H W, 2) float32.
 
@@ -181,10 +174,5 @@ def of_tokens(x: torch.Tensor) -> torch.Tensor:
         return statistics
 
 
-token_statistics = torch.library.custom_op("hf_poolformer::token_statistics", of_tokens, mutates_args=())
-
-
-@token_statistics.register_fake
-def _(x):
-    batch, _, height, width = x.shape
-    return x.new_empty((batch * height * width, 2), dtype=torch.float32)
+register("sample_statistics", sample_statistics, lambda x: float32(x, x.shape[0], 2))
+register("token_statistics", token_statistics, lambda x: float32(x, x.numel() // x.shape[1], 2))
