@@ -27,7 +27,7 @@ from transformers.utils import CONFIG_NAME, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .backends import computes, convolve, decides, fused_block, fused_stage, fusible, unless_fused
+from .backends import computes, convolve, decides, fused_block, fused_stage, fusible, normalise, unless_fused
 from .configuration_poolformer import MetaFormerConfig, PoolFormerConfig
 from .ops import drop, residual
 from .token_mixers import TOKEN_MIXERS, AttentionWeights, DefaultInitConv2d, SquaredReLU, activation
@@ -119,6 +119,7 @@ class MetaFormerEmbeddings(nn.Module):
 
     def __init__(self, config: MetaFormerConfig, stage: int):
         super().__init__()
+        self.config = config
         dim = config.hidden_sizes[stage]
         dim_in = config.hidden_sizes[stage - 1] if stage else config.num_channels
         # The second paper normalises after the stem convolution, but before the others.
@@ -134,7 +135,8 @@ class MetaFormerEmbeddings(nn.Module):
             self.position_embeddings = nn.Parameter(torch.zeros(1, dim, *config.stage_resolution(stage)))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.post_norm(convolve(self.projection, self.pre_norm(hidden_states)))
+        hidden_states = normalise(self.pre_norm, hidden_states, self.config.kernels, reader=self.projection)
+        hidden_states = normalise(self.post_norm, convolve(self.projection, hidden_states), self.config.kernels)
         if self.position_embeddings is not None:
             hidden_states = hidden_states + self.resize_positions(hidden_states.shape[-2:])
         return hidden_states

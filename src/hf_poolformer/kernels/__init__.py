@@ -1,4 +1,5 @@
-"""Kernels behind `hf_poolformer.backends`, registered with torch.library as `torch.ops.hf_poolformer.*`.
+"""Kernels behind `hf_poolformer.backends`, registered with torch.library as `torch.ops.hf_poolformer.*` but for those
+of token_norm.py, which run outside of graphs only.
 
 Importing a module registers its operations; only `backends.py` imports them, and only when they may run. All kernels
 read and write NHWC memory: tensors are logically (B, C, H, W) and contiguous in `torch.channels_last`. Accumulation is
@@ -8,6 +9,7 @@ cpu.py          both operations with oneDNN; the others need Triton, and without
 statistics.py   mean and variance of each sample or token
 pool_mixer.py   res_scale * x + mask * scale * rstd * (pool(x) - x)
 channel_mlp.py  res_scale * x + mask * layer_scale * (W2 act(W1 norm(x) + b1) + b2)
+token_norm.py   LayerNorm over channels, and res_scale * x + mask * layer_scale * branch with it
 separable_conv.py  res_scale * x + mask * layer_scale * (W2 D act(W1 norm(x))), D a depthwise convolution
 launch.py       choice of tiles, precision of products, devices
 tiles.py        which tile is the best known one

@@ -34,12 +34,11 @@ import triton.language as tl
 from .channel_mlp import contract_kernel, scalar, vector
 from .flops import count_products
 from .launch import FUSION, INTERPRETED, Tiles, empty_nhwc, float32, on, operand, precision, transposed_product
+from .token_norm import normalise, normalise_backward, standardised, token_rows
 
 
 # Rows of at most so many channels are normalised in the kernel that multiplies them.
 WHOLE = 16 if INTERPRETED else 128
-# Entries of a tile of the pointwise passes.
-ENTRIES = 256 if INTERPRETED else 4096
 # Strips of tokens and channels of a program of D: one channel of one strip for each thread of 4 warps, and 64 bytes of
 # bfloat16 side by side.
 STRIPS, CHANNELS = (4, 16) if INTERPRETED else (4, 32)
@@ -50,28 +49,6 @@ STRIP = range(2, 4) if INTERPRETED else range(4, 9)
 REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
 # Programs wanted, several per multiprocessor; a constant, so that sums do not depend on the device.
 PROGRAMS = 4 if INTERPRETED else 1056
-
-
-@triton.jit
-def standardised(value, inside, eps, C: tl.constexpr):
-    """(x - mu) r of float32 rows, zeros outside, and r."""
-    mean = tl.sum(value, 1) / C
-    deviation = tl.where(inside, value - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(deviation * deviation, 1) / C + eps)
-    return deviation * rstd[:, None], rstd
-
-
-@triton.jit
-def token_norm_kernel(x, norm_weight, normed, M, eps, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """n(x) (M, C) in the precision of products."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    inside = (row < M)[:, None] & (column < C)[None, :]
-    place = row.to(tl.int64)[:, None] * C + column[None, :]
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    value, _ = standardised(value, inside, eps, C)
-    value *= vector(norm_weight, column, column < C, 1.0)[None, :]
-    tl.store(normed + place, value.to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -388,68 +365,6 @@ def depthwise_weight_kernel(
         tl.store(target + tap * C, tl.sum(totals[tap], 0), mask=channels < C)
 
 
-@triton.jit
-def token_norm_backward_kernel(
-    e,
-    x,
-    g,
-    norm_weight,
-    res_scale,
-    dx,
-    sums,
-    M,
-    eps,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """dx (M, C) of e = dL/dn(x), and sums (programs, 2, C) over tokens of e (x - mu) r and of g x."""
-    column = tl.arange(0, COLUMNS)
-    gamma = vector(norm_weight, column, column < C, 1.0)[None, :]
-    shortcut = vector(res_scale, column, column < C, 1.0)[None, :]
-    norm_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    shortcut_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)
-        inside = (row < M)[:, None] & (column < C)[None, :]
-        place = row.to(tl.int64)[:, None] * C + column[None, :]
-        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
-        branch = tl.load(e + place, mask=inside, other=0.0).to(tl.float32)
-        if res_scale is not None:
-            shortcut_sum += grad * value
-        normed, rstd = standardised(value, inside, eps, C)
-        norm_sum += branch * normed
-        branch *= gamma
-        mean = tl.sum(branch, 1) / C
-        correlation = tl.sum(branch * normed, 1) / C
-        out = rstd[:, None] * (branch - mean[:, None] - normed * correlation[:, None]) + shortcut * grad
-        tl.store(dx + place, out.to(dx.dtype.element_ty), mask=inside)
-    target = sums + tl.program_id(0).to(tl.int64) * 2 * C + column
-    tl.store(target, tl.sum(norm_sum, 0), mask=column < C)
-    tl.store(target + C, tl.sum(shortcut_sum, 0), mask=column < C)
-
-
-def token_rows(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) in channels_last memory as (M, C)."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def row_tile(channels: int) -> dict:
-    """Tile of a pass over whole rows, as arguments of a kernel."""
-    columns = triton.next_power_of_2(channels)
-    return {"ROWS": max(ENTRIES // columns, 1), "COLUMNS": columns, "num_warps": 8, **FUSION}
-
-
-def normalise(rows: torch.Tensor, norm_weight: torch.Tensor | None, eps: float, dtype: torch.dtype) -> torch.Tensor:
-    """n(x) (M, C) in `dtype`."""
-    normed = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-    count, channels = rows.shape
-    tile = row_tile(channels)
-    token_norm_kernel[(triton.cdiv(count, tile["ROWS"]),)](rows, norm_weight, normed, count, eps, C=channels, **tile)
-    return normed
-
-
 def expand(
     rows: torch.Tensor, norm_weight: torch.Tensor | None, weight: torch.Tensor, eps: float, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -457,7 +372,7 @@ def expand(
     weight = weight.to(dtype)
     (count, channels), inner = rows.shape, weight.shape[0]
     if channels > WHOLE:
-        return torch.mm(normalise(rows, norm_weight, eps, dtype), weight.t())
+        return torch.mm(normalise(rows, norm_weight, None, eps, dtype), weight.t())
     z = torch.empty((count, inner), dtype=dtype, device=rows.device)
     tiles = expand_tiles(dtype)
     norm_product_kernel[(triton.cdiv(count, tiles.rows),)](
@@ -697,7 +612,7 @@ def separable_conv_backward(
 
     Without `with_weights`, dW1, dD and G are (0,).
     """
-    batch, channels, height, width = g.shape
+    batch, _, height, width = g.shape
     dtype = z.dtype
     with on(g):
         strips = Strips(batch, height, width, z.shape[1], depthwise_weight.shape[-1])
@@ -710,14 +625,10 @@ def separable_conv_backward(
             contracted = transposed_product(grad, convolve(strips, z, taps, *activation))
         dz, dact = convolve_backward(strips, dmixed, z, taps, *activation)
         if with_weights:
-            dweight1 = transposed_product(dz, normalise(rows, norm_weight, eps, dtype))
+            dweight1 = transposed_product(dz, normalise(rows, norm_weight, None, eps, dtype))
         else:
             dweight1, dtaps, contracted = (float32(g, 0) for _ in range(3))
-        dx, tile = empty_nhwc(g), row_tile(channels)
-        sums = float32(g, min(triton.cdiv(len(rows), tile["ROWS"]), PROGRAMS), 2, channels)
-        token_norm_backward_kernel[(len(sums),)](
-            torch.mm(dz, weight1), x, g, norm_weight, res_scale, dx, sums, len(rows), eps, C=channels, **tile
-        )
+        dx, sums = normalise_backward(torch.mm(dz, weight1), x, g, norm_weight, res_scale, eps)
         return dx, dweight1, dtaps, contracted, sums.sum(0), dact
 
 
