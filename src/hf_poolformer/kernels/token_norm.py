@@ -21,6 +21,7 @@ These are functions of autograd and not registered operations, which take the CP
 the rest. torch.compile, which would need those, makes a norm and an addition as fast itself (see backends.py).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -228,6 +229,7 @@ def token_rows(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
+@functools.cache
 def row_tile(channels: int) -> dict[str, Any]:
     """Tile of a pass over whole rows, as arguments of a kernel."""
     columns = triton.next_power_of_2(channels)
