@@ -360,6 +360,7 @@ def _triton_kernels() -> ModuleType | str:
         import hf_poolformer.kernels.pool_mixer
         import hf_poolformer.kernels.separable_conv
         import hf_poolformer.kernels.statistics
+        import hf_poolformer.kernels.token_norm
     except ImportError as error:
         return f"{error.name or 'a module'} is not installed ({error})"
     return hf_poolformer.kernels
@@ -657,21 +658,22 @@ def fused_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     if infers(decision):
         return _inferred_block(block, x, decision)
     known = entering_statistics(x)
-    mixer, statistics = mixer_arguments(block, x, decision), None
+    mixer, statistics = mixer_arguments(block, x, decision), {}  # of x, by the kind of norm that wants them
     separable = separable_arguments(block, x, decision) if mixer is None else None
     if mixer is not None:
         mixer |= {"norm_bias": block.before_norm.bias, "mask": block.drop_path.mask(x), "statistics": known}
-        x, statistics = pool_mixer(x, **mixer, with_statistics=block.use_mlp, backend=decision.backend)
+        x, found = pool_mixer(x, **mixer, with_statistics=block.use_mlp, backend=decision.backend)
+        statistics["group"] = found
     elif separable is not None:
         x = separable_conv(x, **separable, mask=block.drop_path.mask(x))
     else:
-        x = block.mix_tokens(x)
+        branch = module_branch(block, x, decision)
+        x, statistics["channel"] = (block.mix_tokens(x), None) if branch is None else branch
     mlp = mlp_arguments(block, x, decision)
     if mlp is None:
         return block.mix_channels(x)
     mask = block.drop_path.mask(x)
-    statistics = statistics if mlp["norm"] == "group" else None  # the mixer's are of samples, not of tokens
-    return channel_mlp(x, **mlp, mask=mask, statistics=statistics, backend=decision.backend)[0]
+    return channel_mlp(x, **mlp, mask=mask, statistics=statistics.get(mlp["norm"]), backend=decision.backend)[0]
 
 
 def fused_stage(stage: nn.ModuleList, x: torch.Tensor) -> torch.Tensor | None:
@@ -928,6 +930,78 @@ MIXERS = {
     "mixing": mixing_arguments,
 }
 MLPS = {"channel_mlp": mlp_arguments}
+
+
+def module_branch(
+    block: nn.Module, x: torch.Tensor, decision: Decision
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """
+    The first branch of a block, by the module of its mixer, between kernels for its LayerNorm and for what adds it to
+    the shortcut.
+
+    Returns:
+        The result, like x (B, C, H, W), and the statistics of its tokens (B H W, 2), or None where nobody wants them.
+        None alone where another norm or plain PyTorch is to compute.
+    """
+    norm, mixer, scales = block.before_norm, block.token_mixer, (block.layer_scale_1, block.res_scale_1)
+    if (
+        not _computes_token_norm(decision)
+        or _norm_of_plain_branch(block, "mix_tokens", norm, x, *scales) != "channel"
+        or not takes(decision, x, norm.weight, norm.bias, *scales)
+    ):
+        return None
+    kernels = _triton_kernels().token_norm
+    dtype = torch.float32 if _is_autocast(x) else x.dtype
+    multiplied = formula(mixer) == "attention" and is_plain(mixer.qkv, nn.Linear)
+    weight, bias, layer_scale, res_scale = _contiguous(norm.weight, norm.bias, *scales)
+    normed, shortcut = kernels.norm_and_shortcut(
+        x.contiguous(memory_format=torch.channels_last),
+        weight,
+        bias,
+        res_scale,
+        norm.eps,
+        _product_dtype(x) if multiplied else dtype,
+    )
+    branch = mixer(normed)
+    if _unfit(branch, ()) or branch.shape != x.shape or branch.device != x.device or branch.dtype not in DTYPES:
+        return block.merge(x, branch, *scales), None
+    branch = branch.contiguous(memory_format=torch.channels_last)
+    mask = block.drop_path.mask(branch)
+    return kernels.merge(shortcut, branch, layer_scale, res_scale, mask, dtype, block.use_mlp)
+
+
+def normalise(
+    norm: nn.Module, x: torch.Tensor, preferred: str | None, reader: nn.Module | None = None
+) -> torch.Tensor:
+    """
+    norm(x), by a kernel where that is a LayerNorm over the channels of x and Triton's kernels compute.
+
+    Args:
+        x: (B, C, H, W), and so is the result.
+        preferred: one of `BACKENDS`, for a norm that is called outside of a model.
+        reader: what alone reads the result. If that is a convolution, the result has autocast's dtype.
+    """
+    # In this order, because most embeddings have no norm, and nobody should wait for that to be found out.
+    if not isinstance(norm, nn.LayerNorm) or torch.compiler.is_compiling():
+        return norm(x)
+    decision, parameters = decided(x, preferred), (norm.weight, norm.bias)
+    if not (
+        _computes_token_norm(decision)
+        and norm_kind(norm, x.shape[1]) == "channel"
+        and fit(x, ((vector, x.shape[1:2]) for vector in parameters))
+        and takes(decision, x, *parameters)
+    ):
+        return norm(x)
+    multiplied = reader is not None and is_plain(reader, nn.Conv2d)
+    dtype = _product_dtype(x) if multiplied else torch.float32 if _is_autocast(x) else x.dtype
+    x = x.contiguous(memory_format=torch.channels_last)
+    return _triton_kernels().token_norm.token_norm(x, *_contiguous(*parameters), norm.eps, dtype)
+
+
+def _computes_token_norm(decision: Decision) -> bool:
+    """Whether kernels compute a LayerNorm and an addition that are not part of a larger operation. Compiled functions
+    do without: Inductor's are as fast, and these are no operations that a graph could hold."""
+    return decision.backend == "triton" and not (torch.compiler.is_compiling() or _is_transformed())
 
 
 def _norm_of_plain_branch(

@@ -27,7 +27,17 @@ from transformers.utils import CONFIG_NAME, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .backends import computes, convolve, decides, enter_stage, fused_block, fused_stage, fusible, unless_fused
+from .backends import (
+    computes,
+    convolve,
+    decides,
+    enter_stage,
+    fused_block,
+    fused_stage,
+    fusible,
+    normalise,
+    unless_fused,
+)
 from .configuration_poolformer import MetaFormerConfig, PoolFormerConfig
 from .ops import drop, residual
 from .token_mixers import TOKEN_MIXERS, AttentionWeights, DefaultInitConv2d, SquaredReLU, activation
@@ -136,8 +146,9 @@ class MetaFormerEmbeddings(nn.Module):
             self.position_embeddings = nn.Parameter(torch.zeros(1, dim, *config.stage_resolution(stage)))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = convolve(self.projection, self.pre_norm(hidden_states), self.config.kernels)
-        hidden_states = self.post_norm(hidden_states)
+        hidden_states = normalise(self.pre_norm, hidden_states, self.config.kernels, reader=self.projection)
+        hidden_states = convolve(self.projection, hidden_states, self.config.kernels)
+        hidden_states = normalise(self.post_norm, hidden_states, self.config.kernels)
         if self.position_embeddings is not None:
             hidden_states = hidden_states + self.resize_positions(hidden_states.shape[-2:])
         return hidden_states

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from hf_poolformer import backends
-from hf_poolformer.kernels import channel_mlp, patch_embedding, pool_mixer, separable_conv
+from hf_poolformer.kernels import channel_mlp, patch_embedding, pool_mixer, separable_conv, token_norm
 
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -126,6 +126,20 @@ def run_separable(dim: int, size: int, dtype: torch.dtype, product_dtype: torch.
     y.sum().backward()
 
 
+def run_around_module(dim: int, dtype: torch.dtype, branch_dtype: torch.dtype, everything: bool):
+    """The norm, and the addition of the branch; `everything` with bias, layer scale and mask."""
+
+    def parameter(there=True):
+        return torch.ones(dim, dtype=dtype, requires_grad=True) if there else None
+
+    x = torch.ones(2, dim, 14, 14, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    mask, result_dtype = torch.ones(2) if everything else None, torch.promote_types(dtype, branch_dtype)
+    weight, bias, layer_scale, res_scale = (parameter(there) for there in (True, everything, everything, True))
+    normed, shortcut = token_norm.norm_and_shortcut(x, weight, bias, res_scale, 1e-6, branch_dtype)
+    y, _ = token_norm.merge(shortcut, normed, layer_scale, res_scale, mask, result_dtype, True)
+    y.sum().backward()
+
+
 def mix(dim: int, size: int, dtype: torch.dtype):
     """The mixer alone: its tiles depend on the width of the image."""
     x, weight = torch.ones(2, dim, size, size, dtype=dtype, requires_grad=True), torch.ones(dim, dtype=dtype)
@@ -151,6 +165,7 @@ def main():
         embed(dim, 3, torch.bfloat16)
         with torch.no_grad():
             run(dim, 14, torch.bfloat16, None, v2=False)
+        run_around_module(dim, torch.bfloat16, torch.bfloat16, everything=False)
     if channels:
         for report in reports.values():
             usage = f"registers {report['registers']}, stack {report['stack']}, shared {report['shared']}"
@@ -170,6 +185,10 @@ def main():
     run_separable(128, 28, torch.float32, torch.bfloat16)
     run_separable(320, 12, torch.float16, torch.float16)
     run_separable(20, 8, torch.float32, torch.float32)
+    run_around_module(64, torch.bfloat16, torch.bfloat16, everything=False)
+    run_around_module(512, torch.bfloat16, torch.bfloat16, everything=True)
+    run_around_module(320, torch.float32, torch.bfloat16, everything=True)
+    run_around_module(20, torch.float16, torch.float16, everything=True)
     for dim, size in ((64, 56), (128, 28), (512, 7)):
         mix(dim, size, torch.bfloat16)
     mix(64, 56, torch.float32)

@@ -22,7 +22,7 @@ CASES = {
     "four channels": ((1, 4, 8, 10), 17, (3, 3), [2, 2], [1, 1], True),
     "patches side by side": ((1, 3, 9, 8), 8, (4, 4), [4, 4], [0, 0], True),
     "height is not width": ((2, 2, 7, 12), 4, (2, 5), [1, 3], [0, 4], False),
-    # Of an image smaller than the window, oneDNN (torch 2.14) makes bfloat16 gradients of weights from unwritten memory.
+    # Of an image smaller than the window, oneDNN (torch 2.14) makes bfloat16 weight gradients of unwritten memory.
     "one token": ((1, 3, 5, 5), 4, (7, 7), [4, 4], [2, 2], True),
 }
 

@@ -1,4 +1,5 @@
-"""Kernels behind `hf_poolformer.backends`, registered with torch.library as `torch.ops.hf_poolformer.*`.
+"""Kernels behind `hf_poolformer.backends`, registered with torch.library as `torch.ops.hf_poolformer.*` but for those
+of token_norm.py, which run outside of graphs only.
 
 Importing a module registers its operations; only `backends.py` imports them, and only when they may run. All kernels
 read and write NHWC memory: tensors are logically (B, C, H, W) and contiguous in `torch.channels_last`. Accumulation is
@@ -9,6 +10,7 @@ statistics.py   mean and variance of each sample or token
 patch_embedding.py  a convolution of few channels; the bias of any other
 pool_mixer.py   res_scale * x + mask * scale * rstd * (pool(x) - x)
 channel_mlp.py  res_scale * x + mask * layer_scale * (W2 act(W1 norm(x) + b1) + b2)
+token_norm.py   LayerNorm over channels, and res_scale * x + mask * layer_scale * branch with it
 separable_conv.py  res_scale * x + mask * layer_scale * (W2 D act(W1 norm(x))), D a depthwise convolution
 registration.py  the same under torch.ops.hf_poolformer, for graphs, and how eager code avoids that
 launch.py       choice of tiles, precision of products, devices

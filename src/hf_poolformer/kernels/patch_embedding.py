@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from .launch import FUSION, INTERPRETED, bucket, float32, on, operand, precision, tuned
+from .launch import FUSION, INTERPRETED, bucket, float32, kernel, on, operand, precision, tuned
 from .statistics import CHUNK, combine, moments
 
 
@@ -37,7 +37,7 @@ PROGRAMS = 4 if INTERPRETED else 1056
 LARGEST_WINDOW = 256
 
 
-@triton.jit
+@kernel
 def convolution_kernel(
     x,
     weight,
@@ -124,7 +124,7 @@ def convolution_kernel(
             tl.store(partials + 2 * plane + index, tl.sum(tl.sum(deviation * deviation, 1), 0))
 
 
-@triton.jit
+@kernel
 def bias_kernel(y, bias, partials, size, plane, C: tl.constexpr, STATISTICS: tl.constexpr, CHUNK: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)[None, :]

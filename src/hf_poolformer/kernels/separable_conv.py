@@ -47,12 +47,11 @@ from .launch import (
     transposed_product,
 )
 from .registration import differentiable
+from .token_norm import normalise, normalise_backward, standardised, token_rows
 
 
 # Rows of at most so many channels are normalised in the kernel that multiplies them.
 WHOLE = 16 if INTERPRETED else 128
-# Entries of a tile of the pointwise passes.
-ENTRIES = 256 if INTERPRETED else 4096
 # Strips of tokens and channels of a program of D: one channel of one strip for each thread of 4 warps, and 64 bytes of
 # bfloat16 side by side.
 STRIPS, CHANNELS = (4, 16) if INTERPRETED else (4, 32)
@@ -65,28 +64,6 @@ REGISTERS = {} if torch.version.hip else {"maxnreg": 168}
 PROGRAMS = 4 if INTERPRETED else 1056
 # Of what makes gradients of sums: entries of a row of weights, and a tile of parts of sums.
 FINISH, FINISH_ROWS, FINISH_COLUMNS = (64, 16, 16) if INTERPRETED else (1024, 64, 32)
-
-
-@triton.jit
-def standardised(value, inside, eps, C: tl.constexpr):
-    """(x - mu) r of float32 rows, zeros outside, and r."""
-    mean = tl.sum(value, 1) / C
-    deviation = tl.where(inside, value - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(deviation * deviation, 1) / C + eps)
-    return deviation * rstd[:, None], rstd
-
-
-@kernel
-def token_norm_kernel(x, norm_weight, normed, M, eps, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """n(x) (M, C) in the precision of products."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    inside = (row < M)[:, None] & (column < C)[None, :]
-    place = row.to(tl.int64)[:, None] * C + column[None, :]
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    value, _ = standardised(value, inside, eps, C)
-    value *= vector(norm_weight, column, column < C, 1.0)[None, :]
-    tl.store(normed + place, value.to(normed.dtype.element_ty), mask=inside)
 
 
 @kernel
@@ -403,48 +380,6 @@ def depthwise_weight_kernel(
         tl.store(target + tap * C, tl.sum(totals[tap], 0), mask=channels < C)
 
 
-@kernel
-def token_norm_backward_kernel(
-    e,
-    x,
-    g,
-    norm_weight,
-    res_scale,
-    dx,
-    sums,
-    M,
-    eps,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """dx (M, C) of e = dL/dn(x), and sums (programs, 2, C) over tokens of e (x - mu) r and of g x."""
-    column = tl.arange(0, COLUMNS)
-    gamma = vector(norm_weight, column, column < C, 1.0)[None, :]
-    shortcut = vector(res_scale, column, column < C, 1.0)[None, :]
-    norm_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    shortcut_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)
-        inside = (row < M)[:, None] & (column < C)[None, :]
-        place = row.to(tl.int64)[:, None] * C + column[None, :]
-        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
-        branch = tl.load(e + place, mask=inside, other=0.0).to(tl.float32)
-        if res_scale is not None:
-            shortcut_sum += grad * value
-        normed, rstd = standardised(value, inside, eps, C)
-        norm_sum += branch * normed
-        branch *= gamma
-        mean = tl.sum(branch, 1) / C
-        correlation = tl.sum(branch * normed, 1) / C
-        out = rstd[:, None] * (branch - mean[:, None] - normed * correlation[:, None]) + shortcut * grad
-        tl.store(dx + place, out.to(dx.dtype.element_ty), mask=inside)
-    target = sums + tl.program_id(0).to(tl.int64) * 2 * C + column
-    tl.store(target, tl.sum(norm_sum, 0), mask=column < C)
-    tl.store(target + C, tl.sum(shortcut_sum, 0), mask=column < C)
-
-
 @triton.jit
 def column_sum(parts, count, stride, column, inside, ROWS: tl.constexpr):
     """Sums over `count` rows of `parts`, which lie `stride` apart, for each column."""
@@ -539,26 +474,6 @@ def finish_kernel(
         store_activation_gradients(act_parts, act_count, dact_scale, dact_bias, ENTRIES)
 
 
-def token_rows(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) in channels_last memory as (M, C)."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def row_tile(channels: int) -> dict:
-    """Tile of a pass over whole rows, as arguments of a kernel."""
-    columns = triton.next_power_of_2(channels)
-    return {"ROWS": max(ENTRIES // columns, 1), "COLUMNS": columns, "num_warps": 8, **FUSION}
-
-
-def normalise(rows: torch.Tensor, norm_weight: torch.Tensor | None, eps: float, dtype: torch.dtype) -> torch.Tensor:
-    """n(x) (M, C) in `dtype`."""
-    normed = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-    count, channels = rows.shape
-    tile = row_tile(channels)
-    token_norm_kernel[(triton.cdiv(count, tile["ROWS"]),)](rows, norm_weight, normed, count, eps, C=channels, **tile)
-    return normed
-
-
 def expand(
     rows: torch.Tensor, norm_weight: torch.Tensor | None, weight: torch.Tensor, eps: float, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -566,7 +481,7 @@ def expand(
     (count, channels), inner = rows.shape, weight.shape[0]
     weight = weight.to(dtype).view(inner, channels)
     if channels > WHOLE:
-        return torch.mm(normalise(rows, norm_weight, eps, dtype), weight.t())
+        return torch.mm(normalise(rows, norm_weight, None, eps, dtype), weight.t())
     z = torch.empty((count, inner), dtype=dtype, device=rows.device)
     tiles = expand_tiles(dtype)
     norm_product_kernel[(triton.cdiv(count, tiles.rows),)](
@@ -793,24 +708,11 @@ def separate_backward(
         dz, act_parts = convolve_backward(strips, dmixed, z, taps, *activation)
         first = second = None
         if need1:
-            first = transposed_product(dz, normalise(rows, norm_weight, eps, dtype))
+            first = transposed_product(dz, normalise(rows, norm_weight, None, eps, dtype))
         if need2 or need_scale:
             second = transposed_product(grad, convolve(strips, z, taps, *activation))
-        dx, tile = empty_nhwc(g), row_tile(channels)
-        sums = float32(g, min(triton.cdiv(len(rows), tile["ROWS"]), PROGRAMS), 2, channels)
-        token_norm_backward_kernel[(len(sums),)](
-            torch.mm(dz, operand1.view(inner, channels)),
-            x,
-            g,
-            norm_weight,
-            res_scale,
-            dx,
-            sums,
-            len(rows),
-            eps,
-            C=channels,
-            **tile,
-        )
+        branch = torch.mm(dz, operand1.view(inner, channels))
+        dx, sums = normalise_backward(branch, x, g, norm_weight, res_scale, eps)
         grads = empty_like_each(parameters, wanted)
         finish(first, second, parts, act_parts, sums, weight2, layer_scale, grads)
         return [dx, *grads]
