@@ -64,7 +64,7 @@ def separable_conv(x, named, mask, dtype=None, needs_gradient=True):
 
 def exact(block, x, mask, grad):
     """
-    The branch and the gradients of x and of all parameters, by the modules in float64; then the norms of the gradients.
+    The branch and the gradients of x and of all parameters, by the modules in float64; then the gradients' norms.
 
     That of a learned scalar's is of the terms it sums, unless it is larger itself: see `exact` in test_channel_mlp.py.
     """
