@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 
 # Before anything imports huggingface_hub, which reads it once.
@@ -21,6 +22,8 @@ if not torch.cuda.is_available():
 from hf_poolformer import TOKEN_MIXERS, MetaFormerConfig, PoolFormerConfig
 
 
+STARTED = pytest.StashKey[float]()
+
 TINY = {"depths": (1, 1, 2, 1), "hidden_sizes": (8, 16, 32, 64), "num_labels": 10}
 BASELINES = {
     "norm_bias": False,
@@ -33,6 +36,22 @@ BASELINES = {
     "head_norm_first": False,
     "head_type": "mlp",
 }
+
+
+def pytest_addoption(parser):
+    parser.addoption("--most-seconds", type=float, help="skip the tests that have not begun after so many seconds")
+
+
+def pytest_configure(config):
+    config.stash[STARTED] = time.monotonic()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skips in place of an interrupt: with pytest-xdist, that would lose the names of the tests that failed."""
+    most = item.config.getoption("--most-seconds")
+    if most is not None and time.monotonic() > item.config.stash[STARTED] + most:
+        pytest.skip(f"not run, there was no time left after {most:g} seconds")
 
 
 @pytest.fixture(autouse=True)

@@ -158,7 +158,8 @@ def test_what_is_not_finite_does_not_pass(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("mode", ["infer", "train", "latency"])
 def test_contestants_on_a_gpu(mode, dtype):
-    results = compare(tiny(mode, dtype=dtype, device="cuda"), "ours reference", "ours fused", "*eager*", "*graph")
+    graphs = ["*graph"] if mode == "latency" else []
+    results = compare(tiny(mode, dtype=dtype, device="cuda"), "ours reference", "ours fused", "*eager*", *graphs)
     assert {result.status for result in results.values()} <= {"passed", "skipped"}, results  # timm may be missing
     assert results["ours fused"].working_memory > 0
     assert ("built-in graph" in results) == (mode == "latency")

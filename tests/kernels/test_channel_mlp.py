@@ -40,7 +40,12 @@ def make(shape, inner, dtype, parameter_dtype, device, names, activation, mask):
 
 
 def exact(x, parameters, mask, grad, activation, eps, norm):
-    """y and the gradients of x and the parameters, in float64, by the plain formula."""
+    """
+    y and the gradients of x and the parameters, in float64, by the plain formula; then the norms of the gradients.
+
+    A learned scalar's gradient is one sum over everything, of which nearly all may cancel. What is rounded are its
+    terms, so it counts as no smaller than the root of the sum of their squares: what it comes to if signs are random.
+    """
     x = x.double().requires_grad_()
     p = {name: parameter.double().requires_grad_() for name, parameter in parameters.items()}
     affine = (p.get("norm_weight"), p.get("norm_bias"), eps)
@@ -48,14 +53,15 @@ def exact(x, parameters, mask, grad, activation, eps, norm):
         normed = F.group_norm(x, 1, *affine)
     else:
         normed = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], *affine).permute(0, 3, 1, 2)
-    hidden = F.conv2d(normed, p["weight1"], p.get("bias1"))
+    z = F.conv2d(normed, p["weight1"], p.get("bias1"))
     hidden = {
         "gelu": F.gelu,
         "silu": F.silu,
         "relu": F.relu,
         "squared_relu": lambda z: F.relu(z) ** 2,
         "star_relu": lambda z: p["act_scale"] * F.relu(z) ** 2 + p["act_bias"],
-    }[activation](hidden)
+    }[activation](z)
+    hidden.retain_grad()
     branch = F.conv2d(hidden, p["weight2"], p.get("bias2"))
     if mask is not None:
         branch = branch * mask.double()[:, None, None, None]
@@ -63,7 +69,12 @@ def exact(x, parameters, mask, grad, activation, eps, norm):
         branch = branch * p["layer_scale"][:, None, None]
     y = branch + (x * p["res_scale"][:, None, None] if "res_scale" in p else x)
     y.backward(grad.double())
-    return y, x.grad, {name: parameter.grad for name, parameter in p.items()}
+    grads = {name: parameter.grad for name, parameter in p.items()}
+    sizes = {name: each.norm().item() for name, each in grads.items()}
+    if activation == "star_relu":
+        for name, terms in (("act_scale", hidden.grad * F.relu(z) ** 2), ("act_bias", hidden.grad)):
+            sizes[name] = max(sizes[name], terms.norm().item())
+    return y, x.grad, grads, sizes
 
 
 def token_statistics(x):
@@ -91,7 +102,7 @@ def check(
     parameter_dtype = parameter_dtype or dtype
     inner = inner or 2 * shape[1] + 3
     x, parameters, mask, grad = make(shape, inner, dtype, parameter_dtype, device, names, activation, mask)
-    y_exact, dx_exact, exact_grads = exact(x, parameters, mask, grad, activation, eps, norm)
+    y_exact, dx_exact, exact_grads, sizes = exact(x, parameters, mask, grad, activation, eps, norm)
     x = x.contiguous(memory_format=memory_format).requires_grad_()
     parameters = {name: parameter.requires_grad_() for name, parameter in parameters.items()}
     rest = {name: parameter for name, parameter in parameters.items() if name not in ("weight1", "weight2")}
@@ -122,7 +133,7 @@ def check(
     assert relative_error(x.grad, dx_exact) < bound
     for name, parameter in parameters.items():
         assert parameter.grad.dtype == parameter_dtype
-        assert relative_error(parameter.grad, exact_grads[name]) < bound, name
+        assert (parameter.grad - exact_grads[name]).norm() < bound * sizes[name], name
     with torch.no_grad(), context:
         alone, none = backends.channel_mlp(
             x,
@@ -250,10 +261,10 @@ def test_frozen_parameters_get_no_gradient(device, poisoned, relative_error):
 @pytest.mark.parametrize(
     "trained", [("bias1", "bias2"), ("norm_bias",), ("layer_scale",), ("act_bias",), ("weight2",)]
 )
-def test_each_parameter_learns_without_the_others(trained, device, poisoned, relative_error):
+def test_each_parameter_learns_without_the_others(trained, device, poisoned):
     activation = "star_relu" if trained == ("act_bias",) else "gelu"
     x, parameters, mask, grad = make((2, 6, 3, 3), 12, torch.float32, torch.float32, device, V1, activation, True)
-    *_, expected = exact(x, parameters, mask, grad, activation, 1e-5, "group")
+    _, _, expected, sizes = exact(x, parameters, mask, grad, activation, 1e-5, "group")
     for name in trained:
         parameters[name].requires_grad_()
     y, _ = backends.channel_mlp(x, **parameters, activation=activation, eps=1e-5, mask=mask, backend="triton")
@@ -261,7 +272,7 @@ def test_each_parameter_learns_without_the_others(trained, device, poisoned, rel
     for name, parameter in parameters.items():
         assert (parameter.grad is not None) == (name in trained)
         if name in trained:
-            assert relative_error(parameter.grad, expected[name]) < 2e-6, name
+            assert (parameter.grad - expected[name]).norm() < 2e-6 * sizes[name], name
 
 
 def test_gelu_of_half_precision():
@@ -335,17 +346,29 @@ def test_backward_takes_a_handful_of_launches(names, activation, bound, dim, dev
     assert len(found) <= bound, found
 
 
+# Most of their time is the compiler's: every stage's shape, every kernel in every dtype, but not each with each.
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("names, activation, eps", [(V1, "gelu", 1e-5), (V2, "star_relu", 1e-6)])
 @pytest.mark.parametrize(
-    "shape", [(8, 64, 56, 56), (8, 128, 28, 28), (9, 320, 14, 14), (8, 512, 7, 7), (1, 96, 65, 33)]
+    "shape, dtype, names, norm",
+    [
+        ((8, 64, 56, 56), torch.bfloat16, V1, "group"),
+        ((8, 64, 56, 56), torch.float16, V2, "channel"),
+        ((8, 128, 28, 28), torch.float32, V1, "group"),
+        ((8, 128, 28, 28), torch.bfloat16, V2, "channel"),
+        ((9, 320, 14, 14), torch.bfloat16, V1, "group"),
+        ((9, 320, 14, 14), torch.float16, V2, "group"),
+        ((8, 512, 7, 7), torch.bfloat16, V2, "channel"),
+        ((8, 512, 7, 7), torch.float32, V2, "channel"),
+        ((8, 512, 7, 7), torch.float16, V1, "group"),
+        ((1, 96, 65, 33), torch.float32, V2, "group"),
+        ((1, 96, 65, 33), torch.bfloat16, V1, "channel"),
+    ],
 )
-def test_at_real_sizes(shape, names, activation, eps, dtype, device, poisoned, relative_error, tolerance):
+def test_at_real_sizes(shape, dtype, names, norm, device, poisoned, relative_error, tolerance):
     tolerance[torch.float32] = 1e-5  # of sums over 25 thousand tokens
-    settings = {"device": device, "dtype": dtype, "eps": eps, "inner": 4 * shape[1]}
-    for norm in ("group", "channel"):
-        check(shape, names, activation, relative_error, tolerance, norm=norm, **settings)
+    activation, eps = ("gelu", 1e-5) if names is V1 else ("star_relu", 1e-6)
+    settings = {"device": device, "dtype": dtype, "eps": eps, "inner": 4 * shape[1], "norm": norm}
+    check(shape, names, activation, relative_error, tolerance, **settings)
 
 
 @pytest.mark.gpu
