@@ -35,11 +35,12 @@ from .launch import FUSION, INTERPRETED, empty_nhwc, float32, kernel, on
 from .statistics import row_moments
 
 
-# Entries of a tile: 16 in each thread of 8 warps, which are two loads of 16 bytes of half precision.
-ENTRIES = 256 if INTERPRETED else 4096
-# Programs wanted where each has sums of its own, a few per multiprocessor, and the tiles that make a program worth it.
-# Constants, so that sums do not depend on the device.
-PROGRAMS = 4 if INTERPRETED else 528
+# Entries of a tile: 16 in each thread of 8 warps, which are two loads of 16 bytes of half precision. Where sums are
+# held as well, half of that: a multiprocessor's registers are then enough for three programs and not for one.
+ENTRIES, ENTRIES_WITH_SUMS = (256, 256) if INTERPRETED else (4096, 2048)
+# Programs wanted where each has sums of its own, three for each of a Hopper's multiprocessors, and the tiles that make
+# a program worth it. Constants, so that sums do not depend on the device.
+PROGRAMS = 4 if INTERPRETED else 396
 FEWEST_TILES = 1 if INTERPRETED else 4
 # Tile of the sum over programs.
 SUM_ROWS, SUM_COLUMNS = (16, 16) if INTERPRETED else (128, 16)
@@ -230,14 +231,16 @@ def token_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def row_tile(channels: int) -> dict[str, Any]:
+def row_tile(channels: int, entries: int = ENTRIES) -> dict[str, Any]:
     """Tile of a pass over whole rows, as arguments of a kernel."""
     columns = triton.next_power_of_2(channels)
-    return {"C": channels, "ROWS": max(ENTRIES // columns, 1), "COLUMNS": columns, "num_warps": 8, **FUSION}
+    return {"C": channels, "ROWS": max(entries // columns, 1), "COLUMNS": columns, "num_warps": 8, **FUSION}
 
 
-def programs_for_sums(rows: int, tile: dict[str, Any]) -> int:
-    return min(triton.cdiv(rows, FEWEST_TILES * tile["ROWS"]), PROGRAMS)
+def tile_with_sums(rows: int, channels: int) -> tuple[int, dict[str, Any]]:
+    """How many programs take the rows, and their tile."""
+    tile = row_tile(channels, ENTRIES_WITH_SUMS)
+    return min(triton.cdiv(rows, FEWEST_TILES * tile["ROWS"]), PROGRAMS), tile
 
 
 def normalise(
@@ -270,8 +273,8 @@ def normalise_backward(
         with_sums: else there are none (None).
     """
     dx, channels = torch.empty_like(x), x.shape[1]
-    rows, tile = x.numel() // channels, row_tile(channels)
-    programs = programs_for_sums(rows, tile)
+    rows = x.numel() // channels
+    programs, tile = tile_with_sums(rows, channels)
     sums = float32(x, programs, 3 if with_bias else 2, channels) if with_sums else None
     token_norm_backward_kernel[(programs,)](
         e, x, g, weight, res_scale, dx, sums, rows, eps, BIAS=with_sums and with_bias, **tile
@@ -388,8 +391,8 @@ class _Merge(torch.autograd.Function):
             dbranch = g.to(ctx.dtype)
         elif ctx.needs_input_grad[1] or branch is not None:
             batch, channels, height, width = g.shape
-            rows, tile = batch * height * width, row_tile(channels)
-            programs = programs_for_sums(rows, tile)
+            rows = batch * height * width
+            programs, tile = tile_with_sums(rows, channels)
             with on(g):
                 dbranch = empty_nhwc(g, ctx.dtype)
                 sums = None if branch is None else float32(g, programs, 1, channels)
