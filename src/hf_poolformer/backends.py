@@ -657,49 +657,74 @@ def fused_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         return None
     if infers(decision):
         return _inferred_block(block, x, decision)
-    known = entering_statistics(x)
-    mixer, statistics = mixer_arguments(block, x, decision), {}  # of x, by the kind of norm that wants them
-    separable = separable_arguments(block, x, decision) if mixer is None else None
+    return _operated_block(block, x, decision, entering_statistics(x), False)[0]
+
+
+def fused_stage(stage: nn.ModuleList, x: torch.Tensor) -> torch.Tensor | None:
+    """
+    All blocks of a stage by kernels, whatever computes their branches being found only once. Without gradients a CPU
+    takes a few samples at a time through all of them, which keeps these in the caches, and a GPU goes from launch to
+    launch. In training on a GPU, blocks hand on the statistics of their results.
+
+    None where plain PyTorch is to compute, or blocks are to be called one by one.
+    """
+    decision = None if torch.compiler.is_compiling() else DECISION.get()
+    if decision is None or decision.backend == "reference" or not _holds(decision):
+        return None
+    if torch.is_grad_enabled():
+        return _trained_stage(stage, x, decision) if decision.backend == "triton" else None
+    branches = _known(_find_branches, stage, x, decision)
+    return infer_branches(stage, x, branches, decision.backend, entering_statistics(x)) if branches else None
+
+
+def _trained_stage(stage: nn.ModuleList, x: torch.Tensor, decision: Decision) -> torch.Tensor | None:
+    blocks = list(stage)
+    if any(formula(block) != "block" or (block.gradient_checkpointing and block.training) for block in blocks):
+        return None
+    statistics = entering_statistics(x)
+    for block in blocks:
+        x, statistics = _operated_block(block, x, decision, statistics, block is not blocks[-1])
+    return x
+
+
+def _operated_block(
+    block: nn.Module, x: torch.Tensor, decision: Decision, known: torch.Tensor | None, hands_on: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    A block of x (B, C, H, W) by operations that have gradients, or by modules where there is none.
+
+    Args:
+        known: statistics of the samples of x (B, 2), or None.
+        hands_on: whether those of the result are wanted.
+
+    Returns:
+        The result, and those statistics, where they cost no pass of their own, or None.
+    """
+    found = _find_operations if torch.compiler.is_compiling() else functools.partial(_known, _find_operations)
+    mixer, separable, mlp = found(block, x, decision)
+    statistics = {}  # of what the second branch gets, by the kind of norm that wants them
     if mixer is not None:
-        mixer |= {"norm_bias": block.before_norm.bias, "mask": block.drop_path.mask(x), "statistics": known}
-        x, found = pool_mixer(x, **mixer, with_statistics=block.use_mlp, backend=decision.backend)
-        statistics["group"] = found
+        rest = {"norm_bias": block.before_norm.bias, "mask": block.drop_path.mask(x), "statistics": known}
+        x, statistics["group"] = pool_mixer(
+            x, **mixer, **rest, with_statistics=block.use_mlp, backend=decision.backend
+        )
     elif separable is not None:
         x = separable_conv(x, **separable, mask=block.drop_path.mask(x))
     else:
         branch = module_branch(block, x, decision)
         x, statistics["channel"] = (block.mix_tokens(x), None) if branch is None else branch
-    mlp = mlp_arguments(block, x, decision)
     if mlp is None:
-        return block.mix_channels(x)
-    mask = block.drop_path.mask(x)
-    return channel_mlp(x, **mlp, mask=mask, statistics=statistics.get(mlp["norm"]), backend=decision.backend)[0]
+        return block.mix_channels(x), None
+    rest = {"mask": block.drop_path.mask(x), "statistics": statistics.get(mlp["norm"])}
+    with_statistics = hands_on and mlp["norm"] == "group"
+    return channel_mlp(x, **mlp, **rest, with_statistics=with_statistics, backend=decision.backend)
 
 
-def fused_stage(stage: nn.ModuleList, x: torch.Tensor) -> torch.Tensor | None:
-    """
-    All blocks of a stage without gradients, by kernels: a CPU takes a few samples at a time through all of them, which
-    keeps these in the caches, and a GPU waits less for Python. None where plain PyTorch is to compute, or a block is
-    not what it was.
-    """
-    decision = None if torch.compiler.is_compiling() else DECISION.get()
-    if decision is None or decision.backend == "reference" or torch.is_grad_enabled() or not _holds(decision):
-        return None
-    branches = _known_branches(stage, x, decision)
-    return infer_branches(stage, x, branches, decision.backend, entering_statistics(x)) if branches else None
-
-
-# Stage -> what its branches were found for, and as what.
-_found: WeakKeyDictionary[nn.Module, tuple["Snapshot", tuple, list["Branch"] | None]] = WeakKeyDictionary()
-
-
-def _known_branches(stage: nn.ModuleList, x: torch.Tensor, decision: Decision) -> list["Branch"] | None:
-    """`_find_branches`, which looks at a hundred things for each block, only if something is not what it was."""
-    asked = (decision, x.dtype, x.device, x.shape[1:], torch.is_autocast_enabled(x.device.type))
-    known = _found.get(stage)
-    if known is None or known[1] != asked or not known[0].holds():
-        known = _found[stage] = Snapshot(stage), asked, _find_branches(stage, x, decision)
-    return known[2]
+def _find_operations(block: nn.Module, x: torch.Tensor, decision: Decision) -> tuple[dict[str, Any] | None, ...]:
+    """Arguments of `pool_mixer` or `separable_conv`, and of `channel_mlp`; None for what modules are to compute."""
+    mixer = mixer_arguments(block, x, decision)
+    separable = separable_arguments(block, x, decision) if mixer is None else None
+    return mixer, separable, mlp_arguments(block, x, decision)
 
 
 def _find_branches(stage: nn.ModuleList, x: torch.Tensor, decision: Decision) -> list["Branch"] | None:
@@ -716,6 +741,22 @@ def _find_branches(stage: nn.ModuleList, x: torch.Tensor, decision: Decision) ->
     return branches
 
 
+# Function and module -> what it found there, when, and for what.
+_found: dict[Callable[..., Any], WeakKeyDictionary[nn.Module, tuple["Snapshot", tuple, Any]]] = {}
+
+
+def _known(find: Callable[..., Any], module: nn.Module, x: torch.Tensor, decision: Decision) -> Any:
+    """find(module, x, decision), which looks at a hundred things for each block, only if something has changed."""
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    asked = decision, x.dtype, x.device, x.shape[1:], autocast
+    known = _found.setdefault(find, WeakKeyDictionary())
+    last = known.get(module)
+    if last is None or last[1] != asked or not last[0].holds():
+        last = known[module] = Snapshot(module), asked, find(module, x, decision)
+    return last[2]
+
+
 class Snapshot:
     """All attributes of a module and of those within, as they are now."""
 
@@ -728,8 +769,12 @@ class Snapshot:
         self._empty = [each for each in containers if not each]
         self._now = parts + [each for each in containers if each]
         self._then = [copy.copy(each) for each in self._now]
-        tensors = [value for own in parts for value in own["_parameters"].values() if value is not None]
-        self._tensors = [(tensor, tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        self._parameters = [own["_parameters"] for own in parts]
+        self._tensors = self._find_tensors()
+        self._layouts = [(each.shape, each.dtype, each.device) for each in self._tensors]
+
+    def _find_tensors(self) -> list[torch.Tensor]:
+        return [tensor for own in self._parameters for tensor in own.values() if tensor is not None]
 
     def holds(self) -> bool:
         """Whether nothing has changed; neither has a class that was replaced a method, nor is there a global hook."""
@@ -739,9 +784,11 @@ class Snapshot:
             return False
         return (
             same
+            # Two of one number may be equal, and yet be two.
+            and all(map(operator.is_, self._find_tensors(), self._tensors))
             and all(
                 tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
-                for tensor, shape, dtype, device in self._tensors
+                for tensor, (shape, dtype, device) in zip(self._tensors, self._layouts, strict=True)
             )
             and self._classes == list(map(type, self._modules))
             and all(map(_is_as_defined, set(self._classes)))

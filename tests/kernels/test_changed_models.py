@@ -503,6 +503,19 @@ def test_new_weights_are_used(name, paths, model, agree, outcomes, relative_erro
 
 
 @pytest.mark.parametrize("paths", PATHS)
+def test_an_equal_number_in_the_place_of_another(paths, model, agree, relative_error):
+    """Two tensors of one number compare as equal, but only one of them is the model's."""
+    act = star_relu()(None)
+    model.metaformer.encoder.block[0][0].output.act_fn = act
+    before = agree(model, paths)
+    act.scale = nn.Parameter(act.scale.detach().clone())
+    assert relative_error(agree(model, paths), before) == 0
+    with torch.no_grad():
+        act.scale.mul_(1.5)
+    assert relative_error(agree(model, paths), before) > CHANGED
+
+
+@pytest.mark.parametrize("paths", PATHS)
 def test_parts_in_another_precision_are_refused_as_by_torch(paths, model, outcomes):
     model.metaformer.encoder.block[0][0].output.conv1.to(torch.bfloat16)
     for kernels, grad in [("reference", True), *paths]:
