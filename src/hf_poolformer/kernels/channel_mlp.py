@@ -50,10 +50,12 @@ from .launch import (
     INTERPRETED,
     Tiles,
     bucket,
+    cdiv,
     empty_like_each,
     empty_nhwc,
     float32,
     kernel,
+    next_power_of_2,
     on,
     operand,
     precision,
@@ -835,7 +837,7 @@ def fold(
     folded1 = torch.empty(weight1.shape, dtype=dtype, device=weight1.device)
     folded2 = None if same2 else torch.empty(weight2.shape, dtype=dtype, device=weight2.device)
     sums, offset = (float32(weight1, inner), float32(weight1, inner)) if with_sums else (None, None)
-    programs = triton.cdiv(inner, FOLD_ROWS) + (0 if same2 else triton.cdiv(channels, FOLD_ROWS))
+    programs = cdiv(inner, FOLD_ROWS) + (0 if same2 else cdiv(channels, FOLD_ROWS))
     fold_kernel[(programs,)](
         weight1,
         norm_weight,
@@ -874,7 +876,7 @@ def _candidates(dtype: torch.dtype, tiles: list[Tiles]) -> list[Tiles]:
 
 
 def _programs(rows: int, columns: int, tiles: Tiles) -> int:
-    return triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns)
+    return cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns)
 
 
 def _whole(channels: int, dtype: torch.dtype) -> bool:
@@ -889,7 +891,7 @@ def _keeps_normed(x: torch.Tensor, dtype: torch.dtype) -> bool:
 
 def _stride(columns: int) -> int:
     """Columns of a matrix with at least two more than that, whose rows begin at multiples of 16 bytes."""
-    return triton.cdiv(columns + 2, 8) * 8
+    return cdiv(columns + 2, 8) * 8
 
 
 def _activation(name: str, dtype: torch.dtype, device: torch.device) -> str:
@@ -914,7 +916,7 @@ def _normalise(x: torch.Tensor, statistics: torch.Tensor, eps: float, dtype: tor
     stride = _stride(channels)
     normed = torch.empty((tokens, stride), dtype=dtype, device=x.device)
     rows, columns = whole_rows(channels)
-    normalise_kernel[(triton.cdiv(tokens, rows),)](
+    normalise_kernel[(cdiv(tokens, rows),)](
         x,
         statistics,
         normed,
@@ -972,7 +974,7 @@ def mlp(
         partials = float32(x, 3, 1, rows) if with_statistics else None
         preactivation = torch.empty((rows, inner), dtype=dtype, device=x.device) if save else None
         normed = torch.empty((rows, _stride(channels)), dtype=dtype, device=x.device) if save else None
-        mlp_kernel[(triton.cdiv(rows, tiles.rows),)](
+        mlp_kernel[(cdiv(rows, tiles.rows),)](
             x,
             statistics,
             norm_weight,
@@ -1001,7 +1003,7 @@ def mlp(
             OPERAND=operand(dtype),
             ROWS=tiles.rows,
             COLUMNS=tiles.columns,
-            WIDTH=max(triton.next_power_of_2(channels), 16),
+            WIDTH=max(next_power_of_2(channels), 16),
             num_warps=tiles.warps,
             num_stages=tiles.stages,
             **FUSION,
@@ -1035,7 +1037,7 @@ def mlp(
 
     def contract(tiles):
         y = empty_nhwc(x)
-        blocks = triton.cdiv(channels, tiles.columns)
+        blocks = cdiv(channels, tiles.columns)
         partials = float32(x, 3, blocks, rows) if with_statistics else None
         contract_kernel[(_programs(rows, channels, tiles),)](
             hidden,
@@ -1132,7 +1134,7 @@ def mlp_backward(
 
     def contract(tiles):
         q = torch.empty((rows, channels), dtype=dtype, device=g.device)
-        row_sums = None if span == 1 else float32(g, 2, triton.cdiv(channels, tiles.columns), rows)
+        row_sums = None if span == 1 else float32(g, 2, cdiv(channels, tiles.columns), rows)
         contract_backward_kernel[(_programs(rows, channels, tiles),)](
             dz,
             operand1,
@@ -1160,7 +1162,7 @@ def mlp_backward(
         )
         dx = empty_nhwc(g)
         tile_rows, tile_columns = whole_rows(channels)
-        norm_backward_kernel[(triton.cdiv(rows, tile_rows),)](
+        norm_backward_kernel[(cdiv(rows, tile_rows),)](
             q,
             normed,
             g,
@@ -1193,8 +1195,8 @@ def _shortcut(
     if rounds or with_sums:
         batch, channels, height, width = g.shape
         rows = batch * height * width
-        blocks = triton.cdiv(channels, REDUCE_COLUMNS)
-        splits = min(triton.cdiv(rows, REDUCE_ROWS), triton.cdiv(PROGRAMS, blocks))
+        blocks = cdiv(channels, REDUCE_COLUMNS)
+        splits = min(cdiv(rows, REDUCE_ROWS), cdiv(PROGRAMS, blocks))
         sums = float32(g, splits, channels) if with_sums else None
         shortcut_kernel[(splits, blocks)](
             g,
@@ -1242,7 +1244,7 @@ def _parameter_gradients(
 
     inner, channels = weight1.shape[:2]
     rows = dz.shape[0]
-    blocks = triton.cdiv(channels, GRADIENT_SHORT)
+    blocks = cdiv(channels, GRADIENT_SHORT)
     # The whole products, or of frozen weights the last columns alone.
     width1 = channels if is_any(dnorm_weight, dweight1) else 0
     width2 = inner if is_any(dweight2, dact_scale, dact_bias, dlayer_scale) else 0

@@ -122,6 +122,16 @@ def _first_that_fits(key: tuple, candidates: list, launch: Callable[[Any], Any])
     return launch(order[0])
 
 
+def cdiv(count: int, size: int) -> int:
+    """How many of this size it takes for so many; Triton's own takes as long as a launch."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << (count - 1).bit_length()
+
+
 @contextlib.contextmanager
 def every_tile() -> Iterator[None]:
     """Inside, every kernel is launched with each of its tiles: all of them are to be compiled."""

@@ -15,11 +15,10 @@ the statistics of what they write.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from .launch import FUSION, INTERPRETED, bucket, float32, kernel, on, operand, precision, tuned
+from .launch import FUSION, INTERPRETED, bucket, cdiv, float32, kernel, next_power_of_2, on, operand, precision, tuned
 from .statistics import CHUNK, combine, moments
 
 
@@ -157,8 +156,8 @@ def runs(weight: torch.Tensor, stride: list[int], padding: list[int]) -> dict[st
     lead = -padding[1] * channels % together
     read = -(-(lead + columns * channels) // together) * together
     # No product is less deep than 16.
-    run = max(triton.next_power_of_2(read), 16)
-    return {"LEAD": lead, "READ": read, "RUN": run, "RUNS": triton.next_power_of_2(rows)}
+    run = max(next_power_of_2(read), 16)
+    return {"LEAD": lead, "READ": read, "RUN": run, "RUNS": next_power_of_2(rows)}
 
 
 def fits(weight: torch.Tensor, stride: list[int], padding: list[int]) -> bool:
@@ -179,13 +178,13 @@ def convolve(
     batch, channels, height, width = x.shape
     size = out_size(x, weight, stride, padding)
     _, out_channels, out_height, out_width = size
-    columns = min(max(triton.next_power_of_2(out_channels), min(TILES)), max(TILES))
-    blocks = triton.cdiv(out_channels, columns)
+    columns = min(max(next_power_of_2(out_channels), min(TILES)), max(TILES))
+    blocks = cdiv(out_channels, columns)
 
     def launch(tile):
         tile_h, tile_w, warps, stages = tile
-        tiles = triton.cdiv(out_height, tile_h) * triton.cdiv(out_width, tile_w)
-        splits = min(tiles, triton.cdiv(PROGRAMS, batch * blocks))
+        tiles = cdiv(out_height, tile_h) * cdiv(out_width, tile_w)
+        splits = min(tiles, cdiv(PROGRAMS, batch * blocks))
         y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         partials = float32(x, 3, 1, batch * tiles * blocks) if with_statistics else None
         convolution_kernel[(batch * splits, blocks)](
@@ -232,7 +231,7 @@ def convolve(
 def add_bias(y: torch.Tensor, bias: torch.Tensor, with_statistics: bool) -> torch.Tensor | None:
     """Adds bias (C,) in place to y (B, C, H, W) in channels_last memory; its statistics then, (B, 2), or None."""
     samples, size = y.shape[0], y[0].numel()
-    chunks = triton.cdiv(size, CHUNK)
+    chunks = cdiv(size, CHUNK)
     with on(y):
         partials = float32(y, 3, 1, samples * chunks) if with_statistics else None
         bias_kernel[(samples, chunks)](

@@ -21,7 +21,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import FUSION, INTERPRETED, bucket, empty_like_each, empty_nhwc, float32, kernel, on, tuned
+from .launch import (
+    FUSION,
+    INTERPRETED,
+    bucket,
+    cdiv,
+    empty_like_each,
+    empty_nhwc,
+    float32,
+    kernel,
+    next_power_of_2,
+    on,
+    tuned,
+)
 from .registration import differentiable
 from .statistics import combine
 
@@ -366,16 +378,16 @@ def backward_kernel(
 
 def _tiles(x: torch.Tensor) -> list[tuple[int, int, int, int]]:
     """The candidates for images as wide as x."""
-    return TILES[min(max(triton.next_power_of_2(x.shape[3]), min(TILES)), max(TILES))]
+    return TILES[min(max(next_power_of_2(x.shape[3]), min(TILES)), max(TILES))]
 
 
 def _grid(x: torch.Tensor, tile: tuple[int, int, int, int]) -> tuple[int, int, dict]:
     """Tiles per image, blocks of channels, and the tile as arguments of a kernel."""
     band, tile_w, tile_c, warps = tile
     _, channels, height, width = x.shape
-    tiles = triton.cdiv(height, band) * triton.cdiv(width, tile_w)
+    tiles = cdiv(height, band) * cdiv(width, tile_w)
     options = {"BAND": band, "TILE_W": tile_w, "TILE_C": tile_c, "num_warps": warps, **FUSION}
-    return tiles, triton.cdiv(channels, tile_c), options
+    return tiles, cdiv(channels, tile_c), options
 
 
 def _key(name: str, x: torch.Tensor, *rest) -> tuple:
@@ -454,7 +466,7 @@ def mix_backward(
 
     def reduce(tile):
         tiles, blocks, options = _grid(x, tile)
-        splits = min(tiles, triton.cdiv(PROGRAMS, batch * blocks))
+        splits = min(tiles, cdiv(PROGRAMS, batch * blocks))
         sums = float32(x, batch, splits, 2 if has_res else 1, channels)
         reduction_kernel[(batch * splits, blocks)](
             x, g, sums, height, width, tiles, splits, C=channels, POOL=pool_size, RES=has_res, **options
@@ -488,7 +500,7 @@ def mix_backward(
         sums = tuned(_key("pool_mixer_reduction", x, pool_size, has_res), _tiles(x), reduce)
         variance_grad = float32(x, batch)
         grads = empty_like_each((weight, layer_scale, res_scale, norm_bias), wanted)
-        blocks = triton.cdiv(channels, SUM_CHANNELS) if any(grad is not None for grad in grads) else 0
+        blocks = cdiv(channels, SUM_CHANNELS) if any(grad is not None for grad in grads) else 0
         scales_kernel[(batch + blocks,)](
             sums,
             statistics,

@@ -37,10 +37,12 @@ from .launch import (
     FUSION,
     INTERPRETED,
     Tiles,
+    cdiv,
     empty_like_each,
     empty_nhwc,
     float32,
     kernel,
+    next_power_of_2,
     on,
     operand,
     precision,
@@ -484,7 +486,7 @@ def expand(
         return torch.mm(normalise(rows, norm_weight, None, eps, dtype), weight.t())
     z = torch.empty((count, inner), dtype=dtype, device=rows.device)
     tiles = expand_tiles(dtype)
-    norm_product_kernel[(triton.cdiv(count, tiles.rows),)](
+    norm_product_kernel[(cdiv(count, tiles.rows),)](
         weight,
         rows,
         norm_weight,
@@ -497,7 +499,7 @@ def expand(
         OPERAND=operand(dtype),
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
-        DEPTH=max(triton.next_power_of_2(channels), 16),
+        DEPTH=max(next_power_of_2(channels), 16),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **FUSION,
@@ -531,7 +533,7 @@ def contract(
     dtype, (count, inner), (_, channels, height, width) = mixed.dtype, mixed.shape, x.shape
     y = empty_nhwc(x)
     tiles = contract_tiles(dtype, channels)
-    contract_kernel[(triton.cdiv(count, tiles.rows) * triton.cdiv(channels, tiles.columns),)](
+    contract_kernel[(cdiv(count, tiles.rows) * cdiv(channels, tiles.columns),)](
         mixed,
         weight.to(dtype),
         None,
@@ -563,18 +565,18 @@ class Strips:
 
     def __init__(self, batch: int, height: int, width: int, inner: int, window: int):
         def work(length):  # of one row: the multiply-adds, and a dozen instructions for each entry that is loaded
-            return triton.cdiv(width, length) * (window * window * length + 12 * (length + window - 1))
+            return cdiv(width, length) * (window * window * length + 12 * (length + window - 1))
 
         self.length = min(STRIP, key=work)
-        self.per_row = triton.cdiv(width, self.length)
+        self.per_row = cdiv(width, self.length)
         self.count = batch * self.per_row
-        self.groups = triton.cdiv(self.count, STRIPS)
-        self.blocks = triton.cdiv(inner, CHANNELS)
+        self.groups = cdiv(self.count, STRIPS)
+        self.blocks = cdiv(inner, CHANNELS)
         # A band reads the rows around it once more: there are as many as it takes to have enough programs, and none
         # that would read more than it computes.
-        bands = min(triton.cdiv(PROGRAMS, self.groups * self.blocks), triton.cdiv(height, window))
-        self.band = triton.cdiv(height, bands)
-        self.bands = triton.cdiv(height, self.band)
+        bands = min(cdiv(PROGRAMS, self.groups * self.blocks), cdiv(height, window))
+        self.band = cdiv(height, bands)
+        self.bands = cdiv(height, self.band)
         self.sizes = (self.count, self.per_row, height, width, self.band)
         self.options = {
             "C": inner,
@@ -632,7 +634,7 @@ def convolve_weight_backward(
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Parts of dD, (any, window^2, R), in float32."""
-    programs = min(strips.groups * strips.bands, triton.cdiv(PROGRAMS, strips.blocks))
+    programs = min(strips.groups * strips.bands, cdiv(PROGRAMS, strips.blocks))
     sums = float32(z, programs, strips.options["WINDOW"] ** 2, z.shape[1])
     depthwise_weight_kernel[(programs, strips.blocks)](
         z, grad, act_scale, act_bias, mask, sums, *strips.sizes, strips.bands, **strips.options
@@ -733,11 +735,11 @@ def finish(
     if all(grad is None for grad in grads):
         return
     channels, inner = weight2.shape[:2]
-    blocks1 = 0 if first is None else triton.cdiv(inner * channels, FINISH)
+    blocks1 = 0 if first is None else cdiv(inner * channels, FINISH)
     blocks2 = 0 if second is None else channels
     taps = 0 if tap_parts is None else tap_parts.shape[1]
-    blocks3 = taps * triton.cdiv(inner, FINISH_COLUMNS)
-    blocks4 = triton.cdiv(channels, FINISH_COLUMNS)
+    blocks3 = taps * cdiv(inner, FINISH_COLUMNS)
+    blocks4 = cdiv(channels, FINISH_COLUMNS)
     finish_kernel[(blocks1 + blocks2 + blocks3 + blocks4 + 1,)](
         first,
         second,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import FUSION, INTERPRETED, float32, kernel, on
+from .launch import FUSION, INTERPRETED, cdiv, float32, kernel, next_power_of_2, on
 from .registration import register
 
 
@@ -124,7 +124,7 @@ def token_kernel(x, statistics, M, C: tl.constexpr, ROWS: tl.constexpr, WIDTH: t
 
 def whole_rows(channels: int) -> tuple[int, int]:
     """Rows and columns of a tile of whole rows: a power of two of columns, and about as many entries as pay."""
-    width = max(triton.next_power_of_2(channels), 16)
+    width = max(next_power_of_2(channels), 16)
     return (4 if INTERPRETED else max(4096 // width, 1)), width
 
 
@@ -139,7 +139,7 @@ def combine(partials: torch.Tensor, samples: int) -> torch.Tensor:
     rows = entries // samples
     plane = groups * entries
     if rows == 1:
-        combine_rows_kernel[(triton.cdiv(samples, COMBINE),)](
+        combine_rows_kernel[(cdiv(samples, COMBINE),)](
             partials, statistics, groups, samples, plane, ROWS=COMBINE, **FUSION
         )
     else:
@@ -151,7 +151,7 @@ def sample_statistics(x: torch.Tensor) -> torch.Tensor:
     """Mean and biased variance of each sample of x (B, C, H, W), channels_last: (B, 2) float32. No gradient."""
     with on(x):
         samples, size = x.shape[0], x.numel() // x.shape[0]
-        chunks = triton.cdiv(size, CHUNK)
+        chunks = cdiv(size, CHUNK)
         partials = float32(x, 3, 1, samples * chunks)
         chunk_kernel[(samples, chunks)](x, partials, size, samples * chunks, CHUNK=CHUNK, num_warps=8, **FUSION)
         return combine(partials, samples)
@@ -168,7 +168,7 @@ def token_statistics(x: torch.Tensor) -> torch.Tensor:
     rows, columns = whole_rows(channels)
     with on(x):
         statistics = float32(x, tokens, 2)
-        token_kernel[(triton.cdiv(tokens, rows),)](
+        token_kernel[(cdiv(tokens, rows),)](
             x, statistics, tokens, C=channels, ROWS=rows, WIDTH=columns, num_warps=8, **FUSION
         )
         return statistics

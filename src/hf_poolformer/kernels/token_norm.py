@@ -31,7 +31,7 @@ import triton.language as tl
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .channel_mlp import vector
-from .launch import FUSION, INTERPRETED, empty_nhwc, float32, kernel, on
+from .launch import FUSION, INTERPRETED, cdiv, empty_nhwc, float32, kernel, next_power_of_2, on
 from .statistics import row_moments
 
 
@@ -233,14 +233,14 @@ def token_rows(x: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def row_tile(channels: int, entries: int = ENTRIES) -> dict[str, Any]:
     """Tile of a pass over whole rows, as arguments of a kernel."""
-    columns = triton.next_power_of_2(channels)
+    columns = next_power_of_2(channels)
     return {"C": channels, "ROWS": max(entries // columns, 1), "COLUMNS": columns, "num_warps": 8, **FUSION}
 
 
 def tile_with_sums(rows: int, channels: int) -> tuple[int, dict[str, Any]]:
     """How many programs take the rows, and their tile."""
     tile = row_tile(channels, ENTRIES_WITH_SUMS)
-    return min(triton.cdiv(rows, FEWEST_TILES * tile["ROWS"]), PROGRAMS), tile
+    return min(cdiv(rows, FEWEST_TILES * tile["ROWS"]), PROGRAMS), tile
 
 
 def normalise(
@@ -250,7 +250,7 @@ def normalise(
     normed = torch.empty_like(x, dtype=dtype)
     channels = x.shape[1]
     rows, tile = x.numel() // channels, row_tile(channels)
-    token_norm_kernel[(triton.cdiv(rows, tile["ROWS"]),)](x, weight, bias, normed, rows, eps, **tile)
+    token_norm_kernel[(cdiv(rows, tile["ROWS"]),)](x, weight, bias, normed, rows, eps, **tile)
     return normed
 
 
@@ -287,7 +287,7 @@ def add_up(sums: torch.Tensor, parameters: Sequence[torch.Tensor | None]) -> lis
     There may be more parameters than kinds, and at most three."""
     programs, kinds, channels = sums.shape
     grads = [None if parameter is None else torch.empty_like(parameter) for parameter in parameters]
-    add_up_kernel[(triton.cdiv(channels, SUM_COLUMNS), kinds)](
+    add_up_kernel[(cdiv(channels, SUM_COLUMNS), kinds)](
         sums, *grads, *[None] * (3 - len(grads)), programs, C=channels, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, **FUSION
     )
     return grads
@@ -307,7 +307,7 @@ def add_to_shortcut(
     batch, channels, height, width = x.shape
     rows, tile = batch * height * width, row_tile(channels)
     y, statistics = empty_nhwc(x, dtype), float32(x, rows, 2) if with_statistics else None
-    merge_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+    merge_kernel[(cdiv(rows, tile["ROWS"]),)](
         x, branch, layer_scale, res_scale, mask, y, statistics, rows, height * width, **tile
     )
     return y, statistics
