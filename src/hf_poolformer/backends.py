@@ -582,7 +582,7 @@ def _hands_over(embedding: nn.Module, stage: nn.Module) -> bool:
 
 def _convolved(conv: nn.Module, x: torch.Tensor, decision: Decision) -> torch.Tensor | None:
     """conv(x) (B, C, H, W) with Triton's kernels, in whole or for its bias; None if plain PyTorch is to compute."""
-    if not (isinstance(conv, nn.Conv2d) and is_plain(conv)):
+    if not (isinstance(conv, nn.Conv2d) and is_plain(conv)) or _is_transformed():
         return None
     compiling = torch.compiler.is_compiling()
     entering = None if compiling else ENTERING.get()

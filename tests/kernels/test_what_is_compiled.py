@@ -18,14 +18,16 @@ MODULES = sorted(Path(hf_poolformer.kernels.__file__).parent.glob("*.py"))
 
 def shared_names(source: str) -> list[str]:
     """
-    `line: name` of variables of loops that began as another name's value, in functions decorated with triton.jit.
+    `line: name` of variables of loops that began as another name's value, in Triton's functions.
 
     In `for ...: a = b` Triton takes a for constant, and drops it, if its next value is the very tensor that it had
     before the loop, as it is where both began as one. `static_range` is unrolled: it has no such variables.
     """
     found = []
     for function in ast.walk(ast.parse(source)):
-        if not isinstance(function, ast.FunctionDef) or "triton.jit" not in map(called, function.decorator_list):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        if not {"triton.jit", "kernel"}.intersection(map(called, function.decorator_list)):
             continue
         for loop in ast.walk(function):
             if isinstance(loop, ast.For) and not called(loop.iter).endswith("static_range"):

@@ -22,11 +22,21 @@ from hf_poolformer.kernels import launch
 
 # The tiles of the interpreter, so that small tensors have several; all else as on a GPU.
 launch.INTERPRETED = True
-from hf_poolformer.kernels import ahead, channel_mlp, pool_mixer, separable_conv, statistics  # noqa: E402
+from hf_poolformer.kernels import (  # noqa: E402
+    ahead,
+    channel_mlp,
+    patch_embedding,
+    pool_mixer,
+    separable_conv,
+    statistics,
+    token_norm,
+)
 
 
-for module in (launch, ahead, channel_mlp, pool_mixer, separable_conv, statistics):
+for module in (launch, ahead, channel_mlp, patch_embedding, pool_mixer, separable_conv, statistics, token_norm):
     module.INTERPRETED = False
+# Whole tensors, whose bounds are known, and not addresses.
+launch.Kernel.__getitem__ = lambda kernel, grid: kernel._jit[grid]
 
 from without_gpu import Hopper  # noqa: E402
 
@@ -130,6 +140,8 @@ def read_type(kind: str) -> tuple[tuple[int, ...], torch.dtype | None]:
 
 
 def read_constant(operation: Operation) -> torch.Tensor:
+    if operation.text.strip() in ("true", "false"):
+        return torch.tensor(operation.text.strip() == "true")
     text = re.search(r"(?:dense<)?([^\s<>]+)>? : ", operation.text)[1]
     if text in ("true", "false"):
         value: Any = text == "true"
