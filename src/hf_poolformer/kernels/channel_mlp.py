@@ -74,7 +74,9 @@ from .statistics import combine, store_row_moments, whole_rows
 TILES = [
     Tiles(128, 128, 64, 8, 3),
     Tiles(128, 128, 32, 8, 4),
+    Tiles(128, 128, 64, 4, 3),
     Tiles(128, 64, 64, 8, 3),
+    Tiles(128, 64, 64, 4, 3),
     Tiles(64, 128, 64, 8, 3),
     Tiles(64, 64, 64, 4, 4),
 ]
@@ -87,10 +89,8 @@ TILES_BACKWARD = [
     Tiles(64, 128, 64, 8, 3),
     Tiles(64, 64, 32, 4, 4),
 ]
-# In one kernel: all channels of some rows, and so many hidden columns at a time; there is no depth. 128 rows and 4
-# warps fit into registers up to 64 channels only.
-TILES_WHOLE = [Tiles(128, 64, 0, 8, 2), Tiles(64, 64, 0, 4, 2)]
-TILES_WHOLE_NARROW = [Tiles(128, 64, 0, 4, 2), *TILES_WHOLE]
+# In one kernel: all channels of some rows, and so many hidden columns at a time; there is no depth.
+TILES_WHOLE = [Tiles(64, 64, 0, 4, 2), Tiles(64, 64, 0, 4, 3), Tiles(128, 64, 0, 8, 3)]
 WHOLE_CHANNELS = 128
 FOLD_ROWS, FOLD_COLUMNS = (16, 16) if INTERPRETED else (16, 128)
 REDUCE_ROWS, REDUCE_COLUMNS = (16, 16) if INTERPRETED else (64, 64)
@@ -99,7 +99,7 @@ GRADIENT_LONG, GRADIENT_SHORT = (16, 16) if INTERPRETED else (128, 16)
 SAMPLE_ROWS = 16 if INTERPRETED else 1024
 PROGRAMS = 4 if INTERPRETED else 1056
 if INTERPRETED:
-    TILES = TILES_FLOAT32 = TILES_BACKWARD = TILES_WHOLE = TILES_WHOLE_NARROW = [Tiles(16, 16, 16, 1, 1)]
+    TILES = TILES_FLOAT32 = TILES_BACKWARD = TILES_WHOLE = [Tiles(16, 16, 16, 1, 1)]
 
 ACTIVATIONS = ("gelu", "relu", "silu", "squared_relu", "star_relu")
 
@@ -1061,16 +1061,15 @@ def mlp(
     with on(x):
         if _whole(channels, dtype):
             operand1, operand2, *_ = fold(weight1, None, weight2, None, dtype)
-            tiles = TILES_WHOLE_NARROW if channels <= 64 else TILES_WHOLE
-            key = ("channel_mlp", *key, act, save, with_statistics)
-            y, partials, preactivation, normed = tuned(key, tiles, whole)
+            key = ("channel_mlp_saving" if save else "channel_mlp", *key, act, with_statistics)
+            y, partials, preactivation, normed = tuned(key, TILES_WHOLE, whole)
         else:
             operand1, operand2, sums, offset = fold(
                 weight1, norm_weight, weight2, None, dtype, norm_bias=norm_bias, bias1=bias1, with_sums=True
             )
             normed = _normalise(x, statistics, eps, dtype) if _keeps_normed(x, dtype) else None
             tiles = _candidates(dtype, TILES)
-            hidden, preactivation = tuned(("expand", *key, act, save), tiles, expand)
+            hidden, preactivation = tuned(("expand_saving" if save else "expand", *key, act), tiles, expand)
             y, partials = tuned(("contract", *key, with_statistics), tiles, contract)
         statistics = combine(partials, statistics.shape[0]) if with_statistics else None
         return y, statistics, preactivation, normed if save else None

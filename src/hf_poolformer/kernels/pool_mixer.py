@@ -40,13 +40,12 @@ from .statistics import combine
 
 # Tiles of (rows of a band, columns, channels) and warps, by columns. Eight values per thread are a 16-byte load of
 # half precision; short bands read their neighbours' rows more often, long ones leave too few programs. The first of
-# each but the last was the fastest on an H100, in the forward of PoolFormer S12's stages, statistics included: 110, 62
-# and 41 microseconds, where a copy takes 73, 39 and 27. At 7 x 7 nothing has been measured: all rows in one band.
+# each was the fastest on an H200 in the forward of PoolFormer S12's stages, statistics included.
 TILES = {
-    64: [(8, 64, 32, 8), (14, 64, 32, 8), (28, 64, 16, 4)],
-    32: [(7, 32, 64, 8), (14, 32, 32, 4), (28, 32, 32, 4)],
-    16: [(7, 16, 64, 4), (14, 16, 64, 4), (14, 16, 32, 2)],
-    8: [(7, 8, 64, 2), (7, 8, 128, 4), (8, 8, 64, 2)],
+    64: [(14, 64, 64, 8), (14, 64, 32, 8), (8, 64, 32, 8), (28, 64, 16, 4)],
+    32: [(28, 32, 32, 4), (14, 32, 64, 8), (7, 32, 64, 8)],
+    16: [(14, 16, 64, 4), (7, 16, 128, 8), (14, 16, 32, 2)],
+    8: [(7, 8, 64, 4), (7, 8, 32, 1), (7, 8, 128, 4)],
 }
 if INTERPRETED:
     TILES = {columns: [(2, 4, 32, 1)] for columns in TILES}

@@ -1,6 +1,6 @@
 """Which tile a kernel takes: what a user's own timings say, else the table of what was measured, else a rule.
 
-The table holds what one H100 was fastest with (PoolFormer S12, 224 px, batch 256, bfloat16). A shape that it does not
+The table holds what one H200 was fastest with (PoolFormer S12, 224 px, batch 256, bfloat16). A shape that it does not
 have takes the tile of the nearest number of channels, if its rows are within a factor of eight. Otherwise the
 first tile that a kernel's module names is taken: for few rows, which large tiles would not spread over the GPU, the
 smallest instead.
@@ -45,15 +45,32 @@ def bucket(rows: int) -> Bucket:
 # Kernel -> bits of a number in products -> channels -> bucket of rows -> tile.
 Table = dict[str, dict[int, dict[int, dict[int, tuple[int, ...]]]]]
 
-S, M, L = Tiles(64, 64, 64, 4, 4), Tiles(128, 64, 64, 8, 3), Tiles(128, 128, 64, 8, 3)
-WIDE, LEAN = Tiles(64, 128, 64, 8, 3), Tiles(64, 64, 64, 4, 3)
-# By the major number of the compute capability.
+
+def _best(tiles: dict[int, tuple[int, ...]], rows: dict[int, int]) -> dict[int, dict[int, tuple[int, ...]]]:
+    """Of halves: channels -> bucket of rows -> tile."""
+    return {channels: {rows[channels]: tile} for channels, tile in tiles.items()}
+
+
+# Buckets of rows of S12's stages at 224 px and batch 256.
+STAGES = {64: 20, 128: 18, 320: 16, 512: 14}
+# By the major number of the compute capability; of kernels that keep z for backward, by a name of their own.
 MEASURED: dict[int, Table] = {
     9: {
-        "expand": {16: {64: {20: S}, 128: {18: M}, 320: {16: L}, 512: {14: L}}},
-        "contract": {16: {64: {20: M}, 128: {18: WIDE}, 320: {16: M}, 512: {14: WIDE}}},
-        "expand_backward": {16: {64: {20: LEAN}, 128: {18: LEAN}, 320: {16: LEAN}, 512: {14: LEAN}}},
-        "contract_backward": {16: {64: {20: M}, 128: {18: WIDE}, 320: {16: M}, 512: {14: WIDE}}},
+        kernel: {16: _best(tiles, STAGES)}
+        for kernel, tiles in {
+            "channel_mlp": {64: (64, 64, 0, 4, 3), 128: (64, 64, 0, 4, 3)},
+            "channel_mlp_saving": {64: (64, 64, 0, 4, 2), 128: (64, 64, 0, 4, 2)},
+            "expand": {320: (128, 128, 64, 8, 3), 512: (128, 128, 64, 8, 3)},
+            "expand_saving": {320: (128, 128, 32, 8, 4), 512: (128, 128, 64, 8, 3)},
+            "contract": {320: (128, 64, 64, 4, 3), 512: (128, 128, 64, 4, 3)},
+            "expand_backward": dict.fromkeys(STAGES, (64, 64, 64, 4, 3)),
+            "contract_backward": {
+                64: (128, 64, 64, 4, 3),
+                128: (128, 128, 64, 8, 3),
+                320: (128, 128, 64, 4, 3),
+                512: (64, 128, 64, 8, 3),
+            },
+        }.items()
     },
 }
 
