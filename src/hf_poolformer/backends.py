@@ -361,6 +361,7 @@ def _triton_kernels() -> ModuleType | str:
         import hf_poolformer.kernels.separable_conv
         import hf_poolformer.kernels.statistics
         import hf_poolformer.kernels.token_norm
+        import hf_poolformer.kernels.training
     except ImportError as error:
         return f"{error.name or 'a module'} is not installed ({error})"
     return hf_poolformer.kernels
@@ -681,10 +682,33 @@ def _trained_stage(stage: nn.ModuleList, x: torch.Tensor, decision: Decision) ->
     blocks = list(stage)
     if any(formula(block) != "block" or (block.gradient_checkpointing and block.training) for block in blocks):
         return None
+    found = [_known(_find_operations, block, x, decision) for block in blocks]
     statistics = entering_statistics(x)
+    if all(map(_is_recordable, found)):
+        branches: list[Branch] = []
+        for block, (mixer, _, mlp) in zip(blocks, found, strict=True):
+            branches.append(("pool_mixer", {**mixer, "norm_bias": block.before_norm.bias}))
+            branches.append(("channel_mlp", mlp))
+        x, dtype = _autocast(x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        branches = [
+            (name, {**arguments, "mask": block.drop_path.mask(x)})
+            for block, pair in zip(blocks, zip(branches[::2], branches[1::2], strict=True), strict=True)
+            for name, arguments in pair
+        ]
+        return _triton_kernels().training.train(stage, x, branches, dtype, statistics)
     for block in blocks:
         x, statistics = _operated_block(block, x, decision, statistics, block is not blocks[-1])
     return x
+
+
+def _is_recordable(found: tuple[dict[str, Any] | None, ...]) -> bool:
+    """Whether a block is a pooling mixer and an MLP with norms of samples, all of whose tensors are contiguous."""
+    mixer, _, mlp = found
+    if mixer is None or mlp is None or mlp["norm"] != "group":
+        return False
+    values = (*mixer.values(), *mlp.values())
+    return all(value.is_contiguous() for value in values if isinstance(value, torch.Tensor))
 
 
 def _operated_block(

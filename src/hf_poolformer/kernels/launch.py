@@ -191,6 +191,11 @@ def operand(dtype: torch.dtype):
 
 def transposed_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a.T @ b` of (M, N) and (M, K) in float32: a reduction over all tokens, which cuBLAS splits best."""
+    recorder = RECORDER.get()
+    return product_of_transposed(a, b) if recorder is None else recorder.multiply(a, b)
+
+
+def product_of_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a.t(), b, out_dtype=torch.float32)
     return a.float().t() @ b.float()

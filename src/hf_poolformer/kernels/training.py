@@ -1,0 +1,151 @@
+"""All blocks of a stage in training as one function of autograd, by Triton's kernels, recorded (`recordings.py`).
+
+A step of two operations for each block and direction is bound by Python and by autograd's nodes, not by the GPU. Here
+a stage is one node, and its forward and its backward are loops over launches. What is kept for backward, and all
+gradients, are those of the operations one by one.
+"""
+
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from .channel_mlp import mlp, mlp_backward
+from .pool_mixer import mix, mix_backward
+from .recordings import Recorded
+from .statistics import sample_statistics
+
+
+# Of an operation's tensors, in this order.
+MIXER = ("weight", "layer_scale", "res_scale", "norm_bias", "mask")
+MLP = (
+    "norm_weight", "norm_bias", "weight1", "bias1", "weight2", "bias2", "act_scale", "act_bias", "layer_scale",
+    "res_scale", "mask",
+)  # fmt: skip
+
+
+class Branch(NamedTuple):
+    """A branch: "pool_mixer" or "channel_mlp", its numbers, and how many tensors it has."""
+
+    name: str
+    settings: tuple[Any, ...]  # pool_size and eps, or activation and eps
+
+    @property
+    def tensors(self) -> int:
+        return len(MIXER if self.name == "pool_mixer" else MLP)
+
+
+class Stage:
+    """The recordings of a stage."""
+
+    def __init__(self):
+        self.forward = Recorded(forward)
+        self.backward = Recorded(backward)
+
+
+_stages: WeakKeyDictionary[nn.Module, Stage] = WeakKeyDictionary()
+
+
+def train(
+    stage: nn.Module,
+    x: torch.Tensor,
+    branches: list[tuple[str, dict[str, Any]]],
+    dtype: torch.dtype,
+    statistics: torch.Tensor | None,
+) -> torch.Tensor:
+    """
+    x (B, C, H, W) in channels_last memory through branches "pool_mixer" and "channel_mlp" with norms of samples.
+
+    Args:
+        stage: whose branches they are.
+        branches: names and arguments, the tensors contiguous; with "mask" (B,) or None, and of mixers "norm_bias".
+        dtype: of products.
+        statistics: (B, 2) of x, where they are known.
+    """
+    if stage not in _stages:
+        _stages[stage] = Stage()
+    tensors: list[torch.Tensor | None] = []
+    found = []
+    for name, arguments in branches:
+        names, settings = (MIXER, "pool_size") if name == "pool_mixer" else (MLP, "activation")
+        tensors += [arguments[each] for each in names]
+        found.append(Branch(name, (arguments[settings], arguments["eps"])))
+    return _Stage.apply(_stages[stage], tuple(found), dtype, x, statistics, *tensors)
+
+
+class _Stage(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        stage: Stage,
+        branches: tuple[Branch, ...],
+        dtype: torch.dtype,
+        x: torch.Tensor,
+        statistics: torch.Tensor | None,
+        *tensors: torch.Tensor | None,
+    ) -> torch.Tensor:
+        y, *kept = stage.forward([x, statistics, *tensors], branches, dtype, kind=(branches, dtype))
+        ctx.set_materialize_grads(False)
+        ctx.stage, ctx.branches = stage, branches
+        ctx.save_for_backward(*tensors, *kept)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, g: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if g is None:
+            return (None,) * len(ctx.needs_input_grad)
+        wanted = ctx.needs_input_grad[5:]
+        g = g.contiguous(memory_format=torch.channels_last)
+        dx, *grads = ctx.stage.backward([g, *ctx.saved_tensors], ctx.branches, wanted, kind=(ctx.branches, wanted))
+        return None, None, None, dx, None, *grads
+
+
+def forward(
+    given: list[torch.Tensor | None], branches: tuple[Branch, ...], dtype: torch.dtype
+) -> list[torch.Tensor | None]:
+    """y and, of each branch, three tensors for `backward`, of which mixers have two."""
+    x, statistics, *tensors = given
+    kept: list[torch.Tensor | None] = []
+    for place, (name, settings) in enumerate(branches):
+        size = branches[place].tensors
+        *parameters, mask = tensors[:size]
+        tensors = tensors[size:]
+        with_statistics = place + 1 < len(branches)
+        if statistics is None:
+            statistics = sample_statistics(x)
+        if name == "pool_mixer":
+            *scales, norm_bias = parameters
+            y, after = mix(x, statistics, *scales, mask, *settings, with_statistics, norm_bias)
+            kept += [x, statistics, None]
+        else:
+            y, after, preactivation, normed = mlp(
+                x, statistics, *parameters, mask, *settings, dtype, True, with_statistics
+            )
+            kept += [x if normed is None else normed, statistics, preactivation]
+        x, statistics = y, after
+    return [x, *kept]
+
+
+def backward(
+    given: list[torch.Tensor | None], branches: tuple[Branch, ...], wanted: tuple[bool, ...]
+) -> list[torch.Tensor | None]:
+    """Gradients of x and of all tensors of the branches, None for those not `wanted`."""
+    g, *rest = given
+    end = sum(branch.tensors for branch in branches)
+    tensors, kept = rest[:end], rest[end:]
+    grads: list[torch.Tensor | None] = [None] * end
+    for place in reversed(range(len(branches))):
+        branch, (source, statistics, preactivation) = branches[place], kept[3 * place : 3 * place + 3]
+        start = end - branch.tensors
+        *parameters, mask = tensors[start:end]
+        wants = list(wanted[start : end - 1])
+        if branch.name == "pool_mixer":
+            found = mix_backward(g, source, statistics, *parameters, mask, *branch.settings, wants)
+        else:
+            found = mlp_backward(g, source, statistics, preactivation, *parameters, mask, *branch.settings, wants)
+        g, *grads[start : end - 1] = found
+        end = start
+    return [g, *grads]
