@@ -7,6 +7,7 @@ variable of a loop that it takes for constant. Here its frontend compiles, and e
 is looked at as well: an address outside of the tensors that a kernel was given is an error.
 """
 
+import ctypes
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import driver
 
 from hf_poolformer import backends
@@ -27,17 +29,28 @@ from hf_poolformer.kernels import (  # noqa: E402
     channel_mlp,
     patch_embedding,
     pool_mixer,
+    recordings,
     separable_conv,
     statistics,
     token_norm,
 )
 
 
-for module in (launch, ahead, channel_mlp, patch_embedding, pool_mixer, separable_conv, statistics, token_norm):
+for module in (
+    launch,
+    ahead,
+    channel_mlp,
+    patch_embedding,
+    pool_mixer,
+    recordings,
+    separable_conv,
+    statistics,
+    token_norm,
+):
     module.INTERPRETED = False
-# Whole tensors, whose bounds are known, and not addresses.
+# Whole tensors, whose bounds are known, and not addresses; `recorded_training.py` sets it back.
+launch_addresses = launch.Kernel.__getitem__
 launch.Kernel.__getitem__ = lambda kernel, grid: kernel._jit[grid]
-
 from without_gpu import Hopper  # noqa: E402
 
 
@@ -171,7 +184,16 @@ class Memory:
             start = flat.data_ptr()
             if start <= first and last < start + flat.numel() * flat.itemsize and flat.dtype == dtype:
                 return flat, (addresses - start) // flat.itemsize
+        if not self.flat:
+            return self.at_addresses(addresses, dtype)
         raise IndexError(f"no tensor of {dtype} has the addresses from {first} to {last}")
+
+    @staticmethod
+    def at_addresses(addresses: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """`find` for launches that got addresses: whatever is there."""
+        first, last = addresses.min().item(), addresses.max().item()
+        buffer = (ctypes.c_char * (last + dtype.itemsize - first)).from_address(first)
+        return torch.frombuffer(buffer, dtype=dtype), (addresses - first) // dtype.itemsize
 
     def load(self, operation: Operation, pointers: torch.Tensor, mask=None, other=None) -> torch.Tensor:
         values = torch.zeros(operation.shape, dtype=operation.dtype) if other is None else other.clone()
@@ -283,8 +305,9 @@ class Processor(Hopper):
             kinds = [kind for kind in source.signature.values() if kind != "constexpr"]
             memory = Memory([argument for argument in arguments if isinstance(argument, torch.Tensor)])
             values = [as_value(argument, kind) for argument, kind in zip(arguments, kinds, strict=True)]
-            for place in ((i, j, k) for k in range(z) for j in range(y) for i in range(x)):
-                Program(place, (x, y, z), memory).run(kernel, *values)
+            with _disable_current_modes():  # which watch PyTorch, not what runs on a GPU
+                for place in ((i, j, k) for k in range(z) for j in range(y) for i in range(x)):
+                    Program(place, (x, y, z), memory).run(kernel, *values)
 
         return run
 
@@ -292,6 +315,8 @@ class Processor(Hopper):
 def as_value(argument: Any, kind: str) -> torch.Tensor:
     if isinstance(argument, torch.Tensor):
         return torch.tensor(argument.data_ptr())
+    if kind.startswith("*"):
+        return torch.tensor(argument)
     return torch.tensor(argument, dtype=torch.float32 if kind == "fp32" else DTYPES[kind])
 
 
