@@ -44,15 +44,15 @@ class Recorded:
             given: all tensors that it works on.
             kind: what else decides about the launches.
         """
-        device = next(each.device for each in given if each is not None)
-        key = kind, device, *map(_kind, given)
+        first = next(each for each in given if each is not None)
+        key = kind, first.device, *map(_kind, given)
         if INTERPRETED or (key not in self._recordings and len(self._recordings) >= MOST):
             return self._function(given, *others)
         if key in self._recordings:
             recording = self._recordings[key]
             if recording is None:
                 return self._function(given, *others)
-            with on(given[0]):
+            with on(first):
                 return recording.repeat(given)
         recorder = Recorder(given)
         token = RECORDER.set(recorder)
@@ -187,10 +187,7 @@ class Recording:
         steps, self._given = recorder.steps, len(recorder.given)
         places = [None if each is None else recorder.place(each) for each in results]
         recorder.is_complete &= all(place is None or place.offset == 0 for place in places)
-        self._results = [
-            None if each is None else (place.owner, each.shape, each.stride(), each.dtype)
-            for each, place in zip(results, places, strict=True)
-        ]
+        self._results = [None if place is None else place.owner for place in places]
         multiplied = {
             -1 - place.owner
             for step in steps
@@ -199,6 +196,13 @@ class Recording:
             if place.owner < 0
         }
         given_out = {-1 - place.owner for place in places if place is not None and place.owner < 0}
+        products = {-1 - step.result.owner for step in steps if isinstance(step, Product)}
+        # Of results that are allocated before all else.
+        self._made: dict[int, tuple] = {}
+        for each, place in zip(results, places, strict=True):
+            if place is not None and place.owner < 0 and -1 - place.owner not in products:
+                layout = each.shape, each.stride(), each.dtype
+                recorder.is_complete &= self._made.setdefault(-1 - place.owner, layout) == layout
         lives = lifetimes(steps)
         # Tensors of their own: results, and operands and results of products.
         offsets, self.bytes = share(
@@ -219,12 +223,11 @@ class Recording:
                 else:
                     owned[key].append((slots[argument], argument.offset))
         self._end = self._given + len(slots)
-        self._owned = {key: found for key, found in owned.items() if key in given_out}
+        self._owned = {key: owned[key] for key in self._made}
         self._steps: list[Callable[..., None] | tuple] = []
-        results_of_products = {-1 - step.result.owner for step in steps if isinstance(step, Product)}
         for index, step in enumerate(steps):
             for key, (first, _) in lives.items():
-                if first == index and key in multiplied - given_out - results_of_products:
+                if first == index and key in multiplied - given_out - products:
                     self._steps.append((allocate(key, recorder.sizes[key], owned[key]), None))
             if isinstance(step, Launch):
                 indices = []
@@ -242,7 +245,7 @@ class Recording:
                 self._steps.append((free(ended), None))
 
     def repeat(self, given: Tensors) -> list[torch.Tensor | None]:
-        device = given[0].device
+        device = next(each.device for each in given if each is not None)
         memory = torch.empty(self.bytes, dtype=torch.uint8, device=device)
         start = memory.data_ptr()
         arguments: list[Any] = [None if each is None else each.data_ptr() for each in given]
@@ -251,21 +254,10 @@ class Recording:
         for slot, offset in self._slots:
             arguments[slot] = start + offset
         owned: dict[int, torch.Tensor] = {}
-        results: list[torch.Tensor | None] = []
-        for result in self._results:
-            if result is None:
-                results.append(None)
-                continue
-            owner, shape, strides, dtype = result
-            if owner >= 0:
-                results.append(given[owner])
-                continue
-            key = -1 - owner
-            if key not in owned:
-                owned[key] = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-                for slot, offset in self._owned[key]:
-                    arguments[slot] = owned[key].data_ptr() + offset
-            results.append(owned[key])
+        for key, (shape, strides, dtype) in self._made.items():
+            owned[key] = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            for slot, offset in self._owned[key]:
+                arguments[slot] = owned[key].data_ptr() + offset
         active = triton.runtime.driver.active
         stream = active.get_current_stream(active.get_current_device())
         for run, chosen in self._steps:
@@ -273,12 +265,13 @@ class Recording:
                 run(given, owned, arguments)
             else:
                 run(*chosen(arguments), stream=stream)
-        return results
+        return [None if each is None else given[each] if each >= 0 else owned[-1 - each] for each in self._results]
 
 
 def allocate(key: int, size: int, slots: list[tuple[int, int]]) -> Callable[..., None]:
     def run(given: Tensors, owned: dict[int, torch.Tensor], arguments: list[Any]) -> None:
-        tensor = owned[key] = torch.empty(size, dtype=torch.uint8, device=given[0].device)
+        device = next(each.device for each in given if each is not None)
+        tensor = owned[key] = torch.empty(size, dtype=torch.uint8, device=device)
         for slot, offset in slots:
             arguments[slot] = tensor.data_ptr() + offset
 
