@@ -73,12 +73,13 @@ class Decision(NamedTuple):
 DECISION: ContextVar[Decision | None] = ContextVar("decision", default=None)
 
 
-def decide(x: torch.Tensor, preferred: str | None = None) -> Decision:
+def decide(x: torch.Tensor, preferred: str | None = None, pools: bool = False) -> Decision:
     """
     Who computes blocks for x (B, C, H, W), the input of a model or of one of its blocks.
 
     Args:
         preferred: one of `BACKENDS`, which counts where HF_POOLFORMER_KERNELS says nothing.
+        pools: whether this is for a whole model whose mixers are all pooling, with norms of samples.
 
     Raises:
         RuntimeError: kernels are asked for that cannot compute this.
@@ -90,7 +91,7 @@ def decide(x: torch.Tensor, preferred: str | None = None) -> Decision:
     if wanted == "reference" or _is_watched():
         return Decision("reference")
     if wanted == "auto" and _is_on_gpu(x):
-        fastest = not _is_transformed() and why_not_fastest(x) is None
+        fastest = not _is_transformed() and why_not_fastest(x, pools) is None
         return Decision("triton" if fastest else "reference", channels_last=fastest, circumstances=_circumstances())
     if wanted == "auto":
         usable = x.device.type == "cpu" and not _is_transformed() and why_not_cpu(x) is None
@@ -138,7 +139,8 @@ def decides(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def run(self, pixel_values: torch.Tensor, **kwargs):
-        decision = decide(pixel_values, self.config.kernels)
+        mixers, norm = set(self.config.token_mixers), self.config.norm_layer
+        decision = decide(pixel_values, self.config.kernels, mixers == {"pooling"} and norm == "group_norm")
         pixel_values = _lay_out(pixel_values, decision)
         if torch.compiler.is_compiling():
             return forward(self, pixel_values, **kwargs)
@@ -312,17 +314,19 @@ def _is_on_gpu(x: torch.Tensor) -> bool:
     return x.device.type == "cuda"
 
 
-# Launching a PoolFormer's kernels takes the CPU as long for any batch. In inference of fewer pixels plain PyTorch,
-# whose time grows with the batch, is through before; from an H100: 9.3 ms against 0.098 ms per image of 224 x 224.
+# In inference, stages of pooling blocks go from launch to launch (3 ms for S12 on a slow CPU), and are the fastest for
+# any batch. Launching the kernels of others takes the CPU longer, as long for any batch; with fewer pixels plain
+# PyTorch, whose time grows with the batch, is through before: 9.3 ms, from before stages did that, against 0.098 ms
+# per image of 224 x 224 on an H100.
 FEWEST_PIXELS = 95 * 224**2
-# In training the CPU took 27 ms, a plain step 0.26 ms per image. Counted in images, of any size: a block that
-# checkpointing computes again knows of no other number.
-FEWEST_TRAINED_IMAGES = 128
+# In training the CPU takes 15.6 ms, and up to 22 on a busy one, a plain step 0.21 ms per image on an H200. Counted in
+# images, of any size: a block that checkpointing computes again knows of no other number.
+FEWEST_TRAINED_IMAGES = 96
 
 
-def why_not_fastest(x: torch.Tensor) -> str | None:
+def why_not_fastest(x: torch.Tensor, pools: bool = False) -> str | None:
     """Why auto leaves the blocks of a model with the input x (B, C, H, W) on a GPU to plain PyTorch; None if Triton is
-    to compute them."""
+    to compute them. `pools` as in `decide`."""
     reason = why_not_triton(x)
     if reason is not None:
         return reason
@@ -333,12 +337,12 @@ def why_not_fastest(x: torch.Tensor) -> str | None:
     if _product_dtype(x) == torch.float32:
         return "in float32 PyTorch's convolutions may use TF32, the kernels do not"
     if torch.compiler.is_compiling():
-        return "compiled training was measured to be faster in plain PyTorch" if torch.is_grad_enabled() else None
+        return "compiled plain PyTorch was measured to be faster than compiled kernels"
     if torch.is_grad_enabled():
         few = x.shape[0] < FEWEST_TRAINED_IMAGES
         return f"launching kernels takes longer than training on {x.shape[0]} images" if few else None
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    if pixels < FEWEST_PIXELS and not _is_for_graph():
+    if pixels < FEWEST_PIXELS and not (pools or _is_for_graph()):
         return f"launching kernels takes longer than computing {pixels} pixels, unless a CUDA graph launches them"
     return None
 

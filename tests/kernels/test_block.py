@@ -39,6 +39,11 @@ def count_calls(patch) -> collections.Counter:
         original = getattr(module, name)
         counted = partial(lambda original, name, *args: calls.update([name]) or original(*args), original, name)
         patch.setattr(module, name, counted)
+    # Of a stage that is one node of autograd.
+    for function, name in (("mix", "pool_mixer"), ("mlp", "channel_mlp")):
+        original = getattr(kernels.training, function)
+        counted = partial(lambda original, name, *args: calls.update([name]) or original(*args), original, name)
+        patch.setattr(kernels.training, function, counted)
     return calls
 
 

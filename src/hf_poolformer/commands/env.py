@@ -137,7 +137,9 @@ def describe_choice(x: Any) -> str:
         return str(error)
     text = f"{inference} in inference, {training} in training" + (f" ({reason})" if reason else "")
     if "triton" in (inference, training) and not reason:
-        text += ", plain PyTorch for smaller batches that are no CUDA graph, and for compiled training"
+        text += (
+            ", plain PyTorch for smaller batches in training or of other mixers than pooling, and under torch.compile"
+        )
     return text
 
 
