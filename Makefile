@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 # Most of their time is Triton's compiler's.
-GPU_TESTS_AT_ONCE ?= $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && printf %s '-n 8 --dist worksteal')
+GPU_TESTS_AT_ONCE ?= $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && printf %s '-n auto --maxprocesses 14 --dist worksteal')
 # The slowest first. GPU machines come with a torch of their own, and not always with what training needs.
 GPU_TESTS = tests/kernels tests/test_modeling_poolformer.py \
   $(shell $(PYTHON) -c 'import datasets, sklearn' 2>/dev/null && printf %s 'tests/training/test_fused_training.py \

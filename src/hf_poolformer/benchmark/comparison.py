@@ -105,6 +105,9 @@ class Runner:
                 logging.getLogger(__name__).debug("%s failed", row.name, exc_info=True)
                 result.status, result.note = "failed", f"{type(error).__name__}: {_first_line(error)}"
         standards.clear()
+        # What compilations have left behind is not to be searched for garbage in everybody's turns.
+        gc.collect()
+        gc.freeze()
         timings = take_turns(
             steps,
             device=case.device,
@@ -228,6 +231,7 @@ def summarise(comparison: Comparison, timings: dict[str, Timing]) -> None:
 
 def release(device: str) -> None:
     """Gives back what a comparison held, compiled code too."""
+    gc.unfreeze()
     torch._dynamo.reset()
     gc.collect()
     if device != "cpu":

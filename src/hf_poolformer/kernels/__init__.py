@@ -16,6 +16,9 @@ registration.py  the same under torch.ops.hf_poolformer, for graphs, and how eag
 launch.py       choice of tiles, precision of products, devices
 tiles.py        which tile is the best known one
 ahead.py        compilation of all that a model needs, before its first step
+recordings.py   launches that are recorded once and repeated
+inference.py    all branches of a stage without gradients, recorded
+training.py     a stage of pooling blocks as one function of autograd, recorded
 """
 
 from contextvars import ContextVar
