@@ -74,7 +74,6 @@ from .statistics import combine, store_row_moments, whole_rows
 TILES = [
     Tiles(128, 128, 64, 8, 3),
     Tiles(128, 128, 32, 8, 4),
-    Tiles(128, 128, 64, 4, 3),
     Tiles(128, 64, 64, 8, 3),
     Tiles(128, 64, 64, 4, 3),
     Tiles(64, 128, 64, 8, 3),
