@@ -689,21 +689,28 @@ def _trained_stage(stage: nn.ModuleList, x: torch.Tensor, decision: Decision) ->
     found = [_known(_find_operations, block, x, decision) for block in blocks]
     statistics = entering_statistics(x)
     if all(map(_is_recordable, found)):
-        branches: list[Branch] = []
-        for block, (mixer, _, mlp) in zip(blocks, found, strict=True):
-            branches.append(("pool_mixer", {**mixer, "norm_bias": block.before_norm.bias}))
-            branches.append(("channel_mlp", mlp))
-        x, dtype = _autocast(x)
-        x = x.contiguous(memory_format=torch.channels_last)
-        branches = [
-            (name, {**arguments, "mask": block.drop_path.mask(x)})
-            for block, pair in zip(blocks, zip(branches[::2], branches[1::2], strict=True), strict=True)
-            for name, arguments in pair
-        ]
-        return _triton_kernels().training.train(stage, x, branches, dtype, statistics)
+        branches = [branch for mixer, _, mlp in found for branch in (("pool_mixer", mixer), ("channel_mlp", mlp))]
+        norms = [block.before_norm.bias for block in blocks]
+        if _needs_gradient(x, *norms, *(value for _, arguments in branches for value in arguments.values())):
+            x, dtype = _autocast(x)
+            x = x.contiguous(memory_format=torch.channels_last)
+            rest = [rest for bias in norms for rest in ({"norm_bias": bias}, {})]
+            # Drawn in the order in which the blocks would draw them.
+            masks = [block.drop_path.mask(x) for block in blocks for _ in range(2)]
+            branches = [
+                (name, {**arguments, **more, "mask": mask})
+                for (name, arguments), more, mask in zip(branches, rest, masks, strict=True)
+            ]
+            return _triton_kernels().training.train(stage, x, branches, dtype, statistics)
+        if not any(block.drop_path.drops for block in blocks):
+            return infer_branches(stage, x, branches, decision.backend, statistics)
     for block in blocks:
         x, statistics = _operated_block(block, x, decision, statistics, block is not blocks[-1])
     return x
+
+
+def _needs_gradient(*values: Any) -> bool:
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def _is_recordable(found: tuple[dict[str, Any] | None, ...]) -> bool:

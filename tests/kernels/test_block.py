@@ -122,3 +122,24 @@ def test_statistics_of_samples_do_not_serve_a_norm_over_channels(device, scrambl
     wanted = block(x)
     monkeypatch.setenv("HF_POOLFORMER_KERNELS", "triton")
     assert relative_error(block(x), wanted) < 2e-6
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_frozen_body_keeps_nothing_for_backward(rate, device, scramble, relative_error, monkeypatch):
+    """As in linear probing: only the head learns."""
+    model = scramble(MetaFormerForImageClassification(MetaFormerConfig(**TINY, drop_path_rate=rate))).to(device).train()
+    model.metaformer.requires_grad_(False)
+    pixel_values, labels = torch.randn(2, 3, 28, 20, device=device), torch.tensor([0, 2], device=device)
+    found = []
+    for backend in ("reference", "triton"):
+        monkeypatch.setenv("HF_POOLFORMER_KERNELS", backend)
+        torch.manual_seed(0)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
+            model.zero_grad()
+            output = model(pixel_values, labels=labels)
+            output.loss.backward()
+        assert max(each.numel() for each in kept) <= model.classifier.weight.numel()
+        found.append((output.logits, model.classifier.weight.grad.clone()))
+    for got, wanted in zip(*found[::-1], strict=True):
+        assert relative_error(got, wanted) < 2e-5
