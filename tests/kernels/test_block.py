@@ -127,7 +127,9 @@ def test_statistics_of_samples_do_not_serve_a_norm_over_channels(device, scrambl
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_a_frozen_body_keeps_nothing_for_backward(rate, device, scramble, relative_error, monkeypatch):
     """As in linear probing: only the head learns."""
-    model = scramble(MetaFormerForImageClassification(MetaFormerConfig(**TINY, drop_path_rate=rate))).to(device).train()
+    model = (
+        scramble(MetaFormerForImageClassification(MetaFormerConfig(**TINY, drop_path_rate=rate))).to(device).train()
+    )
     model.metaformer.requires_grad_(False)
     pixel_values, labels = torch.randn(2, 3, 28, 20, device=device), torch.tensor([0, 2], device=device)
     found = []
