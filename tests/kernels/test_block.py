@@ -132,11 +132,10 @@ def test_a_frozen_body_keeps_nothing_for_backward(rate, device, scramble, relati
     )
     model.metaformer.requires_grad_(False)
     pixel_values, labels = torch.randn(2, 3, 28, 20, device=device), torch.tensor([0, 2], device=device)
-    found = []
+    found, kept = [], []
     for backend in ("reference", "triton"):
         monkeypatch.setenv("HF_POOLFORMER_KERNELS", backend)
         torch.manual_seed(0)
-        kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
             model.zero_grad()
             output = model(pixel_values, labels=labels)
