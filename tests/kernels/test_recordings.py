@@ -127,6 +127,13 @@ def test_tensors_of_another_kind_are_recorded_again(change, repeated):
     assert len(repeated) == 1
 
 
+def test_tensors_that_were_one_may_become_two(repeated):
+    run, x, shared = Recorded(lambda given: [add(add(given[0], given[1]), given[2], 0.5)]), make(), make()
+    for given in ([x, shared, shared], [x, shared, make()], [x, shared, shared], [x, shared, make()]):
+        assert torch.equal(run(given)[0], 0.5 * (given[0] + given[1]) + given[2])
+    assert len(repeated) == 2
+
+
 def test_other_numbers_are_recorded_again(repeated):
     run = Recorded(lambda given, factor: [add(*given, factor)])
     given = [make(), make()]

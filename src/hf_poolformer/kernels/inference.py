@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .channel_mlp import mlp
+from .launch import precision
 from .pool_mixer import mix
 from .recordings import Recorded
 from .separable_conv import separate
@@ -40,7 +41,8 @@ def infer(
     if stage not in _recorded:
         _recorded[stage] = Recorded(run)
     weights, kind = split(branches)
-    return _recorded[stage]([x, statistics, *weights], branches, dtype, kind=(dtype, *kind))[0]
+    kind = dtype, precision(dtype), *kind
+    return _recorded[stage]([x, statistics, *weights], branches, dtype, kind=kind)[0]
 
 
 def split(branches: list[Branch]) -> tuple[list[torch.Tensor], list[Any]]:

@@ -45,7 +45,7 @@ class Recorded:
             kind: what else decides about the launches.
         """
         first = next(each for each in given if each is not None)
-        key = kind, first.device, *map(_kind, given)
+        key = kind, first.device, _same(given), *map(_kind, given)
         if INTERPRETED or (key not in self._recordings and len(self._recordings) >= MOST):
             return self._function(given, *others)
         if key in self._recordings:
@@ -65,6 +65,12 @@ class Recorded:
             recording = Recording(recorder, results)
             self._recordings[key] = recording if recorder.is_complete else None
         return results
+
+
+def _same(given: Tensors) -> Hashable:
+    """Which tensors lie where others do, as shared weights do: they need not always."""
+    places = [index if each is None else each.data_ptr() for index, each in enumerate(given)]
+    return None if len(set(places)) == len(places) else tuple(map(places.index, places))
 
 
 def _kind(tensor: torch.Tensor | None) -> Hashable:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .channel_mlp import mlp, mlp_backward
+from .launch import precision
 from .pool_mixer import mix, mix_backward
 from .recordings import Recorded
 from .statistics import sample_statistics
@@ -86,9 +87,10 @@ class _Stage(torch.autograd.Function):
         statistics: torch.Tensor | None,
         *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
-        y, *kept = stage.forward([x, statistics, *tensors], branches, dtype, kind=(branches, dtype))
+        kind = branches, dtype, precision(dtype)
+        y, *kept = stage.forward([x, statistics, *tensors], branches, dtype, kind=kind)
         ctx.set_materialize_grads(False)
-        ctx.stage, ctx.branches = stage, branches
+        ctx.stage, ctx.branches, ctx.dtype = stage, branches, dtype
         ctx.save_for_backward(*tensors, *kept)
         return y
 
@@ -99,7 +101,8 @@ class _Stage(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         wanted = ctx.needs_input_grad[5:]
         g = g.contiguous(memory_format=torch.channels_last)
-        dx, *grads = ctx.stage.backward([g, *ctx.saved_tensors], ctx.branches, wanted, kind=(ctx.branches, wanted))
+        kind = ctx.branches, wanted, precision(ctx.dtype)
+        dx, *grads = ctx.stage.backward([g, *ctx.saved_tensors], ctx.branches, wanted, kind=kind)
         return None, None, None, dx, None, *grads
 
 
