@@ -35,7 +35,6 @@ from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -776,20 +775,27 @@ def _find_branches(stage: nn.ModuleList, x: torch.Tensor, decision: Decision) ->
     return branches
 
 
-# Function and module -> what it found there, when, and for what.
-_found: dict[Callable[..., Any], WeakKeyDictionary[nn.Module, tuple["Snapshot", tuple, Any]]] = {}
-
-
 def _known(find: Callable[..., Any], module: nn.Module, x: torch.Tensor, decision: Decision) -> Any:
     """find(module, x, decision), which looks at a hundred things for each block, only if something has changed."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     asked = decision, x.dtype, x.device, x.shape[1:], autocast
-    known = _found.setdefault(find, WeakKeyDictionary())
-    last = known.get(module)
+    # On the module, with which it goes: a table of all modules would keep those alive that refer to themselves.
+    known = vars(module).setdefault("_found_by_backends", Found()).by_function
+    last = known.get(find)
     if last is None or last[1] != asked or not last[0].holds():
-        last = known[module] = Snapshot(module), asked, find(module, x, decision)
+        last = known[find] = Snapshot(module), asked, find(module, x, decision)
     return last[2]
+
+
+class Found:
+    """What was found of a module, when, and for what, by the function that found it. Copies start anew."""
+
+    def __init__(self):
+        self.by_function: dict[Callable[..., Any], tuple[Snapshot, tuple, Any]] = {}
+
+    def __reduce__(self):
+        return Found, ()
 
 
 class Snapshot:

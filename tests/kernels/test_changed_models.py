@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -630,3 +632,21 @@ def test_changes_after_compilation(kernels, model, monkeypatch, relative_error):
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
                 assert relative_error(compiled(pixel_values).logits, model(pixel_values).logits) < CLOSE, name
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("change", [lambda module: module, own_forward, with_hook], ids=["", "forward", "hook"])
+@pytest.mark.parametrize("kernels", ["auto", "triton"])
+def test_nobody_keeps_a_model_that_has_computed(kernels, change, grad, model, outcomes):
+    encoder = model.metaformer.encoder
+    for module in (encoder.block[0], encoder.block[0][0], encoder.block[0][0].output, encoder.block[1]):
+        change(module)
+    for _ in range(2):
+        outcomes(model, kernels, grad)
+    # Not the fixture's model itself, which pytest holds.
+    stages = [weakref.ref(stage) for stage in encoder.block]
+    weights = [weakref.ref(parameter) for parameter in encoder.block.parameters()]
+    model.metaformer.encoder.block = nn.ModuleList()
+    del encoder, module
+    gc.collect()
+    assert not any(each() is not None for each in (*stages, *weights))
