@@ -783,7 +783,8 @@ def _known(find: Callable[..., Any], module: nn.Module, x: torch.Tensor, decisio
     # On the module, with which it goes: a table of all modules would keep those alive that refer to themselves.
     known = vars(module).setdefault("_found_by_backends", Found()).by_function
     last = known.get(find)
-    if last is None or last[1] != asked or not last[0].holds():
+    # Replicas and shallow copies share what lies on the module that they are of.
+    if last is None or last[1] != asked or last[0].module is not module or not last[0].holds():
         last = known[find] = Snapshot(module), asked, find(module, x, decision)
     return last[2]
 
@@ -802,6 +803,7 @@ class Snapshot:
     """All attributes of a module and of those within, as they are now."""
 
     def __init__(self, module: nn.Module):
+        self.module = module
         self._modules = list(module.modules())
         self._classes = list(map(type, self._modules))
         parts = list(map(vars, self._modules))

@@ -650,3 +650,27 @@ def test_nobody_keeps_a_model_that_has_computed(kernels, change, grad, model, ou
     del encoder, module
     gc.collect()
     assert not any(each() is not None for each in (*stages, *weights))
+
+
+def replicate(module, factor):
+    """As DataParallel does it in every forward: modules that share all attributes but their weights."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        replica._modules[name] = replicate(child, factor)
+    for name, parameter in module._parameters.items():
+        setattr(replica, name, None if parameter is None else factor * parameter.detach())
+    return replica
+
+
+@pytest.mark.parametrize("kernels, grad", [*CPU, *TRITON])
+def test_replicas_compute_with_their_own_weights(kernels, grad, model, choose, monkeypatch, relative_error):
+    body = choose(model, kernels).metaformer.encoder
+    images = torch.randn(2, 3, 16, 12, device=model.device)
+    outcomes = {}
+    for who in ("reference", kernels):
+        monkeypatch.setenv("HF_POOLFORMER_KERNELS", who)
+        with torch.set_grad_enabled(grad):
+            body(images)  # so that there is something to share
+            outcomes[who] = [replicate(body, factor)(images).last_hidden_state for factor in (1.0, 1.5, 0.5)]
+    for got, wanted in zip(outcomes[kernels], outcomes["reference"], strict=True):
+        assert relative_error(got, wanted) < CLOSE
