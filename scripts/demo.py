@@ -10,7 +10,6 @@ its predictions. Flags that are not listed under --help go to scripts/train.py, 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import datasets
 import matplotlib
 import numpy as np
+from demo_steps import run, start
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -114,13 +114,6 @@ def heading(number: int, text: str) -> None:
     print(f"\n[{number}/5] {text}", flush=True)
 
 
-def run(command: list[str]) -> None:
-    """Run a script of ours with its output shown; leave with its status if it fails."""
-    status = subprocess.run(command, stdin=subprocess.DEVNULL).returncode
-    if status:
-        sys.exit(status if status > 0 else 128 - status)
-
-
 def write_digits(folder: Path) -> None:
     """Write 1797 digits (PNG, 8 x 8) to `train-*.parquet` and `test-*.parquet`, a fifth of each class for testing."""
     names = [f"{split}-{k:05d}-of-{n:05d}.parquet" for split, n in SHARDS.items() for k in range(n)]
@@ -187,7 +180,4 @@ def draw(path: Path, images: Sequence[Image.Image], labels: Sequence[str], predi
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    start(main)

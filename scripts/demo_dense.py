@@ -10,7 +10,6 @@ through transformers' pipelines. Flags that are not listed under --help go to ea
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets
+from demo_steps import run, start
 from transformers import pipeline
 
 import hf_poolformer  # noqa: F401  (the pipelines below find our classes)
@@ -125,15 +125,5 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run(command: list[str]) -> None:
-    """Run a script of ours with its output shown; leave with its status if it fails."""
-    status = subprocess.run(command, stdin=subprocess.DEVNULL).returncode
-    if status:
-        sys.exit(status if status > 0 else 128 - status)
-
-
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    start(main)
