@@ -1,7 +1,8 @@
 """Exports of this package next to those of transformers and to OpenVINO and onnxruntime of the built-in model.
 
-All rows are timed in one run, in turns. Each export is timed as `hf_poolformer.export.load` runs it; those of OpenVINO also as a graph alone, in the settings
-of the peer, which shows what is the graph's merit and what is that of running small pieces of a batch on two streams.
+All rows are timed in one run, in turns. Each export is timed as `hf_poolformer.export.load` runs it; those of OpenVINO
+also as a graph alone, in the settings of the peer, which shows what is the graph's merit and what is that of running
+small pieces of a batch on two streams.
 """
 
 from __future__ import annotations
