@@ -94,6 +94,12 @@ class Onnx(ExportFormat):
                 "onnxruntime-gpu brings those of NVIDIA"
             )
         session = onnxruntime.InferenceSession(path, session_options(threads), providers=wanted)
+        idle = [name for name in wanted if name not in session.get_providers()]
+        if idle:  # onnxruntime goes on with others, and says so in a log at most
+            raise UserError(
+                f"onnxruntime cannot start {idle[0]}, only {', '.join(session.get_providers())}: the libraries of "
+                "NVIDIA that it needs are missing, or of another version"
+            )
 
         def run(pixel_values: torch.Tensor) -> torch.Tensor:
             return torch.from_numpy(session.run([manifest.output], {manifest.input: pixel_values.numpy()})[0])
