@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from hf_poolformer.benchmark.case import Case
+from hf_poolformer.benchmark.exporters import EXPORTERS, Exporters
 from hf_poolformer.benchmark.exports import ExportResult, Exports, gate_error
 from hf_poolformer.benchmark.report import Report, targets
+from hf_poolformer.benchmark.rows import Unavailable
 from hf_poolformer.commands.benchmark import main
 from hf_poolformer.foundation.timing import Deadline
 
@@ -44,11 +46,31 @@ def test_errors():
     assert gate_error(right + torch.tensor([[0.0, 0.5]]), right, "int8") == pytest.approx(0.1)
 
 
+def test_exporters_that_are_missing_are_rows_too(tmp_path, monkeypatch):
+    """A library that is not there, and an exporter that fails, end no run: the row says why."""
+    case = Case("infer", "tiny", batch_size=2, image_size=64)
+    rows = Exporters(case, {}, tmp_path).rows(torch.zeros(2, 3, 64, 64))
+    assert [row.name for row in rows][:2] == ["transformers onnx float32, built-in", "transformers onnx float32, ours"]
+    with pytest.raises(Unavailable, match="Missing key"):  # there are no weights
+        rows[0].prepare()
+    monkeypatch.setitem(EXPORTERS, "onnx", EXPORTERS["onnx"]._replace(library="no_such_library"))
+    with pytest.raises(Unavailable, match="no_such_library is not installed"):
+        rows[0].prepare()
+    other = Exporters(case.change(variant="caformer_s18"), {}, tmp_path).rows(torch.zeros(2, 3, 64, 64))
+    assert not any("built-in" in row.name for row in other)
+
+
 @pytest.mark.slow
 def test_dry_run(tmp_path):
     small = ["--variant", "tiny", "--image_size", "64", "--batch_size", "4", "--seconds", "1", "--rounds", "2"]
     assert main(["export", *small, "--output", str(tmp_path / "export")]) == 0
     figures = json.loads((tmp_path / "export.json").read_text())
     tables = {part["case"]["batch_size"]: part["results"] for part in figures["exports"]}
-    assert {row["status"] for rows in tables.values() for row in rows} == {"passed"}
-    assert len(tables[4]) == 11 and len(tables[1]) == 8
+    for rows in tables.values():
+        assert {row["status"] for row in rows} <= {"passed", "skipped"}
+        assert all("not installed" in row["note"] for row in rows if row["status"] == "skipped")
+    names = [row["name"] for row in tables[1]]
+    assert len(names) == 16 and len(tables[4]) == 19
+    assert {"transformers onnx float32, ours", "transformers openvino float32, built-in"} <= {
+        row["name"] for row in tables[1] if row["seconds"]
+    }

@@ -1,7 +1,8 @@
-"""Exports of this package next to OpenVINO and onnxruntime of the built-in model, in one run, in turns.
+"""Exports of this package next to those of transformers and to OpenVINO and onnxruntime of the built-in model.
 
-Each export is timed as `hf_poolformer.export.load` runs it; those of OpenVINO also as a graph alone, in the settings
-of the peer, which shows what is the graph's merit and what is that of running small pieces of a batch on two streams.
+All rows are timed in one run, in turns. Each export is timed as `hf_poolformer.export.load` runs it; those of OpenVINO
+also as a graph alone, in the settings of the peer, which shows what is the graph's merit and what is that of running
+small pieces of a batch on two streams.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from hf_poolformer.image_processing_poolformer import PoolFormerImageProcessor
 from ..foundation.timing import Deadline, take_turns
 from . import gate
 from .case import Case
-from .rows import Entry, Weights, build, export_manifest, make_weights, transformers_model
+from .exporters import Exporters
+from .rows import Entry, Unavailable, Weights, build, export_manifest, make_weights, transformers_model
 
 
 # Images that int8 is calibrated on; the weights are random, so that more would not be better.
@@ -39,6 +41,8 @@ EXPORTS = (
     ("onnx", "float32"),
     ("onnx", "int8"),
 )
+# Made of one graph in ONNX, which takes most of the time.
+FROM_ONNX = ("onnx", "openvino")
 # The largest difference relative to the largest logit; of int8 the root of the mean squares relative to theirs.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 0.25}
 
@@ -86,9 +90,12 @@ def measure_exports(base: Case, folder: Path, deadline: Deadline, seconds: float
     processor = PoolFormerImageProcessor(size={"shortest_edge": base.image_size}, crop_size=square)
     pixel_values = sample_photographs(processor, max(CALIBRATION, base.batch_size)).pixel_values
     paths = write_exports(base, weights, pixel_values[:CALIBRATION], folder)
+    exporters = Exporters(base, weights, folder)
     cases = [base.change(batch_size=batch_size) for batch_size in dict.fromkeys((base.batch_size, 1))]
     return [
-        Exports(case, compare(case, weights, pixel_values[: case.batch_size], paths, deadline, seconds, rounds))
+        Exports(
+            case, compare(case, weights, pixel_values[: case.batch_size], paths, exporters, deadline, seconds, rounds)
+        )
         for case in cases
     ]
 
@@ -104,7 +111,10 @@ def write_exports(
         format = FORMATS[name]
         path = folder / f"{name}-{precision}" / format.file
         path.parent.mkdir()
-        format.write_from_onnx(original, path, precision)
+        if name in FROM_ONNX:
+            format.write_from_onnx(original, path, precision)
+        else:
+            write_graph(module, path.parent, export_manifest(case, name, precision))
         if precision == "int8":
             # Of random weights the best class means nothing: the first attempt is taken, and the gate judges it.
             quantise(format, path, calibration.numpy(), lambda graph: Quality(1.0, 0.0, True), attention=False)
@@ -117,18 +127,23 @@ def compare(
     weights: Weights,
     pixel_values: torch.Tensor,
     paths: dict[tuple[str, str], Path],
+    exporters: Exporters,
     deadline: Deadline,
     seconds: float,
     rounds: int,
 ) -> list[ExportResult]:
+    """A row for each peer, each of our exports and each of transformers', all that passed the gate timed."""
     labels = torch.zeros(len(pixel_values), dtype=torch.long)
     right = gate.standard(case, weights, pixel_values, labels, pools_first=False).logits
     rows: list[ExportResult] = []
     steps: dict[str, Callable[[], Any]] = {}
 
+    def skip(name: str, note: str = "no time left in the budget") -> None:
+        rows.append(ExportResult(name, status="skipped", note=note))
+
     def admit(name: str, precision: str, size: int | None, step: Callable[[], Any]) -> None:
         if deadline.left <= 0:
-            rows.append(ExportResult(name, status="skipped", note="no time left in the budget"))
+            skip(name)
             return
         row = ExportResult(name, gate_error(torch.as_tensor(step()), right, precision), size=size)
         if row.error <= TOLERANCES[precision]:  # which NaN is not
@@ -137,7 +152,7 @@ def compare(
             row.status, row.note = "failed", f"off by {row.error:.0e}, allowed {TOLERANCES[precision]:.0e}"
         rows.append(row)
 
-    for library, precision in PEERS:
+    for library, precision in PEERS if case.is_poolformer else ():
         contestant = build(Entry(library), case.change(dtype=precision), weights)
         batch = contestant.prepare(pixel_values)
         admit(f"{library} {precision}", precision, None, lambda contestant=contestant, batch=batch: contestant(batch))
@@ -148,6 +163,16 @@ def compare(
         alone = FORMATS[name].open_whole(path, manifest, torch.get_num_threads()) if len(pixel_values) > 1 else None
         if alone is not None:
             admit(f"export {name} {precision}, the graph alone", precision, None, lambda run=alone: run(pixel_values))
+    for name, precision, prepare in tqdm(exporters.rows(pixel_values), desc="transformers' exporters", leave=False):
+        if deadline.left <= 0:
+            skip(name)
+            continue
+        try:
+            step, size = prepare()
+        except Unavailable as error:
+            skip(name, str(error))
+        else:
+            admit(name, precision, size, step)
     timings = take_turns(
         steps, device="cpu", rounds=rounds, seconds=min(seconds, max(deadline.left, 0.0)), turn=0.3, label=case.title
     )

@@ -36,6 +36,7 @@ LIBRARIES = (
     "timm",
     "onnxruntime",
     "openvino",
+    "executorch",
     "pillow",
     "simplejpeg",
 )
@@ -99,6 +100,12 @@ EXPORT_TARGETS = (
     ("export openvino float32", "OpenVINO float32", 1 / 0.9, 1),
     ("export openvino bfloat16", "OpenVINO bfloat16", 1 / 0.9, 1),
     ("export openvino int8", "OpenVINO float32", 1 / 0.9, 1),
+    ("export onnx float32", "transformers onnx float32, ours", 1.0, 16),
+    ("export openvino float32", "transformers openvino float32, ours", 1.0, 16),
+    ("export openvino bfloat16", "transformers openvino bfloat16, ours", 1.0, 16),
+    ("export onnx float32", "transformers onnx float32, ours", 1.0, 1),
+    ("export openvino float32", "transformers openvino float32, ours", 1.0, 1),
+    ("export openvino bfloat16", "transformers openvino bfloat16, ours", 1.0, 1),
 )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from ..export.format import PRECISIONS
 from ..export.formats import FORMATS, formats_with
 from ..export.onnx import DEFAULT_OPSET, OPSETS
+from ..export.torch import DEVICES
 from ..foundation.strict_json import to_json
 from . import CommandParser, add_model_arguments, command, quieten
 
@@ -48,6 +49,7 @@ def parser(prog: str | None = None) -> CommandParser:
     )
     add("--opset", type=int, help=f"of onnx, {OPSETS.start} to {OPSETS.stop - 1} (default: {DEFAULT_OPSET})")
     add("--compile", action="store_true", help="of torch: machine code for machines like this one (AOTInductor)")
+    add("--device", choices=DEVICES, help="of torch: what is to compute it (default: cpu)")
     add(
         "--calibration_dataset",
         metavar="DATASET",

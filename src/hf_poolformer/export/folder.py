@@ -36,6 +36,7 @@ class Manifest:
         file: the one that the format's runtime opens; `files` are all that belong to the graph, and SETTINGS, with
             their SHA-256.
         compiled: of "torch": a package of machine code for this kind of machine, made by AOTInductor.
+        device: of "torch": "cpu" or "cuda", which computes it.
         preprocessing: whether the graph takes uint8 (batch, height, width, 3) and gives probabilities. Without, it
             takes float32 (batch, 3, height, width) as the image processor makes them, and gives logits.
         input, output: their names in the graph; a regression gives "values" in either case, a model without classes
@@ -63,6 +64,7 @@ class Manifest:
     problem_type: str | None = None
     label_thresholds: list[float] | None = None
     compiled: bool = False
+    device: str = "cpu"
     opset: int | None = None
     source: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

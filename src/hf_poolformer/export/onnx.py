@@ -93,12 +93,13 @@ class Onnx(ExportFormat):
                 f"this onnxruntime has no {missing[0]}, only {', '.join(onnxruntime.get_available_providers())}; "
                 "onnxruntime-gpu brings those of NVIDIA"
             )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Threads that spin between two calls take the cores away from whoever decodes the next images.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(path, options, providers=wanted)
+        session = onnxruntime.InferenceSession(path, session_options(threads), providers=wanted)
+        idle = [name for name in wanted if name not in session.get_providers()]
+        if idle:  # onnxruntime goes on with others, and says so in a log at most
+            raise UserError(
+                f"onnxruntime cannot start {idle[0]}, only {', '.join(session.get_providers())}: the libraries of "
+                "NVIDIA that it needs are missing, or of another version"
+            )
 
         def run(pixel_values: torch.Tensor) -> torch.Tensor:
             return torch.from_numpy(session.run([manifest.output], {manifest.input: pixel_values.numpy()})[0])
@@ -126,6 +127,18 @@ class Onnx(ExportFormat):
             for node in graph.graph.node
             if node.op_type in ("Conv", "Gemm", "MatMul")
         ]
+
+
+def session_options(threads: int) -> Any:
+    """Of onnxruntime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Threads that spin between two calls take the cores away from whoever decodes the next images.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    return options
 
 
 def metadata(manifest: Manifest, config: Any) -> dict[str, str]:

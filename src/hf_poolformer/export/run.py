@@ -79,6 +79,7 @@ def export_model(
     preprocessing: bool = False,
     opset: int | None = None,
     compile: bool = False,
+    device: str | None = None,
     calibration_dataset: str | None = None,
     calibration_config_name: str | None = None,
     calibration_split: str | None = None,
@@ -105,6 +106,7 @@ def export_model(
         preprocessing: take uint8 (batch, height, width, channels), resized and cropped, and give probabilities.
         opset: of ONNX, one of `onnx.OPSETS`.
         compile: of "torch": an AOTInductor package, machine code for machines like this one.
+        device: of "torch": "cpu" (if None) or "cuda", for which the program is made, and on which it is verified.
         calibration_dataset: images for int8, and to compare on in any precision; folder, Parquet files or Hub id. With
             labels, the accuracy is reported, too.
         calibration_size, verification_size: how many images to calibrate on, and how many others to compare on.
@@ -117,7 +119,7 @@ def export_model(
             is. Nothing is left behind.
     """
     options = check_request(
-        format, precision, calibrated=calibration_dataset is not None, opset=opset, compile=compile
+        format, precision, calibrated=calibration_dataset is not None, opset=opset, compile=compile, device=device
     )
     target = FORMATS[format]
     if calibration_size < 1 or verification_size < 1:
@@ -151,6 +153,7 @@ def export_model(
         problem_type=original.config.problem_type,
         label_thresholds=getattr(original.config, "label_thresholds", None),
         compiled=options.get("compile", False),
+        device=options.get("device", "cpu"),
         opset=options.get("opset"),
         source=describe_source(os.fspath(model), revision, original),
         versions={
