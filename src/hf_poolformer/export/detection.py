@@ -7,9 +7,8 @@ a tensor, and the parts of a batch are left away. Everything from the logits on 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,12 +22,88 @@ from ..modeling_detection import (
     MetaFormerInstanceSegmentationOutput,
     MetaFormerObjectDetectionOutput,
     apply_deltas,
+    image_sizes,
     make_anchors,
     pack,
 )
+from .photographs import Photographs
 
 
-BOXES, MASKS = ("boxes", "scores", "labels"), ("boxes", "scores", "labels", "masks")
+if TYPE_CHECKING:
+    from .runtime import ExportedModel
+
+
+class DetectorDeployable(nn.Module):
+    """
+    A detector with what surrounds it in the graph: one image in, what was found in it out.
+
+    Args:
+        model: as `graph.fold` returns it.
+        dtype: of weights and arithmetic up to the logits.
+        processor: its resizing, normalisation and padding become part of the graph, which then takes a photograph,
+            uint8 (1, height, width, channels), and gives boxes in its pixels; None for none of it.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, processor: Any = None):
+        super().__init__()
+        self.model, self.dtype = model.to(dtype), dtype
+        is_retinanet = isinstance(model, MetaFormerForObjectDetection)
+        self.detector = (RetinaNetGraph if is_retinanet else MaskRCNNGraph)(model)
+        self.output_name, *self.further_outputs = self.detector.outputs
+        self.further_inputs = ["pixel_mask"] if processor is None else []
+        self.photographs = None if processor is None else Photographs(processor, model.config.num_channels)
+
+    def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """
+        Args:
+            pixel_values: (1, channels, H, W), or with preprocessing the photograph.
+            pixel_mask: int64 (1, H, W), 1 on the image, 0 on its padding; not with preprocessing.
+        """
+        if self.photographs is None:
+            size = torch.stack([pixel_mask[0].amax(1).sum(), pixel_mask[0].amax(0).sum()])
+            return self.detector(pixel_values.to(self.dtype), size)
+        x, (height, width) = self.photographs(pixel_values)
+        size = torch.stack([torch.scalar_tensor(edge, dtype=torch.int64) for edge in (height, width)])
+        boxes, *rest = self.detector(x.to(self.dtype), size)
+        whole = [torch.scalar_tensor(edge, dtype=torch.float32) for edge in pixel_values.shape[1:3]]
+        scale = (torch.stack(whole) / size).flip(0).repeat(2)
+        return boxes * scale, *rest
+
+
+def answer_each(
+    exported: ExportedModel, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None
+) -> MetaFormerObjectDetectionOutput:
+    """
+    The answer to a batch, one image after the other, in the form of the model's own.
+
+    Args:
+        pixel_values: (B, C, H, W) on the CPU; of an export with preprocessing also uint8 (B, H, W, C).
+        pixel_mask: (B, H, W), 1 on the images and 0 on the padding; None where there is no padding.
+    """
+    manifest, config = exported.manifest, exported.config
+    raw = pixel_values.dtype == torch.uint8
+    seen = pixel_values.permute(0, 3, 1, 2) if raw else pixel_values
+    sizes = image_sizes(seen, None if pixel_mask is None else pixel_mask.cpu())
+    results, masks = [], []
+    for image, (height, width) in zip(pixel_values, sizes, strict=True):
+        if manifest.preprocessing:
+            part = image[:height, :width] if raw else image[:, :height, :width]
+            found = exported.run(exported.prepare(part[None].contiguous()))
+        else:
+            mask = torch.zeros(1, *image.shape[1:], dtype=torch.int64)
+            mask[:, :height, :width] = 1
+            found = exported.run(exported.prepare(image[None]), mask)
+        boxes, scores, labels, *of_objects = found
+        eps = torch.finfo(scores.dtype).eps
+        results.append(Detections(boxes, scores.logit(eps), labels))
+        masks += of_objects
+    logits, pred_boxes = pack(results, sizes, config.max_detections, config.num_labels)
+    if not masks:
+        return MetaFormerObjectDetectionOutput(logits=logits, pred_boxes=pred_boxes)
+    packed = logits.new_zeros(len(results), config.max_detections, *masks[0].shape[1:])
+    for index, part in enumerate(masks):
+        packed[index, : len(part)] = part.logit(torch.finfo(part.dtype).eps)
+    return MetaFormerInstanceSegmentationOutput(logits=logits, pred_boxes=pred_boxes, pred_masks=packed)
 
 
 class RetinaNetGraph(nn.Module):
@@ -39,7 +114,7 @@ class RetinaNetGraph(nn.Module):
         model: in inference mode.
     """
 
-    outputs = BOXES
+    outputs = ("boxes", "scores", "labels")
 
     def __init__(self, model: MetaFormerForObjectDetection):
         super().__init__()
@@ -75,7 +150,7 @@ class MaskRCNNGraph(nn.Module):
     A Mask R-CNN's answer to one image; as `RetinaNetGraph`, and `masks` (D, 28, 28), probabilities over the boxes.
     """
 
-    outputs = MASKS
+    outputs = ("boxes", "scores", "labels", "masks")
 
     def __init__(self, model: MetaFormerForInstanceSegmentation):
         super().__init__()
