@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from .runtime import ExportedModel
 
 
+# The logit of an anchor that lies beyond the image: the lowest number, since not every runtime sorts infinities.
+OUTSIDE = torch.finfo(torch.float32).min
+
+
 class DetectorDeployable(nn.Module):
     """
     A detector with what surrounds it in the graph: one image in, what was found in it out.
@@ -135,8 +139,10 @@ class RetinaNetGraph(nn.Module):
         logits, deltas = predictions["cls_logits"][0].float(), predictions["bbox_regression"][0].float()
         anchors = make_anchors(feature_maps, model.strides, model.anchor_scales, config.anchor_ratios)
         within = within_image(anchors, size, model.padding_multiple)
-        scores = logits.sigmoid().masked_fill(~within[:, None], -1.0)
-        score, chosen, _ = best_of_levels(scores, anchors.per_level, model.candidates_per_level)
+        # By logits, which still tell apart what is 1 after the sigmoid.
+        logits = logits.masked_fill(~within[:, None], OUTSIDE)
+        logit, chosen, _ = best_of_levels(logits, anchors.per_level, model.candidates_per_level)
+        score = logit.sigmoid()
         sure = (score > config.score_threshold).nonzero()[:, 0]
         score, chosen = score[sure], chosen[sure]
         anchor, label = chosen // model.num_labels, chosen % model.num_labels
@@ -186,12 +192,12 @@ class MaskRCNNGraph(nn.Module):
         """Regions (R, 4) of `objectness` (N,) and `deltas` (N, 4)."""
         model, config = self.model, self.model.config
         within = within_image(anchors, size, model.padding_multiple)
-        scores = objectness.sigmoid().masked_fill(~within, -1.0)
-        score, chosen, group = best_of_levels(scores, anchors.per_level, model.candidates_per_level)
+        objectness = objectness.masked_fill(~within, OUTSIDE)
+        logit, chosen, group = best_of_levels(objectness, anchors.per_level, model.candidates_per_level)
         boxes = clip(apply_deltas(deltas[chosen], anchors.boxes[chosen], model.box_stds), size)
-        kept = ((boxes[:, 2:] > boxes[:, :2]).all(dim=1) & (score >= 0)).nonzero()[:, 0]
-        boxes, score, group = boxes[kept], score[kept], group[kept]
-        kept = suppress(boxes, score, group, size, config.rpn_nms_threshold, config.rpn_num_proposals)
+        kept = ((boxes[:, 2:] > boxes[:, :2]).all(dim=1) & (logit > OUTSIDE)).nonzero()[:, 0]
+        boxes, logit, group = boxes[kept], logit[kept], group[kept]
+        kept = suppress(boxes, logit.sigmoid(), group, size, config.rpn_nms_threshold, config.rpn_num_proposals)
         return boxes[kept]
 
 
