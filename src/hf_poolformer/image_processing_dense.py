@@ -338,7 +338,8 @@ class DensePrediction:
         The most likely class of each pixel.
 
         Args:
-            outputs: of `...ForSemanticSegmentation`, with `logits` (batch, num_labels, height, width).
+            outputs: of `...ForSemanticSegmentation`, with `logits` (batch, num_labels, height, width); or of an export
+                that ends in maps, with `segmentation` (batch, height, width), which are of the images' size already.
             target_sizes: (height, width) of each map, usually of the original image, to which the logits are
                 interpolated first; theirs if absent.
             return_segmentation_scores: gives the interpolated logits, too.
@@ -347,6 +348,8 @@ class DensePrediction:
             For each image a map (height, width), int64; with `return_segmentation_scores` its `segmentation`, that
             map, and `segmentation_scores` (num_labels, height, width).
         """
+        if outputs.get("segmentation") is not None:
+            return finished_maps(outputs["segmentation"], target_sizes, return_segmentation_scores)
         logits = need_output(outputs, "logits", 4, "ForSemanticSegmentation")
         scores = list(logits)
         if target_sizes is not None:
@@ -465,6 +468,23 @@ class DensePrediction:
                     info.append({"id": len(info), **entry})
             results.append({"segmentation": segmentation, "segments_info": info})
         return [run_lengths(result) for result in results] if return_coco_annotation else results
+
+
+def finished_maps(
+    maps: torch.Tensor, target_sizes: list[tuple[int, int]] | torch.Tensor | None, with_scores: bool
+) -> list[torch.Tensor]:
+    """The maps (height, width) of a batch; ValueError where another size, or scores, are asked for."""
+    if with_scores:
+        raise ValueError("This export gives the class of each pixel, and no scores.")
+    if (maps < 0).any():
+        raise ValueError("The model gives no finite scores (but NaN or infinity) for one of these images.")
+    for size in [] if target_sizes is None else check_sizes(target_sizes, len(maps)):
+        if size != tuple(maps.shape[1:]):
+            raise ValueError(
+                f"This export gives maps of the size of the images that it gets, {maps.shape[1]}x{maps.shape[2]}, not "
+                f"of {size[0]}x{size[1]}: give it the images as they are."
+            )
+    return list(maps)
 
 
 def segments_of_classes(classes: torch.Tensor, return_binary_maps: bool) -> dict[str, Any]:

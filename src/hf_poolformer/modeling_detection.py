@@ -94,12 +94,17 @@ def encode_boxes(boxes: torch.Tensor, references: torch.Tensor, stds: tuple[floa
 
 def decode_boxes(deltas: torch.Tensor, references: torch.Tensor, stds: tuple[float, ...], size: Size) -> torch.Tensor:
     """Boxes (..., 4) that `deltas` (..., 4) make of `references` (broadcast against them), clipped to the image."""
+    return clip_boxes_to_image(apply_deltas(deltas, references, stds), size)
+
+
+def apply_deltas(deltas: torch.Tensor, references: torch.Tensor, stds: tuple[float, ...]) -> torch.Tensor:
+    """`decode_boxes` of an image without an end."""
     deltas = deltas * deltas.new_tensor(stds)
     references = box_convert(references, "xyxy", "cxcywh")
     edges = references[..., 2:]
     centres = references[..., :2] + deltas[..., :2] * edges
     halves = edges * deltas[..., 2:].clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() / 2
-    return clip_boxes_to_image(torch.cat([centres - halves, centres + halves], dim=-1), size)
+    return torch.cat([centres - halves, centres + halves], dim=-1)
 
 
 def pairwise_iou(boxes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
@@ -178,7 +183,7 @@ def make_anchors(
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 1, 2)
         boxes.append(torch.cat([grid - halves * stride, grid + halves * stride], dim=-1).reshape(-1, 4))
         centres.append(grid.expand(-1, len(halves), -1).reshape(-1, 2))
-    return Anchors(torch.cat(boxes), torch.cat(centres), [len(level) for level in boxes])
+    return Anchors(torch.cat(boxes), torch.cat(centres), [level.shape[0] for level in boxes])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@
     hf-poolformer export outputs/pets outputs/pets-bf16 --format openvino --precision bfloat16
     hf-poolformer export outputs/pets outputs/pets-int8 --format openvino --precision int8 --calibration_dataset photos
 
-Takes image classifiers and semantic segmenters of every family. The graph has everything computed beforehand that does
-not depend on the image. The same images go through it and through the model; the folder appears when both agree, with
-labels, processor settings, versions and a card in it. `predict` and `evaluate` take it like any model.
+Takes image classifiers, semantic segmenters and, for ONNX, detectors of every family. The graph has everything
+computed beforehand that does not depend on the image. The same images go through it and through the model; the folder
+appears when both agree, with labels, processor settings, versions and a card in it. `predict` and `evaluate` take it
+like any model.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from . import CommandParser, add_model_arguments, command, quieten
 def parser(prog: str | None = None) -> CommandParser:
     parser = CommandParser(prog=prog, description=__doc__.partition(": ")[2])
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder or Hub id of an image classifier or a semantic segmenter")
+    add("model", metavar="MODEL", help="folder or Hub id of an image classifier, a segmenter or a detector")
     add("output", metavar="OUT", type=Path, help="folder to write")
     runtimes = ", ".join(f"{name} for {format.runtime}" for name, format in FORMATS.items())
     add("--format", choices=list(FORMATS), default="onnx", help=f"{runtimes} (default: %(default)s)")
@@ -40,7 +41,8 @@ def parser(prog: str | None = None) -> CommandParser:
     add(
         "--preprocessing",
         action="store_true",
-        help="take uint8 (batch, height, width, channels), resized and cropped, and give probabilities",
+        help="take uint8 (batch, height, width, channels), resized and cropped, and give probabilities; of segmenters "
+        "and detectors: take photographs of any size, and answer in their pixels",
     )
     add(
         "--dynamic_size",

@@ -14,7 +14,7 @@ from .formats import FORMATS
 from .verification import Report
 
 
-OUTPUTS = {"classes": "classes", "labels": "labels", "numbers": "numbers", "pixels": "classes"}
+OUTPUTS = {"classes": "classes", "labels": "labels", "numbers": "numbers", "pixels": "classes", "objects": "classes"}
 USE = """\
 {imports}
 from hf_poolformer.export import load
@@ -36,7 +36,7 @@ def export_card(manifest: Manifest, report: Report, config: Any) -> str:
         ("format", format.description(manifest)),
         ("precision", manifest.precision),
         ("input", _input(manifest)),
-        ("output", f"`{manifest.output}`, {config.num_labels} {OUTPUTS[report.kind]}, named in `config.json`"),
+        ("output", f"{_output(manifest)}, {config.num_labels} {OUTPUTS[report.kind]}, named in `config.json`"),
         *([("labels given", _thresholds(config))] if report.kind == "labels" else []),
         ("made of", _made_of(source)),
         ("size", f"{report.size / 1e6:.1f} MB; the model's weights in float32: {report.size_before / 1e6:.1f} MB"),
@@ -60,12 +60,7 @@ def export_card(manifest: Manifest, report: Report, config: Any) -> str:
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())))
     trust = ", trust_remote_code=True" if format.holds_code else ""
     title = clean_line(source["model"])
-    verified = (
-        "The same images went through this graph and through the model in float32, in "
-        f"{len(report.checks)} batches; the root of the mean square of an output's differences, relative to how far "
-        f"that output spreads over the images, may be {report.tolerance:g}. Every comparison is in "
-        "`verification.json`, every setting in `export.json`."
-    )
+    verified = f"{report.rule} Every comparison is in `verification.json`, every setting in `export.json`."
     return render_card(
         ModelCardData(**data),
         complete=False,  # nobody knows the licence of what was exported
@@ -86,11 +81,22 @@ def _relation(manifest: Manifest) -> str:
 
 def _input(manifest: Manifest) -> str:
     height, width = ("height", "width") if manifest.dynamic_size else manifest.image_size
+    number = 1 if manifest.further_outputs else "batch"
+    if manifest.resizes:
+        return f"`{manifest.input}`, uint8 ({number}, {height}, {width}, {manifest.num_channels}): photographs"
     if manifest.preprocessing:
-        shape = f"uint8 (batch, {height}, {width}, {manifest.num_channels}), resized and cropped"
+        shape = f"uint8 ({number}, {height}, {width}, {manifest.num_channels}), resized and cropped"
     else:
-        shape = f"float32 (batch, {manifest.num_channels}, {height}, {width}), normalised"
+        shape = f"float32 ({number}, {manifest.num_channels}, {height}, {width}), normalised"
+    if manifest.further_inputs:
+        shape += f", and `pixel_mask`, int64 (1, {height}, {width}), both"
     return f"`{manifest.input}`, {shape} as `preprocessor_config.json` says"
+
+
+def _output(manifest: Manifest) -> str:
+    if manifest.resizes and not manifest.further_outputs:
+        return f"`{manifest.output}`, int32 (batch, height, width), the class of each pixel"
+    return ", ".join(f"`{name}`" for name in (manifest.output, *manifest.further_outputs))
 
 
 def _thresholds(config: Any) -> str:

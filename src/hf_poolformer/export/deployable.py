@@ -146,11 +146,16 @@ def write_graph(module: Deployable, folder: Path, manifest: Manifest) -> Path:
     if manifest.dynamic_size:
         # The exporter takes a map of one row for one that has always one: no stage has such a map here.
         total = math.prod(module.model.config.strides)
+        if manifest.further_outputs:  # whose pyramid has two levels more
+            total *= 4
         size = (4 * total, 3 * total)
+    number = 1 if manifest.further_outputs else 2
     if manifest.preprocessing:
-        example = torch.zeros(2, *size, manifest.num_channels, dtype=torch.uint8)
+        example = torch.zeros(number, *size, manifest.num_channels, dtype=torch.uint8)
     else:
-        example = torch.zeros(2, manifest.num_channels, *size)
+        example = torch.zeros(number, manifest.num_channels, *size)
+    if manifest.further_inputs:
+        example = (example, torch.ones(1, *size, dtype=torch.int64))
     module.eval()
     try:
         with quiet(), torch.no_grad():
@@ -164,8 +169,12 @@ def write_graph(module: Deployable, folder: Path, manifest: Manifest) -> Path:
 def dynamic_shapes(manifest: Manifest) -> dict[str, dict[int, Any]]:
     """The axes of the input that may vary, as torch.export takes them: of the images, and of their sides."""
     first = 1 if manifest.preprocessing else 2
-    axes = (0, first, first + 1) if manifest.dynamic_size else (0,)
-    return {"pixel_values": dict.fromkeys(axes, torch.export.Dim.DYNAMIC)}
+    number = () if manifest.further_outputs else (0,)
+    sides = (first, first + 1) if manifest.dynamic_size else ()
+    shapes = {"pixel_values": dict.fromkeys(number + sides, torch.export.Dim.DYNAMIC)}
+    for name in manifest.further_inputs:
+        shapes[name] = {axis - 1: torch.export.Dim.DYNAMIC for axis in sides}
+    return shapes
 
 
 @contextlib.contextmanager

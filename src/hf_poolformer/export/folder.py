@@ -39,8 +39,11 @@ class Manifest:
         device: of "torch": "cpu" or "cuda", which computes it.
         preprocessing: whether the graph takes uint8 (batch, height, width, 3) and gives probabilities. Without, it
             takes float32 (batch, 3, height, width) as the image processor makes them, and gives logits.
+        resizes: with preprocessing: the graph takes images as they were stored, resizes them, and answers in their
+            pixels. A segmenter then gives the class of each pixel. A detector takes one image at a time, ever.
         input, output: their names in the graph; a regression gives "values" in either case, a model without classes
-            "features".
+            "features", a detector "boxes".
+        further_inputs, further_outputs: names of what a detector takes and gives besides.
         image_size: height and width the model was made for, in pixels.
         dynamic_size: whether other sizes do, too. The number of images is always free.
         least_size: of those, the smallest height and width in pixels.
@@ -59,6 +62,9 @@ class Manifest:
     output: str
     image_size: list[int]
     dynamic_size: bool
+    further_inputs: list[str] = field(default_factory=list)
+    further_outputs: list[str] = field(default_factory=list)
+    resizes: bool = False
     least_size: int = 1
     num_channels: int = 3
     problem_type: str | None = None
@@ -120,7 +126,9 @@ class Manifest:
                     f"{path} is of another version of this package: it names the {name} {getattr(self, name)!r}; "
                     "update hf-poolformer, or export the model again"
                 )
-        texts = isinstance(self.input, str) and isinstance(self.output, str)
+        further = (self.further_inputs, self.further_outputs)
+        lists = all(isinstance(names, list) for names in further)
+        texts = lists and all(isinstance(name, str) for name in (self.input, self.output, *further[0], *further[1]))
         numbers = isinstance(self.image_size, list) and len(self.image_size) == 2
         numbers = numbers and all(_is_count(number) for number in (*self.image_size, self.num_channels))
         if not (texts and numbers):

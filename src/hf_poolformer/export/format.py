@@ -18,12 +18,11 @@ from ..foundation.errors import UserError
 
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from .folder import Manifest
 
-    Run = Callable[[torch.Tensor], torch.Tensor]
+    Run = Callable[..., Any]  # of a tensor one; of a detector of its inputs, a tuple
 
 
 # The largest error, see `verification.Check`, that is put down to rounding in that arithmetic. Small models of every
@@ -56,6 +55,7 @@ class ExportFormat(abc.ABC):
         hub_library: `library_name` in the card's metadata.
         holds_code: loading a file may run code of whoever wrote it.
         has_providers: `open` takes some.
+        detector_precisions: of `precisions`, those for detectors, whose graphs end in suppression.
     """
 
     name: ClassVar[str]
@@ -69,6 +69,7 @@ class ExportFormat(abc.ABC):
     hub_library: ClassVar[str | None] = None
     holds_code: ClassVar[bool] = False
     has_providers: ClassVar[bool] = False
+    detector_precisions: ClassVar[tuple[str, ...]] = ()
 
     def check_options(self, **options: Any) -> None:  # noqa: B027, a format need not have any
         """
@@ -118,13 +119,13 @@ class ExportFormat(abc.ABC):
         """Changes a folded model, before it is written, to what suits the runtime."""
 
     @abc.abstractmethod
-    def write(self, module: nn.Module, example: torch.Tensor, path: Path, manifest: Manifest) -> None:
+    def write(self, module: nn.Module, example: Any, path: Path, manifest: Manifest) -> None:
         """
         Writes the graph, in floating point.
 
         Args:
             module: takes `example`, uint8 (2, height, width, channels) or float32 (2, channels, height, width), and
-                gives float32.
+                gives float32; see `DetectorDeployable` for what those take and give.
             manifest: which axes may vary (see `deployable.dynamic_shapes`), what input and output are called, and this
                 format's options.
         """

@@ -60,7 +60,7 @@ def fold(model: nn.Module) -> nn.Module:
     A copy of a model that computes the same logits with fewer operations; in float32, for inference only.
 
     Args:
-        model: an image classifier or a semantic segmenter of this package; it is left as it is.
+        model: an image classifier, a semantic segmenter or a detector of this package; it is left as it is.
 
     Returns:
         a model with the same `forward(pixel_values)`; its parameters have other names and values.
@@ -68,10 +68,13 @@ def fold(model: nn.Module) -> nn.Module:
     Raises:
         UserError: a model of another kind.
     """
-    if not isinstance(model, MetaFormerForImageClassification | MetaFormerForSemanticSegmentation):
+    from ..modeling_detection import MetaFormerDetector  # here, since it brings torchvision's detectors
+
+    if not isinstance(
+        model, MetaFormerForImageClassification | MetaFormerForSemanticSegmentation | MetaFormerDetector
+    ):
         raise UserError(
-            f"{type(model).__name__} cannot be exported: image classifiers and semantic segmenters can. Detectors "
-            "end in steps whose number depends on the image (non-maximum suppression), which no export here covers."
+            f"{type(model).__name__} cannot be exported: image classifiers, semantic segmenters and detectors can."
         )
     model = copy.deepcopy(model).float().eval().requires_grad_(False)
     encoder = model.base_model.encoder
@@ -80,7 +83,7 @@ def fold(model: nn.Module) -> nn.Module:
     encoder.block = nn.ModuleList(nn.Sequential(*map(fold_block, stage)) for stage in encoder.block)
     if isinstance(model, MetaFormerForImageClassification):
         fold_classifier(model)
-    else:
+    elif isinstance(model, MetaFormerForSemanticSegmentation):
         fold_segmenter(model)
     return model
 

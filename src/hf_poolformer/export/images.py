@@ -26,6 +26,17 @@ if TYPE_CHECKING:
     from ..data.columns import ImageDataset
 
 
+def cropping(processor: Any) -> Any:
+    """A processor whose images are all of one size, as a batch needs them: one that keeps proportions gets a crop."""
+    if processor.do_center_crop or not processor.do_resize or (processor.size.height and processor.size.width):
+        return processor
+    side = processor.size.shortest_edge
+    square = {"height": side, "width": side}
+    settings = {"do_center_crop": True, "crop_size": square, "size": {"shortest_edge": side}, "do_pad": False}
+    # 1.0 says what None says; saved files have one or the other.
+    return type(processor)(**{**processor.to_dict(), **settings, "crop_pct": 1.0})
+
+
 @dataclass
 class Sample:
     """Images as the image processor makes them, (N, C, H, W), and their class indices, None where not known."""

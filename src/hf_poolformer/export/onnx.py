@@ -37,6 +37,7 @@ class Onnx(ExportFormat):
     options = {"opset": DEFAULT_OPSET}  # noqa: RUF012
     hub_library = "onnx"
     has_providers = True
+    detector_precisions = ("float32", "float16")
 
     def check_options(self, opset: int) -> None:
         if opset not in OPSETS:
@@ -57,18 +58,18 @@ class Onnx(ExportFormat):
     def dtype(self, precision: str) -> str:
         return "float16" if precision == "float16" else "float32"
 
-    def write(self, module: nn.Module, example: torch.Tensor, path: Path, manifest: Manifest) -> None:
+    def write(self, module: nn.Module, example: Any, path: Path, manifest: Manifest) -> None:
         import torch
 
         from .deployable import dynamic_shapes
 
         program = torch.onnx.export(
             module,
-            (example,),
+            example if isinstance(example, tuple) else (example,),
             dynamo=True,
             opset_version=manifest.opset or DEFAULT_OPSET,
-            input_names=[manifest.input],
-            output_names=[manifest.output],
+            input_names=[manifest.input, *manifest.further_inputs],
+            output_names=[manifest.output, *manifest.further_outputs],
             dynamic_shapes=dynamic_shapes(manifest),
             verbose=False,
         )
@@ -101,8 +102,13 @@ class Onnx(ExportFormat):
                 "NVIDIA that it needs are missing, or of another version"
             )
 
-        def run(pixel_values: torch.Tensor) -> torch.Tensor:
-            return torch.from_numpy(session.run([manifest.output], {manifest.input: pixel_values.numpy()})[0])
+        inputs = [manifest.input, *manifest.further_inputs]
+        outputs = [manifest.output, *manifest.further_outputs]
+
+        def run(*tensors: torch.Tensor) -> Any:
+            feeds = {name: tensor.numpy() for name, tensor in zip(inputs, tensors, strict=True)}
+            found = tuple(map(torch.from_numpy, session.run(outputs, feeds)))
+            return found if manifest.further_outputs else found[0]
 
         return run
 

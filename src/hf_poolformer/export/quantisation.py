@@ -63,6 +63,7 @@ def quantise(
     *,
     attention: bool,
     keep_last: bool = False,
+    leave: int = 0,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """
@@ -73,6 +74,7 @@ def quantise(
         evaluate: compares a graph that lies in a file with the model.
         attention: whether there is any, which NNCF treats in a way of its own.
         keep_last: leave the last layer in floating point in any case.
+        leave: the same of so many of the first, which are no layers of the model.
 
     Returns:
         what the manifest says about it.
@@ -85,6 +87,7 @@ def quantise(
 
         attempts: list[Attempt] = []
         layers = format.layers(format.read_graph(path))
+        always, layers = [layer.name for layer in layers[:leave]], layers[leave:]
         for left_out, ignored in groups(layers, keep_last).items():
             progress(f"quantising, in floating point: {left_out}")
             model = format.read_graph(path)
@@ -98,7 +101,7 @@ def quantise(
                     model_type=nncf.ModelType.TRANSFORMER if attention else None,
                     target_device=nncf.TargetDevice.CPU,
                     subset_size=len(chunks),
-                    ignored_scope=nncf.IgnoredScope(names=ignored) if ignored else None,
+                    ignored_scope=nncf.IgnoredScope(names=always + ignored) if always + ignored else None,
                 )
             except Exception as error:
                 raise UserError(f"the model cannot be quantised: {one_line(error)}") from error

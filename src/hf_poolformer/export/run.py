@@ -20,15 +20,16 @@ from ..foundation.loading import load_trained, task_of_checkpoint
 from ..foundation.machine import versions_of
 from ..foundation.origin import Origin
 from ..foundation.scores import check_choice
+from ..foundation.tasks import TASKS
 from ..token_mixers import Attention
 from .card import export_card
 from .deployable import DTYPES, Deployable, has_fixed_tokens, smallest_size, write_graph
 from .folder import REPORT, SETTINGS, Manifest, check_output, folder_size, new_folder
 from .formats import FORMATS, check_request
 from .graph import fold
-from .images import Sample, check_channels, read_samples, sample_photographs
+from .images import Sample, check_channels, cropping, read_samples, sample_photographs
 from .quantisation import Quality, quantise
-from .runtime import ExportedModel, Graph, load
+from .runtime import ExportedModel, Graph, image_processor_of, load
 from .verification import FEWEST, Comparison, Report, kind_of, verify
 
 
@@ -98,12 +99,13 @@ def export_model(
     `verification.json` and a card. The folder appears when the export has been compared with the model, not before.
 
     Args:
-        model: folder or Hub id of an image classifier or a semantic segmenter.
+        model: folder or Hub id of an image classifier, a semantic segmenter or a detector.
         format: one of `formats.FORMATS`: "onnx", "openvino", or "torch" (a program of `torch.export`).
         precision: "float32"; "float16" (OpenVINO: of the weights in the file, computed in float32); "bfloat16"
             (OpenVINO and torch); "int8" (ONNX and OpenVINO), which needs `calibration_dataset`.
         dynamic_size: whether images of other sizes than the model's are taken; None where the family allows it.
-        preprocessing: take uint8 (batch, height, width, channels), resized and cropped, and give probabilities.
+        preprocessing: take uint8 (batch, height, width, channels), resized and cropped, and give probabilities; of a
+            segmenter or detector, photographs of any size, and give answers in their pixels.
         opset: of ONNX, one of `onnx.OPSETS`.
         compile: of "torch": an AOTInductor package, machine code for machines like this one.
         device: of "torch": "cpu" (if None) or "cuda", for which the program is made, and on which it is verified.
@@ -130,8 +132,13 @@ def export_model(
     check_output(Path(output), overwrite)
     progress("loading")
     origin = Origin(revision, token, cache_dir, trust_remote_code)
-    original, processor, task = load_source(os.fspath(model), origin)
+    original, processor, task = load_source(os.fspath(model), origin, target, precision)
+    objects = TASKS[task].gives == "objects"
+    whole = preprocessing and (objects or TASKS[task].gives == "map")
     fixed = has_fixed_tokens(original)
+    if objects or whole:
+        check_any_size(os.fspath(model), original, processor, whole, dynamic_size)
+        fixed = False
     if dynamic_size and fixed:
         raise UserError(
             f"{model} mixes a fixed number of tokens (token_mixers {', '.join(original.config.token_mixers)}), so it "
@@ -148,7 +155,8 @@ def export_model(
         output="logits",
         image_size=list(image_size_of(original, processor)),
         dynamic_size=not fixed if dynamic_size is None else dynamic_size,
-        least_size=smallest_size(original.config),
+        resizes=whole,
+        least_size=1 if whole else smallest_size(original.config),
         num_channels=original.config.num_channels,
         problem_type=original.config.problem_type,
         label_thresholds=getattr(original.config, "label_thresholds", None),
@@ -162,30 +170,40 @@ def export_model(
         },
     )
     progress("reading images")
-    if calibration_dataset is None:
-        calibration, comparison = None, sample_photographs(processor, PHOTOGRAPHS, manifest.num_channels)
-    else:
+    how = {
+        "config_name": calibration_config_name,
+        "split": calibration_split,
+        "image_column_name": image_column_name,
+        "token": token,
+        "cache_dir": cache_dir,
+    }
+    calibration, comparisons, images = None, [], []
+    if objects or whole:
+        images = photographs_to_compare(
+            calibration_dataset, processor, manifest, original, min(verification_size, MAPS), how
+        )
+    if calibration_dataset is None and not images:
+        comparisons = [sample_photographs(processor, PHOTOGRAPHS, manifest.num_channels)]
+    elif not images or precision == "int8":
         calibration, comparison = read_samples(
             calibration_dataset,
-            processor,
+            cropping(processor) if TASKS[task].is_dense else processor,
             original.config,
-            (calibration_size if precision == "int8" else 1, verification_size),
-            config_name=calibration_config_name,
-            split=calibration_split,
-            image_column_name=image_column_name,
-            token=token,
-            cache_dir=cache_dir,
+            (calibration_size if precision == "int8" else 1, 1 if images else verification_size),
+            **how,
         )
-    comparisons = [comparison]
-    if len(comparison.pixel_values) < FEWEST:
-        comparisons.insert(0, sample_photographs(processor, PHOTOGRAPHS, manifest.num_channels))
+        comparisons = [comparison]
+        if len(comparison.pixel_values) < FEWEST:
+            comparisons.insert(0, sample_photographs(processor, PHOTOGRAPHS, manifest.num_channels))
     with new_folder(output, overwrite) as folder:
         progress("writing the graph")
         inside = processor if preprocessing else None
         folded = fold(original)
         target.adapt(folded, precision)
-        module = Deployable(folded, DTYPES[target.dtype(precision)], inside)
+        module = deployable(folded, DTYPES[target.dtype(precision)], inside, task)
         manifest.output = module.output_name
+        if objects:
+            manifest.further_inputs, manifest.further_outputs = module.further_inputs, module.further_outputs
         path = write_graph(module, folder, manifest)
         for name, part in zip(SETTINGS, (original.config, processor), strict=True):
             # Without the code that would come along: there is no PyTorch model here for it to be of use to.
@@ -199,16 +217,16 @@ def export_model(
         exported, emulated = load(folder, trust_remote_code=True), None
         elsewhere = target.arithmetic_elsewhere(precision)
         if elsewhere is not None:
-            run = Deployable(fold(original), DTYPES[elsewhere], inside).eval()
-            emulated = ExportedModel(run, manifest, original.config, processor)
-        report = verify(
-            exported,
-            original,
-            comparisons,
-            arithmetic=target.arithmetic(precision),
-            emulated=emulated,
-            progress=progress,
-        )
+            run = deployable(fold(original), DTYPES[elsewhere], inside, task).eval()
+            emulated = ExportedModel(run, manifest, original.config, image_processor_of(manifest, processor))
+        common = {"arithmetic": target.arithmetic(precision), "emulated": emulated, "progress": progress}
+        if images:
+            from .dense_verification import verify_maps, verify_objects
+
+            verify_images = verify_objects if objects else verify_maps
+            report = verify_images(exported, original, processor, images, **common)
+        else:
+            report = verify(exported, original, comparisons, **common)
         report.size = folder_size(folder)
         write_json(folder / REPORT, report.to_dict())
         (folder / "README.md").write_text(export_card(manifest, report, original.config), encoding="utf-8")
@@ -216,18 +234,72 @@ def export_model(
     return Summary(Path(output), manifest, report, size)
 
 
-def load_source(name: str, origin: Origin) -> tuple[nn.Module, Any, str]:
+def deployable(model: nn.Module, dtype: torch.dtype, processor: Any, task: str) -> nn.Module:
+    """A folded model with what surrounds it in the graph; `processor` where its work is part of that."""
+    if TASKS[task].gives == "objects":
+        from .detection import DetectorDeployable
+
+        return DetectorDeployable(model, dtype, processor)
+    if TASKS[task].gives == "map" and processor is not None:
+        from .photographs import MapDeployable
+
+        return MapDeployable(model, dtype, processor)
+    return Deployable(model, dtype, processor)
+
+
+def check_any_size(name: str, model: nn.Module, processor: Any, whole: bool, dynamic_size: bool | None) -> None:
+    """
+    Of detectors, and of graphs that are to take photographs of any size.
+
+    Raises:
+        UserError: a graph cannot do what this image processor does, or the model takes images of one size only.
+    """
+    from .photographs import check_processor, fixed_size
+
+    if dynamic_size is False:
+        raise UserError(f"{name} is exported for images of any size: leave --dynamic_size out")
+    if whole:
+        check_processor(name, processor)
+    if has_fixed_tokens(model) and not (whole and fixed_size(processor)):
+        mixers = ", ".join(model.config.token_mixers)
+        raise UserError(
+            f"{name} mixes a fixed number of tokens (token_mixers {mixers}), so it takes images of one size only: a "
+            "graph with --preprocessing and an image processor that resizes to one height and width could serve it, "
+            "no other"
+        )
+
+
+def photographs_to_compare(
+    location: str | None, processor: Any, manifest: Manifest, model: nn.Module, count: int, how: dict[str, Any]
+) -> list[Any]:
+    """Images as they were stored: of odd sizes, where the graph takes them, and of a dataset."""
+    from ..data.transforms import channels_of
+    from .dense_verification import odd_photographs, read_photographs
+
+    images = odd_photographs(manifest.num_channels)
+    if location is not None:
+        images += read_photographs(location, channels_of(processor), count, **how)
+    return images
+
+
+def load_source(name: str, origin: Origin, target: Any, precision: str) -> tuple[nn.Module, Any, str]:
     """
     Model in inference mode, image processor, and task.
+
+    Args:
+        target: the format that it is to be exported to.
 
     Raises:
         UserError: no such model, none that can be exported, or one without trained, finite weights.
     """
     task = task_of_checkpoint(name, origin)
-    if not task.exported_output:
+    if task.gives == "objects" and precision not in target.detector_precisions:
+        there = [
+            f"--format {row.name} --precision {way}" for row in FORMATS.values() for way in row.detector_precisions
+        ]
         raise UserError(
-            f"{name} is a detector, which cannot be exported: it ends in steps whose number depends on the image "
-            "(non-maximum suppression). Image classifiers and semantic segmenters can"
+            f"{name} is a detector, which --format {target.name} --precision {precision} cannot hold: it ends in "
+            f"steps whose number depends on the image (non-maximum suppression). {' and '.join(there)} can"
         )
     model, processor = load_trained(name, origin, task)
     if task.gives == "scores":
@@ -246,12 +318,17 @@ def quantise_graph(
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
     inputs = ExportedModel(Graph(path, manifest), manifest, model.config, processor).prepare(sample.pixel_values)
+    resizing = 2 if manifest.resizes else 0  # matrix products, the graph's first
     pixel_values = sample.pixel_values[: MAPS if kind == "pixels" else None]
     with torch.inference_mode():
         right = torch.cat([model(chunk).logits for chunk in pixel_values.split(16)])
 
     def evaluate(graph: Path) -> Quality:
         exported = ExportedModel(Graph(graph, manifest), manifest, model.config, processor)
+        if manifest.resizes:
+            from .dense_verification import map_quality
+
+            return map_quality(torch.cat([exported(chunk).segmentation for chunk in pixel_values.split(4)]), right)
         got = torch.cat([exported(chunk).logits for chunk in pixel_values.split(16)])
         check, agreement = Comparison(exported, right)(got, right, sample.name)
         if kind == "numbers":  # which have no choice to agree on: the share of their variance that is left
@@ -267,6 +344,7 @@ def quantise_graph(
         evaluate,
         attention=attention,
         keep_last=kind in ("numbers", "labels"),
+        leave=resizing,
         progress=progress,
     )
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, modeling_outputs
 from transformers.models.auto import modeling_auto
+from transformers.utils import ModelOutput
 
 from ..data.transforms import channels_of
 from ..foundation.errors import UserError, one_line
@@ -72,7 +73,16 @@ def load(
     except Exception as error:
         raise UserError(f"{folder} cannot be loaded: {one_line(error)}") from error
     run = Graph(folder / manifest.file, manifest, threads, providers)
-    return ExportedModel(run, manifest, config, processor)
+    return ExportedModel(run, manifest, config, image_processor_of(manifest, processor))
+
+
+def image_processor_of(manifest: Manifest, processor: Any) -> Any:
+    """What prepares images for the graph: the model's, or less of it where the graph resizes by itself."""
+    if not manifest.resizes:
+        return processor
+    from .photographs import unprocessed
+
+    return unprocessed(processor)
 
 
 def load_classifier(folder: str | os.PathLike, trust_remote_code: bool = False) -> tuple[ExportedModel, Any]:
@@ -100,7 +110,7 @@ class ExportedModel(nn.Module):
 
     Attributes:
         config: the model's, with `id2label`.
-        image_processor: the model's.
+        image_processor: the model's; of a graph that resizes, one that only decodes.
         manifest: what `export.json` says.
         dtype: of `pixel_values`.
     """
@@ -108,7 +118,7 @@ class ExportedModel(nn.Module):
     main_input_name = "pixel_values"
     input_modalities = output_modalities = ("image",)
 
-    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor], manifest: Manifest, config: Any, processor: Any):
+    def __init__(self, run: Callable[..., Any], manifest: Manifest, config: Any, processor: Any):
         super().__init__()
         self.run = run
         self.manifest, self.config, self.image_processor = manifest, config, processor
@@ -125,16 +135,21 @@ class ExportedModel(nn.Module):
         return False
 
     def forward(
-        self, pixel_values: torch.Tensor | np.ndarray | None = None, **kwargs: Any
-    ) -> modeling_outputs.ImageClassifierOutput | modeling_outputs.SemanticSegmenterOutput:
+        self,
+        pixel_values: torch.Tensor | np.ndarray | None = None,
+        pixel_mask: torch.Tensor | np.ndarray | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
         """
         Args:
             pixel_values: (batch, channels, height, width) as the image processor makes them; of an export with
                 preprocessing also uint8 (batch, height, width, channels).
+            pixel_mask: (batch, height, width), of a detector: 1 on the images, 0 on their padding.
 
         Returns:
             `logits`, (batch, num_labels), of a segmenter (batch, num_labels, height / 4, width / 4). Of an export with
-            preprocessing these are logarithms of the probabilities, which softmax and sigmoid turn into those again.
+            preprocessing these are logarithms of the probabilities, which softmax and sigmoid turn into those again;
+            of a segmenter then `segmentation`, see `ClassMaps`. A detector gives what the model gives.
 
         Raises:
             ValueError: another shape than the graph takes.
@@ -143,7 +158,17 @@ class ExportedModel(nn.Module):
             raise ValueError("You have to specify pixel_values")
         pixel_values = torch.as_tensor(pixel_values)
         device = pixel_values.device
+        if TASKS[self.manifest.task].gives == "objects":
+            from .detection import answer_each
+
+            mask = None if pixel_mask is None else torch.as_tensor(pixel_mask)
+            found = answer_each(self, pixel_values.cpu(), mask)
+            return type(found)(**{name: value.to(device) for name, value in found.items()})
         outputs = self.run(self.prepare(pixel_values.cpu()))
+        if self.manifest.resizes:
+            from .photographs import ClassMaps
+
+            return ClassMaps(segmentation=outputs.long().to(device))
         if self.manifest.preprocessing:
             outputs = scores_to_logits(outputs, self.config)
         return getattr(modeling_outputs, TASKS[self.manifest.task].exported_output)(logits=outputs.to(device))
@@ -177,6 +202,11 @@ class ExportedModel(nn.Module):
             scale, shift = (value.float()[:, None, None] for value in pixel_affine(self.image_processor, channels))
             levels = (pixel_values.float() - shift) / scale
             pixels = levels.round().clamp(0, 255)
+            if manifest.resizes and (levels - pixels).abs().max() > MOST_ROUNDED:
+                raise ValueError(
+                    "this export takes images as they were stored, with pixels of 0 to 255: prepare them by its own "
+                    "image_processor, or give uint8"
+                )
             if channels_of(self.image_processor) != 3 and (levels - pixels).abs().max() > MOST_ROUNDED:
                 raise UserError(
                     "this export takes pixels of 8 bits, and these images have more: export the model without "
@@ -237,13 +267,13 @@ class Graph:
             # Whatever a runtime says to a damaged file.
             raise UserError(f"{self.path.parent} cannot be loaded: {one_line(error)}") from error
 
-    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *inputs: torch.Tensor) -> Any:
         if self.process != os.getpid():
             # The parent's is not let go: it would wait for threads that a fork does not take along.
             _of_parents.append(self.__dict__.copy())
             check_unchanged(self.path.parent, self.manifest)
             self.start()
-        return self.run(pixel_values)
+        return self.run(*inputs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return reopen, (self.path, self.manifest, *self.asked)
@@ -281,5 +311,6 @@ def check_unchanged(folder: Path, manifest: Manifest) -> None:
 for table in (
     modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
 ):
     table["hf_poolformer export"] = ExportedModel.__name__

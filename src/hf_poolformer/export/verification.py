@@ -49,7 +49,13 @@ AGREEMENT = {
     "labels": "same side of its threshold, over all labels",
     "numbers": "correlation, of the output where it is least",
     "pixels": "pixels of the same class",
+    "objects": "detections with a partner",
 }
+RULE = (
+    "The same images went through this graph and through the model in float32, in {count} batches; the root of the "
+    "mean square of an output's differences, relative to how far that output spreads over the images, may be "
+    "{tolerance:g}."
+)
 
 
 @dataclass
@@ -89,12 +95,13 @@ class Report:
     What `verification.json` says.
 
     Attributes:
-        kind: of answers: "classes" (one of many), "labels", "numbers" or "pixels".
+        kind: of answers: "classes" (one of many), "labels", "numbers", "pixels" or "objects".
         arithmetic: what was checked, and where the file may be computed in another.
         tolerance: the largest error allowed, see `Check`.
         agreement: over all real images; `agreement_is` says of what.
         accuracy, accuracy_before: of the export and of the model, where the images have a class each.
         size, size_before: bytes of the graph and of the model's weights in float32.
+        rule: how it was compared, for the card.
     """
 
     precision: str
@@ -108,6 +115,7 @@ class Report:
     accuracy_before: float | None = None
     size: int = 0
     size_before: int = 0
+    rule: str = ""
 
     @property
     def passed(self) -> bool:
@@ -329,6 +337,7 @@ def verify(
         progress(f"comparing on {name}")
         right = reference(model, ours, name)
         report.checks.append(compare(answer(exported, theirs, name), right, name, demanding=demanding)[0])
+    report.rule = RULE.format(count=len(report.checks), tolerance=report.tolerance)
     judge(report, min(lenient for _, lenient, number in agreements if number >= FEWEST or kind == "pixels"))
     return report
 

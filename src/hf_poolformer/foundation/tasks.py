@@ -82,8 +82,8 @@ class Task:
         evaluation: `module:class` of a `Judge` of evaluation/processes.py.
         settings: `module:class` of what its training can be told.
         training: `module:class` of what its training does its own way, as `training.loop` asks it.
-        exported_output: class among transformers.modeling_outputs for the answer of an exported model; empty where a
-            model's steps depend on what it finds, so that it cannot be exported.
+        exported_output: class of the answer of an exported model, of transformers.modeling_outputs or, of a detector,
+            the model's own; empty for what cannot be exported.
         pipeline_code, model_code: Python for cards; `{source}` stands for the quoted name of the model and arguments
             of loading.
         exported_imports, exported_code: Python before and after `model = load(".")`, for cards of exports.
@@ -454,6 +454,12 @@ _ROWS = (
         per_class=(Figure("eval_per_class_map", "mean_average_precision", "box AP"),),
         processor="for_detection",
         evaluation="hf_poolformer.evaluation.dense:BoxJudge",
+        exported_output="MetaFormerObjectDetectionOutput",
+        exported_imports="from transformers import pipeline",
+        exported_code=(
+            'detect = pipeline("object-detection", model=model, image_processor=model.image_processor)\n'
+            'print(detect("photo.jpg"))'
+        ),
         pipeline_code=dense_pipeline(
             'detect = pipeline("object-detection", model={source})\nprint(detect("photo.jpg"))'
         ),
@@ -478,6 +484,13 @@ _ROWS = (
         per_class=(Figure("eval_mask_per_class_map", "mean_average_precision", "mask AP"),),
         processor="for_detection",
         evaluation="hf_poolformer.evaluation.dense:MaskJudge",
+        exported_output="MetaFormerInstanceSegmentationOutput",
+        exported_imports="from transformers import pipeline",
+        exported_code=(
+            'segment = pipeline("image-segmentation", model=model, image_processor=model.image_processor)\n'
+            'for part in segment("photo.jpg", threshold=0.5):\n'
+            '    print(part["label"], part["score"], part["mask"].size)'
+        ),
         pipeline_code=dense_pipeline(
             'segment = pipeline("image-segmentation", model={source})\n'
             'for part in segment("photo.jpg", threshold=0.5):\n'
