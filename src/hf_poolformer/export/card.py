@@ -85,6 +85,9 @@ def _relation(manifest: Manifest) -> str:
 
 
 def _input(manifest: Manifest) -> str:
+    described = FORMATS[manifest.format].input_description(manifest)
+    if described is not None:
+        return described
     height, width = ("height", "width") if manifest.dynamic_size else manifest.image_size
     if manifest.preprocessing:
         shape = f"uint8 (batch, {height}, {width}, {manifest.num_channels}), resized and cropped"

@@ -83,8 +83,18 @@ class Onnx(ExportFormat):
         shutil.copy(source, path)
 
     def open(self, path: Path, manifest: Manifest, threads: int, providers: Sequence[str] | None = None) -> Run:
-        import onnxruntime
         import torch
+
+        session = self.session(path, threads, providers)
+
+        def run(pixel_values: torch.Tensor) -> torch.Tensor:
+            return torch.from_numpy(session.run([manifest.output], {manifest.input: pixel_values.numpy()})[0])
+
+        return run
+
+    def session(self, graph: Path | bytes, threads: int, providers: Sequence[str] | None = None) -> Any:
+        """An `InferenceSession` of a file, or of its content."""
+        import onnxruntime
 
         wanted = list(providers or ["CPUExecutionProvider"])
         missing = [name for name in wanted if name not in onnxruntime.get_available_providers()]
@@ -98,12 +108,7 @@ class Onnx(ExportFormat):
         # Threads that spin between two calls take the cores away from whoever decodes the next images.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(path, options, providers=wanted)
-
-        def run(pixel_values: torch.Tensor) -> torch.Tensor:
-            return torch.from_numpy(session.run([manifest.output], {manifest.input: pixel_values.numpy()})[0])
-
-        return run
+        return onnxruntime.InferenceSession(graph, options, providers=wanted)
 
     def read_graph(self, path: Path) -> Any:
         import onnx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -20,16 +21,18 @@ from ..foundation.loading import load_trained, task_of_checkpoint
 from ..foundation.machine import versions_of
 from ..foundation.origin import Origin
 from ..foundation.scores import check_choice
+from ..foundation.tasks import TASKS
 from ..token_mixers import Attention
 from .card import export_card
 from .deployable import DTYPES, Deployable, has_fixed_tokens, smallest_size, write_graph
 from .folder import REPORT, SETTINGS, Manifest, check_output, folder_size, new_folder
 from .formats import FORMATS, check_request
 from .graph import fold
-from .images import Sample, check_channels, read_samples, sample_photographs
+from .images import Sample, check_channels, odd_images, read_samples, sample_photographs
 from .quantisation import Quality, quantise
+from .resizing import gives_one_size
 from .runtime import ExportedModel, Graph, load
-from .verification import FEWEST, Comparison, Report, kind_of, verify
+from .verification import FEWEST, Comparison, Report, kind_of, verify, verify_images
 
 
 # Photographs to compare on where no dataset is given, or one that is too small.
@@ -74,11 +77,12 @@ def export_model(
     output: str | os.PathLike,
     *,
     format: str = "onnx",
-    precision: str = "float32",
+    precision: str | None = None,
     dynamic_size: bool | None = None,
     preprocessing: bool = False,
     opset: int | None = None,
     compile: bool = False,
+    vendor: str | os.PathLike | bool | None = None,
     calibration_dataset: str | None = None,
     calibration_config_name: str | None = None,
     calibration_split: str | None = None,
@@ -98,13 +102,16 @@ def export_model(
 
     Args:
         model: folder or Hub id of an image classifier or a semantic segmenter.
-        format: one of `formats.FORMATS`: "onnx", "openvino", or "torch" (a program of `torch.export`).
-        precision: "float32"; "float16" (OpenVINO: of the weights in the file, computed in float32); "bfloat16"
-            (OpenVINO and torch); "int8" (ONNX and OpenVINO), which needs `calibration_dataset`.
+        format: one of `formats.FORMATS`: "onnx", "openvino", "torch" (a program of `torch.export`), or "web" (a page).
+        precision: "float32"; "float16" (OpenVINO and web: of the weights in the file, computed in float32); "bfloat16"
+            (OpenVINO and torch); "int8" (all but torch), which needs `calibration_dataset`. None is "float32", of
+            "web" "int8" with a `calibration_dataset` and "float16" without.
         dynamic_size: whether images of other sizes than the model's are taken; None where the family allows it.
         preprocessing: take uint8 (batch, height, width, channels), resized and cropped, and give probabilities.
         opset: of ONNX, one of `onnx.OPSETS`.
         compile: of "torch": an AOTInductor package, machine code for machines like this one.
+        vendor: of "web": put onnxruntime-web beside the page, fetched by npm if True, else out of this folder of its
+            unpacked npm package.
         calibration_dataset: images for int8, and to compare on in any precision; folder, Parquet files or Hub id. With
             labels, the accuracy is reported, too.
         calibration_size, verification_size: how many images to calibrate on, and how many others to compare on.
@@ -116,9 +123,10 @@ def export_model(
         UserError: no such model, a combination that there is not, no images, or an export that is not what the model
             is. Nothing is left behind.
     """
-    options = check_request(
-        format, precision, calibrated=calibration_dataset is not None, opset=opset, compile=compile
-    )
+    calibrated = calibration_dataset is not None
+    if precision is None:
+        precision = FORMATS[format].default_precision(calibrated) if format in FORMATS else "float32"
+    options = check_request(format, precision, calibrated=calibrated, opset=opset, compile=compile, vendor=vendor)
     target = FORMATS[format]
     if calibration_size < 1 or verification_size < 1:
         raise UserError(
@@ -129,6 +137,12 @@ def export_model(
     progress("loading")
     origin = Origin(revision, token, cache_dir, trust_remote_code)
     original, processor, task = load_source(os.fspath(model), origin)
+    if target.whole:
+        preprocessing = True
+        target.check_model(os.fspath(model), original, processor, TASKS[task].gives)
+        dynamic_size = target.takes_sizes(processor, dynamic_size)
+        progress("fetching what lies beside the graph")
+        gathered = target.gather(precision, **options)
     fixed = has_fixed_tokens(original)
     if dynamic_size and fixed:
         raise UserError(
@@ -190,6 +204,9 @@ def export_model(
             write_json(folder / name, {key: value for key, value in facts.items() if key != "auto_map"})
         if precision == "int8":
             manifest.quantisation = quantise_graph(path, manifest, original, processor, calibration, kind, progress)
+        if target.whole:
+            spread = functools.partial(spread_of, original, comparisons[0].pixel_values)
+            target.finish(folder, manifest, processor, original.config, spread, gathered)
         files = [*folder.glob(f"{path.stem}.*"), *(folder / name for name in SETTINGS)]
         manifest.files = {file.name: digest(file) for file in sorted(files)}
         manifest.write(folder)
@@ -206,6 +223,9 @@ def export_model(
             emulated=emulated,
             progress=progress,
         )
+        if target.whole:
+            progress("comparing on images of odd sizes")
+            verify_images(report, exported, original, odd_images(gives_one_size(processor)), processor)
         report.size = folder_size(folder)
         write_json(folder / REPORT, report.to_dict())
         (folder / "README.md").write_text(export_card(manifest, report, original.config), encoding="utf-8")
@@ -231,6 +251,12 @@ def load_source(name: str, origin: Origin) -> tuple[nn.Module, Any, str]:
         check_choice(model.config)
     check_channels(name, processor, getattr(model.config, "num_channels", 3))
     return model.float().eval(), processor, task.name
+
+
+@torch.inference_mode()
+def spread_of(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of each output over images, (outputs,)."""
+    return model(pixel_values[:PHOTOGRAPHS]).logits.std(0, correction=0)
 
 
 def quantise_graph(
