@@ -255,10 +255,7 @@ def write_page(
         sha.update(f"{name} {len(content)} ".encode() + content)
     kept = {
         "version": sha.hexdigest()[:16],
-        # Some hosts put lines of their own into HTML.
-        "small": {
-            name: "" if name.endswith(".html") else onnxruntime_web.integrity_of(c) for name, c in contents.items()
-        },
+        "small": list(contents),
         "large": [manifest.file, *(settings["runtime"]["folder"] + name for name in names)],
     }
     (folder / "sw.js").write_bytes(f"const EXPORT = {to_json(kept)};\n".encode() + worker)

@@ -1,15 +1,17 @@
 // Keeps the page for when there is no network, and isolates it, which WebAssembly asks of pages that want threads.
-// The line above is the export's: of another export this file is another one, and its cache takes the old one's place.
+// The line above is the export's. Of another export this file is another one, and its cache takes the old one's place;
+// whoever changes a file of the page gives it another version there, too.
 const PREFIX = `hf-poolformer page ${self.registration.scope} `;
 const CACHE = PREFIX + EXPORT.version;
 const at = (name) => new URL(name, self.registration.scope).href;
+const SMALL = new Set(EXPORT.small.map(at));
 const LARGE = new Set(EXPORT.large.map(at));
 const PAGE = at("index.html");
 
 self.addEventListener("install", (event) => {
   const keep = async () => {
     const cache = await caches.open(CACHE);
-    await Promise.all(Object.entries(EXPORT.small).map(([name, integrity]) => put(cache, at(name), integrity)));
+    await Promise.all(EXPORT.small.map((name) => put(cache, at(name))));
     await self.skipWaiting();
   };
   event.waitUntil(keep());
@@ -30,7 +32,7 @@ self.addEventListener("fetch", (event) => {
   const url = request.url.split(/[?#]/)[0];
   if (request.mode === "navigate") {
     if (url === at("./") || url === PAGE) event.respondWith(page());
-  } else if (LARGE.has(url) || Object.keys(EXPORT.small).map(at).includes(url)) {
+  } else if (SMALL.has(url) || LARGE.has(url)) {
     event.respondWith(kept(url, request));
   }
 });
@@ -42,7 +44,7 @@ self.addEventListener("message", (event) => {
     try {
       const cache = await caches.open(CACHE);
       for (const url of event.data.keep.filter((url) => LARGE.has(url))) {
-        if (!(await cache.match(url))) await put(cache, url, "");
+        if (!(await cache.match(url))) await put(cache, url);
       }
     } catch {
       done = false;
@@ -52,8 +54,8 @@ self.addEventListener("message", (event) => {
   event.waitUntil(keep());
 });
 
-async function put(cache, url, integrity) {
-  const response = await fetch(url, { cache: "no-cache", ...(integrity && { integrity }) });
+async function put(cache, url) {
+  const response = await fetch(url, { cache: "no-cache" });
   if (!response.ok) throw new Error(`${url}: ${response.status}`);
   await cache.put(url, response);
 }
