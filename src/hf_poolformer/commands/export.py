@@ -1,8 +1,9 @@
-"""`hf-poolformer export`: write ONNX or OpenVINO files, and compare them with the model.
+"""`hf-poolformer export`: write ONNX or OpenVINO files, or a web page, and compare them with the model.
 
     hf-poolformer export outputs/pets outputs/pets-onnx
     hf-poolformer export outputs/pets outputs/pets-bf16 --format openvino --precision bfloat16
     hf-poolformer export outputs/pets outputs/pets-int8 --format openvino --precision int8 --calibration_dataset photos
+    hf-poolformer export outputs/pets outputs/pets-page --format web --vendor
 
 Takes image classifiers, semantic segmenters and, for ONNX, detectors of every family. The graph has everything
 computed beforehand that does not depend on the image. The same images go through it and through the model; the folder
@@ -34,8 +35,8 @@ def parser(prog: str | None = None) -> CommandParser:
     add(
         "--precision",
         choices=PRECISIONS,
-        default="float32",
-        help=f"bfloat16 is for {formats_with('bfloat16')}, int8 for {formats_with('int8')} (default: %(default)s)",
+        help=f"bfloat16 is for {formats_with('bfloat16')}, int8 for {formats_with('int8')} (default: float32; of web "
+        "int8 with a calibration dataset, else float16)",
     )
     add("--overwrite", action="store_true", help="replace the export that lies at OUT")
     add(
@@ -52,6 +53,13 @@ def parser(prog: str | None = None) -> CommandParser:
     add("--opset", type=int, help=f"of onnx, {OPSETS.start} to {OPSETS.stop - 1} (default: {DEFAULT_OPSET})")
     add("--compile", action="store_true", help="of torch: machine code for machines like this one (AOTInductor)")
     add("--device", choices=DEVICES, help="of torch: what is to compute it (default: cpu)")
+    add(
+        "--vendor",
+        nargs="?",
+        const=True,
+        metavar="FOLDER",
+        help="of web: put onnxruntime-web beside the page, fetched by npm, or out of its unpacked npm package",
+    )
     add(
         "--calibration_dataset",
         metavar="DATASET",

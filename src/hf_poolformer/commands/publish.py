@@ -54,7 +54,8 @@ def parser(prog: str | None = None) -> CommandParser:
         const=True,
         default=False,
         metavar="USER/NAME",
-        help="also make a Space, a page to try the model on (default name: the model's)",
+        help="also make a Space, a page to try the model on (default name: the model's); static: the folder is a page "
+        "of `export --format web`, and becomes the Space",
     )
     add("--no_verify", action="store_true", help="do not download and compare what was uploaded")
     add("--dry_run", action="store_true", help="only list what would go up and what would stay; sends nothing")
@@ -98,27 +99,33 @@ def list_contents(folder: Path, repo_id: str, arguments: argparse.Namespace) -> 
     from huggingface_hub import get_token
 
     from ..hub.contents import collect
-    from ..hub.spaces import space_contents
+    from ..hub.spaces import STATIC, page_contents, space_contents
 
+    page = arguments.space == STATIC
     with tempfile.TemporaryDirectory(prefix="hf-poolformer-") as scratch:
-        contents = collect(
-            folder,
-            repo_id,
-            scratch,
-            repo_type=arguments.repo_type,
-            exclude=arguments.exclude,
-            max_shard_size=arguments.max_shard_size,
-            license=arguments.license,
-            secret=get_token(),
-        )
+        if page:
+            contents = page_contents(
+                folder, repo_id, exclude=arguments.exclude, license=arguments.license, secret=get_token()
+            )
+        else:
+            contents = collect(
+                folder,
+                repo_id,
+                scratch,
+                repo_type=arguments.repo_type,
+                exclude=arguments.exclude,
+                max_shard_size=arguments.max_shard_size,
+                license=arguments.license,
+                secret=get_token(),
+            )
         sizes = {name: contents.size(name) for name in sorted(contents.files)}
-        if arguments.space:
-            page = space_contents(contents, repo_id)
-            contents.notes.append(f"a Space would have {', '.join(sorted(page.files))}")
+        if arguments.space and not page:
+            files = space_contents(contents, repo_id).files
+            contents.notes.append(f"a Space would have {', '.join(sorted(files))}")
     if arguments.json:
         print(to_json({"files": sizes, "left_out": contents.left_out, "notes": contents.notes}, indent=2))
         return 0
-    print(f"{folder} -> {arguments.repo_type} {repo_id}: {len(sizes)} files, {size_text(sum(sizes.values()))}")
+    print(f"{folder} -> {contents.repo_type} {repo_id}: {len(sizes)} files, {size_text(sum(sizes.values()))}")
     for name, size in sizes.items():
         print(f"{size:>13,}  {name}")
     for name, why in contents.left_out.items():

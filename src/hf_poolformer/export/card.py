@@ -80,6 +80,9 @@ def _relation(manifest: Manifest) -> str:
 
 
 def _input(manifest: Manifest) -> str:
+    described = FORMATS[manifest.format].input_description(manifest)
+    if described is not None:
+        return described
     height, width = ("height", "width") if manifest.dynamic_size else manifest.image_size
     number = 1 if manifest.further_outputs else "batch"
     if manifest.resizes:

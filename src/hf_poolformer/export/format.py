@@ -18,6 +18,8 @@ from ..foundation.errors import UserError
 
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from torch import nn
 
     from .folder import Manifest
@@ -56,6 +58,8 @@ class ExportFormat(abc.ABC):
         holds_code: loading a file may run code of whoever wrote it.
         has_providers: `open` takes some.
         detector_precisions: of `precisions`, those for detectors, whose graphs end in suppression.
+        whole: the file starts at images of any size, which its graph resizes, and ends in probabilities, and other
+            files lie beside it: such a format has the methods from `check_model` to `open_images`, too.
     """
 
     name: ClassVar[str]
@@ -70,12 +74,17 @@ class ExportFormat(abc.ABC):
     holds_code: ClassVar[bool] = False
     has_providers: ClassVar[bool] = False
     detector_precisions: ClassVar[tuple[str, ...]] = ()
+    whole: ClassVar[bool] = False
 
     def check_options(self, **options: Any) -> None:  # noqa: B027, a format need not have any
         """
         Raises:
             UserError: a value of one of `options` that there is not.
         """
+
+    def default_precision(self, calibrated: bool) -> str:
+        """What is written if nobody says it; `calibrated` if there are images to calibrate on."""
+        return "float32"
 
     def libraries_for(self, precision: str) -> tuple[str, ...]:
         return (*self.libraries, "nncf") if precision == "int8" else self.libraries
@@ -110,6 +119,10 @@ class ExportFormat(abc.ABC):
     def description(self, manifest: Manifest) -> str:
         """For the card."""
         return self.runtime
+
+    def input_description(self, manifest: Manifest) -> str | None:
+        """Of what the graph takes, for the card; None for what all formats take."""
+        return None
 
     def dtype(self, precision: str) -> str:
         """What the graph that `write` gets computes in."""
@@ -146,6 +159,50 @@ class ExportFormat(abc.ABC):
     def open_whole(self, path: Path, manifest: Manifest, threads: int) -> Run | None:
         """The same without cutting batches into pieces; None for a runtime that does not cut them."""
         return None
+
+    # What `whole` asks for.
+
+    def check_model(self, name: str, model: nn.Module, processor: Any, gives: str) -> None:  # noqa: B027
+        """
+        Args:
+            name: of the model.
+            gives: what its task gives, see `foundation.tasks.Task`.
+
+        Raises:
+            UserError: the format cannot hold it.
+        """
+
+    def takes_sizes(self, processor: Any, asked: bool | None) -> bool | None:
+        """Whether the model's part takes images of several sizes, by what the user asked for; None: if it can."""
+        return asked
+
+    def gather(self, precision: str, **options: Any) -> Any:  # noqa: B027
+        """
+        What has to be fetched from elsewhere, before anything is computed; `finish` gets it.
+
+        Raises:
+            UserError: it cannot be had.
+        """
+
+    def finish(  # noqa: B027
+        self,
+        folder: Path,
+        manifest: Manifest,
+        processor: Any,
+        config: Any,
+        spread: Callable[[], torch.Tensor],
+        gathered: Any,
+    ) -> None:
+        """
+        Completes the graph, which is written and quantised, and writes what lies beside it.
+
+        Args:
+            spread: gives what each output of the model varies by over images, (outputs,).
+        """
+
+    def open_images(self, path: Path, threads: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """A function of uint8 (height, width, 3): pixels (1, rows, columns, channels), and answers (1, outputs)."""
+        raise NotImplementedError
 
     # What quantisation asks for.
 

@@ -9,9 +9,10 @@ from .format import ExportFormat
 from .onnx import Onnx
 from .openvino import OpenVINO
 from .torch import TorchProgram
+from .web import Web
 
 
-FORMATS: dict[str, ExportFormat] = {format.name: format for format in (Onnx(), OpenVINO(), TorchProgram())}
+FORMATS: dict[str, ExportFormat] = {format.name: format for format in (Onnx(), OpenVINO(), TorchProgram(), Web())}
 
 
 def formats_with(precision: str) -> str:

@@ -161,6 +161,21 @@ def sample_photographs(processor: Any, count: int, num_channels: int = 3) -> Sam
     return Sample(torch.stack(pixels), None, name)
 
 
+# Widths and heights of images that have to be resized and cropped: tiny, strips, tall, wide, large.
+ODD_SIZES = ((320, 256), (37, 91), (249, 248), (640, 427), (300, 1000), (1501, 1000), (17, 16), (100, 100), (223, 225))
+STRIPS = ((1, 1), (500, 1), (1, 500), (9, 3000))
+
+
+def odd_images(strips: bool) -> list[Image.Image]:
+    """RGB images of ODD_SIZES, and with `strips` of STRIPS: photographs, or what `made_up` gives."""
+    sizes = ODD_SIZES + STRIPS * strips
+    try:
+        images = resized((640, 512), len(sizes))
+    except Exception:  # as in `sample_photographs`
+        images = [made_up(seed) for seed in range(len(sizes))]
+    return [image.resize(size, Image.Resampling.BICUBIC) for image, size in zip(images, sizes, strict=True)]
+
+
 def in_channels(image: Image.Image, number: int) -> Image.Image | torch.Tensor:
     """An RGB image in so many channels; the fourth shows the image upside down, so that it says something else.
 

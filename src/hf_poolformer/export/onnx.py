@@ -84,24 +84,9 @@ class Onnx(ExportFormat):
         shutil.copy(source, path)
 
     def open(self, path: Path, manifest: Manifest, threads: int, providers: Sequence[str] | None = None) -> Run:
-        import onnxruntime
         import torch
 
-        wanted = list(providers or ["CPUExecutionProvider"])
-        missing = [name for name in wanted if name not in onnxruntime.get_available_providers()]
-        if missing:
-            raise UserError(
-                f"this onnxruntime has no {missing[0]}, only {', '.join(onnxruntime.get_available_providers())}; "
-                "onnxruntime-gpu brings those of NVIDIA"
-            )
-        session = onnxruntime.InferenceSession(path, session_options(threads), providers=wanted)
-        idle = [name for name in wanted if name not in session.get_providers()]
-        if idle:  # onnxruntime goes on with others, and says so in a log at most
-            raise UserError(
-                f"onnxruntime cannot start {idle[0]}, only {', '.join(session.get_providers())}: the libraries of "
-                "NVIDIA that it needs are missing, or of another version"
-            )
-
+        session = self.session(path, threads, providers)
         inputs = [manifest.input, *manifest.further_inputs]
         outputs = [manifest.output, *manifest.further_outputs]
 
@@ -111,6 +96,26 @@ class Onnx(ExportFormat):
             return found if manifest.further_outputs else found[0]
 
         return run
+
+    def session(self, graph: Path | bytes, threads: int, providers: Sequence[str] | None = None) -> Any:
+        """An `InferenceSession` of a file, or of its content."""
+        import onnxruntime
+
+        wanted = list(providers or ["CPUExecutionProvider"])
+        missing = [name for name in wanted if name not in onnxruntime.get_available_providers()]
+        if missing:
+            raise UserError(
+                f"this onnxruntime has no {missing[0]}, only {', '.join(onnxruntime.get_available_providers())}; "
+                "onnxruntime-gpu brings those of NVIDIA"
+            )
+        session = onnxruntime.InferenceSession(graph, session_options(threads), providers=wanted)
+        idle = [name for name in wanted if name not in session.get_providers()]
+        if idle:  # onnxruntime goes on with others, and says so in a log at most
+            raise UserError(
+                f"onnxruntime cannot start {idle[0]}, only {', '.join(session.get_providers())}: the libraries of "
+                "NVIDIA that it needs are missing, or of another version"
+            )
+        return session
 
     def read_graph(self, path: Path) -> Any:
         import onnx

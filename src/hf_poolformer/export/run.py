@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -27,10 +28,11 @@ from .deployable import DTYPES, Deployable, has_fixed_tokens, smallest_size, wri
 from .folder import REPORT, SETTINGS, Manifest, check_output, folder_size, new_folder
 from .formats import FORMATS, check_request
 from .graph import fold
-from .images import Sample, check_channels, cropping, read_samples, sample_photographs
+from .images import Sample, check_channels, cropping, odd_images, read_samples, sample_photographs
 from .quantisation import Quality, quantise
+from .resizing import gives_one_size
 from .runtime import ExportedModel, Graph, image_processor_of, load
-from .verification import FEWEST, Comparison, Report, kind_of, verify
+from .verification import FEWEST, Comparison, Report, kind_of, verify, verify_images
 
 
 # Photographs to compare on where no dataset is given, or one that is too small.
@@ -75,12 +77,13 @@ def export_model(
     output: str | os.PathLike,
     *,
     format: str = "onnx",
-    precision: str = "float32",
+    precision: str | None = None,
     dynamic_size: bool | None = None,
     preprocessing: bool = False,
     opset: int | None = None,
     compile: bool = False,
     device: str | None = None,
+    vendor: str | os.PathLike | bool | None = None,
     calibration_dataset: str | None = None,
     calibration_config_name: str | None = None,
     calibration_split: str | None = None,
@@ -100,15 +103,18 @@ def export_model(
 
     Args:
         model: folder or Hub id of an image classifier, a semantic segmenter or a detector.
-        format: one of `formats.FORMATS`: "onnx", "openvino", or "torch" (a program of `torch.export`).
-        precision: "float32"; "float16" (OpenVINO: of the weights in the file, computed in float32); "bfloat16"
-            (OpenVINO and torch); "int8" (ONNX and OpenVINO), which needs `calibration_dataset`.
+        format: one of `formats.FORMATS`: "onnx", "openvino", "torch" (a program of `torch.export`), or "web" (a page).
+        precision: "float32"; "float16" (OpenVINO and web: of the weights in the file, computed in float32); "bfloat16"
+            (OpenVINO and torch); "int8" (all but torch), which needs `calibration_dataset`. None is "float32", of
+            "web" "int8" with a `calibration_dataset` and "float16" without.
         dynamic_size: whether images of other sizes than the model's are taken; None where the family allows it.
         preprocessing: take uint8 (batch, height, width, channels), resized and cropped, and give probabilities; of a
             segmenter or detector, photographs of any size, and give answers in their pixels.
         opset: of ONNX, one of `onnx.OPSETS`.
         compile: of "torch": an AOTInductor package, machine code for machines like this one.
         device: of "torch": "cpu" (if None) or "cuda", for which the program is made, and on which it is verified.
+        vendor: of "web": put onnxruntime-web beside the page, fetched by npm if True, else out of this folder of its
+            unpacked npm package.
         calibration_dataset: images for int8, and to compare on in any precision; folder, Parquet files or Hub id. With
             labels, the accuracy is reported, too.
         calibration_size, verification_size: how many images to calibrate on, and how many others to compare on.
@@ -120,8 +126,11 @@ def export_model(
         UserError: no such model, a combination that there is not, no images, or an export that is not what the model
             is. Nothing is left behind.
     """
+    calibrated = calibration_dataset is not None
+    if precision is None:
+        precision = FORMATS[format].default_precision(calibrated) if format in FORMATS else "float32"
     options = check_request(
-        format, precision, calibrated=calibration_dataset is not None, opset=opset, compile=compile, device=device
+        format, precision, calibrated=calibrated, opset=opset, compile=compile, device=device, vendor=vendor
     )
     target = FORMATS[format]
     if calibration_size < 1 or verification_size < 1:
@@ -134,10 +143,16 @@ def export_model(
     origin = Origin(revision, token, cache_dir, trust_remote_code)
     original, processor, task = load_source(os.fspath(model), origin, target, precision)
     objects = TASKS[task].gives == "objects"
-    whole = preprocessing and (objects or TASKS[task].gives == "map")
+    if target.whole:
+        preprocessing = True
+        target.check_model(os.fspath(model), original, processor, TASKS[task].gives)
+        dynamic_size = target.takes_sizes(processor, dynamic_size)
+        progress("fetching what lies beside the graph")
+        gathered = target.gather(precision, **options)
+    resizes = preprocessing and (objects or TASKS[task].gives == "map")
     fixed = has_fixed_tokens(original)
-    if objects or whole:
-        check_any_size(os.fspath(model), original, processor, whole, dynamic_size)
+    if objects or resizes:
+        check_any_size(os.fspath(model), original, processor, resizes, dynamic_size)
         fixed = False
     if dynamic_size and fixed:
         raise UserError(
@@ -155,8 +170,8 @@ def export_model(
         output="logits",
         image_size=list(image_size_of(original, processor)),
         dynamic_size=not fixed if dynamic_size is None else dynamic_size,
-        resizes=whole,
-        least_size=1 if whole else smallest_size(original.config),
+        resizes=resizes,
+        least_size=1 if resizes else smallest_size(original.config),
         num_channels=original.config.num_channels,
         problem_type=original.config.problem_type,
         label_thresholds=getattr(original.config, "label_thresholds", None),
@@ -178,7 +193,7 @@ def export_model(
         "cache_dir": cache_dir,
     }
     calibration, comparisons, images = None, [], []
-    if objects or whole:
+    if objects or resizes:
         images = photographs_to_compare(
             calibration_dataset, processor, manifest, original, min(verification_size, MAPS), how
         )
@@ -211,6 +226,9 @@ def export_model(
             write_json(folder / name, {key: value for key, value in facts.items() if key != "auto_map"})
         if precision == "int8":
             manifest.quantisation = quantise_graph(path, manifest, original, processor, calibration, kind, progress)
+        if target.whole:
+            spread = functools.partial(spread_of, original, comparisons[0].pixel_values)
+            target.finish(folder, manifest, processor, original.config, spread, gathered)
         files = [*folder.glob(f"{path.stem}.*"), *(folder / name for name in SETTINGS)]
         manifest.files = {file.name: digest(file) for file in sorted(files)}
         manifest.write(folder)
@@ -223,10 +241,13 @@ def export_model(
         if images:
             from .dense_verification import verify_maps, verify_objects
 
-            verify_images = verify_objects if objects else verify_maps
-            report = verify_images(exported, original, processor, images, **common)
+            verify_dense = verify_objects if objects else verify_maps
+            report = verify_dense(exported, original, processor, images, **common)
         else:
             report = verify(exported, original, comparisons, **common)
+        if target.whole:
+            progress("comparing on images of odd sizes")
+            verify_images(report, exported, original, odd_images(gives_one_size(processor)), processor)
         report.size = folder_size(folder)
         write_json(folder / REPORT, report.to_dict())
         (folder / "README.md").write_text(export_card(manifest, report, original.config), encoding="utf-8")
@@ -247,7 +268,7 @@ def deployable(model: nn.Module, dtype: torch.dtype, processor: Any, task: str) 
     return Deployable(model, dtype, processor)
 
 
-def check_any_size(name: str, model: nn.Module, processor: Any, whole: bool, dynamic_size: bool | None) -> None:
+def check_any_size(name: str, model: nn.Module, processor: Any, resizes: bool, dynamic_size: bool | None) -> None:
     """
     Of detectors, and of graphs that are to take photographs of any size.
 
@@ -258,9 +279,9 @@ def check_any_size(name: str, model: nn.Module, processor: Any, whole: bool, dyn
 
     if dynamic_size is False:
         raise UserError(f"{name} is exported for images of any size: leave --dynamic_size out")
-    if whole:
+    if resizes:
         check_processor(name, processor)
-    if has_fixed_tokens(model) and not (whole and fixed_size(processor)):
+    if has_fixed_tokens(model) and not (resizes and fixed_size(processor)):
         mixers = ", ".join(model.config.token_mixers)
         raise UserError(
             f"{name} mixes a fixed number of tokens (token_mixers {mixers}), so it takes images of one size only: a "
@@ -306,6 +327,12 @@ def load_source(name: str, origin: Origin, target: Any, precision: str) -> tuple
         check_choice(model.config)
     check_channels(name, processor, getattr(model.config, "num_channels", 3))
     return model.float().eval(), processor, task.name
+
+
+@torch.inference_mode()
+def spread_of(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of each output over images, (outputs,)."""
+    return model(pixel_values[:PHOTOGRAPHS]).logits.std(0, correction=0)
 
 
 def quantise_graph(

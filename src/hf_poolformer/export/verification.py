@@ -16,10 +16,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from ..data.transforms import prepare
 from ..foundation.errors import UserError, one_line
 from ..foundation.finite import check_finite
 from ..foundation.scores import MULTI_LABEL, REGRESSION, activated, activation_of, thresholds_of
@@ -27,8 +30,8 @@ from ..foundation.tasks import TASKS
 from .deployable import pixel_affine
 from .folder import Manifest
 from .formats import FORMATS
-from .images import Sample
-from .runtime import ExportedModel
+from .images import Sample, in_channels
+from .runtime import ExportedModel, scores_to_logits
 
 
 # Of 8 bits, where what is chosen is asked for, too: the numbers behind it may be off by more. The worst of the 1000
@@ -43,6 +46,9 @@ LOGIT, SCORE, RESOLUTION = 0.1, 0.02, 2e-6
 FEWEST = 8
 # Images at a time; of segmenters, whose outputs are large; and as many as the slow arithmetic of `emulated` gets.
 CHUNK, CHUNK_OF_MAPS, EMULATED = 16, 4, 16
+# Levels of 255 by which pixels that the graph resizes may differ from the image processor's: its two backends differ
+# by as many.
+MOST_LEVELS = 2
 # What the agreement is of, per kind of answer.
 AGREEMENT = {
     "classes": "same best class",
@@ -102,6 +108,8 @@ class Report:
         accuracy, accuracy_before: of the export and of the model, where the images have a class each.
         size, size_before: bytes of the graph and of the model's weights in float32.
         rule: how it was compared, for the card.
+        resizing: of a graph that resizes images itself, on how many its pixels were compared with the image
+            processor's, the largest difference in levels of 255, and the share of pixels in which there is one.
     """
 
     precision: str
@@ -116,6 +124,7 @@ class Report:
     size: int = 0
     size_before: int = 0
     rule: str = ""
+    resizing: dict[str, Any] | None = None
 
     @property
     def passed(self) -> bool:
@@ -340,6 +349,56 @@ def verify(
     report.rule = RULE.format(count=len(report.checks), tolerance=report.tolerance)
     judge(report, min(lenient for _, lenient, number in agreements if number >= FEWEST or kind == "pixels"))
     return report
+
+
+def verify_images(
+    report: Report, exported: ExportedModel, model: nn.Module, images: list[Image.Image], processor: Any
+) -> None:
+    """
+    Compares a graph that takes images of any size with the image processor and the model, and adds to the report.
+
+    Pixels have to be the processor's but for rounding. Then the model gets the graph's pixels, and its answers are
+    compared as in `verify`: a level of 255 more or less is not taken for an error of the arithmetic.
+
+    Raises:
+        UserError: they differ.
+    """
+    manifest = exported.manifest
+    run = FORMATS[manifest.format].open_images(exported.run.path, torch.get_num_threads())
+    float_, largest, share, pairs = manifest.precision != "int8", 0, [], []
+    for image in images:
+        what = f"an image of {image.width}x{image.height} pixels"
+        try:
+            pixels, scores = (torch.from_numpy(values) for values in run(np.asarray(image)))
+        except Exception as error:  # whatever the runtime says
+            raise UserError(f"the export fails on {what}: {one_line(error)}") from error
+        wanted = exported.prepare(prepare(processor, in_channels(image, manifest.num_channels))[None])
+        if pixels.shape != wanted.shape:
+            raise UserError(
+                f"the export makes pixels of shape {tuple(pixels.shape)} of {what}, the image processor of shape "
+                f"{tuple(wanted.shape)}: report it as a fault of this package"
+            )
+        off = (pixels.int() - wanted.int()).abs()
+        largest, share = max(largest, int(off.max())), [*share, (off > 0).double().mean().item()]
+        right = reference(model, normalised(exported, pixels))
+        got = scores_to_logits(scores, exported.config)
+        # The model's part has been compared; behind the resizing it has to be the same.
+        again = exported(pixels).logits
+        if not torch.allclose(
+            *(activated(x, activation_of(exported.config)) for x in (got, again)), rtol=1e-3, atol=1e-4
+        ):
+            raise UserError(f"the export says another thing about {what} than about its pixels: report it as a fault")
+        pairs.append((got, right))
+    report.resizing = {"images": len(images), "largest_difference": largest, "share": sum(share) / len(share)}
+    if largest > MOST_LEVELS:
+        raise UserError(
+            f"the export's pixels differ by {largest} of 255 levels from the image processor's, and {MOST_LEVELS} are "
+            "allowed: report it as a fault of this package"
+        )
+    got, right = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    name = f"images of {len(images)} sizes, resized in the graph"
+    report.checks.append(Comparison(exported, right)(got, right, name, demanding=float_)[0])
+    judge(report, 1.0)
 
 
 def judge(report: Report, agreement: float) -> None:

@@ -186,7 +186,8 @@ def check_model(folder: Path, contents: Contents) -> None:
     """A configuration, all of its weights, all of its code."""
     if is_exported(folder):
         raise PublishError(
-            f"{no_model(folder)}. `hf upload USER/NAME {folder}` sends an export as it is, with the card it has"
+            f"{no_model(folder)}. `hf upload USER/NAME {folder}` sends an export as it is, with the card it has; a "
+            "page of --format web becomes a Space by --space static"
         )
     weights = [name for name in contents.files if fnmatch(name, "model*.safetensors")]
     if "config.json" not in contents.files or not weights:

@@ -26,7 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..foundation.redaction import redact
 from ..foundation.spelling import command_words
 from .contents import Contents, PublishError, collect
-from .spaces import space_contents
+from .spaces import STATIC, page_contents, space_contents
 from .verification import compare_answers, compare_files
 
 
@@ -106,7 +106,8 @@ def publish(
         verify: download what was uploaded, compare every SHA-256, and for a model also compare its outputs with
             those it gives in a process without this package.
         space: also make a Space, a page on which the model can be tried: of the model's name, or `user/name`. It
-            shows what is on `main`; images in the folder's `examples/` can be clicked on there.
+            shows what is on `main`; images in the folder's `examples/` can be clicked on there. "static": `folder` is
+            a page that `export --format web` wrote, and becomes the static Space `repo_id`; nothing else is made.
         endpoint: another Hub than `HF_ENDPOINT` says.
 
     Raises:
@@ -117,22 +118,29 @@ def publish(
     check_repo_id(repo_id)
     if create_pr and revision not in (None, "main"):
         raise PublishError("a pull request goes to main; give either --create_pr or --revision")
-    if space and (repo_type != "model" or create_pr or revision not in (None, "main")):
+    page = space == STATIC
+    if page and (repo_type != "model" or gated):
+        raise PublishError("--space static makes a Space, which has no --repo_type and no --gated: leave them out")
+    if space and not page and (repo_type != "model" or create_pr or revision not in (None, "main")):
         raise PublishError("--space shows a model that is on main: publish one there, without --create_pr")
     if isinstance(space, str):
         check_repo_id(space)
     secret = token or get_token()
     with tempfile.TemporaryDirectory(prefix="hf-poolformer-") as scratch:
-        contents = collect(
-            folder,
-            repo_id,
-            scratch,
-            repo_type=repo_type,
-            exclude=exclude,
-            max_shard_size=max_shard_size,
-            license=license,
-            secret=secret,
-        )
+        if page:
+            contents = page_contents(folder, repo_id, exclude=exclude, license=license, secret=secret)
+        else:
+            contents = collect(
+                folder,
+                repo_id,
+                scratch,
+                repo_type=repo_type,
+                exclude=exclude,
+                max_shard_size=max_shard_size,
+                license=license,
+                secret=secret,
+            )
+        what = "page" if page else repo_type
         published, failure = None, None
         try:
             published = upload(
@@ -143,12 +151,13 @@ def publish(
                 token=token,
                 revision=revision,
                 create_pr=create_pr,
-                commit_message=commit_message or f"Upload {repo_type}",
+                commit_message=commit_message or f"Upload {what}",
                 endpoint=endpoint,
+                space_sdk=STATIC if page else None,
             )
             if verify:
                 published.notes += verification(contents, published, folder, Path(scratch), token, endpoint)
-            if space:
+            if space and not page:
                 published.space = upload_space(
                     contents,
                     published.repo_id,
@@ -183,11 +192,7 @@ def publish(
             verify=verify,
             space=space,
         )
-        what = (
-            f"the {repo_type} was not published to {repo_id}"
-            if published is None
-            else f"published to {published}, but"
-        )
+        what = f"the {what} was not published to {repo_id}" if published is None else f"published to {published}, but"
         text = f"{what}: {failure} It is complete in {folder}." if published is None else f"{what} {failure}"
         raise PublishError(f"{redact(text, [secret])}\nTo go on: {command}")
     return published
