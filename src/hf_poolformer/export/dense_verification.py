@@ -80,11 +80,13 @@ def odd_photographs(num_channels: int) -> list[Any]:
     return [in_channels(ImageOps.fit(image, size, Image.Resampling.BICUBIC), num_channels) for image, size in some]
 
 
-def read_photographs(location: str, num_channels: int, count: int, **how: Any) -> list[Any]:
+def read_photographs(location: str, taken: int, num_channels: int, count: int, **how: Any) -> list[Any]:
     """
     Images of a dataset as they were stored, drawn at random, always the same ones.
 
     Args:
+        taken: channels that the image processor takes.
+        num_channels: those of the model.
         how: `split`, `config_name`, `image_column_name`, `token`, `cache_dir`.
 
     Raises:
@@ -96,7 +98,8 @@ def read_photographs(location: str, num_channels: int, count: int, **how: Any) -
     images, problem = [], "it is empty"
     for row in draw(dataset.stream, count):
         try:
-            images.append(decode_image(row[dataset.image_column], num_channels=num_channels))
+            image = decode_image(row[dataset.image_column], num_channels=taken)
+            images.append(image if taken == num_channels else in_channels(image, num_channels))
         except (BrokenImage, ValueError) as error:
             problem = one_line(error)
     if not images:
