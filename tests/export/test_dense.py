@@ -28,6 +28,7 @@ from hf_poolformer.data.photographs import photographs
 from hf_poolformer.export import export_model, load
 from hf_poolformer.export.dense_verification import compare
 from hf_poolformer.export.detection import DetectorDeployable
+from hf_poolformer.export.graph import fold
 from hf_poolformer.export.photographs import Photographs
 from hf_poolformer.foundation.errors import UserError
 
@@ -152,9 +153,9 @@ def test_a_segmenter_takes_photographs(segmenter_folder, tmp_path):
 
 @pytest.mark.parametrize("kind", DETECTORS)
 def test_the_graph_of_a_detector_computes_what_the_model_does(kind):
-    """Before it is written: with padding, in a batch's padding, and of a photograph."""
+    """Folded, before it is written: with padding, in a batch's padding, and of a photograph."""
     model, processor = detector(kind), for_objects()
-    inside, outside = (DetectorDeployable(model, torch.float32, with_).eval() for with_ in (processor, None))
+    inside, outside = (DetectorDeployable(fold(model), torch.float32, with_).eval() for with_ in (processor, None))
     for image in pictures()[:3]:
         padded = [processor(image, return_tensors="pt", size_divisor=divisor) for divisor in (32, 128)]
         height, width = (padded[0]["pixel_mask"][0].amax(axis).sum().item() for axis in (1, 0))

@@ -12,7 +12,7 @@ from hf_poolformer import (
     MetaFormerForSemanticSegmentation,
     PoolFormerConfig,
     PoolFormerForImageClassification,
-    PoolFormerForObjectDetection,
+    PoolFormerModel,
 )
 from hf_poolformer.export.graph import PoolingBranch, fold, variance
 from hf_poolformer.foundation.errors import UserError
@@ -118,6 +118,6 @@ def test_the_model_is_left_as_it_is(poolformer_config, scramble):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_detectors_are_refused(poolformer_config):
-    with pytest.raises(UserError, match="image classifiers and semantic segmenters"):
-        fold(PoolFormerForObjectDetection(poolformer_config))
+def test_models_without_a_task_are_refused(poolformer_config):
+    with pytest.raises(UserError, match="image classifiers, semantic segmenters and detectors can"):
+        fold(PoolFormerModel(poolformer_config))

@@ -243,7 +243,7 @@ def test_bad_models(small_model, save_model, tmp_path, capsys):
     assert "there is no folder" in refused(capsys, tmp_path, tmp_path / "nowhere" / "x", out)
     config = PoolFormerConfig(depths=(1, 1, 1, 1), hidden_sizes=(8, 16, 32, 64), num_labels=2)
     detector = save_model(PoolFormerForObjectDetection(config))
-    assert "is a detector" in refused(capsys, tmp_path, detector, out)
+    assert "is a detector" in refused(capsys, tmp_path, detector, out, "--format", "torch")
     headless = save_model(PoolFormerForImageClassification(config).base_model)
     assert "not a trained model" in refused(capsys, tmp_path, headless, out)
 

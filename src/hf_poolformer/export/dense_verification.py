@@ -21,6 +21,7 @@ from torchvision.ops import box_iou
 from ..data.decoding import BrokenImage, decode_image
 from ..foundation.errors import UserError, one_line
 from .images import draw, in_channels, made_up
+from .photographs import Photographs, unprocessed
 from .quantisation import Quality
 from .runtime import ExportedModel
 from .verification import AGREEMENT, LEAST_AGREEMENT, TIE, Check, Report
@@ -33,6 +34,8 @@ MOST = 16
 # Share of pixels that may get another class which is no near tie. A level of a pixel that is rounded to the other side
 # is part of it.
 OTHER_PIXELS = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 3e-2, "int8": 0.1}
+# How far resized pixels may be off, in levels of 255, and how many.
+LEVELS, OTHER_LEVELS = 2.01, 0.05
 # Of detections: how far scores may be off, how well boxes have to cover each other, and the share without a partner,
 # since of two that overlap by just the threshold either may stay.
 SCORES = {"float32": 1e-3, "float16": 2e-2}
@@ -46,7 +49,8 @@ PIXELS_RULE = (
 )
 OBJECTS_RULE = (
     "The same photographs, of odd sizes, went through this graph and through image processor, model and "
-    "post-processing in float32, {count} of them. A detection counts as the same where class and box (IoU above "
+    "post-processing in float32, {count} of them. Of resized pixels few may be off, by one level of 255; in the same "
+    "pixels the same has to be found. A detection counts as the same where class and box (IoU above "
     "{iou:g}) are, and scores differ by {score:g} at most; a share of {allowed:g} may have no partner."
 )
 
@@ -80,11 +84,13 @@ def odd_photographs(num_channels: int) -> list[Any]:
     return [in_channels(ImageOps.fit(image, size, Image.Resampling.BICUBIC), num_channels) for image, size in some]
 
 
-def read_photographs(location: str, num_channels: int, count: int, **how: Any) -> list[Any]:
+def read_photographs(location: str, taken: int, num_channels: int, count: int, **how: Any) -> list[Any]:
     """
     Images of a dataset as they were stored, drawn at random, always the same ones.
 
     Args:
+        taken: channels that the image processor takes.
+        num_channels: those of the model.
         how: `split`, `config_name`, `image_column_name`, `token`, `cache_dir`.
 
     Raises:
@@ -96,7 +102,8 @@ def read_photographs(location: str, num_channels: int, count: int, **how: Any) -
     images, problem = [], "it is empty"
     for row in draw(dataset.stream, count):
         try:
-            images.append(decode_image(row[dataset.image_column], num_channels=num_channels))
+            image = decode_image(row[dataset.image_column], num_channels=taken)
+            images.append(image if taken == num_channels else in_channels(image, num_channels))
         except (BrokenImage, ValueError) as error:
             problem = one_line(error)
     if not images:
@@ -235,9 +242,10 @@ def verify_objects(
     allowed = ALONE[precision]
     report = new_report(exported, model, "objects", arithmetic, allowed)
     alone = total = 0
+    inside = Inside(processor, manifest.num_channels) if manifest.resizes else processor
     for index, image in enumerate(images):
         progress(f"comparing on photographs: {index} of {len(images)}")
-        right = found_in(model, processor, image, "the model itself", with_masks)
+        right = found_in(model, inside, image, "the model itself", with_masks)
         for other, how in ((exported, ""), (emulated, f", in {precision} arithmetic")):
             if other is None:
                 continue
@@ -283,6 +291,37 @@ def verify_objects(
             f"the export is not what the model is: of {total} detections {alone} have no partner; {advice(precision)}"
         )
     return report
+
+
+class Inside:
+    """
+    An image processor that resizes as the graph does.
+
+    Whether two boxes that overlap by nearly the threshold both stay is decided by less than a level of a pixel. So the
+    pixels are compared with the model's own processor's, and what is found with what the model finds in them.
+
+    Args:
+        processor: the model's own.
+    """
+
+    def __init__(self, processor: Any, num_channels: int):
+        self.own, self.photographs = processor, Photographs(processor, num_channels)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+    def __call__(self, image: Any, **options: Any) -> dict[str, torch.Tensor]:
+        own = self.own(image, **options)
+        stored = unprocessed(self.own)(image, **options)["pixel_values"]
+        pixels, (height, width) = self.photographs(stored.permute(0, 2, 3, 1).to(torch.uint8))
+        levels = (pixels - own["pixel_values"]).abs() / self.photographs.scale
+        if pixels.shape != own["pixel_values"].shape or not (
+            levels.max() < LEVELS and (levels > 0.01).float().mean() < OTHER_LEVELS
+        ):
+            raise ValueError("its graph resizes otherwise than its image processor")
+        mask = torch.zeros(1, *pixels.shape[2:], dtype=torch.int64)
+        mask[:, :height, :width] = 1
+        return {"pixel_values": pixels, "pixel_mask": mask}
 
 
 def found_in(

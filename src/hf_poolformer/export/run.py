@@ -299,7 +299,7 @@ def photographs_to_compare(
 
     images = odd_photographs(manifest.num_channels)
     if location is not None:
-        images += read_photographs(location, channels_of(processor), count, **how)
+        images += read_photographs(location, channels_of(processor), manifest.num_channels, count, **how)
     return images
 
 
