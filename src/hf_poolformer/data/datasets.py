@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from datasets import Image
+from transformers import PretrainedConfig
 
 from ..foundation.errors import UserError
 from .class_names import told_classes
@@ -237,12 +238,18 @@ def open_images(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | None = None,
+    answered_by: PretrainedConfig | None = None,
 ) -> ImageDataset:
     """Opens the images of one split, labels or not, in stored order: for prediction.
 
     Args:
         location: as `dataset_name` of `open_datasets`.
         split: by default everything there is of local data, and the only split of a Hub dataset.
+        answered_by: of a model whose `problem_type` says what it answers: the same images with such labels, in its
+            numbering.
+
+    Raises:
+        UserError: nothing there, or no image; with `answered_by`, no such labels.
     """
     source = open_source(
         location,
@@ -254,7 +261,11 @@ def open_images(
         whole=split is None,
     )
     name = _named_split(source, split, "--split") if split else _only_split(source, "--split")
-    return _open_split(source, name, image_column_name=image_column_name, token=token)
+    if answered_by is None:
+        return _open_split(source, name, image_column_name=image_column_name, token=token)
+    wanted = Wanted(answered_by.problem_type, Classes.of_config(answered_by), cache_dir=cache_dir)
+    dataset = _open_split(source, name, image_column_name=image_column_name, token=token, wanted=wanted)
+    return align_labels(with_labels(dataset, source, name, wanted), answered_by.label2id, subset=True)
 
 
 def align_labels(

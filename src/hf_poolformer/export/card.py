@@ -55,8 +55,7 @@ def export_card(manifest: Manifest, report: Report, config: Any) -> str:
         ("largest difference to the model", str(report.worst)),
         ("agreement with the model", report.agreed),
     ]
-    if report.accuracy is not None:
-        rows.append(("accuracy", f"{report.accuracy:.2%}; of the model {report.accuracy_before:.2%}"))
+    rows += report.measured
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())))
     trust = ", trust_remote_code=True" if format.holds_code else ""
     title = clean_line(source["model"])

@@ -39,7 +39,11 @@ def cropping(processor: Any) -> Any:
 
 @dataclass
 class Sample:
-    """Images as the image processor makes them, (N, C, H, W), and their class indices, None where not known."""
+    """
+    Images as the image processor makes them, (N, C, H, W), and their labels, None where not known.
+
+    Those are class indices, (N,); of several labels zeros and ones, and of a regression numbers, (N, outputs).
+    """
 
     pixel_values: torch.Tensor
     labels: torch.Tensor | None
@@ -67,16 +71,13 @@ def read_samples(
     Raises:
         UserError: nothing there, no image, or not one that can be read.
     """
-    from ..data.datasets import open_images
-
     channels, taken = config.num_channels, channels_of(processor)
     if taken != channels and channels != 1:
         raise UserError(
             f"the images of a dataset are read in colour or in grey, and the model takes {channels} channels: export "
             "it without --calibration_dataset"
         )
-    dataset = open_images(location, **how)
-    label_of = label_reader(dataset, config)
+    dataset, label_of = open_labelled(location, config, **how)
     pixels, labels, problem = [], [], "it is empty"
     for row in draw(dataset.stream, sum(counts)):
         try:
@@ -96,7 +97,7 @@ def read_samples(
     samples = []
     for part in parts:
         mine = [labels[index] for index in part]
-        truth = None if any(label is None for label in mine) else torch.tensor(mine)
+        truth = None if any(label is None for label in mine) else torch.from_numpy(np.stack(mine))
         name = Path(location).resolve().name if Path(location).exists() else location  # not this machine's folders
         samples.append(Sample(torch.stack([pixels[index] for index in part]), truth, f"images of {name}"))
     return samples[0], samples[1]
@@ -118,18 +119,38 @@ def draw(rows: Iterable[Mapping[str, Any]], count: int) -> list[Mapping[str, Any
     return kept
 
 
-def label_reader(dataset: ImageDataset, config: PretrainedConfig) -> Callable[[Mapping[str, Any]], int | None]:
-    """A function that gives the class of a row as the model numbers it; None where that cannot be told.
-
-    Of several labels, and of numbers, no row has one.
+def open_labelled(
+    location: str, config: PretrainedConfig, **how: Any
+) -> tuple[ImageDataset, Callable[[Mapping[str, Any]], Any]]:
     """
+    A dataset, and a function that gives the label of a row as the model numbers it; None where that cannot be told.
+    """
+    from ..data.datasets import open_images
+
+    if config.problem_type not in (MULTI_LABEL, REGRESSION):
+        dataset = open_images(location, **how)
+        return dataset, class_reader(dataset, config)
+    try:
+        dataset = open_images(location, **how, answered_by=config)
+    except UserError:  # no labels, or others; whether there are images is seen next
+        return open_images(location, **how), lambda row: None
+
+    def read(row: Mapping[str, Any]) -> np.ndarray | None:
+        try:
+            return dataset.label(row)
+        except (BrokenImage, UserError):
+            return None
+
+    return dataset, read
+
+
+def class_reader(dataset: ImageDataset, config: PretrainedConfig) -> Callable[[Mapping[str, Any]], int | None]:
+    """A function that gives the class of a row as the model numbers it; None where that cannot be told."""
     from datasets import ClassLabel
 
     from ..data.classes import Classes, UnknownClass
     from ..data.columns import feature_of, field_of, find_label_column
 
-    if config.problem_type in (MULTI_LABEL, REGRESSION):
-        return lambda row: None
     features = dataset.stream.features
     try:
         column = find_label_column(features, None, dataset.name)

@@ -58,8 +58,7 @@ class Summary:
             f"verified in {len(report.checks)} comparisons: largest difference {report.worst}; {report.agreed}",
             f"arithmetic: {report.arithmetic}",
         ]
-        if report.accuracy is not None:
-            lines.append(f"accuracy {report.accuracy:.2%}, of the model {report.accuracy_before:.2%}")
+        lines += [f"{name}: {values}" for name, values in report.measured]
         if manifest.quantisation is not None:
             lines.append(
                 f"{manifest.quantisation['quantised_layers']} layers in 8 bits; in floating point: "

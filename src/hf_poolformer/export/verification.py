@@ -26,7 +26,7 @@ from ..data.transforms import prepare
 from ..foundation.errors import UserError, one_line
 from ..foundation.finite import check_finite
 from ..foundation.scores import MULTI_LABEL, REGRESSION, activated, activation_of, thresholds_of
-from ..foundation.tasks import TASKS
+from ..foundation.tasks import TASKS, task_of_problem
 from .deployable import pixel_affine
 from .folder import Manifest
 from .formats import FORMATS
@@ -106,6 +106,8 @@ class Report:
         tolerance: the largest error allowed, see `Check`.
         agreement: over all real images; `agreement_is` says of what.
         accuracy, accuracy_before: of the export and of the model, where the images have a class each.
+        figures, figures_before: the same of several labels and of numbers, where the images have such: what an
+            evaluation calls `eval_average_precision` or `eval_mae`, say, is `average_precision` and `mae` here.
         size, size_before: bytes of the graph and of the model's weights in float32.
         rule: how it was compared, for the card.
         resizing: of a graph that resizes images itself, on how many its pixels were compared with the image
@@ -121,6 +123,8 @@ class Report:
     agreement: float | None = None
     accuracy: float | None = None
     accuracy_before: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+    figures_before: dict[str, float] = field(default_factory=dict)
     size: int = 0
     size_before: int = 0
     rule: str = ""
@@ -141,8 +145,35 @@ class Report:
             return f"{self.agreement_is}: no output varies"
         return f"{self.agreement_is}: {format(self.agreement, '.4f' if self.kind == 'numbers' else '.2%')}"
 
+    @property
+    def measured(self) -> list[tuple[str, str]]:
+        """What the labels of the images say of the export and of the model: names of figures, and both values."""
+        if self.accuracy is not None:
+            return [("accuracy", f"{self.accuracy:.2%}, of the model {self.accuracy_before:.2%}")]
+        known = {figure.key.removeprefix("eval_"): figure for task in TASKS.values() for figure in task.shown}
+        return [
+            (known[key].name, f"{known[key].text(value)}, of the model {known[key].text(self.figures_before[key])}")
+            for key, value in self.figures.items()
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         return {"passed": self.passed, **asdict(self)}
+
+
+def figures_of(logits: torch.Tensor, labels: torch.Tensor, config: Any) -> dict[str, float]:
+    """
+    What an evaluation shows of such answers, but the loss.
+
+    Args:
+        logits, labels: (N, outputs), of several labels or of numbers.
+    """
+    task = task_of_problem(config.problem_type)
+    judge = task.new_judge(config.num_labels, thresholds=getattr(config, "label_thresholds", None))
+    judge.add(labels, logits)
+    found = judge.compute([judge.state()])
+    keys = [figure.key for figure in task.shown if figure.metric != "loss" and figure.key in found]
+    # R2 of a number that is the same in all images is none.
+    return {key.removeprefix("eval_"): float(found[key]) for key in keys if math.isfinite(found[key])}
 
 
 def kind_of(config: Any, task: str) -> str:
@@ -329,6 +360,12 @@ def verify(
             ((got, right),) = pairs
             shares = ((part.argmax(1) == sample.labels).double().mean().item() for part in (got, right))
             report.accuracy, report.accuracy_before = shares
+        elif sample.labels is not None:
+            ((got, right),) = pairs
+            report.figures = figures_of(got, sample.labels, exported.config)
+            before = figures_of(right, sample.labels, exported.config)
+            report.figures = {key: value for key, value in report.figures.items() if key in before}
+            report.figures_before = {key: before[key] for key in report.figures}
     known = [(agreement, number) for agreement, _, number in agreements if agreement is not None]
     if kind == "numbers":
         report.agreement = min((agreement for agreement, _ in known), default=None)
