@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 MAX_WASTE = 512
 # The graph's input, and the tensor where the processor's part ends and the model's begins.
 IMAGE, PIXELS = "image", "pixel_values"
-# Pillow's filters as ONNX's Resize has them; its nearest takes other pixels than Pillow's. Without `exclude_outside` onnxruntime is off by ten levels, in linear
-# resizing all over the image.
+# Pillow's filters as ONNX's Resize has them; its nearest takes other pixels than Pillow's. Without `exclude_outside`
+# onnxruntime is off by up to ten levels, in linear resizing all over the image.
 MODES = {
     Resampling.BILINEAR: {"mode": "linear", "antialias": 1, "exclude_outside": 1},
     Resampling.BICUBIC: {"mode": "cubic", "antialias": 1, "exclude_outside": 1, "cubic_coeff_a": -0.5},
@@ -146,8 +146,8 @@ def put_window(made: Nodes, planes: str, processor: Any) -> str:
     bottom, right = made.add("Add", top, rows), made.add("Add", left, columns)
     if processor.do_resize:
         filter = Resampling(processor.resample)
-        # Pillow resizes rows first, then columns. Of a strip 1 wide and 20000 high that would be a billion pixels, most
-        # of them outside of the window: it is resized and cropped from top to bottom first.
+        # Pillow resizes rows first, then columns. Of a strip 1 wide and 20000 high that would be a billion pixels, most of
+        # them outside of the window: it is resized and cropped from top to bottom first.
         area, seen = made.add("Mul", *resized), made.add("Mul", rows, columns)
         waste = made.add("Greater", area, made.add("Mul", seen, MAX_WASTE))
         first = made.add("And", waste, made.add("Greater", height, width))
