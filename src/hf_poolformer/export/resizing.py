@@ -146,7 +146,7 @@ def put_window(made: Nodes, planes: str, processor: Any) -> str:
     bottom, right = made.add("Add", top, rows), made.add("Add", left, columns)
     if processor.do_resize:
         filter = Resampling(processor.resample)
-        # Pillow resizes rows first, then columns. Of a strip 1 wide and 20000 high that would be a billion pixels, most of
+        # Pillow resizes rows first, then columns. A strip 1 wide and 20000 high would become a billion pixels, most of
         # them outside of the window: it is resized and cropped from top to bottom first.
         area, seen = made.add("Mul", *resized), made.add("Mul", rows, columns)
         waste = made.add("Greater", area, made.add("Mul", seen, MAX_WASTE))
