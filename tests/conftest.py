@@ -22,6 +22,8 @@ if not torch.cuda.is_available():
 from hf_poolformer import TOKEN_MIXERS, MetaFormerConfig, PoolFormerConfig
 
 
+# A camera that shows moving circles, and whose use nobody has to allow.
+CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 STARTED = pytest.StashKey[float]()
 
 TINY = {"depths": (1, 1, 2, 1), "hidden_sizes": (8, 16, 32, 64), "num_labels": 10}
@@ -67,7 +69,7 @@ def browser():
     if chromium is None:
         pytest.skip("there is no Chromium: apt install chromium")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", *CAMERA])
         yield browser
         browser.close()
 

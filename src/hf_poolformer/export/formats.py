@@ -17,7 +17,8 @@ FORMATS: dict[str, ExportFormat] = {format.name: format for format in (Onnx(), O
 
 def formats_with(precision: str) -> str:
     """Their names, in words."""
-    return " and ".join(name for name, format in FORMATS.items() if precision in format.precisions)
+    names = [name for name, format in FORMATS.items() if precision in format.precisions]
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) if names else ""
 
 
 def check_request(name: str, precision: str, *, calibrated: bool = False, **options: Any) -> dict[str, Any]:

@@ -15,19 +15,20 @@ import numpy as np
 from PIL.Image import Resampling
 
 from ..foundation.errors import UserError
-from ..image_processing_poolformer import MAX_WASTE, EvaluationTransform
+from ..image_processing_poolformer import EvaluationTransform
 
 
 if TYPE_CHECKING:
     import onnx
 
 
+# How many times larger than its window a resized image may become in the usual order: 70 MB at 224 pixels.
+MAX_WASTE = 512
 # The graph's input, and the tensor where the processor's part ends and the model's begins.
 IMAGE, PIXELS = "image", "pixel_values"
-# Pillow's filters as ONNX's Resize has them. Without `exclude_outside` onnxruntime is off by ten levels, in linear
-# resizing all over the image.
+# Pillow's filters as ONNX's Resize has them; its nearest takes other pixels than Pillow's. Without `exclude_outside`
+# onnxruntime is off by up to ten levels, in linear resizing all over the image.
 MODES = {
-    Resampling.NEAREST: {"mode": "nearest", "nearest_mode": "round_prefer_ceil"},
     Resampling.BILINEAR: {"mode": "linear", "antialias": 1, "exclude_outside": 1},
     Resampling.BICUBIC: {"mode": "cubic", "antialias": 1, "exclude_outside": 1, "cubic_coeff_a": -0.5},
 }
@@ -145,8 +146,8 @@ def put_window(made: Nodes, planes: str, processor: Any) -> str:
     bottom, right = made.add("Add", top, rows), made.add("Add", left, columns)
     if processor.do_resize:
         filter = Resampling(processor.resample)
-        # Pillow resizes rows first, then columns. A strip of 1 x 20000 pixels would be enormous in between: what is
-        # much taller than the window is resized and cropped from top to bottom first, what is wider the usual way.
+        # Pillow resizes rows first, then columns. A strip 1 wide and 20000 high would become a billion pixels, most of
+        # them outside of the window: it is resized and cropped from top to bottom first.
         area, seen = made.add("Mul", *resized), made.add("Mul", rows, columns)
         waste = made.add("Greater", area, made.add("Mul", seen, MAX_WASTE))
         first = made.add("And", waste, made.add("Greater", height, width))

@@ -109,13 +109,14 @@ function scriptUrl(bytes) {
   return URL.createObjectURL(new Blob([bytes], { type: "text/javascript" }));
 }
 
-// Upright, in sRGB, on white, as bytes of red, green and blue. Read in tiles: phones have no large canvas.
+// Upright, in sRGB, on white, as bytes of red, green and blue. Read in tiles: phones have no large canvas. Put on white
+// here, since a canvas rounds transparent colours down.
 const TILE = 2048;
 
 export async function pixelsOf(image) {
   let bitmap;
   try {
-    bitmap = await createImageBitmap(image);
+    bitmap = await createImageBitmap(image, { premultiplyAlpha: "none" });
   } catch {
     throw new Trouble("This browser cannot read that as an image.");
   }
@@ -125,16 +126,14 @@ export async function pixelsOf(image) {
     for (let left = 0; left < width; left += TILE) {
       const [columns, rows] = [Math.min(TILE, width - left), Math.min(TILE, height - top)];
       const tile = canvasOf(columns, rows).getContext("2d", { willReadFrequently: true });
-      tile.fillStyle = "white";
-      tile.fillRect(0, 0, columns, rows);
       tile.drawImage(bitmap, -left, -top);
       const { data: colours } = tile.getImageData(0, 0, columns, rows);
       for (let y = 0, from = 0; y < rows; y++) {
         let to = ((top + y) * width + left) * 3;
         for (let x = 0; x < columns; x++, from += 4) {
-          data[to++] = colours[from];
-          data[to++] = colours[from + 1];
-          data[to++] = colours[from + 2];
+          const alpha = colours[from + 3];
+          const white = 255 * (255 - alpha) + 127;
+          for (let c = 0; c < 3; c++) data[to++] = ((colours[from + c] * alpha + white) / 255) | 0;
         }
       }
     }
