@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from ..foundation.errors import UserError
+from .executorch import ExecuTorch
 from .format import ExportFormat
 from .onnx import Onnx
 from .openvino import OpenVINO
 from .torch import TorchProgram
 
 
-FORMATS: dict[str, ExportFormat] = {format.name: format for format in (Onnx(), OpenVINO(), TorchProgram())}
+FORMATS: dict[str, ExportFormat] = {
+    format.name: format for format in (Onnx(), OpenVINO(), TorchProgram(), ExecuTorch())
+}
 
 
 def formats_with(precision: str) -> str:

@@ -22,7 +22,7 @@ from ..foundation.origin import Origin
 from ..foundation.scores import check_choice
 from ..token_mixers import Attention
 from .card import export_card
-from .deployable import DTYPES, Deployable, has_fixed_tokens, smallest_size, write_graph
+from .deployable import DTYPES, Deployable, has_fixed_tokens, largest_size, smallest_size, write_graph
 from .folder import REPORT, SETTINGS, Manifest, check_output, folder_size, new_folder
 from .formats import FORMATS, check_request
 from .graph import fold
@@ -101,7 +101,8 @@ def export_model(
         format: one of `formats.FORMATS`: "onnx", "openvino", or "torch" (a program of `torch.export`).
         precision: "float32"; "float16" (OpenVINO: of the weights in the file, computed in float32); "bfloat16"
             (OpenVINO and torch); "int8" (ONNX and OpenVINO), which needs `calibration_dataset`.
-        dynamic_size: whether images of other sizes than the model's are taken; None where the family allows it.
+        dynamic_size: whether images of other sizes than the model's are taken; None where the family allows it and
+            the format is not made for one size (`ExportFormat.sizes_vary`).
         preprocessing: take uint8 (batch, height, width, channels), resized and cropped, and give probabilities.
         opset: of ONNX, one of `onnx.OPSETS`.
         compile: of "torch": an AOTInductor package, machine code for machines like this one.
@@ -145,8 +146,9 @@ def export_model(
         input="pixel_values",
         output="logits",
         image_size=list(image_size_of(original, processor)),
-        dynamic_size=not fixed if dynamic_size is None else dynamic_size,
+        dynamic_size=target.sizes_vary and not fixed if dynamic_size is None else dynamic_size,
         least_size=smallest_size(original.config),
+        most_images=target.most_images,
         num_channels=original.config.num_channels,
         problem_type=original.config.problem_type,
         label_thresholds=getattr(original.config, "label_thresholds", None),
@@ -158,6 +160,8 @@ def export_model(
             **versions_of(("torch", "transformers", *target.libraries_for(precision))),
         },
     )
+    if manifest.dynamic_size and target.sizes_end:
+        manifest.most_size = largest_size(original.config, manifest.image_size)
     progress("reading images")
     if calibration_dataset is None:
         calibration, comparison = None, sample_photographs(processor, PHOTOGRAPHS, manifest.num_channels)
@@ -190,6 +194,7 @@ def export_model(
             write_json(folder / name, {key: value for key, value in facts.items() if key != "auto_map"})
         if precision == "int8":
             manifest.quantisation = quantise_graph(path, manifest, original, processor, calibration, kind, progress)
+        manifest.computed_by = target.computed_by(path)
         files = [*folder.glob(f"{path.stem}.*"), *(folder / name for name in SETTINGS)]
         manifest.files = {file.name: digest(file) for file in sorted(files)}
         manifest.write(folder)
@@ -242,7 +247,8 @@ def quantise_graph(
     kind: str,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    inputs = ExportedModel(Graph(path, manifest), manifest, model.config, processor).prepare(sample.pixel_values)
+    # What lies at `path` may be a scratch that no runtime opens.
+    inputs = ExportedModel(nn.Identity(), manifest, model.config, processor).prepare(sample.pixel_values)
     pixel_values = sample.pixel_values[: MAPS if kind == "pixels" else None]
     with torch.inference_mode():
         right = torch.cat([model(chunk).logits for chunk in pixel_values.split(16)])
