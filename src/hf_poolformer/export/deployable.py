@@ -128,6 +128,14 @@ def smallest_size(config: Any) -> int:
     return size
 
 
+def largest_size(config: Any, image_size: list[int]) -> int:
+    """
+    Side in pixels of the largest image that a graph is made for, where its memory is set aside beforehand: twice the
+    model's, and not below what `write_graph` shows the exporter.
+    """
+    return max(2 * max(image_size), 4 * math.prod(config.strides))
+
+
 def has_fixed_tokens(model: nn.Module) -> bool:
     """Whether a mixer's matrix ties the model to one size."""
     return any(isinstance(module, FixedTokens) for module in model.modules())
@@ -169,7 +177,8 @@ def write_graph(module: Deployable, folder: Path, manifest: Manifest) -> Path:
 def dynamic_shapes(manifest: Manifest) -> dict[str, dict[int, Any]]:
     """The axes of the input that may vary, as torch.export takes them: of the images, and of their sides."""
     first = 1 if manifest.preprocessing else 2
-    number = () if manifest.further_outputs else (0,)
+    format = FORMATS[manifest.format]
+    number = () if manifest.further_outputs or format.most_images else (0,)
     sides = (first, first + 1) if manifest.dynamic_size else ()
     shapes = {"pixel_values": dict.fromkeys(number + sides, torch.export.Dim.DYNAMIC)}
     for name in manifest.further_inputs:

@@ -45,8 +45,10 @@ class Manifest:
             "features", a detector "boxes".
         further_inputs, further_outputs: names of what a detector takes and gives besides.
         image_size: height and width the model was made for, in pixels.
-        dynamic_size: whether other sizes do, too. The number of images is always free.
-        least_size: of those, the smallest height and width in pixels.
+        dynamic_size: whether other sizes do, too.
+        least_size, most_size: of those, the smallest and the largest height and width in pixels; None for no largest.
+        most_images: that the graph takes at once, where there is a limit; `load` calls it as often as is needed.
+        computed_by: of "executorch": how much of the graph XNNPACK computes, and who the rest.
         opset: of "onnx".
         source: the model's name and, from the Hub, its revision and commit; `sha256` is of its weights.
         versions: of the libraries that wrote it.
@@ -66,6 +68,9 @@ class Manifest:
     further_outputs: list[str] = field(default_factory=list)
     resizes: bool = False
     least_size: int = 1
+    most_size: int | None = None
+    most_images: int | None = None
+    computed_by: str | None = None
     num_channels: int = 3
     problem_type: str | None = None
     label_thresholds: list[float] | None = None

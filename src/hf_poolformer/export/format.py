@@ -44,7 +44,7 @@ class Layer:
 
 class ExportFormat(abc.ABC):
     """
-    A format of exports. Of the methods a new one needs `write` and `open`, and for int8 the last four.
+    A format of exports. Of the methods a new one needs `write` and `open`, and for int8 those after `open_whole`.
 
     Attributes:
         name: for --format and `export.json`.
@@ -60,6 +60,11 @@ class ExportFormat(abc.ABC):
         detector_precisions: of `precisions`, those for detectors, whose graphs end in suppression.
         whole: the file starts at images of any size, which its graph resizes, and ends in probabilities, and other
             files lie beside it: such a format has the methods from `check_model` to `open_images`, too.
+        most_images: that a graph takes at once; None for any number, decided when it is called.
+        sizes_vary: graphs take images of other sizes than the model's unless told otherwise, where the family does.
+        sizes_end: if they do, there is a largest one.
+        by_way_of_onnx: it has `write_from_onnx`.
+        quantiser: what makes it int8.
     """
 
     name: ClassVar[str]
@@ -75,6 +80,11 @@ class ExportFormat(abc.ABC):
     has_providers: ClassVar[bool] = False
     detector_precisions: ClassVar[tuple[str, ...]] = ()
     whole: ClassVar[bool] = False
+    most_images: ClassVar[int | None] = None
+    sizes_vary: ClassVar[bool] = True
+    sizes_end: ClassVar[bool] = False
+    by_way_of_onnx: ClassVar[bool] = True
+    quantiser: ClassVar[str] = "NNCF post-training quantisation"
 
     def check_options(self, **options: Any) -> None:  # noqa: B027, a format need not have any
         """
@@ -204,15 +214,41 @@ class ExportFormat(abc.ABC):
         """A function of uint8 (height, width, 3): pixels (1, rows, columns, channels), and answers (1, outputs)."""
         raise NotImplementedError
 
+    def computed_by(self, path: Path) -> str | None:
+        """Who computes the operations of a graph, where several may."""
+        return None
+
     # What quantisation asks for.
 
     def read_graph(self, path: Path) -> Any:
-        """A graph as NNCF takes it."""
+        """A graph as `quantise` takes it."""
         raise NotImplementedError
 
     def save_graph(self, graph: Any, path: Path) -> None:
-        """Writes what NNCF gave."""
+        """Writes what `quantise` gave."""
         raise NotImplementedError
+
+    def quantise(self, graph: Any, chunks: list[np.ndarray], ignored: list[str], *, attention: bool) -> Any:
+        """
+        A graph with products in 8 bits.
+
+        Args:
+            chunks: images to calibrate on.
+            ignored: names of the layers that stay in floating point.
+            attention: whether there is any, which NNCF treats in a way of its own.
+        """
+        import nncf
+
+        name = self.input_name(graph)
+        return nncf.quantize(
+            graph,
+            nncf.Dataset(chunks, lambda chunk: {name: chunk}),
+            preset=nncf.QuantizationPreset.MIXED,
+            model_type=nncf.ModelType.TRANSFORMER if attention else None,
+            target_device=nncf.TargetDevice.CPU,
+            subset_size=len(chunks),
+            ignored_scope=nncf.IgnoredScope(names=ignored) if ignored else None,
+        )
 
     def input_name(self, graph: Any) -> str:
         raise NotImplementedError

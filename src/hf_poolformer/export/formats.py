@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..foundation.errors import UserError
+from .executorch import ExecuTorch
 from .format import ExportFormat
 from .onnx import Onnx
 from .openvino import OpenVINO
@@ -12,7 +13,9 @@ from .torch import TorchProgram
 from .web import Web
 
 
-FORMATS: dict[str, ExportFormat] = {format.name: format for format in (Onnx(), OpenVINO(), TorchProgram(), Web())}
+FORMATS: dict[str, ExportFormat] = {
+    format.name: format for format in (Onnx(), OpenVINO(), TorchProgram(), ExecuTorch(), Web())
+}
 
 
 def formats_with(precision: str) -> str:

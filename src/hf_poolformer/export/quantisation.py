@@ -1,4 +1,4 @@
-"""Eight bits after training: NNCF on the folded graph, calibrated on images, with the layers that hurt left alone.
+"""Eight bits after training: the folded graph, calibrated on images, with the layers that hurt left alone.
 
 Weights are symmetric per output channel, activations asymmetric (GELU's are), convolutions and matrix products become
 integer products. What is left of the norms, and the mixer, stay in floating point. Where too many answers change, the
@@ -67,12 +67,12 @@ def quantise(
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """
-    Replaces a graph in float32, which lies at `path`, by its quantised form.
+    Replaces a graph in float32, which lies at `path` as `ExportFormat.read_graph` takes it, by its quantised form.
 
     Args:
         inputs: images to calibrate on, as the graph takes them, (N, ...).
         evaluate: compares a graph that lies in a file with the model.
-        attention: whether there is any, which NNCF treats in a way of its own.
+        attention: whether there is any.
         keep_last: leave the last layer in floating point in any case.
         leave: the same of so many of the first, which are no layers of the model.
 
@@ -80,29 +80,18 @@ def quantise(
         what the manifest says about it.
 
     Raises:
-        UserError: NNCF cannot quantise this graph.
+        UserError: this graph cannot be quantised.
     """
     with quiet(), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        import nncf
-
         attempts: list[Attempt] = []
         layers = format.layers(format.read_graph(path))
         always, layers = [layer.name for layer in layers[:leave]], layers[leave:]
         for left_out, ignored in groups(layers, keep_last).items():
             progress(f"quantising, in floating point: {left_out}")
             model = format.read_graph(path)
-            name = format.input_name(model)
             chunks = [inputs[start : start + CHUNK] for start in range(0, len(inputs), CHUNK)]
             try:
-                quantised = nncf.quantize(
-                    model,
-                    nncf.Dataset(chunks, lambda chunk, name=name: {name: chunk}),
-                    preset=nncf.QuantizationPreset.MIXED,
-                    model_type=nncf.ModelType.TRANSFORMER if attention else None,
-                    target_device=nncf.TargetDevice.CPU,
-                    subset_size=len(chunks),
-                    ignored_scope=nncf.IgnoredScope(names=always + ignored) if always + ignored else None,
-                )
+                quantised = format.quantise(model, chunks, always + ignored, attention=attention)
             except Exception as error:
                 raise UserError(f"the model cannot be quantised: {one_line(error)}") from error
             folder = Path(scratch, str(len(attempts)))
@@ -115,7 +104,7 @@ def quantise(
         for file in Path(scratch, str(best)).iterdir():
             file.replace(path.parent / file.name)
     return {
-        "method": "NNCF post-training quantisation",
+        "method": format.quantiser,
         "images": len(inputs),
         "quantised_layers": len(layers) - attempts[best].layers,
         "left_in_floating_point": attempts[best].left_out,

@@ -24,7 +24,7 @@ from ..foundation.scores import check_choice
 from ..foundation.tasks import TASKS
 from ..token_mixers import Attention
 from .card import export_card
-from .deployable import DTYPES, Deployable, has_fixed_tokens, smallest_size, write_graph
+from .deployable import DTYPES, Deployable, has_fixed_tokens, largest_size, smallest_size, write_graph
 from .folder import REPORT, SETTINGS, Manifest, check_output, folder_size, new_folder
 from .formats import FORMATS, check_request
 from .graph import fold
@@ -102,11 +102,13 @@ def export_model(
 
     Args:
         model: folder or Hub id of an image classifier, a semantic segmenter or a detector.
-        format: one of `formats.FORMATS`: "onnx", "openvino", "torch" (a program of `torch.export`), or "web" (a page).
+        format: one of `formats.FORMATS`: "onnx", "openvino", "torch" (a program of `torch.export`), "executorch" (for
+            phones), or "web" (a page).
         precision: "float32"; "float16" (OpenVINO and web: of the weights in the file, computed in float32); "bfloat16"
             (OpenVINO and torch); "int8" (all but torch), which needs `calibration_dataset`. None is "float32", of
             "web" "int8" with a `calibration_dataset` and "float16" without.
-        dynamic_size: whether images of other sizes than the model's are taken; None where the family allows it.
+        dynamic_size: whether images of other sizes than the model's are taken; None where the family allows it and
+            the format is not made for one size (`ExportFormat.sizes_vary`).
         preprocessing: take uint8 (batch, height, width, channels), resized and cropped, and give probabilities; of a
             segmenter or detector, photographs of any size, and give answers in their pixels.
         opset: of ONNX, one of `onnx.OPSETS`.
@@ -168,9 +170,10 @@ def export_model(
         input="pixel_values",
         output="logits",
         image_size=list(image_size_of(original, processor)),
-        dynamic_size=not fixed if dynamic_size is None else dynamic_size,
+        dynamic_size=target.sizes_vary and not fixed if dynamic_size is None else dynamic_size,
         resizes=resizes,
         least_size=1 if resizes else smallest_size(original.config),
+        most_images=target.most_images,
         num_channels=original.config.num_channels,
         problem_type=original.config.problem_type,
         label_thresholds=getattr(original.config, "label_thresholds", None),
@@ -183,6 +186,8 @@ def export_model(
             **versions_of(("torch", "transformers", *target.libraries_for(precision))),
         },
     )
+    if manifest.dynamic_size and target.sizes_end:
+        manifest.most_size = largest_size(original.config, manifest.image_size)
     progress("reading images")
     how = {
         "config_name": calibration_config_name,
@@ -228,6 +233,7 @@ def export_model(
         if target.whole:
             spread = functools.partial(spread_of, original, comparisons[0].pixel_values)
             target.finish(folder, manifest, processor, original.config, spread, gathered)
+        manifest.computed_by = target.computed_by(path)
         files = [*folder.glob(f"{path.stem}.*"), *(folder / name for name in SETTINGS)]
         manifest.files = {file.name: digest(file) for file in sorted(files)}
         manifest.write(folder)
@@ -343,7 +349,8 @@ def quantise_graph(
     kind: str,
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    inputs = ExportedModel(Graph(path, manifest), manifest, model.config, processor).prepare(sample.pixel_values)
+    # What lies at `path` may be a scratch that no runtime opens.
+    inputs = ExportedModel(nn.Identity(), manifest, model.config, processor).prepare(sample.pixel_values)
     resizing = 2 if manifest.resizes else 0  # matrix products, the graph's first
     pixel_values = sample.pixel_values[: MAPS if kind == "pixels" else None]
     with torch.inference_mode():

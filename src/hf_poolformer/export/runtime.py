@@ -197,6 +197,9 @@ class ExportedModel(nn.Module):
             raise ValueError(
                 f"this export takes images of {least}x{least} pixels and more, not of {size[0]}x{size[1]}"
             )
+        if manifest.most_size is not None and max(size) > manifest.most_size:
+            most = manifest.most_size
+            raise ValueError(f"this export takes images of {most}x{most} pixels at most, not of {size[0]}x{size[1]}")
         if manifest.preprocessing and not raw:
             # The image processor has normalised already; back to the pixels they were.
             scale, shift = (value.float()[:, None, None] for value in pixel_affine(self.image_processor, channels))

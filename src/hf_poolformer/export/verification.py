@@ -521,6 +521,8 @@ def further_batches(
         yield pixels, normalised(exported, pixels), name, True
     if manifest.dynamic_size:
         for number, *size in sizes(manifest.image_size, manifest.least_size, math.prod(exported.config.strides)):
+            if manifest.most_size is not None and max(size) > manifest.most_size:
+                continue
             resized = F.interpolate(real[:number], size=size, mode="bilinear", antialias=True)
             pixels = exported.prepare(resized)
             yield pixels, normalised(exported, pixels), f"images of {size[0]}x{size[1]} pixels", float_
