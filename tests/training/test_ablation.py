@@ -34,6 +34,16 @@ def test_every_row_is_one_architecture(name, base, tmp_path):
         assert config.token_mixers == ["pooling"] * 4
 
 
+def test_the_model_of_another_recipe_is_no_base(tmp_path):
+    given = {"dataset_name": "nowhere", "output_dir": str(tmp_path)}
+    with pytest.raises(UserError, match=r"--recipe scratch trains another model.*--config_name poolformer_s12"):
+        ablation.measure("baseline", TrainingSettings.from_recipe("scratch", **given), tmp_path / "run", seed=0)
+    assert not (tmp_path / "run").exists()
+    named = TrainingSettings.from_recipe("scratch", **given, config_name="poolformer_s12")
+    settings = ablation.settings_of_row(ablation.ROWS["baseline"], named, tmp_path, seed=0)
+    assert settings.overrides() == {"token_mixers": ["pooling"] * 4, "image_size": 96}
+
+
 def test_rows_are_chosen_by_name_group_or_all():
     assert ablation.choose_rows(["all"]) == list(ablation.ROWS)
     assert ablation.choose_rows(["no_mlp", "norm"]) == ["layer_norm", "batch_norm", "no_norm", "no_mlp"]

@@ -1,12 +1,15 @@
 """The recipes of both papers: each for every task, and the second paper's facts against its repository's scripts."""
 
+import itertools
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from hf_poolformer import VARIANTS, MetaFormerConfig, PoolFormerConfig
 from hf_poolformer.foundation.errors import UserError
-from hf_poolformer.foundation.tasks import FEATURE_DISTILLATION, TASKS
+from hf_poolformer.foundation.tasks import CLASSIFICATION, FEATURE_DISTILLATION, MULTI_LABEL, REGRESSION, TASKS
 from hf_poolformer.settings.classification import RECIPES
 from hf_poolformer.settings.command_line import parse
 from hf_poolformer.settings.training import TrainingSettings, settings_of
@@ -103,6 +106,37 @@ def test_at_384_pixels(variant, tmp_path):
     assert (settings.mixup_alpha, settings.cutmix_alpha) == (0, 0)
     assert (settings.weight_decay, settings.label_smoothing, settings.random_erasing) == (0.05, 0.1, 0.25)
     assert settings.rand_augment_magnitude == 9
+
+
+@pytest.mark.parametrize("task", [CLASSIFICATION, MULTI_LABEL, REGRESSION])
+def test_a_small_model_from_scratch_halves_the_sides_five_times(task):
+    settings = parse([*REQUIRED, "--task", task, "--recipe", "scratch", "--num_channels", "1"])
+    model, processor, _ = initial_model(settings, ["a", "b", "c"])
+    images = [Image.fromarray(np.full((300, 200), 100, dtype=np.uint8))]
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 1, 96, 96)
+    outputs = model.eval()(pixel_values=pixels, output_hidden_states=True)
+    maps = outputs.hidden_states[-5:]
+    assert [tuple(one.shape[1:]) for one in maps] == [
+        (16, 48, 48),
+        (32, 24, 24),
+        (64, 12, 12),
+        (128, 6, 6),
+        (192, 3, 3),
+    ]
+    assert outputs.logits.shape == (1, 3)
+    # By hand: convolutions of 3x3, MLPs of twice the width, two norms per block, one more at the end, and the head.
+    widths = [1, 16, 32, 64, 128, 192]
+    stages = sum(9 * a * b + b + 2 * 2 * b + 2 * b * b + 2 * b + 2 * b * b + b for a, b in itertools.pairwise(widths))
+    assert sum(p.numel() for p in model.parameters()) == stages + 2 * 192 + 3 * 193
+    assert not [name for name, _ in model.named_parameters() if "layer_scale" in name]
+
+
+def test_a_named_architecture_takes_the_place_of_the_small_model(tmp_path):
+    named = parse([*REQUIRED, "--recipe", "scratch", "--config_name", "poolformer_s12"])
+    assert (named.config_name, named.config_overrides, named.image_size) == ("poolformer_s12", None, 96)
+    start = parse([*REQUIRED, "--recipe", "scratch", "--model_name_or_path", saved(tmp_path, "convformer_s18")])
+    assert (start.config_name, start.config_overrides, start.image_size) == (None, None, None)
 
 
 def test_every_variant_has_its_row():

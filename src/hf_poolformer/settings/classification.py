@@ -287,6 +287,22 @@ FROM_SCRATCH: dict[str, Any] = {
     "logging_steps": 50,
 }
 
+# 0.56 million weights, 5 stages that halve the sides each.
+SMALL_MODEL: dict[str, Any] = {
+    "num_encoder_blocks": 5,
+    "depths": [1] * 5,
+    "hidden_sizes": [16, 32, 64, 128, 192],
+    "patch_sizes": [3] * 5,
+    "strides": [2] * 5,
+    "padding": [1] * 5,
+    "token_mixers": ["pooling"] * 5,
+    "res_scale_init_values": [None] * 5,
+    "position_embeddings": [False] * 5,
+    "mlp_ratio": 2,
+    "norm_layer": "batch_norm",
+    "use_layer_scale": False,
+}
+
 # What each recipe changes; `finetune` is what the fields above say.
 RECIPES: dict[str, dict[str, Any]] = {
     # From a pretrained checkpoint to your own images.
@@ -313,6 +329,25 @@ RECIPES: dict[str, dict[str, Any]] = {
         "layer_decay": 1.0,
         "num_workers": 1,
         "eval_epochs": 5,
+    },
+    # A few thousand photographs of one kind, of parts or tissue say, and no checkpoint that has seen such. Five stages
+    # of 3x3 convolutions see finer than one of 7x7 with stride 4, and batch norm learns from few steps. Movements
+    # leave black borders, and RandAugment changes what tells such images apart.
+    "scratch": {
+        "config_name": "metaformer_id_s12",
+        "config_overrides": json.dumps(SMALL_MODEL),
+        "image_size": 96,
+        "drop_path_rate": 0.0,
+        "crop_min_scale": 1.0,
+        "horizontal_flip": 0.5,
+        "rand_augment_magnitude": 0.0,
+        "num_train_epochs": 24,
+        "learning_rate": 2e-3,
+        "num_warmup_epochs": 3.0,
+        "min_learning_rate": 1e-5,
+        "layer_decay": 1.0,
+        "num_workers": 1,
+        "eval_epochs": 2,
     },
     # ImageNet-1K from scratch with the models of the second paper, arXiv 2210.13452: train.py and scripts/ of
     # sail-sg/metaformer. `OF_FAMILIES` has what differs; depth and dropout of the head are columns of `VARIANTS`.
@@ -539,7 +574,7 @@ class RegressionSettings(ClassificationSettings):
 
 
 # Recipes of classifiers that suit an encoder, too; the others are fixed by heads and by labels.
-_RECIPES_OF_ENCODERS = ("finetune", "paper", "demo")
+_RECIPES_OF_ENCODERS = ("finetune", "paper", "demo", "scratch")
 
 
 @dataclass

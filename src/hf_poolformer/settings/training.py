@@ -26,7 +26,7 @@ class RecipeSettings:
     task: str = setting(CLASSIFICATION, "What to train. Each has flags and recipes of its own.", shown=True)
     recipe: str = setting(
         "finetune",
-        "Where all defaults come from: finetune, paper, metaformer-paper, metaformer-384 or demo.",
+        "Where all defaults come from: finetune, scratch, paper, metaformer-paper, metaformer-384 or demo.",
         shown=True,
     )
     config_file: str | None = setting(

@@ -22,7 +22,7 @@ from ..foundation.processes import found_by_main, processes
 from ..foundation.settings import names_marked
 from ..foundation.strict_json import to_json
 from ..hub.rendering import plain_markdown
-from ..settings.classification import ClassificationSettings
+from ..settings.classification import SMALL_MODEL, ClassificationSettings
 from .checkpoints import free_name
 from .loop import train
 
@@ -81,7 +81,16 @@ ROWS: dict[str, Row] = {
 
 
 def settings_of_row(row: Row, base: ClassificationSettings, output_dir: Path, seed: int) -> ClassificationSettings:
-    """The base settings with the row's architecture. MetaFormerConfig can say all of them, the baseline included."""
+    """The base settings with the row's architecture. MetaFormerConfig can say all of them, the baseline included.
+
+    Raises:
+        UserError: the base has the small model of a recipe, in five stages, of which the rows say nothing.
+    """
+    if base.overrides() == SMALL_MODEL:
+        raise UserError(
+            f"the rows are changes to PoolFormer, and --recipe {base.recipe} trains another model: give --config_name "
+            "poolformer_s12, with --config_overrides if it is to be smaller, or --recipe demo."
+        )
     values = {**base.to_dict(), "hub_token": base.hub_token, "config_file": None}
     overrides = {
         **mixers(*[POOL] * 4),

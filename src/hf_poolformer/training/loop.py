@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -562,7 +562,19 @@ def finished_model(run: Run) -> PreTrainedModel:
     if run.replica is not None:
         model = run.replica
         model.load_state_dict({name: whole(value) for name, value in run.state.model.state_dict().items()})
+    agree_on_statistics(model, run.accelerator)
     return run.task.finished(model)
+
+
+def agree_on_statistics(model: nn.Module, accelerator: Accelerator) -> None:
+    """Gives all processes the first one's buffers: the statistics of batch norms, which each gathered for itself.
+
+    Those of the first are the ones that are saved, and with which a step begins on all. Without this, each process
+    would evaluate with its own.
+    """
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            buffer.copy_(broadcast(buffer))
 
 
 def evaluated_model(run: Run) -> nn.Module:
