@@ -4,10 +4,13 @@ import gc
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 
 
-# Before anything imports huggingface_hub, which reads it once.
+# Before anything imports huggingface_hub, which reads it once. Copies of datasets and the code of models are kept in
+# a folder of this process: what another run keeps at the same time is none of its business.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
@@ -23,6 +26,7 @@ if not torch.cuda.is_available():
 from hf_poolformer import TOKEN_MIXERS, MetaFormerConfig, PoolFormerConfig
 
 
+HF_HOME = os.environ["HF_HOME"]
 STARTED = pytest.StashKey[float]()
 
 TINY = {"depths": (1, 1, 2, 1), "hidden_sizes": (8, 16, 32, 64), "num_labels": 10}
@@ -45,6 +49,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[STARTED] = time.monotonic()
+
+
+def pytest_unconfigure():
+    shutil.rmtree(HF_HOME, ignore_errors=True)
 
 
 @pytest.hookimpl(trylast=True)
