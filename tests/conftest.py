@@ -1,18 +1,22 @@
 """Shared by all rooms: nothing leaves this machine, every test starts from one seed, small models are small."""
 
+import gc
 import os
 import shutil
 import subprocess
-import sys
+import tempfile
 import time
 
 
-# Before anything imports huggingface_hub, which reads it once.
+# Before anything imports huggingface_hub, which reads it once. Copies of datasets and the code of models are kept in
+# a folder of this process: what another run keeps at the same time is none of its business.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
 import torch
+from warm import warm_python
 
 
 # Before anything imports Triton, which reads it once: without a GPU its kernels run in its interpreter.
@@ -24,6 +28,7 @@ from hf_poolformer import TOKEN_MIXERS, MetaFormerConfig, PoolFormerConfig
 
 # A camera that shows moving circles, and whose use nobody has to allow.
 CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+HF_HOME = os.environ["HF_HOME"]
 STARTED = pytest.StashKey[float]()
 
 TINY = {"depths": (1, 1, 2, 1), "hidden_sizes": (8, 16, 32, 64), "num_labels": 10}
@@ -46,6 +51,17 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[STARTED] = time.monotonic()
+
+
+def pytest_unconfigure():
+    shutil.rmtree(HF_HOME, ignore_errors=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """Libraries and tests stay until the end: a collection that looks at them all takes a third of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -125,7 +141,7 @@ def run_python():
     def run(code: str, *args, without_package: bool = False, check: bool = True) -> subprocess.CompletedProcess:
         if without_package:
             code = "import sys; sys.modules['hf_poolformer'] = None\n" + code
-        done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True)
+        done = subprocess.run([warm_python(), "-c", code, *map(str, args)], capture_output=True, text=True)
         assert not check or done.returncode == 0, done.stderr
         return done
 

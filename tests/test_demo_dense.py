@@ -1,9 +1,9 @@
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm import warm_python
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -12,7 +12,7 @@ TASKS = ("semantic-segmentation", "object-detection", "instance-segmentation")
 
 
 def demo(folder, *flags):
-    command = [sys.executable, str(ROOT / "scripts" / "demo_dense.py"), "--images", "16"]
+    command = [warm_python(), str(ROOT / "scripts" / "demo_dense.py"), "--images", "16"]
     command += ["--data_dir", str(folder / "data"), "--output_dir", str(folder / "run"), *flags]
     return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=850)
 

@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
+from warm import warm_python
 
 import hf_poolformer_cli
 from hf_poolformer import PoolFormerForImageClassification, PoolFormerImageProcessor
@@ -251,7 +252,7 @@ def test_python_compiles_and_what_it_imports_of_ours_exists(page, number, code):
 
 
 def run(code: str, folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=600)
+    return subprocess.run([warm_python(), "-c", code], cwd=folder, capture_output=True, text=True, timeout=600)
 
 
 def test_the_readme_s_python_runs(tmp_path, poolformer_config):

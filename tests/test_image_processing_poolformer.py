@@ -10,7 +10,6 @@ import pathlib
 import pickle
 import socket
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from transformers.models.poolformer.image_processing_pil_poolformer import (
 from transformers.models.poolformer.image_processing_poolformer import (
     PoolFormerImageProcessor as BuiltinImageProcessor,
 )
+from warm import warm_python
 
 from hf_poolformer.image_processing_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil
 
@@ -941,7 +941,7 @@ def test_saved_processors_carry_their_code(tmp_path):
     image = picture(61, 83)
     np.save(tmp_path / "image.npy", np.array(image))
     run = subprocess.run(
-        [sys.executable, "-c", REMOTE, str(tmp_path / "image.npy"), *map(str, folders)],
+        [warm_python(), "-c", REMOTE, str(tmp_path / "image.npy"), *map(str, folders)],
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
         cwd=tmp_path,
         capture_output=True,

@@ -355,6 +355,11 @@ def test_compiles_to_one_graph_forward_and_backward(config, scramble):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "config",  # attention, convolutions and pooling of every size are exported by tests/export/test_run.py, too
+    ["poolformer", "baseline", *(pytest.param(name, marks=pytest.mark.slow) for name in TOKEN_MIXERS)],
+    indirect=True,
+)
 def test_exports_with_dynamic_batch_and_size(config, scramble):
     model = scramble(classifier(config))
     fixed = {"spatial_mlp", "random"} & set(config.token_mixers)

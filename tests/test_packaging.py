@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from warm import warm_python
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +96,7 @@ def test_the_installed_package_writes_a_card(wheel, tmp_path):
         "assert cards.__file__.startswith(sys.argv[1]), cards.__file__\n"
         "print(cards.folder_card(sys.argv[2]))\n"
     )
-    done = run(sys.executable, "-c", source, tmp_path / "site", tmp_path / "model", cwd=tmp_path)
+    done = run(warm_python(), "-c", source, tmp_path / "site", tmp_path / "model", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("---\n")
 

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import pipeline
+from warm import warm_python
 
 from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, PoolFormerImageProcessor, PoolFormerModel
 from hf_poolformer.foundation.errors import UserError
@@ -86,7 +86,7 @@ def read(table: Path) -> list[dict]:
 
 def run(*arguments, **options):
     return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options
+        [warm_python(), SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options
     )
 
 
@@ -245,7 +245,7 @@ def test_interrupted_it_leaves_nothing_behind(model, tmp_path, name):
         (tmp_path / "many" / f"{index}.png").write_bytes(encode(index % 7))
     output = tmp_path / "out" / "t.jsonl"
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, model, tmp_path / "many", "--output", output, "--batch_size", "1"],
+        [warm_python(), SCRIPT, model, tmp_path / "many", "--output", output, "--batch_size", "1"],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ,

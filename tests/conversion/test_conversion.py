@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from torchvision.models import resnet18
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 from transformers.models.poolformer import configuration_poolformer as built_in_configuration
 from transformers.models.poolformer import modeling_poolformer as built_in
+from warm import warm_python
 
 from hf_poolformer import (
     VARIANTS,
@@ -602,7 +602,7 @@ def test_nothing_half_written_is_left(official, tmp_path):
 
 
 def run_script(*arguments):
-    command = [sys.executable, str(ROOT / "scripts" / "convert.py"), *map(str, arguments)]
+    command = [warm_python(), str(ROOT / "scripts" / "convert.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 

@@ -1,12 +1,12 @@
 """What is said and judged before the first step."""
 
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
+from warm import warm_python
 
 from hf_poolformer.data.datasets import open_datasets
 from hf_poolformer.data.description import describe_data
@@ -115,7 +115,7 @@ def test_a_single_class_with_folders_in_it_is_refused_with_a_hint(tmp_path):
 
 def test_the_command_says_it_before_it_trains(tmp_path):
     folder(tmp_path / "data", {"cat": 20, "dog": 12})
-    command = [sys.executable, "-m", "hf_poolformer_cli", "train", "--recipe", "demo", "--max_train_steps", "1"]
+    command = [warm_python(), "-m", "hf_poolformer_cli", "train", "--recipe", "demo", "--max_train_steps", "1"]
     command += ["--train_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run"), "--num_workers", "0"]
     command += ["--per_device_train_batch_size", "8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

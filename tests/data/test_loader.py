@@ -2,7 +2,6 @@
 
 import io
 import subprocess
-import sys
 import tarfile
 import textwrap
 from collections import Counter
@@ -12,6 +11,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
+from warm import warm_python
 
 from hf_poolformer.data import sources
 from hf_poolformer.data.datasets import open_datasets
@@ -132,7 +132,7 @@ def test_workers_do_not_complain_of_a_main_process_that_has_gone():
         for error in (ConnectionResetError("gone"), EOFError("gone"), BrokenPipeError("gone"), ValueError("a fault")):
             sys.excepthook(type(error), error, None)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([warm_python(), "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
     assert done.stderr.strip() == "ValueError: a fault"
 
 

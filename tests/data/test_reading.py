@@ -118,7 +118,7 @@ def test_without_room_for_a_copy(single, monkeypatch, caplog):
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs POSIX signals")
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_an_interruption_ends_all_processes(wide, num_workers):
     script = textwrap.dedent("""
         import signal, sys, torch

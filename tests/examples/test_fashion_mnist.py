@@ -1,12 +1,12 @@
 import gzip
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+from warm import warm_python
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist.py"
@@ -30,7 +30,7 @@ def source(tmp_path):
 
 
 def convert(source, target, *flags):
-    command = [sys.executable, str(SCRIPT), str(target), "--source", str(source), *flags]
+    command = [warm_python(), str(SCRIPT), str(target), "--source", str(source), *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 

@@ -23,6 +23,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import pipeline
+from warm import warm_python
 
 from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, PoolFormerImageProcessor
 from hf_poolformer.export import export_model
@@ -481,7 +482,7 @@ def process():
     started = []
 
     def run(*arguments):
-        program = [sys.executable, str(EXAMPLES / "serve.py"), *map(str, arguments), "--port", "0"]
+        program = [warm_python(), str(EXAMPLES / "serve.py"), *map(str, arguments), "--port", "0"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         started.append(process)
@@ -545,7 +546,7 @@ def test_an_exported_model_is_served(process, model, tmp_path, format):
 def test_under_load_and_past_it(model, tmp_path):
     pytest.importorskip("aiohttp")
     figures = tmp_path / "figures.json"
-    program = [sys.executable, str(EXAMPLES / "load_test.py"), str(model), "--seconds", "2", "--json", str(figures)]
+    program = [warm_python(), str(EXAMPLES / "load_test.py"), str(model), "--seconds", "2", "--json", str(figures)]
     done = subprocess.run([*program, "--", "--max_queue", "16"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     steps = json.loads(figures.read_text())["steps"]

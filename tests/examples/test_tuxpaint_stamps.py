@@ -1,5 +1,4 @@
 import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -7,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from pycocotools import mask as run_lengths
+from warm import warm_python
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "tuxpaint_stamps.py"
@@ -28,7 +28,7 @@ def stamps(tmp_path_factory):
 
 
 def build(stamps, target, *flags):
-    command = [sys.executable, str(SCRIPT), str(target), "--stamps", str(stamps), "--side", "64", "--train", "9"]
+    command = [warm_python(), str(SCRIPT), str(target), "--stamps", str(stamps), "--side", "64", "--train", "9"]
     command += ["--validation", "4", *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 

@@ -4,7 +4,6 @@ import mmap
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
+from warm import warm_python
 
 
 # What every test of the session printed, logged and failed with; filled by the hook, read when the session ends.
@@ -79,7 +79,7 @@ def run_with_hub(hub_environment):
     """Run a command, or Python source, with the loopback Hub; with no token unless one is given."""
 
     def run(source, *argv: str, token: str | None = None, **environment: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", source] if isinstance(source, str) else [str(word) for word in source]
+        command = [warm_python(), "-c", source] if isinstance(source, str) else [str(word) for word in source]
         done = subprocess.run(
             [*command, *map(str, argv)],
             env=hub_environment | ({"HF_TOKEN": token} if token is not None else {}) | environment,

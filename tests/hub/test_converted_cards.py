@@ -1,7 +1,10 @@
 """From an official checkpoint to the Hub: the card of `make cards`, and where the weights were converted from."""
 
+import functools
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,31 +34,29 @@ def uncounted(monkeypatch):
     monkeypatch.setattr(published_cards, "figures", lambda name: (10**7, 10**7, 2.0))
 
 
+def write_official(folder, name, file=None):
+    """Weights as the authors would write them, all zeros, under the name they gave."""
+    config = MetaFormerConfig.from_variant(name)
+    model = empty_model(config, TASKS[CLASSIFICATION]).to_empty(device="cpu")
+    tensors = {bare: torch.zeros(1).expand(model.state_dict()[key].shape) for bare, key in model_keys(model).items()}
+    checkpoint = Checkpoint(
+        config=config,
+        tensors=tensors,
+        task=TASKS[CLASSIFICATION],
+        format=OFFICIAL_FIRST,
+        family=VARIANTS[name].family,
+        variant=name,
+        processor=PoolFormerImageProcessor(),
+        source="random",
+    )
+    write_checkpoint(checkpoint, folder / "theirs", to="official")
+    (written,) = (folder / "theirs").iterdir()
+    return written.rename(folder / (file or VARIANTS[name].source.rpartition("/")[2]))
+
+
 @pytest.fixture
 def official_file(tmp_path):
-    """Writes random weights as the authors would, under the name they gave."""
-
-    def write(name, file=None):
-        config = MetaFormerConfig.from_variant(name)
-        model = empty_model(config, TASKS[CLASSIFICATION]).to_empty(device="cpu")
-        tensors = {
-            bare: torch.zeros(1).expand(model.state_dict()[key].shape) for bare, key in model_keys(model).items()
-        }
-        checkpoint = Checkpoint(
-            config=config,
-            tensors=tensors,
-            task=TASKS[CLASSIFICATION],
-            format=OFFICIAL_FIRST,
-            family=VARIANTS[name].family,
-            variant=name,
-            processor=PoolFormerImageProcessor(),
-            source="random",
-        )
-        write_checkpoint(checkpoint, tmp_path / "theirs", to="official")
-        (written,) = (tmp_path / "theirs").iterdir()
-        return written.rename(tmp_path / (file or VARIANTS[name].source.rpartition("/")[2]))
-
-    return write
+    return functools.partial(write_official, tmp_path)
 
 
 def without_conversion(text):
@@ -94,11 +95,20 @@ def test_a_checkpoint_of_ones_own_is_not_taken_for_the_authors(official_file, tm
     assert "weights its authors published" not in card
 
 
+@pytest.fixture(scope="module")
+def converted_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(published_cards, "figures", lambda name: (10**7, 10**7, 2.0))
+        assert convert_command([str(write_official(folder, "poolformer_s12")), str(folder / "copy")]) == 0
+        assert "model-index" in folder_card(folder / "copy")
+    return folder / "copy"
+
+
 @pytest.fixture
-def converted(official_file, tmp_path, capsys):
-    assert convert_command([str(official_file("poolformer_s12")), str(tmp_path / "copy")]) == 0
-    assert "model-index" in folder_card(tmp_path / "copy")
-    return tmp_path / "copy"
+def converted(converted_once, tmp_path):
+    """A copy, for a test that changes it."""
+    return Path(shutil.copytree(converted_once, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize("changed", ["weights", "labels"])

@@ -2,13 +2,13 @@
 
 import io
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
+from warm import warm_python
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -55,7 +55,7 @@ def test_train_publish_and_use(hub, run_with_hub, hub_token, squares, tmp_path):
     train = ["--task", "semantic-segmentation", "--recipe", "demo", "--dataset_name", squares, "--output_dir", run]
     train += ["--config_overrides", json.dumps(TINY), "--num_train_epochs", "2", "--num_workers", "0"]
     train += ["--per_device_train_batch_size", "4", "--push_to_hub", "--hub_model_id", "me/squares"]
-    done = run_with_hub([sys.executable, SCRIPTS / "train_dense.py"], *train, token=hub_token)
+    done = run_with_hub([warm_python(), SCRIPTS / "train_dense.py"], *train, token=hub_token)
     assert done.returncode == 0, done.stderr
     assert f"Published to {hub.url}/me/squares" in done.stdout
     files = hub.files("me/squares")

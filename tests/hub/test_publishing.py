@@ -16,6 +16,7 @@ import pytest
 import yaml
 from hub_server import Repo
 from safetensors import safe_open
+from warm import warm_python
 
 from hf_poolformer.foundation.redaction import redact
 from hf_poolformer.hub import PublishError, publish, publishing
@@ -462,7 +463,7 @@ def test_dry_run_sends_nothing(hub, run_with_hub, model_dir, hub_token, everythi
 
 
 def test_the_script_publishes_verifies_and_says_where(hub, run_with_hub, model_dir, hub_token):
-    done = run_with_hub([sys.executable, SCRIPT], model_dir, "--repo_id", "x", "--json", token=hub_token)
+    done = run_with_hub([warm_python(), SCRIPT], model_dir, "--repo_id", "x", "--json", token=hub_token)
     assert done.returncode == 0, done.stderr
     published = json.loads(done.stdout)
     assert published["repo_id"] == "me/x"

@@ -2,11 +2,11 @@
 
 import csv
 import json
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from warm import warm_python
 
 
 CLASSIFY = """
@@ -32,7 +32,7 @@ def photos(tmp_path):
 
 
 def hf_poolformer(command):
-    return [sys.executable, "-m", "hf_poolformer", command]
+    return [warm_python(), "-m", "hf_poolformer", command]
 
 
 def training(photos, run):

@@ -1,5 +1,9 @@
 """Digits, settings to train on them, and small classifiers."""
 
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
 from digits import (  # noqa: F401
     all_digits,
     digits,
@@ -11,3 +15,17 @@ from digits import (  # noqa: F401
     one_thread,
     own_precision,
 )
+
+
+@pytest.fixture
+def drawn():
+    """For tests of pictures."""
+
+
+@pytest.fixture(autouse=True)
+def composed_only(request, monkeypatch):
+    """Pictures that nobody looks at are composed, and not painted: that takes as long as ten steps of such models."""
+    if "drawn" not in request.fixturenames and find_spec("matplotlib"):
+        monkeypatch.setattr(
+            "matplotlib.figure.Figure.savefig", lambda _, path, **__: Path(path).write_bytes(b"\x89PNG")
+        )

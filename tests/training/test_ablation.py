@@ -11,6 +11,7 @@ from hf_poolformer.settings.training import TrainingSettings
 from hf_poolformer.training import ablation
 
 
+pytestmark = pytest.mark.usefixtures("drawn")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "ablate.py"
 TINY = '{"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8], "patch_sizes": [3, 3, 3, 3], "strides": [2, 2, 2, 2]'
 TINY += ', "padding": [1, 1, 1, 1]}'

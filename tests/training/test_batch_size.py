@@ -76,7 +76,7 @@ def test_a_step_has_as_many_images_as_without(make_settings, tmp_path, memory):
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_it_keeps_to_what_it_chose(make_settings, tmp_path, memory, count):
-    changes = {"total_train_batch_size": 64, "checkpointing_steps": "2", "num_train_epochs": 2, "logging_steps": 1}
+    changes = {"total_train_batch_size": 64, "checkpointing_steps": "2", "num_train_epochs": 1, "logging_steps": 1}
     changes |= {"resume_from_checkpoint": "latest", "per_device_train_batch_size": "auto"}
     memory(8)
     whole = make_settings(**changes, output_dir=str(tmp_path / "whole"))
@@ -132,7 +132,17 @@ def test_the_search_finds_the_largest(most):
         MemoryError(),
     ],
 )
-def test_memory_that_runs_out_in_training_is_told_and_the_run_goes_on(make_settings, tmp_path, error, monkeypatch):
+def test_memory_that_runs_out_is_told_with_a_way_on(make_settings, error, monkeypatch):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(ClassificationTraining, "losses", full)
+    with pytest.raises(UserError, match="out of memory in step 1, with 32 images per device"):
+        train(make_settings(max_train_steps=1))
+
+
+def test_a_run_whose_memory_ran_out_goes_on(make_settings, tmp_path, monkeypatch):
+    error = torch.OutOfMemoryError("CUDA out of memory")
     settings = make_settings(num_train_epochs=2, checkpointing_steps="4", per_device_train_batch_size=32)
     losses, steps = ClassificationTraining.losses, iter(range(100))
 

@@ -26,6 +26,9 @@ from hf_poolformer.foundation.tasks import CLASSIFICATION, MULTI_LABEL, REGRESSI
 from hf_poolformer.training import reports
 
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
+
 @pytest.fixture
 def model(poolformer_config, scramble):
     return scramble(PoolFormerForImageClassification(poolformer_config))

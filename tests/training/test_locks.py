@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from warm import warm_python
 
 from hf_poolformer.foundation import folders
 from hf_poolformer.foundation.errors import UserError
@@ -66,7 +67,7 @@ def test_a_second_run_is_refused_and_changes_nothing(holder, make_settings, tmp_
 
 def test_the_command_ends_with_status_2(holder, digits, tmp_path):
     process = holder()
-    command = [sys.executable, "-m", "hf_poolformer", "ablate", "--rows", "identity", "--recipe", "demo"]
+    command = [warm_python(), "-m", "hf_poolformer", "ablate", "--rows", "identity", "--recipe", "demo"]
     command += ["--dataset_name", str(digits), "--output_dir", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2

@@ -37,6 +37,7 @@ def rows_of(folder):
     return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_learns_and_leaves_everything(make_settings, tmp_path, capsys):
     settings = make_settings(num_train_epochs=14, eval_epochs=7, learning_rate=8e-3, label_smoothing=0.0)
     results = train(settings)

@@ -19,6 +19,7 @@ from hf_poolformer.training.loop import train
 from hf_poolformer.training.range_test import HIGHEST, LOWEST, STEPS, Curve
 
 
+pytestmark = pytest.mark.usefixtures("drawn")
 FILES = [f"{range_test.FILE}.json", f"{range_test.FILE}.png"]
 # Whatever a test of a hundred steps could leave behind: the average, dropped paths, mixed images, clipped gradients.
 CHANGES = {

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from warm import warm_python
 
 from hf_poolformer.evaluation.classification import evaluate_checkpoint
 from hf_poolformer.evaluation.settings import EvaluationSettings
@@ -17,7 +18,7 @@ from hf_poolformer.evaluation.settings import EvaluationSettings
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+ACCELERATE = ["launch", "--quiet", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
 @pytest.fixture
@@ -27,21 +28,36 @@ def flags(make_settings, tmp_path):
     return ["--config_file", str(tmp_path / "settings.yaml")]
 
 
-def launch(script, *arguments, processes=1, timeout=300):
-    options = ["--num_processes", str(processes), "--cpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
-    command = [*LAUNCH, *options, str(ROOT / "scripts" / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=timeout, cwd=ROOT)
+def command_of(script, *arguments, launcher=None):
+    """Without a launcher: of one process, through accelerate or torchrun of two."""
+    words = {
+        None: [warm_python()],
+        # Its own command line is read by what it starts.
+        "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli", *ACCELERATE],
+        "torchrun": [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    }
+    return [*words[launcher], str(ROOT / "scripts" / script), *map(str, arguments)]
+
+
+def environment():
+    # torchrun's processes are those.
+    return {**ENVIRONMENT, "PYTHON_EXEC": warm_python(), "ACCELERATE_USE_CPU": "1"}
+
+
+def run(script, *arguments, launcher=None, where=ROOT):
+    command = command_of(script, *arguments, launcher=launcher)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300, cwd=where)
 
 
 def test_two_processes_train_and_evaluate_exactly(flags, digits, tmp_path):
-    done = launch("train.py", *flags, "--num_train_epochs", 3, processes=2)
+    done = run("train.py", *flags, "--num_train_epochs", 3, launcher="accelerate")
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stdout
     trained = json.loads((tmp_path / "run/all_results.json").read_text())
     assert trained["eval_samples"] == 75 and trained["epoch"] == 3
     output = tmp_path / "evaluated"
     where = ["--dataset_name", digits, "--split", "test", "--per_device_eval_batch_size", 16, "--output_dir", output]
-    done = launch("evaluate.py", tmp_path / "run", *where, processes=2)
+    done = run("evaluate.py", tmp_path / "run", *where, launcher="torchrun")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("75 images") == 1
     assert (output / "confusion_matrix.png").is_file()
@@ -58,13 +74,12 @@ def test_two_processes_train_and_evaluate_exactly(flags, digits, tmp_path):
         assert next(bounds) == pytest.approx(next(bounds), rel=0.05), name
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_sigterm_saves_and_the_printed_command_goes_on(flags, tmp_path, processes):
-    launcher = [*LAUNCH, "--num_processes", "2", "--cpu", "--main_process_port", "0"] if processes > 1 else []
-    command = [*(launcher or [sys.executable]), str(ROOT / "scripts/train.py"), *flags]
-    command += ["--num_train_epochs", "500", "--checkpointing_steps", "no"]
+@pytest.mark.parametrize("launcher", [None, pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_sigterm_saves_and_the_printed_command_goes_on(flags, tmp_path, launcher):
+    endless = ["--num_train_epochs", "500", "--checkpointing_steps", "no"]
+    command = command_of("train.py", *flags, *endless, launcher=launcher)
     with (tmp_path / "out").open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT, cwd=ROOT)
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT)
         log = tmp_path / "run/training_log.jsonl"
         wait_for(lambda: log.is_file() and log.read_text().count("\n") > 2, process)
         process.send_signal(signal.SIGTERM)
@@ -74,7 +89,7 @@ def test_sigterm_saves_and_the_printed_command_goes_on(flags, tmp_path, processe
     text = (tmp_path / "out").read_text()
     stopped = re.search(r"saved at step (\d+) of", text)
     assert stopped, text
-    if processes == 1:
+    if launcher is None:
         assert code == 143
     assert code != 0
     step = int(stopped.group(1))
@@ -82,7 +97,7 @@ def test_sigterm_saves_and_the_printed_command_goes_on(flags, tmp_path, processe
     printed = re.search(r"\n  accelerate launch (.*)", text).group(1).split()
     again = printed[printed.index(next(word for word in printed if word.endswith("train.py"))) + 1 :]
     # Also on another number of processes than before.
-    done = launch("train.py", *again, "--max_train_steps", step + 3, processes=1)
+    done = run("train.py", *again, "--max_train_steps", step + 3)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run/all_results.json").read_text())["step"] == step + 3
     assert f"step {step}," in done.stdout
@@ -104,17 +119,15 @@ def wait_for(condition, process=None, seconds=120):
     ],
 )
 def test_mistakes_are_one_line(script, arguments, message, tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
+    done = run(script, *arguments, where=tmp_path)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_push_that_fails_keeps_the_model_and_says_how_to_retry(flags, tmp_path):
-    command = [sys.executable, str(ROOT / "scripts/train.py"), *flags, "--max_train_steps", "1"]
-    command += ["--push_to_hub", "true", "--hub_model_id", "someone/digits", "--hub_token", "hf_secretsecret"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
+    push = ["--push_to_hub", "true", "--hub_model_id", "someone/digits", "--hub_token", "hf_secretsecret"]
+    done = run("train.py", *flags, "--max_train_steps", 1, *push)
     assert done.returncode == 3
     assert "publish.py" in done.stderr and "--repo_id someone/digits" in done.stderr and "Traceback" not in done.stderr
     assert (tmp_path / "run/model.safetensors").is_file()

@@ -30,6 +30,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_leaves_everything_and_the_pipeline_reads_it(make_settings, tmp_path, task, capsys):
     main = {"semantic-segmentation": "eval_miou", "object-detection": "eval_map"}.get(task, "eval_mask_map")

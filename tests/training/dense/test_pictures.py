@@ -12,6 +12,9 @@ from hf_poolformer.modeling_detection import MetaFormerObjectDetectionOutput
 from hf_poolformer.training.reports import write_curves
 
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
+
 MEAN, STD = [0.5] * 3, [0.5] * 3
 
 

@@ -1,9 +1,8 @@
-"""scripts/train_dense.py as people run it: in processes of its own, through accelerate."""
+"""scripts/train_dense.py as people run it: in processes of its own, through torchrun."""
 
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from shapes import COUNTS, NAMES, TINY_MODEL
 from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation, AutoModelForSemanticSegmentation
+from warm import warm_python
 
 from hf_poolformer.data.dense.datasets import open_dense_datasets
 from hf_poolformer.evaluation.dense import evaluate
@@ -20,8 +20,15 @@ from hf_poolformer.training.dense.task import make_dense_loader
 
 
 ROOT = Path(__file__).parents[3]
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--cpu"]
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def run(*words, where=ROOT):
+    python = warm_python()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python}
+    environment["ACCELERATE_USE_CPU"] = "1"
+    command = [python, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=where)
 
 
 @pytest.mark.parametrize(
@@ -33,9 +40,8 @@ def test_two_processes_train_and_evaluate_exactly(make_settings, tmp_path, task)
     overrides = json.dumps({**TINY_MODEL, "score_threshold": 0.001})
     changes = {"per_device_eval_batch_size": 5, "max_train_steps": 3, "config_overrides": overrides}
     make_settings(task, **changes).save(tmp_path / "settings.yaml")
-    command = [*LAUNCH, "--num_processes", "2", "--main_process_port", "0", str(ROOT / "scripts/train_dense.py")]
-    command += ["--config_file", str(tmp_path / "settings.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, cwd=ROOT)
+    script = [ROOT / "scripts/train_dense.py", "--config_file", tmp_path / "settings.yaml"]
+    done = run(*LAUNCH, *script)
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stdout and done.stdout.count("Result: ") == 1
     two = json.loads((tmp_path / "run/all_results.json").read_text())
@@ -82,9 +88,8 @@ def test_a_fault_that_one_process_meets_ends_all_and_leaves_the_model(make_setti
     """Two broken images of one shard, which one process reads, in its evaluation."""
     (tmp_path / "unseen.py").write_text(UNSEEN)
     make_settings("semantic-segmentation", dataset_name=str(late_damage), max_skipped=1).save(tmp_path / "run.yaml")
-    command = [*LAUNCH, "--num_processes", "2", "--main_process_port", "0", str(tmp_path / "unseen.py")]
-    command += ["--config_file", str(tmp_path / "run.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, cwd=ROOT)
+    script = [tmp_path / "unseen.py", "--config_file", tmp_path / "run.yaml"]
+    done = run(*LAUNCH, *script)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors and all("--max_skipped" in line and "so far is in" in line for line in errors), done.stderr
@@ -95,9 +100,8 @@ def test_a_fault_that_one_process_meets_ends_all_and_leaves_the_model(make_setti
 def test_other_precision_workers_and_device_layout(make_settings, tmp_path):
     settings = make_settings("object-detection", max_train_steps=2, num_workers=2, mixed_precision="bf16")
     settings.save(tmp_path / "settings.yaml")
-    command = [sys.executable, str(ROOT / "scripts/train_dense.py"), "--config_file", str(tmp_path / "settings.yaml")]
-    command += ["--gradient_checkpointing", "true", "--memory_format", "contiguous_format"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, cwd=ROOT)
+    flags = ["--gradient_checkpointing", "true", "--memory_format", "contiguous_format"]
+    done = run(ROOT / "scripts/train_dense.py", "--config_file", tmp_path / "settings.yaml", *flags)
     assert done.returncode == 0, done.stderr
     weights = load_file(tmp_path / "run/model.safetensors")
     assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in weights.values())
@@ -116,8 +120,7 @@ def test_other_precision_workers_and_device_layout(make_settings, tmp_path):
     ],
 )
 def test_mistakes_are_one_line(tmp_path, flags, message):
-    command = [sys.executable, str(ROOT / "scripts/train_dense.py"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, cwd=tmp_path)
+    done = run(ROOT / "scripts/train_dense.py", *flags, where=tmp_path)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr
     assert "Traceback" not in done.stderr
