@@ -245,6 +245,22 @@ def test_detectors_as_onnx(kind, preprocessing, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("format", "precision"), [("onnx", "float16"), ("openvino", "float32"), ("openvino", "float16")]
+)
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_detectors_in_other_forms(kind, format, precision, tmp_path):
+    model, processor = detector(kind), for_objects()
+    folder = save(model, processor, tmp_path / "model")
+    export_model(folder, tmp_path / "out", format=format, precision=precision)
+    exported = load(tmp_path / "out")
+    for image in pictures():
+        got, right = (found_by(each, processor, image) for each in (exported, model))
+        alone, total, _ = compare(got, right, model.config, precision)
+        assert total > 20 and alone <= (0 if precision == "float32" else 0.1 * total)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DETECTORS)
 def test_a_detector_that_finds_nothing(kind, tmp_path, capsys):
     """It is not declared verified; and a graph that finds nothing in a picture gives none, not an error."""
@@ -327,7 +343,7 @@ def test_requests_that_cannot_be_met(segmenter_folder, tmp_path, capsys):
     crops = save(segmenter(), for_maps(do_center_crop=True, crop_size={"height": 64, "width": 64}), tmp_path / "crops")
     box = save(segmenter(), for_maps(resample=Image.Resampling.BOX), tmp_path / "box")
     for arguments, message in (
-        ((found, "--format", "openvino"), "--format onnx --precision float32"),
+        ((found, "--format", "openvino", "--precision", "bfloat16"), "in float32 and float16"),
         ((found, "--format", "torch"), "non-maximum suppression"),
         ((found, "--precision", "int8", "--calibration_dataset", str(tmp_path)), "a detector"),
         ((found, "--dynamic_size", "false"), "leave --dynamic_size out"),
