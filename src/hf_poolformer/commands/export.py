@@ -5,10 +5,10 @@
     hf-poolformer export outputs/pets outputs/pets-int8 --format openvino --precision int8 --calibration_dataset photos
     hf-poolformer export outputs/pets outputs/pets-page --format web --vendor
 
-Takes image classifiers, semantic segmenters and, for ONNX, detectors of every family. The graph has everything
-computed beforehand that does not depend on the image. The same images go through it and through the model; the folder
-appears when both agree, with labels, processor settings, versions and a card in it. `predict` and `evaluate` take it
-like any model.
+Takes image classifiers, semantic segmenters and detectors (for ONNX and OpenVINO) of every family. The graph has
+everything computed beforehand that does not depend on the image. The same images go through it and through the model;
+the folder appears when both agree, with labels, processor settings, versions and a card in it. `predict` and
+`evaluate` take it like any model.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ class OpenVINO(ExportFormat):
     precisions = ("float32", "float16", "bfloat16", "int8")
     libraries = ("onnx", "onnxscript", "openvino")
     hub_library = "openvino"
+    detector_precisions = ("float32", "float16")
 
     def arithmetic(self, precision: str) -> str:
         if precision in ("float32", "float16"):
@@ -64,7 +65,7 @@ class OpenVINO(ExportFormat):
 
             sum_head(model)
 
-    def write(self, module: nn.Module, example: torch.Tensor, path: Path, manifest: Manifest) -> None:
+    def write(self, module: nn.Module, example: Any, path: Path, manifest: Manifest) -> None:
         # By way of ONNX, whose GroupNormalization becomes one operation; OpenVINO's own reading of PyTorch's graph
         # splits it up, which was slower than the model as it was.
         from .onnx import Onnx
@@ -86,6 +87,8 @@ class OpenVINO(ExportFormat):
     def open(self, path: Path, manifest: Manifest, threads: int, providers: Sequence[str] | None = None) -> Run:
         import torch
 
+        if manifest.further_outputs:
+            return open_detector(path, manifest, threads)
         session = Session(path, manifest.precision, threads)
         return lambda pixel_values: torch.from_numpy(session(pixel_values.numpy()))
 
@@ -196,6 +199,31 @@ class Session:
                 self.compiled.popitem(last=False)
         self.compiled.move_to_end(key)
         return self.compiled[key]
+
+
+def open_detector(path: Path, manifest: Manifest, threads: int) -> Run:
+    """A graph of several inputs and outputs, compiled once for images of any size: photographs have many."""
+    import openvino
+    import torch
+
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": HINTS[manifest.precision],
+    }
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    request, lock = compiled.create_infer_request(), threading.Lock()
+    inputs = [manifest.input, *manifest.further_inputs]
+    outputs = [manifest.output, *manifest.further_outputs]
+
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        feeds = {name: tensor.numpy() for name, tensor in zip(inputs, tensors, strict=True)}
+        with lock:
+            found = request.infer(feeds, share_inputs=True)
+            return tuple(torch.from_numpy(found[name].copy()) for name in outputs)
+
+    return run
 
 
 def halve(model: Any) -> None:

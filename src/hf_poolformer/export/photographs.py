@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from ..foundation.errors import UserError
+from ..image_processing_dense import DensePrediction
+from ..image_processing_poolformer import as_filter
 from .deployable import pixel_affine
 from .graph import constant
 
@@ -41,12 +43,26 @@ def check_processor(name: str, processor: Any) -> None:
     Raises:
         UserError: a graph cannot do what this image processor does.
     """
+    if not isinstance(processor, DensePrediction):
+        raise UserError(
+            f"{name} has the image processor {type(processor).__name__}, whose resizing is not known here: leave "
+            "--preprocessing out"
+        )
     if processor.do_center_crop:
         raise UserError(f"the image processor of {name} crops, so that the answer would not be of the whole image")
-    if processor.do_resize and processor.resample not in (Filter.BILINEAR, Filter.BICUBIC):
+    resample = as_filter(processor.resample)
+    if processor.do_resize and resample not in (Filter.BILINEAR, Filter.BICUBIC):
         raise UserError(
-            f"the image processor of {name} resizes by {Filter(processor.resample).name.lower()}, and a graph can do "
-            "so by bilinear and bicubic only: leave --preprocessing out"
+            f"the image processor of {name} resizes by {resample.name.lower()}, and a graph can do so by bilinear and "
+            "bicubic only: leave --preprocessing out"
+        )
+    # Files say 1.0 for None where only the shortest edge is given; elsewhere it means another size.
+    size, share = processor.size, processor.crop_pct
+    plain = share is None or (share == 1.0 and size.shortest_edge and not size.longest_edge)
+    if processor.do_resize and not plain:
+        raise UserError(
+            f"the image processor of {name} has crop_pct {share:g} and does not crop, which no graph does: leave "
+            "--preprocessing out"
         )
     if processor.do_pad and processor.pad_size:
         raise UserError(
@@ -86,7 +102,7 @@ class Photographs(nn.Module):
         scale, shift = pixel_affine(processor, num_channels)
         self.scale, self.shift = (constant(value[:, None, None]) for value in (scale, shift))
         self.resizes, self.size = processor.do_resize, processor.size
-        self.cubic = processor.resample == Filter.BICUBIC
+        self.cubic = as_filter(processor.resample) == Filter.BICUBIC
         self.divisor = processor.size_divisor if processor.do_pad else None
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, Edges]:
@@ -140,7 +156,8 @@ def filter_weights(before: Any, after: Any, cubic: bool) -> torch.Tensor:
 
 
 def rounded(pixels: torch.Tensor) -> torch.Tensor:
-    return (pixels + 0.5).floor().clamp(0, 255)
+    # Halves are frequent, and go up in every runtime, whatever its sums have lost.
+    return (pixels + (0.5 + 2**-10)).floor().clamp(0, 255)
 
 
 class MapDeployable(nn.Module):

@@ -26,6 +26,7 @@ from ..token_mixers import Attention
 from .card import export_card
 from .deployable import DTYPES, Deployable, has_fixed_tokens, largest_size, smallest_size, write_graph
 from .folder import REPORT, SETTINGS, Manifest, check_output, folder_size, new_folder
+from .format import PRECISIONS
 from .formats import FORMATS, check_request
 from .graph import fold
 from .images import Sample, check_channels, cropping, odd_images, read_samples, sample_photographs
@@ -320,12 +321,12 @@ def load_source(name: str, origin: Origin, target: Any, precision: str) -> tuple
     """
     task = task_of_checkpoint(name, origin)
     if task.gives == "objects" and precision not in target.detector_precisions:
-        there = [
-            f"--format {row.name} --precision {way}" for row in FORMATS.values() for way in row.detector_precisions
-        ]
+        there = [f"--format {row.name}" for row in FORMATS.values() if row.detector_precisions]
+        ways = [way for way in PRECISIONS if any(way in row.detector_precisions for row in FORMATS.values())]
         raise UserError(
             f"{name} is a detector, which --format {target.name} --precision {precision} cannot hold: it ends in "
-            f"steps whose number depends on the image (non-maximum suppression). {' and '.join(there)} can"
+            f"steps whose number depends on the image (non-maximum suppression). {' and '.join(there)} can, in "
+            f"{' and '.join(ways)}"
         )
     model, processor = load_trained(name, origin, task)
     if task.gives == "scores":
