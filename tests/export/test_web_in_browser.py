@@ -323,12 +323,21 @@ def test_what_is_missing_or_changed_is_said(name, browser, serve, folder, tmp_pa
     with browser.new_context() as context:
         page = context.new_page()
         page.goto(f"{url}?device=wasm")
-        wait_for(page, f"could not be fetched from {url}{name}: there is no network, or something else lies there")
+        wait_for(
+            page, f"could not be fetched from {url}{name}: there is no network, or the file is missing or changed"
+        )
     (place / name).unlink()
     with browser.new_context() as context:
         page = context.new_page()
         page.goto(f"{url}?device=wasm")
-        wait_for(page, f"{name} gives 404. Upload the whole folder again")
+        wait_for(
+            page, f"{url}{name}: there is no network, or the file is missing or changed. .*upload the whole folder"
+        )
+    (place / "web.json").unlink()
+    with browser.new_context(service_workers="block") as context:
+        page = context.new_page()
+        page.goto(f"{url}?device=wasm")
+        wait_for(page, "web.json gives 404. Upload the whole folder again")
 
 
 def test_no_way_to_the_runtime_is_said(model_dir, browser, serve, tmp_path):
@@ -364,7 +373,7 @@ def test_the_runtime_from_elsewhere(model_dir, package, browser, serve, tmp_path
         context.route("https://cdn.jsdelivr.net/**", answer)
         page = context.new_page()
         page.goto(f"{url}?device=wasm")
-        wait_for(page, "ort-wasm-simd-threaded.mjs: there is no network, or something else lies there")
+        wait_for(page, "ort-wasm-simd-threaded.mjs: there is no network, or the file is missing or changed")
 
 
 def test_fits_a_phone_in_the_dark(browser, serve, folder):

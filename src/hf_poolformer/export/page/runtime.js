@@ -93,7 +93,7 @@ async function bytesOf(url, integrity, what) {
   } catch {
     const here = url.origin === globalThis.location?.origin;
     throw new Trouble(
-      `${what} could not be fetched from ${url.href}: there is no network, or something else lies there. ` +
+      `${what} could not be fetched from ${url.href}: there is no network, or the file is missing or changed. ` +
         (here
           ? "Reload with a network, or upload the whole folder again."
           : "Reload with a network, or export with --vendor, which puts the file beside this page."),
