@@ -5,6 +5,8 @@ Where the exporters are wrong, a test says so by its name; it fails when they ar
 """
 
 import importlib.util
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ exporters = pytest.importorskip("transformers.exporters", reason="this version o
 if not hasattr(exporters, "ExportedModel"):
     pytest.skip("exports that can be called came with transformers 5.23", allow_module_level=True)
 
+PAGE = Path(__file__).resolve().parents[2] / "docs/deploy.md"
 # The configuration, and what runs it.
 FORMATS = {
     "dynamo": ("DynamoConfig", "torch"),
@@ -94,13 +97,18 @@ def in_openvino(classifier):
     return export("openvino", classifier)
 
 
-def test_a_classifier_in_onnx(classifier, tmp_path):
-    """From memory and from a folder; of the operations of ONNX alone."""
-    exported = export("onnx", classifier)
-    assert {node.domain for node in exported.program.graph} == {""}
-    exported.save_pretrained(tmp_path)
-    for model in (exported, exporters.ExportedModel.from_pretrained(tmp_path)):
-        assert max(error(model, classifier, number, 3, 96, 64) for number in (1, 2, 5)) < TOLERANCE
+def test_a_classifier_in_onnx(classifier, tmp_path, monkeypatch):
+    """The page's own lines: from memory and from the folder; of the operations of ONNX alone."""
+    monkeypatch.chdir(tmp_path)
+    classifier.save_pretrained("outputs/pets")
+    (lines,) = [
+        code for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "OnnxExporter" in code
+    ]
+    said: dict[str, Any] = {}
+    exec(lines, said)
+    assert {node.domain for node in said["exported"].program.graph} == {""}
+    for model in (said["exported"], exporters.ExportedModel.from_pretrained("outputs/pets-onnx")):
+        assert max(error(model, classifier, number, 3, 224, 224) for number in (1, 2, 5)) < TOLERANCE
 
 
 def test_a_classifier_in_openvino(classifier, in_openvino, tmp_path):

@@ -113,6 +113,7 @@ class Exporters:
             with quiet(), contextlib.redirect_stdout(io.StringIO()):
                 exported = copy.copy(self.export(format, model))  # each row has a runtime of its own
                 settle(exported, EXPORTERS[format].library, precision, pixel_values)
+                exported(pixel_values=pixel_values)
         except Exception as error:
             # Whatever an exporter or a runtime says: a row of a peer is no reason to end the run.
             raise Unavailable(one_line(error)) from error
