@@ -235,3 +235,20 @@ def test_fault_of_theirs_pooling_in_executorch_for_cuda():
     assert (pool(x, **valid) - F.avg_pool2d(x, **valid)).abs().max() > 0.1
     rounded_up = {"kernel_size": 3, "stride": 2, "ceil_mode": True}
     assert pool(x, **rounded_up).shape != F.avg_pool2d(x, **rounded_up).shape
+
+
+@pytest.mark.slow
+def test_fault_of_theirs_executorch_takes_15_images_at_most(classifier):
+    """
+    Where the number of images may vary: PyTorch's choice of a convolution asks whether there are 16.
+
+    Lowering a program traces it again, and what was asked then narrows the range for which memory is planned. The
+    runtime says so: no answer is wrong. A batch of a fixed size is not limited.
+    """
+    batch = torch.export.Dim("batch", max=32)
+    exported = export("executorch", classifier, dynamic_shapes={"pixel_values": {0: batch}}, shape=(2, 3, 64, 64))
+    assert error(exported, classifier, 15, 3, 64, 64) < TOLERANCE
+    with pytest.raises(RuntimeError, match="failed with error"):
+        exported(pixel_values=torch.zeros(16, 3, 64, 64))
+    fixed = export("executorch", classifier, axes=(), shape=(16, 3, 64, 64))
+    assert error(fixed, classifier, 16, 3, 64, 64) < TOLERANCE
