@@ -1,8 +1,8 @@
 """transformers' own exporters, of our model and of the built-in one, beside the exports of this package.
 
-They get what this package's exports get: a batch of any size in one file, as many threads, and arithmetic that is
-asked for by name, since OpenVINO takes bfloat16 where a CPU has it, whatever an export of transformers has written
-down. OpenVINO's graph is compiled for the shape of the batch, which is the faster way.
+They get what this package's exports get: as many threads, and arithmetic that is asked for by name, since OpenVINO
+takes bfloat16 where a CPU has it, whatever an export of transformers has written down. OpenVINO's graph is compiled
+for the shape of the batch, which is the faster way, and ExecuTorch's program is made for it.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ class Exporters:
     The exports of one model, written when they are first asked for.
 
     Args:
-        case: variant, size, and the largest number of images.
+        case: variant and size.
         folder: an empty one.
     """
 
     def __init__(self, case: Case, weights: Weights, folder: Path):
         self.case, self.weights, self.folder = case, weights, folder
-        self.written: dict[tuple[str, str], Any] = {}
+        self.written: dict[Path, Any] = {}
 
     def rows(self, pixel_values: torch.Tensor) -> list[Row]:
         """Rows for these images, (B, 3, H, W), in float32."""
@@ -109,35 +109,38 @@ class Exporters:
             raise Unavailable("this version of transformers has no exporters")
         if importlib.util.find_spec(library) is None:
             raise Unavailable(f"{library} is not installed")
+        # With a batch that may vary, ExecuTorch takes no more than 15 images.
+        number = len(pixel_values) if format == "executorch" else None
+        place = self.folder / f"transformers-{format.replace(' ', '-')}-{model}-{number or 'any'}"
         try:
             with quiet(), contextlib.redirect_stdout(io.StringIO()):
-                exported = copy.copy(self.export(format, model))  # each row has a runtime of its own
-                settle(exported, EXPORTERS[format].library, precision, pixel_values)
+                exported = copy.copy(self.export(format, model, number, place))  # each row has a runtime of its own
+                settle(exported, library, precision, pixel_values)
+                exported(pixel_values=pixel_values)
         except Exception as error:
             # Whatever an exporter or a runtime says: a row of a peer is no reason to end the run.
             raise Unavailable(one_line(error)) from error
-        return lambda: exported(pixel_values=pixel_values).logits, folder_size(self.place(format, model))
+        return lambda: exported(pixel_values=pixel_values).logits, folder_size(place)
 
-    def export(self, format: str, model: str) -> Any:
-        """transformers' `ExportedModel` of our model or the built-in one, also saved."""
-        if (format, model) not in self.written:
+    def export(self, format: str, model: str, number: int | None, place: Path) -> Any:
+        """
+        transformers' `ExportedModel` of our model or the built-in one, also saved.
+
+        Args:
+            number: of images; None for any.
+        """
+        if place not in self.written:
             from transformers import exporters
 
-            about, case = EXPORTERS[format], self.case
-            # ExecuTorch plans its memory for the largest batch. Of one image, torch.export would make a constant.
-            most = max(case.batch_size, 2)
-            batch = torch.export.Dim("batch", max=most) if format == "executorch" else torch.export.Dim.DYNAMIC
-            config = getattr(exporters, about.config)(dynamic_shapes={"pixel_values": {0: batch}}, **about.options)
-            example = torch.zeros(2, 3, case.image_size, case.image_size)
-            module = transformers_model(model, case, self.weights).eval()
+            about, side = EXPORTERS[format], self.case.image_size
+            sizes = None if number else {"pixel_values": {0: torch.export.Dim.DYNAMIC}}
+            config = getattr(exporters, about.config)(dynamic_shapes=sizes, **about.options)
+            module = transformers_model(model, self.case, self.weights).eval()
             exporter = exporters.AutoHfExporter.from_config(config)
-            exported = exporter.export(module, {"pixel_values": example}, config)
-            exported.save_pretrained(self.place(format, model))
-            self.written[format, model] = exported
-        return self.written[format, model]
-
-    def place(self, format: str, model: str) -> Path:
-        return self.folder / f"transformers-{format.replace(' ', '-')}-{model}"
+            exported = exporter.export(module, {"pixel_values": torch.zeros(number or 2, 3, side, side)}, config)
+            exported.save_pretrained(place)
+            self.written[place] = exported
+        return self.written[place]
 
 
 def settle(exported: Any, library: str, precision: str, pixel_values: torch.Tensor) -> None:

@@ -169,10 +169,9 @@ def compare(
             continue
         try:
             step, size = prepare()
+            admit(name, precision, size, step)
         except Unavailable as error:
             skip(name, str(error))
-        else:
-            admit(name, precision, size, step)
     timings = take_turns(
         steps, device="cpu", rounds=rounds, seconds=min(seconds, max(deadline.left, 0.0)), turn=0.3, label=case.title
     )
