@@ -58,8 +58,8 @@ class ExportFormat(abc.ABC):
         holds_code: loading a file may run code of whoever wrote it.
         has_providers: `open` takes some.
         most_images: that a graph takes at once; None for any number, decided when it is called.
-        sizes_vary: graphs take images of other sizes than the model's unless told otherwise, where the family does.
-        sizes_end: if they do, there is a largest one.
+        sizes: of images: "any" (and all of them unless told otherwise), "limited" (to one unless told otherwise, and
+            then there is a largest one), or "one".
         by_way_of_onnx: it has `write_from_onnx`.
         quantiser: what makes it int8.
     """
@@ -76,8 +76,7 @@ class ExportFormat(abc.ABC):
     holds_code: ClassVar[bool] = False
     has_providers: ClassVar[bool] = False
     most_images: ClassVar[int | None] = None
-    sizes_vary: ClassVar[bool] = True
-    sizes_end: ClassVar[bool] = False
+    sizes: ClassVar[str] = "any"
     by_way_of_onnx: ClassVar[bool] = True
     quantiser: ClassVar[str] = "NNCF post-training quantisation"
 

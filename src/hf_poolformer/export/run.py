@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import __version__
 from ..foundation.errors import UserError
-from ..foundation.files import digest, write_json
+from ..foundation.files import write_json
 from ..foundation.loading import load_trained, task_of_checkpoint
 from ..foundation.machine import versions_of
 from ..foundation.origin import Origin
@@ -23,7 +23,7 @@ from ..foundation.scores import check_choice
 from ..token_mixers import Attention
 from .card import export_card
 from .deployable import DTYPES, Deployable, has_fixed_tokens, largest_size, smallest_size, write_graph
-from .folder import REPORT, SETTINGS, Manifest, check_output, folder_size, new_folder
+from .folder import REPORT, SETTINGS, Manifest, check_output, files_of, folder_size, new_folder
 from .formats import FORMATS, check_request
 from .graph import fold
 from .images import Sample, check_channels, read_samples, sample_photographs
@@ -102,7 +102,7 @@ def export_model(
         precision: "float32"; "float16" (OpenVINO: of the weights in the file, computed in float32); "bfloat16"
             (OpenVINO and torch); "int8" (ONNX and OpenVINO), which needs `calibration_dataset`.
         dynamic_size: whether images of other sizes than the model's are taken; None where the family allows it and
-            the format is not made for one size (`ExportFormat.sizes_vary`).
+            the format is not made for one size (`ExportFormat.sizes`).
         preprocessing: take uint8 (batch, height, width, channels), resized and cropped, and give probabilities.
         opset: of ONNX, one of `onnx.OPSETS`.
         compile: of "torch": an AOTInductor package, machine code for machines like this one.
@@ -136,6 +136,8 @@ def export_model(
             f"{model} mixes a fixed number of tokens (token_mixers {', '.join(original.config.token_mixers)}), so it "
             "takes images of one size only: leave --dynamic_size out"
         )
+    if dynamic_size and target.sizes == "one":
+        raise UserError(f"--format {format} is written for images of one size: leave --dynamic_size out")
     kind = kind_of(original.config, task)
     manifest = Manifest(
         format=format,
@@ -146,7 +148,7 @@ def export_model(
         input="pixel_values",
         output="logits",
         image_size=list(image_size_of(original, processor)),
-        dynamic_size=target.sizes_vary and not fixed if dynamic_size is None else dynamic_size,
+        dynamic_size=target.sizes == "any" and not fixed if dynamic_size is None else dynamic_size,
         least_size=smallest_size(original.config),
         most_images=target.most_images,
         num_channels=original.config.num_channels,
@@ -160,7 +162,7 @@ def export_model(
             **versions_of(("torch", "transformers", *target.libraries_for(precision))),
         },
     )
-    if manifest.dynamic_size and target.sizes_end:
+    if manifest.dynamic_size and target.sizes == "limited":
         manifest.most_size = largest_size(original.config, manifest.image_size)
     progress("reading images")
     if calibration_dataset is None:
@@ -195,8 +197,7 @@ def export_model(
         if precision == "int8":
             manifest.quantisation = quantise_graph(path, manifest, original, processor, calibration, kind, progress)
         manifest.computed_by = target.computed_by(path)
-        files = [*folder.glob(f"{path.stem}.*"), *(folder / name for name in SETTINGS)]
-        manifest.files = {file.name: digest(file) for file in sorted(files)}
+        manifest.files = files_of(folder, path)
         manifest.write(folder)
         exported, emulated = load(folder, trust_remote_code=True), None
         elsewhere = target.arithmetic_elsewhere(precision)
