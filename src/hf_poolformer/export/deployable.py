@@ -15,7 +15,7 @@ from torch import nn
 
 from ..foundation.errors import UserError, one_line
 from ..foundation.scores import REGRESSION, activated, activation_of
-from ..modeling_poolformer import MLPHead
+from ..modeling_poolformer import MetaFormerEmbeddings, MLPHead
 from ..token_mixers import FixedTokens
 from .folder import Manifest
 from .formats import FORMATS
@@ -104,6 +104,45 @@ def sum_head(model: nn.Module) -> None:
         model.classifier = Summed(head)
     elif type(head) is MLPHead and type(head.fc2) is nn.Linear:
         head.fc2 = Summed(head.fc2)
+
+
+class AddPositions(nn.Module):
+    """Position embeddings (1, C, H, W) of one size."""
+
+    def __init__(self, positions: torch.Tensor):
+        super().__init__()
+        self.positions = constant(positions)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.positions
+
+
+def fix_positions(module: Deployable, example: torch.Tensor) -> None:
+    """Position embeddings become constants, for a graph that takes images of the size of `example` alone."""
+    for part, (_, output) in shapes_at(module, example, MetaFormerEmbeddings).items():
+        if part.position_embeddings is not None:
+            positions = part.resize_positions(output[2:])
+            part.position_embeddings = None
+            part.post_norm = nn.Sequential(part.post_norm, AddPositions(positions))
+
+
+def shapes_at(
+    module: nn.Module, example: torch.Tensor, *kinds: type[nn.Module]
+) -> dict[nn.Module, tuple[torch.Size, torch.Size]]:
+    """Of the parts of these kinds, what shape goes in and what comes out when `example` goes through `module`."""
+    found: dict[nn.Module, tuple[torch.Size, torch.Size]] = {}
+
+    def look(part: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        found[part] = (inputs[0].shape, output.shape)
+
+    handles = [part.register_forward_hook(look) for part in module.modules() if isinstance(part, kinds)]
+    try:
+        with torch.no_grad():
+            module(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def pixel_affine(processor: Any, num_channels: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,8 +52,7 @@ class ExecuTorch(ExportFormat):
     hub_library = "executorch"
     quantiser = "PT2E post-training quantisation (torchao, XNNPACKQuantizer)"
     most_images = ONE
-    sizes_vary = False
-    sizes_end = True
+    sizes = "limited"
     by_way_of_onnx = False
 
     def libraries_for(self, precision: str) -> tuple[str, ...]:
@@ -69,11 +68,13 @@ class ExecuTorch(ExportFormat):
         """As a .pte; for int8 as a program of torch.export, which `quantise` takes."""
         import torch
 
-        from .deployable import dynamic_shapes
+        from .deployable import dynamic_shapes, fix_positions
         from .xnnpack import for_xnnpack
 
         example = example[:ONE]
-        for_xnnpack(module, example, fixed_size=not manifest.dynamic_size)
+        if not manifest.dynamic_size:
+            fix_positions(module, example)
+        for_xnnpack(module, example)
         program = torch.export.export(module, (example,), dynamic_shapes=dynamic_shapes(manifest))
         # As in `torch.py`, the exporter would refuse maps of one token.
         limit_sizes(program, manifest.least_size, manifest.most_size)

@@ -140,7 +140,9 @@ class Manifest:
             raise UserError(f"{path} is damaged: names or sizes in it are none; export the model again")
         names = self.files if isinstance(self.files, dict) else ()
         file = FORMATS[self.format].file
-        if self.file != file or file not in names or any(Path(name).name != name for name in names):
+        # A graph that is a folder is listed by its files.
+        known = {name.partition("/")[0] for name in names}
+        if self.file != file or file not in known or any(_leads_outside(name) for name in names):
             raise UserError(f"{path} is damaged: it does not list the files of the graph; export the model again")
 
     def check_files(self, folder: Path) -> None:
@@ -158,6 +160,18 @@ class Manifest:
                     f"to change it, change the model's own {name} and export the model again"
                 )
             raise UserError(f"{folder} cannot be loaded: {name} is damaged, or changed; export the model again")
+
+
+def _leads_outside(name: str) -> bool:
+    """Whether a file's name, as `files_of` gives it, is none of this folder's."""
+    return "\\" in name or any(part in ("", ".", "..") or ":" in part for part in name.split("/"))
+
+
+def files_of(folder: Path, graph: Path) -> dict[str, str]:
+    """The files that belong to a graph, and SETTINGS, by their names relative to the folder, with their SHA-256."""
+    found = [path for pattern in (f"{graph.stem}.*", f"{graph.name}/**/*") for path in folder.glob(pattern)]
+    files = [*(path for path in found if path.is_file()), *(folder / name for name in SETTINGS)]
+    return {path.relative_to(folder).as_posix(): digest(path) for path in sorted(set(files))}
 
 
 def _is_required(entry: Field) -> bool:

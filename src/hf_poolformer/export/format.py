@@ -61,8 +61,8 @@ class ExportFormat(abc.ABC):
         whole: the file starts at images of any size, which its graph resizes, and ends in probabilities, and other
             files lie beside it: such a format has the methods from `check_model` to `open_images`, too.
         most_images: that a graph takes at once; None for any number, decided when it is called.
-        sizes_vary: graphs take images of other sizes than the model's unless told otherwise, where the family does.
-        sizes_end: if they do, there is a largest one.
+        sizes: of images: "any" (and all of them unless told otherwise), "limited" (to one unless told otherwise, and
+            then there is a largest one), or "one".
         by_way_of_onnx: it has `write_from_onnx`.
         quantiser: what makes it int8.
     """
@@ -81,8 +81,7 @@ class ExportFormat(abc.ABC):
     detector_precisions: ClassVar[tuple[str, ...]] = ()
     whole: ClassVar[bool] = False
     most_images: ClassVar[int | None] = None
-    sizes_vary: ClassVar[bool] = True
-    sizes_end: ClassVar[bool] = False
+    sizes: ClassVar[str] = "any"
     by_way_of_onnx: ClassVar[bool] = True
     quantiser: ClassVar[str] = "NNCF post-training quantisation"
 

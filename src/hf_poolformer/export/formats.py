@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..foundation.errors import UserError
+from .coreml import CoreML
 from .executorch import ExecuTorch
 from .format import ExportFormat
 from .onnx import Onnx
@@ -14,7 +15,7 @@ from .web import Web
 
 
 FORMATS: dict[str, ExportFormat] = {
-    format.name: format for format in (Onnx(), OpenVINO(), TorchProgram(), ExecuTorch(), Web())
+    format.name: format for format in (Onnx(), OpenVINO(), TorchProgram(), ExecuTorch(), CoreML(), Web())
 }
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import __version__
 from ..foundation.errors import UserError
-from ..foundation.files import digest, write_json
+from ..foundation.files import write_json
 from ..foundation.loading import load_trained, task_of_checkpoint
 from ..foundation.machine import versions_of
 from ..foundation.origin import Origin
@@ -25,7 +25,7 @@ from ..foundation.tasks import TASKS
 from ..token_mixers import Attention
 from .card import export_card
 from .deployable import DTYPES, Deployable, has_fixed_tokens, largest_size, smallest_size, write_graph
-from .folder import REPORT, SETTINGS, Manifest, check_output, folder_size, new_folder
+from .folder import REPORT, SETTINGS, Manifest, check_output, files_of, folder_size, new_folder
 from .format import PRECISIONS
 from .formats import FORMATS, check_request
 from .graph import fold
@@ -103,13 +103,13 @@ def export_model(
 
     Args:
         model: folder or Hub id of an image classifier, a semantic segmenter or a detector.
-        format: one of `formats.FORMATS`: "onnx", "openvino", "torch" (a program of `torch.export`), "executorch" (for
-            phones), or "web" (a page).
+        format: one of `formats.FORMATS`: "onnx", "openvino", "torch" (a program of `torch.export`), "executorch" and
+            "coreml" (for phones), or "web" (a page).
         precision: "float32"; "float16" (OpenVINO and web: of the weights in the file, computed in float32); "bfloat16"
             (OpenVINO and torch); "int8" (all but torch), which needs `calibration_dataset`. None is "float32", of
             "web" "int8" with a `calibration_dataset` and "float16" without.
         dynamic_size: whether images of other sizes than the model's are taken; None where the family allows it and
-            the format is not made for one size (`ExportFormat.sizes_vary`).
+            the format is not made for one size (`ExportFormat.sizes`).
         preprocessing: take uint8 (batch, height, width, channels), resized and cropped, and give probabilities; of a
             segmenter or detector, photographs of any size, and give answers in their pixels.
         opset: of ONNX, one of `onnx.OPSETS`.
@@ -161,6 +161,8 @@ def export_model(
             f"{model} mixes a fixed number of tokens (token_mixers {', '.join(original.config.token_mixers)}), so it "
             "takes images of one size only: leave --dynamic_size out"
         )
+    if dynamic_size and target.sizes == "one":
+        raise UserError(f"--format {format} is written for images of one size: leave --dynamic_size out")
     kind = kind_of(original.config, task)
     manifest = Manifest(
         format=format,
@@ -171,7 +173,7 @@ def export_model(
         input="pixel_values",
         output="logits",
         image_size=list(image_size_of(original, processor)),
-        dynamic_size=target.sizes_vary and not fixed if dynamic_size is None else dynamic_size,
+        dynamic_size=target.sizes == "any" and not fixed if dynamic_size is None else dynamic_size,
         resizes=resizes,
         least_size=1 if resizes else smallest_size(original.config),
         most_images=target.most_images,
@@ -187,7 +189,7 @@ def export_model(
             **versions_of(("torch", "transformers", *target.libraries_for(precision))),
         },
     )
-    if manifest.dynamic_size and target.sizes_end:
+    if manifest.dynamic_size and target.sizes == "limited":
         manifest.most_size = largest_size(original.config, manifest.image_size)
     progress("reading images")
     how = {
@@ -235,8 +237,7 @@ def export_model(
             spread = functools.partial(spread_of, original, comparisons[0].pixel_values)
             target.finish(folder, manifest, processor, original.config, spread, gathered)
         manifest.computed_by = target.computed_by(path)
-        files = [*folder.glob(f"{path.stem}.*"), *(folder / name for name in SETTINGS)]
-        manifest.files = {file.name: digest(file) for file in sorted(files)}
+        manifest.files = files_of(folder, path)
         manifest.write(folder)
         exported, emulated = load(folder, trust_remote_code=True), None
         elsewhere = target.arithmetic_elsewhere(precision)

@@ -7,14 +7,13 @@ an operation of XNNPACK's. What is not known here stays as it is; ExecuTorch's p
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..modeling_poolformer import MetaFormerEmbeddings, MetaFormerForImageClassification, MLPHead
+from ..modeling_poolformer import MetaFormerForImageClassification, MLPHead
 from ..token_mixers import Attention
+from .deployable import shapes_at
 from .graph import PoolingBranch, Standardise, constant
 
 
@@ -96,7 +95,7 @@ class AttentionByProducts(nn.Module):
             layer(tokens).view(height * width, self.heads, self.head_dim).transpose(0, 1)  # (heads, N, head_dim)
             for layer in (self.query, self.key, self.value)
         )
-        mixed = (query @ key.transpose(1, 2)).softmax(-1) @ value
+        mixed = torch.bmm(torch.bmm(query, key.transpose(1, 2)).softmax(-1), value)
         mixed = self.proj(mixed.transpose(0, 1).reshape(1, height * width, self.heads * self.head_dim))
         return mixed.transpose(1, 2).reshape(1, -1, height, width)
 
@@ -113,17 +112,6 @@ class LayerNormByProducts(nn.Module):
         x = self.standardise(x)
         x = x if self.weight is None else x * self.weight
         return x if self.bias is None else x + self.bias
-
-
-class AddPositions(nn.Module):
-    """Position embeddings (1, C, H, W) of the one size that there is."""
-
-    def __init__(self, positions: torch.Tensor):
-        super().__init__()
-        self.positions = constant(positions)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.positions
 
 
 class Classifier(nn.Module):
@@ -154,35 +142,18 @@ class Logits:
         self.logits = logits
 
 
-def for_xnnpack(module: nn.Module, example: torch.Tensor, fixed_size: bool) -> None:
+def for_xnnpack(module: nn.Module, example: torch.Tensor) -> None:
     """
     Changes a `Deployable` with a folded model to what XNNPACK computes.
 
     Args:
         example: an input, to learn numbers of channels from.
-        fixed_size: images have the size of the example, always.
     """
     model = module.model
-    channels: dict[nn.Module, tuple[int, torch.Size]] = {}
-
-    def learn(part: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        channels[part] = (inputs[0].shape[1], output.shape[2:])
-
-    kinds = (Standardise, PoolingBranch, MetaFormerEmbeddings)
-    handles = [part.register_forward_hook(learn) for part in model.modules() if isinstance(part, kinds)]
-    try:
-        with torch.no_grad():
-            module(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    shapes = shapes_at(module, example, Standardise, PoolingBranch)
     for part in list(model.modules()):
-        if type(part) is MetaFormerEmbeddings and fixed_size and part.position_embeddings is not None:
-            positions = part.resize_positions(channels[part][1])
-            part.position_embeddings = None
-            part.post_norm = nn.Sequential(part.post_norm, AddPositions(positions))
         for name, child in list(part.named_children()):
-            known = channels.get(child, (0,))[0]
+            known = shapes[child][0][1] if child in shapes else 0
             if type(child) is Standardise and known:
                 setattr(part, name, StandardiseByProducts(child.over, child.eps, known))
             elif type(child) is PoolingBranch and known:
