@@ -106,8 +106,8 @@ def export_model(
         format: one of `formats.FORMATS`: "onnx", "openvino", "torch" (a program of `torch.export`), "executorch" and
             "coreml" (for phones), or "web" (a page).
         precision: "float32"; "float16" (OpenVINO and web: of the weights in the file, computed in float32); "bfloat16"
-            (OpenVINO and torch); "int8" (all but torch), which needs `calibration_dataset`. None is "float32", of
-            "web" "int8" with a `calibration_dataset` and "float16" without.
+            (OpenVINO and torch); "int8" (all but torch and Core ML), which needs `calibration_dataset`. None is
+            "float32", of "web" "int8" with a `calibration_dataset` and "float16" without.
         dynamic_size: whether images of other sizes than the model's are taken; None where the family allows it and
             the format is not made for one size (`ExportFormat.sizes`).
         preprocessing: take uint8 (batch, height, width, channels), resized and cropped, and give probabilities; of a
@@ -154,6 +154,14 @@ def export_model(
     resizes = preprocessing and (objects or TASKS[task].gives == "map")
     fixed = has_fixed_tokens(original)
     if objects or resizes:
+        if target.sizes != "any":
+            raise UserError(
+                f"--format {format} is written for images of one size, and with --preprocessing a segmenter takes "
+                "photographs of any: leave --preprocessing out, or take "
+                + " or ".join(
+                    f"--format {row.name}" for row in FORMATS.values() if row.sizes == "any" and not row.whole
+                )
+            )
         check_any_size(os.fspath(model), original, processor, resizes, dynamic_size)
         fixed = False
     if dynamic_size and fixed:
