@@ -281,6 +281,7 @@ DYNAMIC = {
 SIZES = [(1, 3, 64, 64), (3, 3, 225, 170)]
 
 
+@pytest.mark.slow  # tests/export/test_run.py exports one as well
 def test_exports_with_dynamic_batch_and_size(model):
     exported = torch.export.export(
         model, (), {"pixel_values": torch.randn(2, 3, 96, 128)}, dynamic_shapes={"pixel_values": DYNAMIC}

@@ -101,6 +101,7 @@ def test_the_installed_package_writes_a_card(wheel, tmp_path):
     assert done.stdout.startswith("---\n")
 
 
+@pytest.mark.slow  # tests/commands/test_errors.py runs every command without extras
 def test_a_plain_import_needs_no_extra(tmp_path):
     """`import hf_poolformer` must not import what only the train and demo extras install."""
     extras = ["accelerate", "datasets", "evaluate", "matplotlib", "sklearn", "tensorboard", "timm", "peft"]

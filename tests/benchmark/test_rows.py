@@ -58,7 +58,7 @@ def test_every_uncompiled_contestant_passes_the_gate(mode, dtype):
     assert min(row.times_fastest_peer for row in results.values() if row.library in ("built-in", "timm")) <= 1.0
 
 
-@pytest.mark.parametrize("mode", ["infer", "train"])
+@pytest.mark.parametrize("mode", [pytest.param("infer", marks=pytest.mark.slow), "train"])
 def test_families_of_the_second_paper_are_held_against_timm(mode, monkeypatch):
     # The real ones take minutes on a CPU: of each stage one block.
     pytest.importorskip("timm")
@@ -108,8 +108,17 @@ def test_compiled_contestants_pass_the_gate():
     assert {result.status for result in results.values()} == {"passed"}, results
 
 
-@pytest.mark.parametrize("mode", ["infer", "train"])
-@pytest.mark.parametrize("name", ["classifier.bias", "poolformer.encoder.block.2.1.layer_scale_1", "norm.weight"])
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        ("infer", "poolformer.encoder.block.2.1.layer_scale_1"),
+        ("train", "classifier.bias"),
+        ("train", "norm.weight"),
+        pytest.param("train", "poolformer.encoder.block.2.1.layer_scale_1", marks=pytest.mark.slow),
+        pytest.param("infer", "classifier.bias", marks=pytest.mark.slow),
+        pytest.param("infer", "norm.weight", marks=pytest.mark.slow),
+    ],
+)
 def test_a_wrong_model_is_reported_and_not_timed(mode, name, monkeypatch):
     # Slightly wrong in one parameter, wherever it is: the layer scales of a fresh model would hide a branch.
     def build_wrong(row, case, weights):

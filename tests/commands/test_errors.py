@@ -68,7 +68,7 @@ import contextlib, io, json, sys, time, traceback
 calls, missing = json.loads(sys.argv[1]), sys.argv[2].split()
 sys.modules.update(dict.fromkeys(missing))
 time.sleep = lambda seconds: None  # before a request is repeated
-import hf_poolformer_cli
+import hf_poolformer_cli, hf_poolformer.hub.publishing
 outcomes = {}
 for name, words in calls.items():
     out, err = io.StringIO(), io.StringIO()

@@ -73,18 +73,20 @@ def test_a_shared_start_is_found(start):
     assert not shared_names(program.format(start, "range").replace("@triton.jit", ""))
 
 
-# float16 makes of no kernel what bfloat16 does not.
-CASES = "(result_and_gradients or more_channels or bands_of_rows) and not dtype2"
+CASES = "(result_and_gradients or more_channels or bands_of_rows)"
 
 
-def test_what_the_frontend_makes_computes_the_same():
+# float16 makes of no kernel what bfloat16 does not, and float32 less: nothing is rounded on the way.
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+def test_what_the_frontend_makes_computes_the_same(dtype):
     """The small cases of the interpreter, by Triton's IR; see triton_ir.py."""
     if torch.version.cuda is None:
         pytest.skip("this PyTorch has no CUDA, so its Triton may not compile for it")
     files = [HERE / f"test_{name}.py" for name in ("pool_mixer", "channel_mlp", "separable_conv")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "triton_ir", "-p", "no:cacheprovider", *files, "-k", CASES]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "triton_ir", "-p", "no:cacheprovider", *files]
+    command += ["-k", f"{CASES} and {'dtype1' if dtype == 'bfloat16' else 'dtype0'}"]
     paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert int(done.stdout.rpartition(" passed")[0].split()[-1]) > 15
+    assert int(done.stdout.rpartition(" passed")[0].split()[-1]) > 7
