@@ -117,37 +117,44 @@ def test_resizing_is_the_processors(resample, size, divisor):
         assert off.max() < 1.01 and (off > 0.01).float().mean() < 0.01
 
 
-def test_a_segmenter_takes_photographs(segmenter_folder, tmp_path):
-    """onnxruntime alone, `load`, the pipeline and the example against PyTorch, on photographs of odd sizes."""
+@pytest.mark.parametrize("format", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_a_segmenter_takes_photographs(format, segmenter_folder, tmp_path):
+    """`load` and the pipeline against PyTorch, on photographs of odd sizes; onnxruntime alone, and the example."""
     out = tmp_path / "out"
-    summary = export_model(segmenter_folder, out, preprocessing=True)
+    summary = export_model(segmenter_folder, out, format=format, preprocessing=True)
     assert summary.manifest.resizes and summary.report.kind == "pixels" and summary.report.agreement > 0.999
     model, processor = segmenter(), for_maps()
-    session, exported = onnxruntime.InferenceSession(out / "model.onnx"), load(out)
+    exported = load(out, trust_remote_code=format == "torch")
     segment = pipeline("image-segmentation", model=exported, image_processor=exported.image_processor)
     for image in pictures():
         right = right_map(model, processor, image)
-        (got,) = session.run(["classes"], {"pixel_values": np.array(image)[None]})
-        assert got.dtype == np.int32 and got.shape == (1, *image.size[::-1])
-        # What differs are near ties next to a pixel that was rounded to another level.
-        assert (got[0] == right.numpy()).mean() > 0.995
         outputs = exported(**exported.image_processor(image, return_tensors="pt"))
-        assert (outputs.segmentation[0].numpy() == got[0]).all()
+        got = outputs.segmentation[0]
+        # What differs are near ties next to a pixel that was rounded to another level.
+        assert got.shape == right.shape and (got == right).float().mean() > 0.995
         for part in segment(image):
             mask = np.asarray(part["mask"]) > 0
-            assert (mask == (got[0] == exported.config.label2id[part["label"]])).all()
+            assert (mask == (got.numpy() == exported.config.label2id[part["label"]])).all()
     with pytest.raises(ValueError, match="by its own image_processor"):
         exported(**AutoImageProcessor.from_pretrained(out)(image, return_tensors="pt"))
     with pytest.raises(ValueError, match="the size of the images that it gets"):
         exported.image_processor.post_process_semantic_segmentation(outputs, [(5, 5)])
-    photo = tmp_path / "photo.png"
-    image.save(photo)
+    if format == "onnx":
+        session = onnxruntime.InferenceSession(out / "model.onnx")
+        (alone,) = session.run(["classes"], {"pixel_values": np.array(image)[None]})
+        assert alone.dtype == np.int32 and (alone[0] == got.numpy()).all()
+        check_example(out, image, got.numpy(), tmp_path)
+
+
+def check_example(out: Path, image: Image.Image, classes: np.ndarray, folder: Path) -> None:
+    """Without torch."""
+    image.save(folder / "photo.png")
     block = "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
-    code = f"{block}import runpy; sys.argv = ['x', {str(out)!r}, {str(photo)!r}, {str(tmp_path / 'map.png')!r}]\n"
-    code += f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
+    arguments = ["x", str(out), str(folder / "photo.png"), str(folder / "map.png")]
+    code = f"{block}import runpy; sys.argv = {arguments!r}; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (np.asarray(Image.open(tmp_path / "map.png")) == got[0]).all()
-    assert "LABEL_" in done.stdout and done.stdout.count("%") == len(np.unique(got))
+    assert (np.asarray(Image.open(folder / "map.png")) == classes).all()
+    assert done.stdout.count("LABEL_") == done.stdout.count("%") == len(np.unique(classes))
 
 
 @pytest.mark.parametrize("kind", DETECTORS)

@@ -26,7 +26,7 @@ from ..modeling_detection import (
     make_anchors,
     pack,
 )
-from .photographs import Photographs
+from .photographs import Photographs, as_tensor
 
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class DetectorDeployable(nn.Module):
             size = torch.stack([pixel_mask[0].amax(1).sum(), pixel_mask[0].amax(0).sum()])
             return self.detector(pixel_values.to(self.dtype), size)
         x, (height, width) = self.photographs(pixel_values)
-        size = torch.stack([torch.scalar_tensor(edge, dtype=torch.int64) for edge in (height, width)])
+        size = as_tensor(height, width)
         boxes, *rest = self.detector(x.to(self.dtype), size)
         whole = [torch.scalar_tensor(edge, dtype=torch.float32) for edge in pixel_values.shape[1:3]]
         scale = (torch.stack(whole) / size).flip(0).repeat(2)

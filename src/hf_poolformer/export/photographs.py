@@ -117,8 +117,8 @@ class Photographs(nn.Module):
             x = rounded(filter_weights(height, size[0], self.cubic) @ x)
         x = x * self.scale + self.shift
         if self.divisor:
-            rest = [(edge + self.divisor - 1) // self.divisor * self.divisor - edge for edge in size]
-            x = F.pad(x, (0, rest[1], 0, rest[0]))
+            height, width = as_edges((as_tensor(*size) + self.divisor - 1) // self.divisor * self.divisor)
+            x = F.pad(x, (0, width - size[1], 0, height - size[0]))
         return x, size
 
     def resized(self, height: Any, width: Any) -> Edges:
@@ -126,17 +126,32 @@ class Photographs(nn.Module):
         size = self.size
         if size.height and size.width:
             return size.height, size.width
-        short, long = torch.sym_min(height, width), torch.sym_max(height, width)
+        edges = as_tensor(height, width)
+        short, long = edges.amin(0), edges.amax(0)
         shortest = size.shortest_edge or size.height
         if not size.longest_edge:
-            return tuple((edge * shortest) // short for edge in (height, width))
-        edges = (
-            torch.sym_min(
-                (2 * edge * shortest + short) // (2 * short), (2 * edge * size.longest_edge + long) // (2 * long)
-            )
-            for edge in (height, width)
-        )
-        return tuple(torch.sym_max(edge, 1) for edge in edges)
+            return as_edges(edges * shortest // short)
+        by_short = (2 * edges * shortest + short) // (2 * short)
+        by_long = (2 * edges * size.longest_edge + long) // (2 * long)
+        return as_edges(torch.minimum(by_short, by_long).clamp(min=1))
+
+
+def as_tensor(height: Any, width: Any) -> torch.Tensor:
+    """int64 (2,)"""
+    return torch.stack([torch.scalar_tensor(edge, dtype=torch.int64) for edge in (height, width)])
+
+
+def as_edges(size: torch.Tensor) -> Edges:
+    """
+    Of a tensor (2,); while a graph is written, symbols of their own.
+
+    As expressions of the photograph's size, every size in the network would be one of those, and whoever writes the
+    graph would reason about them for minutes.
+    """
+    height, width = size.tolist()
+    for edge in (height, width):
+        torch._check(edge >= 1)
+    return height, width
 
 
 def filter_weights(before: Any, after: Any, cubic: bool) -> torch.Tensor:
