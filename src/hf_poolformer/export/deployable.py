@@ -56,7 +56,7 @@ class Deployable(nn.Module):
         self.activation = None
         if processor is not None:
             scale, shift = pixel_affine(processor, model.config.num_channels)
-            self.scale, self.shift = constant(scale), constant(shift)
+            self.scale, self.shift = (constant(value[:, None, None]) for value in (scale, shift))
             self.activation = activation_of(model.config)
 
     @property
@@ -70,7 +70,9 @@ class Deployable(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if self.scale is not None:
-            pixel_values = (pixel_values.float() * self.scale + self.shift).permute(0, 3, 1, 2)
+            # Bytes are put in order, not floats: where a transposition lies between the scaling and a convolution in 8
+            # bits, onnxruntime 1.32 refuses the graph that it makes of it.
+            pixel_values = pixel_values.permute(0, 3, 1, 2).float() * self.scale + self.shift
         return activated(self.model(pixel_values.to(self.dtype)).logits.float(), self.activation)
 
 
