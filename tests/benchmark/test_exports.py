@@ -69,7 +69,10 @@ def test_dry_run(tmp_path):
     tables = {part["case"]["batch_size"]: part["results"] for part in figures["exports"]}
     for rows in tables.values():
         assert {row["status"] for row in rows} <= {"passed", "skipped"}
-        assert all("not installed" in row["note"] for row in rows if row["status"] == "skipped")
+        skipped = {row["name"]: row["note"] for row in rows if row["status"] == "skipped"}
+        # Of random weights and four images, their int8 may be too far off to be timed.
+        assert skipped.pop("transformers openvino int8, ours", "off by").startswith("off by")
+        assert all("not installed" in note for note in skipped.values())
     names = [row["name"] for row in tables[1]]
     assert len(names) == 17 and len(tables[4]) == 20
     assert {"transformers onnx float32, ours", "transformers openvino float32, built-in"} <= {
