@@ -49,14 +49,15 @@ def test_errors():
 def test_exporters_that_are_missing_are_rows_too(tmp_path, monkeypatch):
     """A library that is not there, and an exporter that fails, end no run: the row says why."""
     case = Case("infer", "tiny", batch_size=2, image_size=64)
-    rows = Exporters(case, {}, tmp_path).rows(torch.zeros(2, 3, 64, 64))
+    images = torch.zeros(2, 3, 64, 64)
+    rows = Exporters(case, {}, images, tmp_path).rows(images)
     assert [row.name for row in rows][:2] == ["transformers onnx float32, built-in", "transformers onnx float32, ours"]
     with pytest.raises(Unavailable, match="Missing key"):  # there are no weights
         rows[0].prepare()
     monkeypatch.setitem(EXPORTERS, "onnx", EXPORTERS["onnx"]._replace(library="no_such_library"))
     with pytest.raises(Unavailable, match="no_such_library is not installed"):
         rows[0].prepare()
-    other = Exporters(case.change(variant="caformer_s18"), {}, tmp_path).rows(torch.zeros(2, 3, 64, 64))
+    other = Exporters(case.change(variant="caformer_s18"), {}, images, tmp_path).rows(images)
     assert not any("built-in" in row.name for row in other)
 
 
@@ -68,9 +69,12 @@ def test_dry_run(tmp_path):
     tables = {part["case"]["batch_size"]: part["results"] for part in figures["exports"]}
     for rows in tables.values():
         assert {row["status"] for row in rows} <= {"passed", "skipped"}
-        assert all("not installed" in row["note"] for row in rows if row["status"] == "skipped")
+        skipped = {row["name"]: row["note"] for row in rows if row["status"] == "skipped"}
+        # Of random weights and four images, their int8 may be too far off to be timed.
+        assert skipped.pop("transformers openvino int8, ours", "off by").startswith("off by")
+        assert all("not installed" in note for note in skipped.values())
     names = [row["name"] for row in tables[1]]
-    assert len(names) == 16 and len(tables[4]) == 19
+    assert len(names) == 17 and len(tables[4]) == 20
     assert {"transformers onnx float32, ours", "transformers openvino float32, built-in"} <= {
         row["name"] for row in tables[1] if row["seconds"]
     }

@@ -197,6 +197,17 @@ def test_other_kernels_than_auto_do_not_fail_silently(scramble):
 
 
 @pytest.mark.slow
+def test_one_image_as_an_example_fixes_the_batch(classifier):
+    """With `dynamic=True` without a word, which the page says; an explicit axis is refused."""
+    exported = export("onnx", classifier, shape=(1, 3, 96, 64), dynamic_shapes=None, dynamic=True)
+    assert error(exported, classifier, 1, 3, 65, 97) < TOLERANCE
+    with pytest.raises(RuntimeError, match="invalid dimensions"):
+        exported(pixel_values=torch.zeros(2, 3, 96, 64))
+    with pytest.raises(ValueError, match="specialized"):
+        export("onnx", classifier, shape=(1, 3, 96, 64))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mixers", [("pooling",) * 4, MIXED["token_mixers"]])
 def test_executorch(mixers, scramble):
     config = MetaFormerConfig(**{**MIXED, "token_mixers": mixers}, num_labels=5, image_size=64)

@@ -57,6 +57,7 @@ ROWS = (
     ("openvino", "float32", "built-in"),
     ("openvino", "float32", "ours"),
     ("openvino", "bfloat16", "ours"),
+    ("openvino", "int8", "ours"),
     ("executorch", "float32", "built-in"),
     ("executorch", "float32", "ours"),
 )
@@ -76,11 +77,12 @@ class Exporters:
 
     Args:
         case: variant and size.
+        calibration: images (N, 3, H, W) for int8, which is their quantiser's as it stands, NNCF's.
         folder: an empty one.
     """
 
-    def __init__(self, case: Case, weights: Weights, folder: Path):
-        self.case, self.weights, self.folder = case, weights, folder
+    def __init__(self, case: Case, weights: Weights, calibration: torch.Tensor, folder: Path):
+        self.case, self.weights, self.calibration, self.folder = case, weights, calibration, folder
         self.written: dict[Path, Any] = {}
 
     def rows(self, pixel_values: torch.Tensor) -> list[Row]:
@@ -111,10 +113,12 @@ class Exporters:
             raise Unavailable(f"{library} is not installed")
         # With a batch that may vary, ExecuTorch takes no more than 15 images.
         number = len(pixel_values) if format == "executorch" else None
-        place = self.folder / f"transformers-{format.replace(' ', '-')}-{model}-{number or 'any'}"
+        kind = "int8" if precision == "int8" else "float"
+        place = self.folder / f"transformers-{format.replace(' ', '-')}-{model}-{kind}-{number or 'any'}"
         try:
             with quiet(), contextlib.redirect_stdout(io.StringIO()):
-                exported = copy.copy(self.export(format, model, number, place))  # each row has a runtime of its own
+                # A copy: each row has a runtime of its own.
+                exported = copy.copy(self.export(format, model, number, place, int8=precision == "int8"))
                 settle(exported, library, precision, pixel_values)
                 exported(pixel_values=pixel_values)
         except Exception as error:
@@ -122,7 +126,7 @@ class Exporters:
             raise Unavailable(one_line(error)) from error
         return lambda: exported(pixel_values=pixel_values).logits, folder_size(place)
 
-    def export(self, format: str, model: str, number: int | None, place: Path) -> Any:
+    def export(self, format: str, model: str, number: int | None, place: Path, int8: bool = False) -> Any:
         """
         transformers' `ExportedModel` of our model or the built-in one, also saved.
 
@@ -133,8 +137,12 @@ class Exporters:
             from transformers import exporters
 
             about, side = EXPORTERS[format], self.case.image_size
+            options = dict(about.options)
+            if int8:
+                samples = [{"pixel_values": image} for image in self.calibration.split(1)]
+                options["quantizer"] = exporters.NNCFOpenVINOQuantizer(calibration_dataset=samples)
             sizes = None if number else {"pixel_values": {0: torch.export.Dim.DYNAMIC}}
-            config = getattr(exporters, about.config)(dynamic_shapes=sizes, **about.options)
+            config = getattr(exporters, about.config)(dynamic_shapes=sizes, **options)
             module = transformers_model(model, self.case, self.weights).eval()
             exporter = exporters.AutoHfExporter.from_config(config)
             exported = exporter.export(module, {"pixel_values": torch.zeros(number or 2, 3, side, side)}, config)

@@ -103,9 +103,11 @@ EXPORT_TARGETS = (
     ("export onnx float32", "transformers onnx float32, ours", 1.0, 16),
     ("export openvino float32", "transformers openvino float32, ours", 1.0, 16),
     ("export openvino bfloat16", "transformers openvino bfloat16, ours", 1.0, 16),
+    ("export openvino int8", "transformers openvino int8, ours", 1.0, 16),
     ("export onnx float32", "transformers onnx float32, ours", 1.0, 1),
     ("export openvino float32", "transformers openvino float32, ours", 1.0, 1),
     ("export openvino bfloat16", "transformers openvino bfloat16, ours", 1.0, 1),
+    ("export openvino int8", "transformers openvino int8, ours", 1.0, 1),
 )
 
 
