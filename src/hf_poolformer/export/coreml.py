@@ -57,12 +57,14 @@ class CoreML(ExportFormat):
     by_way_of_onnx = False
 
     def arithmetic(self, precision: str) -> str:
-        stored = precision if precision == "float32" else f"{precision}, in float32 the norms and the classifier's head"
+        stored = (
+            precision if precision == "float32" else f"{precision}, in float32 the norms and the classifier's head"
+        )
         if has_core_ml():
             return f"{stored}; by Core ML on this machine's CPU"
         return (
-            f"{stored}; computed by PyTorch from the file, operation by operation. Core ML itself, which only macOS and "
-            "iOS have, has not run it"
+            f"{stored}; computed by PyTorch from the file, operation by operation. Core ML itself, which only macOS "
+            "and iOS have, has not run it"
         )
 
     def write(self, module: nn.Module, example: torch.Tensor, path: Path, manifest: Manifest) -> None:

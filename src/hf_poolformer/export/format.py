@@ -58,8 +58,8 @@ class ExportFormat(abc.ABC):
         holds_code: loading a file may run code of whoever wrote it.
         has_providers: `open` takes some.
         most_images: that a graph takes at once; None for any number, decided when it is called.
-        sizes: of images: "any" (and all of them unless told otherwise), "limited" (to one unless told otherwise, and
-            then there is a largest one), or "one".
+        sizes: of images: "any", "limited" (of a classifier one, unless told otherwise; else there is a largest), or
+            "one".
         by_way_of_onnx: it has `write_from_onnx`.
         quantiser: what makes it int8.
     """
