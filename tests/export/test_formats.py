@@ -59,7 +59,7 @@ def test_a_format_from_outside(precision, pickled, small_model, photos, tmp_path
     command = [str(out), str(photos), "--output", str(table), "--num_workers", "0"]
     assert predict(command) == 2
     said = capsys.readouterr().err
-    assert "made for PyTorch's unpickler" in said and "Files for ONNX Runtime and OpenVINO" in said
+    assert "made for PyTorch's unpickler" in said and "Files for ONNX Runtime, OpenVINO, ExecuTorch (XNNPACK)" in said
     assert predict([*command, "--trust_remote_code"]) == 0
     with table.open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 24
@@ -92,7 +92,9 @@ def test_what_it_lacks(pickled, small_model, tmp_path, monkeypatch):
             export_model(small_model(), tmp_path / "out", format="pickle", **request)
         return str(caught.value)
 
-    assert "because nobody quantises a pickle; --format onnx and openvino has it" in refused(precision="int8")
+    assert "because nobody quantises a pickle; --format onnx, openvino, executorch and web have it" in refused(
+        precision="int8"
+    )
     assert refused(opset=21) == "--opset belongs to --format onnx, not to pickle"
     assert refused(compile=True) == "--compile belongs to --format torch, not to pickle"
     monkeypatch.setattr(Pickled, "libraries", ("pickle", "no_such_library"))
@@ -102,8 +104,8 @@ def test_what_it_lacks(pickled, small_model, tmp_path, monkeypatch):
 
 def test_the_help_names_it(pickled):
     text = " ".join(parser().format_help().split())
-    assert "pickle for PyTorch's unpickler" in text and "{onnx,openvino,torch,pickle}" in text
-    assert "bfloat16 is for openvino and torch and pickle" in text
+    assert "pickle for PyTorch's unpickler" in text and "{onnx,openvino,torch,executorch,coreml,web,pickle}" in text
+    assert "bfloat16 is for openvino, torch and pickle" in text
 
 
 def test_without_its_class_the_folder_is_of_another_version(small_model, tmp_path):

@@ -228,7 +228,7 @@ def test_bad_requests(small_model, tmp_path, capsys, monkeypatch):
         (("--precision", "bfloat16"), "onnxruntime has no bfloat16"),
         (
             ("--precision", "int8", "--format", "torch"),
-            "torch has no --precision int8; --format onnx, openvino",
+            "torch has no --precision int8; --format onnx, openvino, executorch and web have it",
         ),
         (("--precision", "int8"), "--calibration_dataset"),
         (("--compile",), "--compile belongs to --format torch"),

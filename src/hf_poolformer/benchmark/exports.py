@@ -24,6 +24,7 @@ from hf_poolformer.export.quantisation import Quality, quantise
 from hf_poolformer.export.runtime import Graph
 from hf_poolformer.image_processing_poolformer import PoolFormerImageProcessor
 
+from ..foundation.errors import UserError
 from ..foundation.timing import Deadline, take_turns
 from . import gate
 from .case import Case
@@ -41,8 +42,8 @@ EXPORTS = (
     ("onnx", "float32"),
     ("onnx", "int8"),
 )
-# Made of one graph in ONNX, which takes most of the time.
-FROM_ONNX = ("onnx", "openvino")
+# With libraries that not everybody has.
+PHONES = (("executorch", "float32"), ("executorch", "int8"))
 # The largest difference relative to the largest logit; of int8 the root of the mean squares relative to theirs.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "int8": 0.25}
 
@@ -107,11 +108,12 @@ def write_exports(
     module = Deployable(fold(transformers_model("ours", case, weights)), torch.float32)
     original = write_graph(module, folder, export_manifest(case, "onnx"))
     paths = {}
-    for name, precision in tqdm(EXPORTS, desc="exports", leave=False):
+    phones = [(name, precision) for name, precision in PHONES if not missing(name, precision)]
+    for name, precision in tqdm([*EXPORTS, *phones], desc="exports", leave=False):
         format = FORMATS[name]
         path = folder / f"{name}-{precision}" / format.file
         path.parent.mkdir()
-        if name in FROM_ONNX:
+        if format.by_way_of_onnx:
             format.write_from_onnx(original, path, precision)
         else:
             write_graph(module, path.parent, export_manifest(case, name, precision))
@@ -173,9 +175,12 @@ def compare(
         except Unavailable as error:
             skip(name, str(error))
         if precision == "int8" and rows[-1].status == "failed":
-            rows[
-                -1
-            ].status = "skipped"  # nobody looks at what their quantiser leaves of the answers: no fault of a run
+            # Nobody looks at what their quantiser leaves of the answers: no fault of a run.
+            rows[-1].status = "skipped"
+    for name, precision in PHONES:
+        if (name, precision) not in paths:
+            note = missing(name, precision) or "not written"
+            rows.append(ExportResult(f"export {name} {precision}", status="skipped", note=note))
     timings = take_turns(
         steps, device="cpu", rounds=rounds, seconds=min(seconds, max(deadline.left, 0.0)), turn=0.3, label=case.title
     )
@@ -183,6 +188,15 @@ def compare(
         if row.name in timings:
             row.seconds, row.spread = timings[row.name].median, timings[row.name].spread
     return rows
+
+
+def missing(name: str, precision: str) -> str:
+    """What a format needs and is not installed, in one line."""
+    try:
+        FORMATS[name].check_installed(precision)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def gate_error(got: torch.Tensor, right: torch.Tensor, precision: str) -> float:

@@ -63,8 +63,8 @@ class CoreML(ExportFormat):
         if has_core_ml():
             return f"{stored}; by Core ML on this machine's CPU"
         return (
-            f"{stored}; computed by PyTorch from the file, operation by operation. Core ML itself, which only macOS and "
-            "iOS have, has not run it"
+            f"{stored}; computed by PyTorch from the file, operation by operation. Core ML itself, which only macOS "
+            "and iOS have, has not run it"
         )
 
     def write(self, module: nn.Module, example: torch.Tensor, path: Path, manifest: Manifest) -> None:

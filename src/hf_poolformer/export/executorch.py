@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import sys
 import threading
 import warnings
 import weakref
@@ -229,6 +231,7 @@ class Session:
 
     loaded: ClassVar[weakref.WeakSet[Session]] = weakref.WeakSet()
     lock: ClassVar[threading.Lock] = threading.Lock()
+    threads_of_pool: ClassVar[int | None] = None
 
     def __init__(self, path: Path, threads: int):
         self.path, self.threads = path, threads
@@ -240,10 +243,16 @@ class Session:
         with quiet():
             from executorch.extension.pybindings import portable_lib
 
-            if portable_lib._threadpool_get_thread_count() != self.threads:
-                for other in self.loaded:
-                    other.method = None
+        # The first question makes the pool. What the runtime says about it goes past Python.
+        if Session.threads_of_pool is None:
+            with without_stderr():
+                Session.threads_of_pool = portable_lib._threadpool_get_thread_count()
+        if Session.threads_of_pool != self.threads:
+            for other in self.loaded:
+                other.method = None
+            with without_stderr():
                 portable_lib._unsafe_reset_threadpool(self.threads)
+            Session.threads_of_pool = self.threads
         if self.method is None:
             self.method = read_program(self.path).load_method("forward")
             self.loaded.add(self)
@@ -252,6 +261,20 @@ class Session:
         with self.lock:
             self.load()
             return self.method.execute([pixel_values])[0]  # a copy
+
+
+@contextlib.contextmanager
+def without_stderr() -> Iterator[None]:
+    """For what libraries in C++ write there."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @contextlib.contextmanager

@@ -61,8 +61,8 @@ class ExportFormat(abc.ABC):
         whole: the file starts at images of any size, which its graph resizes, and ends in probabilities, and other
             files lie beside it: such a format has the methods from `check_model` to `open_images`, too.
         most_images: that a graph takes at once; None for any number, decided when it is called.
-        sizes: of images: "any" (and all of them unless told otherwise), "limited" (to one unless told otherwise, and
-            then there is a largest one), or "one".
+        sizes: of images: "any", "limited" (of a classifier one, unless told otherwise; else there is a largest), or
+            "one".
         by_way_of_onnx: it has `write_from_onnx`.
         quantiser: what makes it int8.
     """

@@ -21,8 +21,12 @@ FORMATS: dict[str, ExportFormat] = {
 
 def formats_with(precision: str) -> str:
     """Their names, in words."""
-    names = [name for name, format in FORMATS.items() if precision in format.precisions]
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) if names else ""
+    return in_words([name for name, format in FORMATS.items() if precision in format.precisions])
+
+
+def in_words(names: list[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def check_request(name: str, precision: str, *, calibrated: bool = False, **options: Any) -> dict[str, Any]:
@@ -47,7 +51,7 @@ def check_request(name: str, precision: str, *, calibrated: bool = False, **opti
         raise UserError(
             f"--format {name} has no --precision {precision}"
             + (f", because {because}" if because else "")
-            + (f"; --format {others} has it" if others else "")
+            + f"; --format {others} {'have' if ' ' in others else 'has'} it"
         )
     given = {option: value for option, value in options.items() if value is not None and value is not False}
     for option in given:

@@ -172,6 +172,8 @@ def export_model(
     if dynamic_size and target.sizes == "one":
         raise UserError(f"--format {format} is written for images of one size: leave --dynamic_size out")
     kind = kind_of(original.config, task)
+    # A segmenter's processor gives images of any sides.
+    sizes_vary = target.sizes == "any" or (target.sizes == "limited" and kind == "pixels")
     manifest = Manifest(
         format=format,
         precision=precision,
@@ -181,7 +183,7 @@ def export_model(
         input="pixel_values",
         output="logits",
         image_size=list(image_size_of(original, processor)),
-        dynamic_size=target.sizes == "any" and not fixed if dynamic_size is None else dynamic_size,
+        dynamic_size=sizes_vary and not fixed if dynamic_size is None else dynamic_size,
         resizes=resizes,
         least_size=1 if resizes else smallest_size(original.config),
         most_images=target.most_images,

@@ -22,7 +22,7 @@ from ..foundation.scores import activation_of
 from ..foundation.tasks import TASKS
 from .deployable import pixel_affine
 from .folder import Manifest
-from .formats import FORMATS
+from .formats import FORMATS, in_words
 
 
 # In levels of 255: normalising and back again moves 8-bit pixels by less, those that have more by up to a half.
@@ -59,7 +59,7 @@ def load(
     manifest = Manifest.read(folder)
     format = FORMATS[manifest.format]
     if format.holds_code and not trust_remote_code:
-        harmless = " and ".join(other.runtime for other in FORMATS.values() if not other.holds_code)
+        harmless = in_words([other.runtime for other in FORMATS.values() if not other.holds_code])
         raise UserError(
             f"{folder} is made for {format.runtime} and may run any code while it is loaded: trust_remote_code "
             f"(--trust_remote_code) loads it, if you know where it is from. Files for {harmless} hold no code"

@@ -11,10 +11,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..modeling_poolformer import MetaFormerForImageClassification, MLPHead
+from ..modeling_poolformer import (
+    MetaFormerForImageClassification,
+    MetaFormerGroupNorm,
+    MetaFormerLayerNorm,
+    MLPHead,
+)
 from ..token_mixers import Attention
 from .deployable import shapes_at
-from .graph import PoolingBranch, Standardise, constant
+from .graph import ChannelAffine, PoolingBranch, Standardise, constant, split
 
 
 # Ends the names of weights that average, which no quantisation is to touch.
@@ -150,12 +155,14 @@ def for_xnnpack(module: nn.Module, example: torch.Tensor) -> None:
         example: an input, to learn numbers of channels from.
     """
     model = module.model
-    shapes = shapes_at(module, example, Standardise, PoolingBranch)
+    shapes = shapes_at(module, example, Standardise, PoolingBranch, MetaFormerLayerNorm, MetaFormerGroupNorm)
     for part in list(model.modules()):
         for name, child in list(part.named_children()):
             known = shapes[child][0][1] if child in shapes else 0
             if type(child) is Standardise and known:
                 setattr(part, name, StandardiseByProducts(child.over, child.eps, known))
+            elif type(child) in (MetaFormerLayerNorm, MetaFormerGroupNorm) and known and split(child) is not None:
+                setattr(part, name, norm_by_products(child, known))
             elif type(child) is PoolingBranch and known:
                 setattr(part, name, PoolingByProducts(child, known))
             elif type(child) is Attention and type(child.qkv) is nn.Linear and is_usual(child):
@@ -166,8 +173,17 @@ def for_xnnpack(module: nn.Module, example: torch.Tensor) -> None:
         module.model = Classifier(model)
 
 
+def norm_by_products(norm: nn.Module, channels: int) -> nn.Module:
+    """A norm that `fold` could not pass on to its neighbours."""
+    standardise, gamma, beta = split(norm)
+    scale, shift = (None if value is None else value[None, :, None, None] for value in (gamma, beta))
+    return nn.Sequential(
+        StandardiseByProducts(standardise.over, standardise.eps, channels), ChannelAffine(scale, shift)
+    )
+
+
 def is_usual(attention: Attention) -> bool:
-    """Whether it computes what PyTorch's `scaled_dot_product_attention` does: nobody has registered another function."""
+    """Whether it computes what `scaled_dot_product_attention` does: nobody has registered another function."""
     return attention.is_sdpa or attention.config._attn_implementation == "eager"
 
 
