@@ -59,7 +59,10 @@ def test_a_format_from_outside(precision, pickled, small_model, photos, tmp_path
     command = [str(out), str(photos), "--output", str(table), "--num_workers", "0"]
     assert predict(command) == 2
     said = capsys.readouterr().err
-    assert "made for PyTorch's unpickler" in said and "ONNX Runtime, OpenVINO, ExecuTorch (XNNPACK) and Core ML hold no code" in said
+    assert (
+        "made for PyTorch's unpickler" in said
+        and "ONNX Runtime, OpenVINO, ExecuTorch (XNNPACK) and Core ML hold no code" in said
+    )
     assert predict([*command, "--trust_remote_code"]) == 0
     with table.open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 24
@@ -92,7 +95,9 @@ def test_what_it_lacks(pickled, small_model, tmp_path, monkeypatch):
             export_model(small_model(), tmp_path / "out", format="pickle", **request)
         return str(caught.value)
 
-    assert "because nobody quantises a pickle; --format onnx, openvino and executorch have it" in refused(precision="int8")
+    assert "because nobody quantises a pickle; --format onnx, openvino and executorch have it" in refused(
+        precision="int8"
+    )
     assert refused(opset=21) == "--opset belongs to --format onnx, not to pickle"
     assert refused(compile=True) == "--compile belongs to --format torch, not to pickle"
     monkeypatch.setattr(Pickled, "libraries", ("pickle", "no_such_library"))

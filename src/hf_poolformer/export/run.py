@@ -98,9 +98,10 @@ def export_model(
 
     Args:
         model: folder or Hub id of an image classifier or a semantic segmenter.
-        format: one of `formats.FORMATS`: "onnx", "openvino", or "torch" (a program of `torch.export`).
-        precision: "float32"; "float16" (OpenVINO: of the weights in the file, computed in float32); "bfloat16"
-            (OpenVINO and torch); "int8" (ONNX and OpenVINO), which needs `calibration_dataset`.
+        format: one of `formats.FORMATS`: "onnx", "openvino", "torch" (a program of `torch.export`), "executorch" or
+            "coreml".
+        precision: "float32"; "float16" (OpenVINO: of the weights in the file, computed in float32; not ExecuTorch);
+            "bfloat16" (OpenVINO and torch); "int8" (ONNX, OpenVINO and ExecuTorch), which needs `calibration_dataset`.
         dynamic_size: whether images of other sizes than the model's are taken; None where the family allows it and
             the format is not made for one size (`ExportFormat.sizes`).
         preprocessing: take uint8 (batch, height, width, channels), resized and cropped, and give probabilities.
