@@ -55,6 +55,8 @@ class Summary:
             f"verified in {len(report.checks)} comparisons: largest difference {report.worst}; {report.agreed}",
             f"arithmetic: {report.arithmetic}",
         ]
+        if manifest.computed_by is not None:
+            lines.append(manifest.computed_by)
         if report.accuracy is not None:
             lines.append(f"accuracy {report.accuracy:.2%}, of the model {report.accuracy_before:.2%}")
         if manifest.quantisation is not None:
