@@ -1,4 +1,4 @@
-"""`hf-poolformer export`: write ONNX or OpenVINO files, or a web page, and compare them with the model.
+"""`hf-poolformer export`: write ONNX, OpenVINO and other files, or a web page, and compare them with the model.
 
     hf-poolformer export outputs/pets outputs/pets-onnx
     hf-poolformer export outputs/pets outputs/pets-bf16 --format openvino --precision bfloat16
@@ -48,7 +48,7 @@ def parser(prog: str | None = None) -> CommandParser:
     add(
         "--dynamic_size",
         choices=["true", "false"],
-        help="take images of other sizes, too (default: where the family allows it)",
+        help="take images of other sizes, too (default: where the family allows it; of classifiers for phones false)",
     )
     add("--opset", type=int, help=f"of onnx, {OPSETS.start} to {OPSETS.stop - 1} (default: {DEFAULT_OPSET})")
     add("--compile", action="store_true", help="of torch: machine code for machines like this one (AOTInductor)")

@@ -1,4 +1,4 @@
-"""Deployment: a trained model as ONNX, OpenVINO or a program of torch.export, folded, quantised and verified.
+"""Deployment: a trained model as ONNX, OpenVINO, a program of torch.export, or for phones; folded and verified.
 
 export_model("outputs/pets", "outputs/pets-int8", precision="int8", calibration_dataset="photos")
 model = load("outputs/pets-int8")

@@ -59,6 +59,8 @@ class Summary:
             f"verified in {len(report.checks)} comparisons: largest difference {report.worst}; {report.agreed}",
             f"arithmetic: {report.arithmetic}",
         ]
+        if manifest.computed_by is not None:
+            lines.append(manifest.computed_by)
         lines += [f"{name}: {values}" for name, values in report.measured]
         if manifest.quantisation is not None:
             lines.append(
