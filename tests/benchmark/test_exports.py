@@ -67,24 +67,16 @@ def test_dry_run(tmp_path):
     assert main(["export", *small, "--output", str(tmp_path / "export")]) == 0
     figures = json.loads((tmp_path / "export.json").read_text())
     tables = {part["case"]["batch_size"]: part["results"] for part in figures["exports"]}
-<<<<<<< HEAD
     for rows in tables.values():
         assert {row["status"] for row in rows} <= {"passed", "skipped"}
         skipped = {row["name"]: row["note"] for row in rows if row["status"] == "skipped"}
         # Of random weights and four images, their int8 may be too far off to be timed.
         assert skipped.pop("transformers openvino int8, ours", "off by").startswith("off by")
+        # ExecuTorch, which `dev` leaves out.
         assert all("not installed" in note for note in skipped.values())
     names = [row["name"] for row in tables[1]]
-    assert len(names) == 17 and len(tables[4]) == 20
+    assert {"export executorch float32", "export executorch int8", "export onnx int8"} <= set(names)
+    assert len(names) == 19 and len(tables[4]) == 22
     assert {"transformers onnx float32, ours", "transformers openvino float32, built-in"} <= {
         row["name"] for row in tables[1] if row["seconds"]
     }
-=======
-    phones = [row for rows in tables.values() for row in rows if "executorch" in row["name"]]
-    assert len(phones) == 4
-    for row in phones:  # whose library `dev` leaves out
-        assert row["status"] == "passed" or (row["status"] == "skipped" and "hf-poolformer[mobile]" in row["note"])
-    others = [row for rows in tables.values() for row in rows if row not in phones]
-    assert {row["status"] for row in others} == {"passed"}
-    assert len(tables[4]) == 13 and len(tables[1]) == 10
->>>>>>> h-mobile
