@@ -100,7 +100,7 @@ def quantise(
                 raise
             except Exception as error:  # whatever a runtime says to a graph that it cannot run
                 raise UserError(
-                    f"{format.runtime} cannot run the quantised model: {one_line(error)}; --precision float32 can be had"
+                    f"{format.runtime} cannot run the quantised model: {one_line(error)}; take --precision float32"
                 ) from error
             attempts.append(Attempt(left_out, len(ignored), quality))
             if attempts[-1].quality.passed and attempts[-1].quality.agreement >= ENOUGH:
