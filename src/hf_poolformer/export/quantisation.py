@@ -97,7 +97,15 @@ def quantise(
             folder = Path(scratch, str(len(attempts)))
             folder.mkdir()
             format.save_graph(quantised, folder / path.name)
-            attempts.append(Attempt(left_out, len(ignored), evaluate(folder / path.name)))
+            try:
+                quality = evaluate(folder / path.name)
+            except UserError:
+                raise
+            except Exception as error:  # whatever a runtime says to a graph that it cannot run
+                raise UserError(
+                    f"{format.runtime} cannot run the quantised model: {one_line(error)}; take --precision float32"
+                ) from error
+            attempts.append(Attempt(left_out, len(ignored), quality))
             if attempts[-1].quality.passed and attempts[-1].quality.agreement >= ENOUGH:
                 break
         best = max(range(len(attempts)), key=lambda index: attempts[index].rank)
