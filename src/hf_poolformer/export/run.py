@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..data.transforms import channels_of, input_size
 from ..foundation.errors import UserError
 from ..foundation.files import write_json
 from ..foundation.loading import load_trained, task_of_checkpoint
@@ -24,12 +25,14 @@ from ..foundation.scores import check_choice
 from ..foundation.tasks import TASKS
 from ..token_mixers import Attention
 from .card import export_card
+from .dense_verification import odd_photographs, read_photographs, verify_maps, verify_objects
 from .deployable import DTYPES, Deployable, has_fixed_tokens, largest_size, smallest_size, write_graph
 from .folder import REPORT, SETTINGS, Manifest, check_output, files_of, folder_size, new_folder
-from .format import PRECISIONS
+from .format import PRECISIONS, ExportFormat
 from .formats import FORMATS, check_request
 from .graph import fold
 from .images import Sample, check_channels, cropping, odd_images, read_samples, sample_photographs
+from .photographs import check_processor, fixed_size
 from .quantisation import Quality, quantise
 from .resizing import gives_one_size
 from .runtime import ExportedModel, Graph, image_processor_of, load
@@ -154,28 +157,8 @@ def export_model(
         progress("fetching what lies beside the graph")
         gathered = target.gather(precision, **options)
     resizes = preprocessing and (objects or TASKS[task].gives == "map")
-    fixed = has_fixed_tokens(original)
-    if objects or resizes:
-        if target.sizes != "any":
-            raise UserError(
-                f"--format {format} is written for images of one size, and with --preprocessing a segmenter takes "
-                "photographs of any: leave --preprocessing out, or take "
-                + " or ".join(
-                    f"--format {row.name}" for row in FORMATS.values() if row.sizes == "any" and not row.whole
-                )
-            )
-        check_any_size(os.fspath(model), original, processor, resizes, dynamic_size)
-        fixed = False
-    if dynamic_size and fixed:
-        raise UserError(
-            f"{model} mixes a fixed number of tokens (token_mixers {', '.join(original.config.token_mixers)}), so it "
-            "takes images of one size only: leave --dynamic_size out"
-        )
-    if dynamic_size and target.sizes == "one":
-        raise UserError(f"--format {format} is written for images of one size: leave --dynamic_size out")
+    dynamic_size = takes_any_size(os.fspath(model), original, processor, target, task, resizes, dynamic_size)
     kind = kind_of(original.config, task)
-    # A segmenter's processor gives images of any sides.
-    sizes_vary = target.sizes == "any" or (target.sizes == "limited" and kind == "pixels")
     manifest = Manifest(
         format=format,
         precision=precision,
@@ -185,7 +168,7 @@ def export_model(
         input="pixel_values",
         output="logits",
         image_size=list(image_size_of(original, processor)),
-        dynamic_size=sizes_vary and not fixed if dynamic_size is None else dynamic_size,
+        dynamic_size=dynamic_size,
         resizes=resizes,
         least_size=1 if resizes else smallest_size(original.config),
         most_images=target.most_images,
@@ -211,24 +194,9 @@ def export_model(
         "token": token,
         "cache_dir": cache_dir,
     }
-    calibration, comparisons, images = None, [], []
-    if objects or resizes:
-        images = photographs_to_compare(
-            calibration_dataset, processor, manifest, original, min(verification_size, MAPS), how
-        )
-    if calibration_dataset is None and not images:
-        comparisons = [sample_photographs(processor, PHOTOGRAPHS, manifest.num_channels)]
-    elif not images or precision == "int8":
-        calibration, comparison = read_samples(
-            calibration_dataset,
-            cropping(processor) if TASKS[task].is_dense else processor,
-            original.config,
-            (calibration_size if precision == "int8" else 1, 1 if images else verification_size),
-            **how,
-        )
-        comparisons = [comparison]
-        if len(comparison.pixel_values) < FEWEST:
-            comparisons.insert(0, sample_photographs(processor, PHOTOGRAPHS, manifest.num_channels))
+    images = photographs_to_compare(calibration_dataset, processor, manifest, min(verification_size, MAPS), how)
+    sizes = calibration_size if precision == "int8" else 0, 0 if images else verification_size
+    calibration, comparisons = samples(calibration_dataset, processor, original.config, manifest, sizes, how)
     with new_folder(output, overwrite) as folder:
         progress("writing the graph")
         inside = processor if preprocessing else None
@@ -257,11 +225,10 @@ def export_model(
             run = deployable(fold(original), DTYPES[elsewhere], inside, task).eval()
             emulated = ExportedModel(run, manifest, original.config, image_processor_of(manifest, processor))
         common = {"arithmetic": target.arithmetic(precision), "emulated": emulated, "progress": progress}
-        if images:
-            from .dense_verification import verify_maps, verify_objects
-
-            verify_dense = verify_objects if objects else verify_maps
-            report = verify_dense(exported, original, processor, images, **common)
+        if objects:
+            report = verify_objects(exported, original, processor, images, **common)
+        elif resizes:
+            report = verify_maps(exported, original, processor, images, **common)
         else:
             report = verify(exported, original, comparisons, **common)
         if target.whole:
@@ -287,39 +254,94 @@ def deployable(model: nn.Module, dtype: torch.dtype, processor: Any, task: str) 
     return Deployable(model, dtype, processor)
 
 
-def check_any_size(name: str, model: nn.Module, processor: Any, resizes: bool, dynamic_size: bool | None) -> None:
+def takes_any_size(
+    name: str,
+    model: nn.Module,
+    processor: Any,
+    target: ExportFormat,
+    task: str,
+    resizes: bool,
+    asked: bool | None,
+) -> bool:
     """
-    Of detectors, and of graphs that are to take photographs of any size.
+    Whether the graph takes images of all sizes, if that is `asked`, and otherwise as model and format allow.
+
+    Args:
+        name: of the model.
+        resizes: the graph is to take photographs, and to answer in their pixels.
 
     Raises:
-        UserError: a graph cannot do what this image processor does, or the model takes images of one size only.
+        UserError: model, image processor or format cannot do what is asked.
     """
-    from .photographs import check_processor, fixed_size
-
-    if dynamic_size is False:
+    fixed, gives = has_fixed_tokens(model), TASKS[task].gives
+    mixers = f"{name} mixes a fixed number of tokens (token_mixers {', '.join(model.config.token_mixers)})"
+    if gives != "objects" and not resizes:
+        if asked and fixed:
+            raise UserError(f"{mixers}, so it takes images of one size only: leave --dynamic_size out")
+        if asked and target.sizes == "one":
+            raise UserError(f"--format {target.name} is written for images of one size: leave --dynamic_size out")
+        # A segmenter's processor gives images of any sides.
+        vary = target.sizes == "any" or (target.sizes == "limited" and gives == "map")
+        return vary and not fixed if asked is None else asked
+    if target.sizes != "any":
+        able = [f"--format {row.name}" for row in FORMATS.values() if row.sizes == "any" and not row.whole]
+        raise UserError(
+            f"--format {target.name} is written for images of one size, and with --preprocessing a segmenter takes "
+            f"photographs of any: leave --preprocessing out, or take {' or '.join(able)}"
+        )
+    if asked is False:
         raise UserError(f"{name} is exported for images of any size: leave --dynamic_size out")
     if resizes:
         check_processor(name, processor)
-    if has_fixed_tokens(model) and not (resizes and fixed_size(processor)):
-        mixers = ", ".join(model.config.token_mixers)
+    if fixed and not (resizes and fixed_size(processor)):
         raise UserError(
-            f"{name} mixes a fixed number of tokens (token_mixers {mixers}), so it takes images of one size only: a "
-            "graph with --preprocessing and an image processor that resizes to one height and width could serve it, "
-            "no other"
+            f"{mixers}, so it takes images of one size only: a graph with --preprocessing and an image processor that "
+            "resizes to one height and width could serve it, no other"
         )
+    return True
 
 
 def photographs_to_compare(
-    location: str | None, processor: Any, manifest: Manifest, model: nn.Module, count: int, how: dict[str, Any]
+    location: str | None, processor: Any, manifest: Manifest, count: int, how: dict[str, Any]
 ) -> list[Any]:
-    """Images as they were stored: of odd sizes, where the graph takes them, and of a dataset."""
-    from ..data.transforms import channels_of
-    from .dense_verification import odd_photographs, read_photographs
-
+    """Images as they were stored, of odd sizes, and of a dataset; none for graphs that are compared on batches."""
+    if not manifest.resizes and TASKS[manifest.task].gives != "objects":
+        return []
     images = odd_photographs(manifest.num_channels)
     if location is not None:
         images += read_photographs(location, channels_of(processor), manifest.num_channels, count, **how)
     return images
+
+
+def samples(
+    location: str | None,
+    processor: Any,
+    config: Any,
+    manifest: Manifest,
+    sizes: tuple[int, int],
+    how: dict[str, Any],
+) -> tuple[Sample | None, list[Sample]]:
+    """
+    Batches to calibrate on, and to compare on.
+
+    Args:
+        sizes: how many images to calibrate on, and to compare on; 0 where nothing asks for them.
+    """
+    if not any(sizes):
+        return None, []
+    if location is None:
+        return None, [sample_photographs(processor, PHOTOGRAPHS, manifest.num_channels)]
+    calibration, comparison = read_samples(
+        location,
+        cropping(processor) if TASKS[manifest.task].is_dense else processor,
+        config,
+        (max(sizes[0], 1), max(sizes[1], 1)),
+        **how,
+    )
+    comparisons = [comparison]
+    if sizes[1] and len(comparison.pixel_values) < FEWEST:
+        comparisons.insert(0, sample_photographs(processor, PHOTOGRAPHS, manifest.num_channels))
+    return calibration, comparisons
 
 
 def load_source(name: str, origin: Origin, target: Any, precision: str) -> tuple[nn.Module, Any, str]:
@@ -398,8 +420,6 @@ def quantise_graph(
 
 def image_size_of(model: nn.Module, processor: Any) -> tuple[int, int]:
     """Height and width in pixels of what the image processor makes, and the model takes."""
-    from ..data.transforms import input_size
-
     try:
         size = input_size(processor)
     except (TypeError, AttributeError):
