@@ -18,7 +18,9 @@ SHARDS = {f"train-{k:05d}-of-00004.parquet" for k in range(4)} | {f"test-{k:05d}
 def demo():
     spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")  # as when it is run
+        spec.loader.exec_module(module)
     return module
 
 

@@ -200,7 +200,7 @@ def test_changed_settings(name, change, copied):
         ({"shards": 3}, r"'shards', which this version .* does not know and 9\.9 wrote: update hf-poolformer"),
         ({"precision": "int4"}, "precision 'int4'; update"),
         ({"task": "depth-estimation"}, "task 'depth-estimation'; update"),
-        ({"format": "coreml"}, "format 'coreml'; update"),
+        ({"format": "papyrus"}, "format 'papyrus'; update"),
         ({"image_size": "64x64"}, "damaged"),
         ({"image_size": [64, 0]}, "damaged"),
         ({"num_channels": None}, "damaged"),
