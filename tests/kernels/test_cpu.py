@@ -7,6 +7,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
+from torch.nn import functional as F
 
 from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification, backends, ops
 from hf_poolformer.kernels import cpu
@@ -46,8 +47,9 @@ def outcome(compute, operation, x, parameters, grad, **settings):
     return {"y": y} | {name: leaf.grad for name, leaf in leaves.items()}
 
 
-def check(operation, x, parameters, relative_error, bound, context=None, **settings):
-    grad = torch.randn(x.shape).to(x.dtype)
+def check(operation, x, parameters, relative_error, bound, context=None, judged=1, **settings):
+    """`judged` is 0 at tokens whose gradients nobody compares, (batch, 1, height, width)."""
+    grad = torch.randn(x.shape).to(x.dtype) * judged
     with context or contextlib.nullcontext():
         got = outcome(by_kernels, operation, x, parameters, grad, **settings)
     exact = {name: value.double() for name, value in parameters.items()}
@@ -97,12 +99,13 @@ def test_pooling_branch(shape, pool_size, names, dtype, block_size, poisoned, re
 def test_mlp_branch(shape, inner, names, activation, dtype, block_size, poisoned, relative_error):
     parameters = mlp_parameters(shape[1], inner, names, activation, dtype)
     settings = {"mask": torch.tensor([1.25, 0.0, 1.25])[: shape[0]], "activation": activation, "eps": 1e-5}
-    bound = TOLERANCE[dtype]
+    x, judged = activations(shape, dtype), 1
     if activation == "relu" and dtype != torch.float32:
-        # A unit that rounds to the other side of zero, which one processor does and another does not, has another
-        # derivative, and a token's gradient differs by what that unit adds: 0.8 to 4 % in five of thirty seeds.
-        bound = 5e-2
-    check("channel_mlp", activations(shape, dtype), parameters, relative_error, bound, **settings)
+        # A unit that rounds across zero, which it does on one processor and not on another, has another derivative.
+        units = F.conv2d(F.group_norm(x.double(), 1), parameters["weight1"].double())
+        judged = (units.abs().amin(1, keepdim=True) > 4 * torch.finfo(dtype).eps).to(dtype)
+        assert judged.mean() > 0.2
+    check("channel_mlp", x, parameters, relative_error, TOLERANCE[dtype], judged=judged, **settings)
 
 
 @pytest.mark.parametrize("activation", list(ops.ACTIVATIONS))
