@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification
 from hf_poolformer.foundation.errors import Diverged, UserError
@@ -71,8 +72,34 @@ def test_summary_over_seeds():
     ]
     baseline, no_norm = ablation.summarise(runs)
     assert baseline["accuracy"] == pytest.approx(55)
-    assert baseline["spread"] == pytest.approx(10)
+    # The standard error is 5, and Student's t of one degree of freedom 12.706.
+    assert (baseline["low"], baseline["high"]) == pytest.approx((55 - 63.531, 55 + 63.531), abs=1e-3)
     assert (no_norm["accuracy"], no_norm["diverged"], no_norm["paper_imagenet"]) == (None, 1, 46.1)
+    assert no_norm["low"] is None
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 36])
+def test_student_t(freedom):
+    assert ablation.student_t(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
+
+
+def test_the_table_has_intervals_and_the_rank_correlation(tmp_path):
+    accuracies = {"baseline": (0.80, 0.82), "identity": (0.70, 0.71), "random": (0.75, 0.75), "no_norm": (0.72, None)}
+    runs = [
+        {"row": row, "accuracy": accuracy, "diverged": accuracy is None}
+        for row, both in accuracies.items()
+        for accuracy in both
+    ]
+    lines = ablation.summarise(runs)
+    ablation.write_table(lines, tmp_path, "a | b")
+    text = (tmp_path / "ablation.md").read_text()
+    assert "| token mixer | global random matrix | 75.00 | 75.00 to 75.00 | 2 | 75.8 |" in text
+    assert "| norm | none | 72.00 (1 diverged) |  | 2 | 46.1 |" in text
+    # Ours in the order of the table: 81, 70, 75, 72; the paper's: 77.2, 74.3, 75.8, 46.1.
+    assert f"(Spearman): {stats.spearmanr([81, 70, 75, 72], [77.2, 74.3, 75.8, 46.1]).statistic:.2f}." in text
+    assert ablation.rank_correlation(lines[:2]) is None
+    ablation.draw_table(lines, tmp_path / "ablation.png", "a $b")
+    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

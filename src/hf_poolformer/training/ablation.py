@@ -6,6 +6,7 @@ import csv
 import difflib
 import io
 import json
+import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import __version__
 from ..data.fingerprints import state_of_dataset, state_of_path
+from ..evaluation.intervals import LEVEL
 from ..foundation.errors import Diverged, UserError, one_line
 from ..foundation.figures import new_figure, save_figure
 from ..foundation.files import replace_text, write_json
@@ -228,13 +232,21 @@ def choose_rows(names: Sequence[str]) -> list[str]:
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per row, over its seeds: mean and spread of the accuracy in percent, beside the paper's figure."""
+    """
+    One line per row, over its seeds: the mean accuracy in percent and how sure it is, beside the paper's figure.
+
+    `low` and `high` are the 95 % interval of the mean by Student's t, None for a single run.
+    """
     lines = []
     for name, row in ROWS.items():
         runs = [result for result in results if result["row"] == name]
         if not runs:
             continue
         accuracies = [100 * run["accuracy"] for run in runs if run["accuracy"] is not None]
+        mean = statistics.mean(accuracies) if accuracies else None
+        half = None
+        if len(accuracies) > 1:
+            half = student_t(len(accuracies) - 1) * statistics.stdev(accuracies) / math.sqrt(len(accuracies))
         lines.append(
             {
                 "row": name,
@@ -242,12 +254,45 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "variant": row.label,
                 "seeds": len(runs),
                 "diverged": sum(run["diverged"] for run in runs),
-                "accuracy": statistics.mean(accuracies) if accuracies else None,
-                "spread": max(accuracies) - min(accuracies) if accuracies else None,
+                "accuracy": mean,
+                "low": None if half is None else mean - half,
+                "high": None if half is None else mean + half,
                 "paper_imagenet": row.paper,
             }
         )
     return lines
+
+
+def student_t(freedom: int, level: float = LEVEL) -> float:
+    """Between plus and minus which value the middle `level` of Student's t lies (Abramowitz and Stegun, 26.7.3-4)."""
+
+    def middle_within(t: float) -> float:
+        angle = math.atan(t / math.sqrt(freedom))
+        odd, term, total = freedom % 2, 1.0, 0.0
+        if odd:
+            term = math.cos(angle)
+        for k in range(odd, freedom - 1, 2):
+            total += term
+            term *= math.cos(angle) ** 2 * (k + 1) / (k + 2)
+        share = math.sin(angle) * total
+        return (angle + share) * 2 / math.pi if odd else share
+
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        between = (low + high) / 2
+        low, high = (between, high) if middle_within(between) < level else (low, between)
+    return high
+
+
+def rank_correlation(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """Spearman's, of our accuracies and the paper's; None for fewer than three rows that have one."""
+    both = [(line["accuracy"], line["paper_imagenet"]) for line in lines if line["accuracy"] is not None]
+    if len(both) < 3:
+        return None
+    from torchmetrics.functional import spearman_corrcoef
+
+    ours, paper = torch.tensor(both, dtype=torch.float64).T
+    return spearman_corrcoef(ours, paper).item()
 
 
 def write_table(lines: Sequence[dict[str, Any]], folder: Path, about: str) -> None:
@@ -258,35 +303,56 @@ def write_table(lines: Sequence[dict[str, Any]], folder: Path, about: str) -> No
     writer.writerows(lines)
     replace_text(folder / "ablation.csv", table.getvalue())
     text = [f"# Ablation of PoolFormer\n\n{plain_markdown(about)}\n"]
-    text += ["| group | variant | ours, top-1 (%) | spread | seeds | paper, ImageNet-1K top-1 (%) |"]
+    text += ["| group | variant | ours, top-1 (%) | 95 % interval | seeds | paper, ImageNet-1K top-1 (%) |"]
     text += ["|---|---|---:|---:|---:|---:|"]
     for line in lines:
-        if line["accuracy"] is None:
-            ours, spread = "diverged", ""
-        else:
-            ours, spread = f"{line['accuracy']:.2f}", f"{line['spread']:.2f}"
-            ours += f" ({line['diverged']} diverged)" if line["diverged"] else ""
+        ours = "diverged" if line["accuracy"] is None else f"{line['accuracy']:.2f}"
+        if line["accuracy"] is not None and line["diverged"]:
+            ours += f" ({line['diverged']} diverged)"
+        interval = "" if line["low"] is None else f"{line['low']:.2f} to {line['high']:.2f}"
         text.append(
-            f"| {line['group']} | {line['variant']} | {ours} | {spread} | {line['seeds']} | {line['paper_imagenet']} |"
+            f"| {line['group']} | {line['variant']} | {ours} | {interval} | {line['seeds']} "
+            f"| {line['paper_imagenet']} |"
         )
+    correlation = rank_correlation(lines)
+    if correlation is not None:
+        text += [f"\nRank correlation of the two columns (Spearman): {correlation:.2f}."]
     replace_text(folder / "ablation.md", "\n".join(text) + "\n")
 
 
 def draw_table(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Bars: ours and the paper's, row by row. The data sets differ, so the orders compare and the heights do not."""
-    inches = 0.42 * len(lines) + 1.6
-    figure, axis = new_figure((9, inches))
-    places = range(len(lines))
-    axis.barh([p - 0.2 for p in places], [line["accuracy"] or 0 for line in lines], 0.38, label="ours, this data set")
-    axis.barh([p + 0.2 for p in places], [line["paper_imagenet"] for line in lines], 0.38, label="paper, ImageNet-1K")
-    for place, line in zip(places, lines, strict=True):
-        ours = "diverged" if line["accuracy"] is None else f"{line['accuracy']:.1f}"
-        axis.text((line["accuracy"] or 0) + 0.5, place - 0.2, ours, va="center", fontsize=8)
-        axis.text(line["paper_imagenet"] + 0.5, place + 0.2, f"{line['paper_imagenet']:.1f}", va="center", fontsize=8)
-    axis.set_yticks(list(places), [f"{line['group']}: {line['variant']}" for line in lines])
-    axis.set_ylim(len(lines) - 0.4, -0.6)
-    axis.set_xlim(0, 112)
-    axis.set_xlabel("top-1 accuracy (%)")
-    axis.set_title(title, parse_math=False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    """
+    Ours, with intervals, beside the paper's, row by row.
+
+    The data sets differ, so the orders compare and the values do not: each has an axis of its own, that of the paper
+    without the rows that fail there, which would squeeze all others together.
+    """
+    figure, axes = new_figure((11, 0.34 * len(lines) + 1.3), columns=2)
+    ours = [(line["accuracy"], line["low"], line["high"]) for line in lines]
+    paper = [(line["paper_imagenet"], None, None) for line in lines]
+    for axis, values, name in zip(axes, (ours, paper), ("ours, this data set", "paper, ImageNet-1K"), strict=True):
+        known = [value for value, _, _ in values if value is not None]
+        # Far below half of the others is a failure, told in words.
+        least = min((value for value in known if value > statistics.median(known) * 0.75), default=0.0)
+        for place, (value, low, high) in enumerate(values):
+            if value is None or value < least:
+                words = "diverged" if value is None else f"{value:.1f}"
+                axis.annotate(
+                    f"\N{LEFTWARDS ARROW} {words}",
+                    (0, place),
+                    (4, 0),
+                    ("axes fraction", "data"),
+                    "offset points",
+                    va="center",
+                )
+                continue
+            around = None if low is None else [[value - low], [high - value]]
+            axis.errorbar(value, place, xerr=around, fmt="o", color="C0" if axis is axes[0] else "C1", capsize=3)
+        axis.set_ylim(len(lines) - 0.5, -0.5)
+        axis.set_xlabel(f"top-1 accuracy (%): {name}")
+        axis.grid(axis="x", alpha=0.3)
+    labels = [f"{line['group']}: {line['variant']}" for line in lines]
+    axes[0].set_yticks(range(len(lines)), labels, parse_math=False)
+    axes[1].set_yticks(range(len(lines)), [""] * len(lines))
+    figure.suptitle(title, parse_math=False)
     save_figure(figure, path)
