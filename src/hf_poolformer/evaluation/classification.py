@@ -53,6 +53,7 @@ def evaluate(
     num_labels: int,
     task: str = CLASSIFICATION,
     thresholds: Sequence[float] | Literal["f1"] | None = None,
+    operating_point: str | None = None,
     intervals: bool = False,
     keep_answers: bool = False,
     memory_format: torch.memory_format = torch.contiguous_format,
@@ -68,6 +69,7 @@ def evaluate(
         num_labels: what the model answers, classes or targets.
         thresholds: of several labels per image, the probability from which on each is predicted; None: 0.5; "f1":
             chosen on these images and given back as `label_thresholds`, see `thresholds.choose_thresholds`.
+        operating_point: of one class per image, a figure for which the answers are moved, see `metrics.AnswerJudge`.
         intervals: add `eval_confidence_intervals`, if there are few images.
         keep_answers: add `answers` (images, num_labels), float32: probabilities, or numbers in units; and the labels
             as `references`, in the same order.
@@ -82,7 +84,13 @@ def evaluate(
     """
     bare = accelerator.unwrap_model(model)
     answer = graphed(bare)
-    judge = TASKS[task].new_judge(num_labels, thresholds=thresholds, intervals=intervals, keep_answers=keep_answers)
+    judge = TASKS[task].new_judge(
+        num_labels,
+        thresholds=thresholds,
+        operating_point=operating_point,
+        intervals=intervals,
+        keep_answers=keep_answers,
+    )
 
     def look(batch: dict[str, Any]) -> int:
         labels = batch["labels"]

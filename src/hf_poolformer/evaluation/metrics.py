@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ..foundation.finite import finite_answers, refuse_not_finite
 from .intervals import Ranking, middle, resamples, summed, wilson
 from .pictures import write_confusion_matrix, write_label_figures, write_scatter
-from .thresholds import HALF, choose_thresholds
+from .thresholds import HALF, choose_shift, choose_thresholds
 
 
 # Beyond this a confusion matrix (int64, classes squared) costs more memory than anyone will look at.
@@ -49,6 +49,8 @@ class AnswerJudge(ABC):
         num_labels: how many numbers.
         thresholds: of several labels per image, the probability from which on each is predicted; None: 0.5; "f1":
             `choose_thresholds` of these images, which `compute` gives, too, as `label_thresholds`.
+        operating_point: of one class per image, a figure (`f1_macro`, say) for which `choose_shift` moves the answers
+            to these images before they are judged; `compute` gives its choice as `class_shifts` and `shift_strength`.
         intervals: compute confidence intervals, too, of less than SMALL_TEST_SET images.
         keep_answers: `compute` gives `answers` and `references` as well, whatever memory they take.
     """
@@ -61,11 +63,13 @@ class AnswerJudge(ABC):
         num_labels: int,
         *,
         thresholds: Sequence[float] | Literal["f1"] | None = None,
+        operating_point: str | None = None,
         intervals: bool = False,
         keep_answers: bool = False,
     ):
         self.num_labels, self.intervals, self.keep_answers = num_labels, intervals, keep_answers
-        self.chooses = thresholds == "f1"
+        self.operating_point = operating_point
+        self.chooses = thresholds == "f1" or operating_point is not None
         self.thresholds = torch.tensor([HALF] * num_labels if thresholds in (None, "f1") else list(thresholds))
         self.columns: defaultdict[str, list[torch.Tensor]] = defaultdict(list)
         self.seen: int = 0
@@ -131,10 +135,8 @@ class AnswerJudge(ABC):
         return results
 
     def choose(self, columns: Columns) -> dict[str, Any]:
-        """Chooses the thresholds by looking at all images, and predicts by them."""
-        chosen = choose_thresholds(columns["scores"], columns["labels"])
-        columns["predicted"] = columns["scores"] >= np.array(chosen, dtype=np.float32)
-        return {"label_thresholds": chosen}
+        """Chooses by looking at all images how answers are read, and reads them so: `columns` change."""
+        return {}
 
     @abstractmethod
     def figures(self, columns: Columns) -> dict[str, Any]:
@@ -226,6 +228,20 @@ class ClassJudge(AnswerJudge):
             "scores": probabilities,
         }
 
+    def choose(self, columns: Columns) -> dict[str, Any]:
+        labels = columns["labels"]
+        # What is as good as impossible has no logarithm in float32.
+        logits = np.log(np.maximum(columns["scores"].astype(np.float64), 1e-45))
+
+        def judge(predicted: np.ndarray) -> float:
+            figures = self.resampled({**columns, "predicted": predicted}, np.ones((len(labels), 1)))
+            return float(figures[f"eval_{self.operating_point}"][0])
+
+        shift, strength = choose_shift(logits, labels, judge)
+        moved = self.of_batch(torch.from_numpy(labels), torch.from_numpy(logits + shift).float())
+        columns |= {name: values.numpy() for name, values in moved.items()}
+        return {"class_shifts": shift.tolist(), "shift_strength": strength}
+
     def figures(self, columns: Columns) -> dict[str, Any]:
         labels, predicted = columns["labels"], columns["predicted"]
         results = self.resampled(columns, np.ones((len(labels), 1)))
@@ -311,6 +327,11 @@ class LabelsJudge(AnswerJudge):
             "losses": F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").mean(1),
             "scores": probabilities,
         }
+
+    def choose(self, columns: Columns) -> dict[str, Any]:
+        chosen = choose_thresholds(columns["scores"], columns["labels"])
+        columns["predicted"] = columns["scores"] >= np.array(chosen, dtype=np.float32)
+        return {"label_thresholds": chosen}
 
     def figures(self, columns: Columns) -> dict[str, Any]:
         labels = columns["labels"]

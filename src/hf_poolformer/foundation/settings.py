@@ -66,7 +66,7 @@ def names_marked(settings: Iterable[type], mark: Literal["shown", "path", "decid
 def check_values(settings: Any) -> None:
     """
     Raises:
-        UserError: a setting has no value and needs one, or lies outside of its limits.
+        UserError: a setting has no value and needs one, lies outside of its limits, or is none of its words.
     """
     kinds = kinds_of(type(settings))
     for field in dataclasses.fields(settings):
@@ -75,10 +75,13 @@ def check_values(settings: Any) -> None:
             if type(None) not in kinds[name]:
                 raise UserError(f"--{name} has no value: give one, or leave it out for the default.")
             continue
+        words = words_of(kinds[name])
         if low is None:
+            others = [kind for kind in kinds[name] if get_origin(kind) is not Literal and kind is not type(None)]
+            if words and value not in words and not others:
+                raise UserError(f"--{name} is one of {', '.join(words)}, not {value!r}.")
             continue
         high = field.metadata["high"]
-        words = words_of(kinds[name])
         if value in words:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):

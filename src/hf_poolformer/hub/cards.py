@@ -170,6 +170,8 @@ def model_card(
     sure = " Behind a figure, in brackets: its 95 % confidence interval." if _intervals(results) else ""
     if results.get("label_thresholds"):
         sure += " The thresholds of the labels were chosen on these very images: on others it does somewhat less well."
+    if results.get("class_shifts"):
+        sure += " How much rare classes are favoured was chosen on these very images: see `operating_point`."
     where = f"of the split `{clean_line(str(eval_split))}`" if _is_plain(eval_split) else "held out from training"
     adaptation, distillation = _adaptation(settings), _distillation(settings)
     how = f", {origin} on {data_text}{adaptation}{distillation}" if trained else ""

@@ -194,6 +194,13 @@ class RareClassSettings:
         shown=True,
     )
 
+    operating_point: Literal["none", "f1_macro", "balanced_accuracy", "mcc"] = setting(
+        "none",
+        "Move the answers of the trained model from frequent classes to rare ones, or back, by as much as makes this "
+        "figure best on the validation images. The biases of its last layer take that up; nothing else changes.",
+        shown=True,
+    )
+
     @property
     def asks_for_counts(self) -> bool:
         """Whether it must be known how many images each class has."""
@@ -210,6 +217,8 @@ class RareClassSettings:
             chosen["focal_gamma"] = self.focal_gamma
         if self.sampling != "shuffle":
             chosen |= {"sampling": self.sampling, "sampling_power": self.sampling_power}
+        if self.operating_point != "none":
+            chosen["operating_point"] = self.operating_point
         return chosen
 
     def given_weights(self) -> dict[str, float] | None:
@@ -503,6 +512,11 @@ class MultiLabelSettings(SeveralLabelsSettings, ClassificationSettings):
     def check(self) -> None:
         super().check()
         self.given_pos_weight()
+        if self.operating_point != "none":
+            raise UserError(
+                f"--operating_point {self.operating_point} is for one class per image. Of several each has a "
+                "threshold of its own: --label_thresholds f1."
+            )
         if self.focal_gamma and self.loss == "asymmetric":
             raise UserError("--focal_gamma is for --loss bce: the asymmetric loss has gammas of its own.")
         if self.sampling == "balanced" and self.class_weights in ("auto", "effective"):

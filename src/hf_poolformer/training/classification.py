@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +18,7 @@ from ..data.loader import skip_limit
 from ..data.opening import open_splits
 from ..evaluation.classification import check_labels, draw_results, evaluate
 from ..evaluation.processes import named_results
+from ..foundation.errors import UserError
 from ..foundation.tasks import TASKS
 from ..settings.classification import ClassificationSettings
 from .adaptation import LinearProbe, adapt, merged
@@ -40,10 +43,18 @@ class ClassificationTraining(ImageTraining):
         super().__init__(settings)
         # Where hardly anything is trained there is nothing worth distributing.
         self.may_be_distributed = not (settings.lora or settings.freeze_backbone)
+        self.operating_point = None if settings.operating_point == "none" else settings.operating_point
+        self.saves_again = self.operating_point is not None
+        self.class_shifts: list[float] | None = None  # until they are chosen
 
     def open_data(self, accelerator: Accelerator) -> list[str]:
         settings = self.settings
         self.datasets = open_splits(settings, counted=settings.asks_for_counts)
+        if self.operating_point and "validation" not in self.datasets:
+            raise UserError(
+                f"--operating_point {self.operating_point} is chosen on validation images, and there are none: give "
+                "--train_val_split 0.1, for example."
+            )
         accelerator.print(describe_data(self.datasets))
         judge(self.datasets, skip_limit(settings.max_skipped), channels_of_run(settings))
         self.label_names = labels_in_model_order(settings, self.datasets["train"].label_names)
@@ -127,6 +138,9 @@ class ClassificationTraining(ImageTraining):
     def finished(self, model: PreTrainedModel) -> PreTrainedModel:
         return merged(model) if self.settings.lora else model
 
+    def decided(self, model: PreTrainedModel) -> PreTrainedModel:
+        return model if self.class_shifts is None else shifted(model, self.class_shifts)
+
     def evaluate(self, run: Run, model: nn.Module, final: bool) -> tuple[dict[str, Any], Any]:
         results = evaluate(
             model,
@@ -135,12 +149,27 @@ class ClassificationTraining(ImageTraining):
             num_labels=len(self.label_names),
             task=self.settings.task,
             thresholds=self.thresholds,
+            operating_point=self.operating_point,
             intervals=final,
             memory_format=run.memory_format,
             progress=run.accelerator.is_main_process and sys.stderr.isatty(),
             should_stop=run.stop.check,
         )
+        self.class_shifts = results.get("class_shifts")
         return named_results(results, self.label_names), results if final else None
+
+    def describe(self, results: dict[str, Any]) -> str:
+        strength = results.get("shift_strength")
+        return super().describe(results) + ("" if strength is None else f", moved by {strength:.2f} log n")
 
     def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
         draw_results(folder, TASKS[self.settings.task], shown, self.label_names)
+
+
+def shifted(model: PreTrainedModel, shifts: Sequence[float]) -> PreTrainedModel:
+    """A copy whose logits are higher by `shifts` (classes,), by the biases of its last layer."""
+    model = copy.deepcopy(model)
+    last = [layer for layer in model.classifier.modules() if isinstance(layer, nn.Linear)][-1]
+    with torch.no_grad():
+        last.bias += torch.tensor(shifts, dtype=last.bias.dtype, device=last.bias.device)
+    return model

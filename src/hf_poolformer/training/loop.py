@@ -224,7 +224,7 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         leave_model(run)
         evaluation, shown = evaluate_at_end(run) if run.eval_loader is not None else ({}, None)
         if task.saves_again and run.eval_loader is not None:
-            leave_model(run)
+            leave_model(run, evaluated=True)
         saver.finish()
 
     results = {**evaluation, **training_figures(run), **task.figures()}
@@ -583,12 +583,17 @@ def evaluated_model(run: Run) -> nn.Module:
     return run.model if finished is run.state.model else finished
 
 
-def leave_model(run: Run) -> None:
+def leave_model(run: Run, evaluated: bool = False) -> None:
     """Saves the model and its processor: before anything else, so that nothing further down can cost them.
 
     Every process must call it.
+
+    Args:
+        evaluated: for the last time, as it is now.
     """
     model = finished_model(run)
+    if evaluated:
+        model = run.task.decided(model)
     if run.accelerator.is_main_process:
         model.save_pretrained(run.reports.folder)
         run.processor.save_pretrained(run.reports.folder)

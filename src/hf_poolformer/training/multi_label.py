@@ -109,8 +109,7 @@ class MultiLabelTraining(ClassificationTraining):
             logits, teacher_logits, settings.distillation, settings.distillation_temperature
         )
 
-    def finished(self, model: PreTrainedModel) -> PreTrainedModel:
-        model = super().finished(model)
+    def decided(self, model: PreTrainedModel) -> PreTrainedModel:
         if self.label_thresholds is not None:
             model.config.label_thresholds = self.label_thresholds
         return model

@@ -98,6 +98,10 @@ class TaskTraining(ABC):
         """What is evaluated and saved of a model that was trained; a copy where it has to be changed."""
         return model
 
+    def decided(self, model: PreTrainedModel) -> PreTrainedModel:
+        """What is saved of a finished model when the last evaluation has decided; see `saves_again`."""
+        return model
+
     @abstractmethod
     def evaluate(self, run: Run, model: nn.Module, final: bool) -> tuple[dict[str, Any], Any]:
         """Evaluates on what `run.eval_loader` gives; every process calls it.
