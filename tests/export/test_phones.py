@@ -181,8 +181,6 @@ def test_what_float16_would_overflow_stays_wide():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_in_executorch(family, precision, small_model, photos, tmp_path):
     needs("executorch")
-    if precision == "int8" and (not family.startswith(("poolformer", "metaformer")) or family == "poolformerv2"):
-        pytest.skip("squared ReLU in int8: ExecuTorch 1.5.1 refuses IdentityFormer's graph; the others are untried")
     folder = small_model(family)
     summary = export_model(
         folder,

@@ -76,7 +76,7 @@ class ExecuTorch(ExportFormat):
         example = example[:ONE]
         if not manifest.dynamic_size:
             fix_positions(module, example)
-        for_xnnpack(module, example)
+        for_xnnpack(module, example, quantised=manifest.precision == "int8")
         program = torch.export.export(module, (example,), dynamic_shapes=dynamic_shapes(manifest))
         # As in `torch.py`, the exporter would refuse maps of one token.
         limit_sizes(program, manifest.least_size, manifest.most_size)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..modeling_poolformer import (
+    MetaFormerEmbeddings,
     MetaFormerForImageClassification,
     MetaFormerGroupNorm,
     MetaFormerLayerNorm,
@@ -119,6 +120,22 @@ class LayerNormByProducts(nn.Module):
         return x if self.bias is None else x + self.bias
 
 
+class Apart(nn.Module):
+    """
+    A product whose 8 bits end with it: behind it stands a sum, which nobody quantises.
+
+    torchao passes the 8 bits of a product on to the means and poolings that take it, and XNNPACK (in ExecuTorch 1.5.1)
+    refuses some of these when it is told the sizes.
+    """
+
+    def __init__(self, product: nn.Module):
+        super().__init__()
+        self.product, self.nothing = product, constant(torch.zeros(1, 1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x) + self.nothing
+
+
 class Classifier(nn.Module):
     """`MetaFormerForImageClassification` with a mean over positions that keeps its axes, as XNNPACK has it."""
 
@@ -147,12 +164,13 @@ class Logits:
         self.logits = logits
 
 
-def for_xnnpack(module: nn.Module, example: torch.Tensor) -> None:
+def for_xnnpack(module: nn.Module, example: torch.Tensor, quantised: bool = False) -> None:
     """
     Changes a `Deployable` with a folded model to what XNNPACK computes.
 
     Args:
         example: an input, to learn numbers of channels from.
+        quantised: products will be in 8 bits.
     """
     model = module.model
     shapes = shapes_at(module, example, Standardise, PoolingBranch, MetaFormerLayerNorm, MetaFormerGroupNorm)
@@ -169,6 +187,8 @@ def for_xnnpack(module: nn.Module, example: torch.Tensor) -> None:
                 setattr(part, name, AttentionByProducts(child))
             elif type(part) is MLPHead and type(child) is nn.LayerNorm:
                 setattr(part, name, LayerNormByProducts(child))
+            elif quantised and type(part) is MetaFormerEmbeddings and name == "projection":
+                setattr(part, name, Apart(child))
     if type(model).forward is MetaFormerForImageClassification.forward:
         module.model = Classifier(model)
 
