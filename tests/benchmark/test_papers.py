@@ -267,7 +267,8 @@ def test_files_round_trip_and_what_a_person_wrote_stays(two_rows, tmp_path, caps
     assert all(float(row["images_per_second"]) > 0 and row["note"] == "" for row in rows)
     assert "| **B-1** |" in page.read_text() and "images/s" in page.read_text()
     measured = json.loads((tmp_path / "papers" / "measurement.json").read_text())
-    assert measured["batch_size"] == 1 and measured["dtype"] == "float32"
+    assert measured["classification"]["batch_size"] == 1 and measured["classification"]["dtype"] == "float32"
+    assert f"**Measured** on {measured['classification']['date']}" in page.read_text()
 
     # Counting again keeps the measurement and what a person wrote below.
     page.write_text(page.read_text() + "\n## Tried\n\nMine.\n")

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,23 +71,24 @@ def keep_measurement(made: Table, path: Path) -> None:
         row.note = found.get("note", "")
 
 
-def write(tables: Sequence[Table], output_dir: Path, measured: dict[str, Any] | None) -> list[Path]:
+def write(tables: Sequence[Table], output_dir: Path, measured: Mapping[str, Any]) -> list[Path]:
     """
-    `papers.md` and, in a folder beside it, the tables as CSV, the charts, and what the measurement depended on.
+    `papers.md` and, in a folder beside it, the tables as CSV, the charts, and what measurements depended on.
 
     Args:
-        measured: as `conditions` gives it, if speed was measured now; what an earlier call measured is kept.
+        measured: `papers.conditions` of the tables that were measured now; what earlier calls measured is kept.
 
     Returns:
         the files, the page first.
     """
     page, folder = output_dir / f"{FOLDER}.md", output_dir / FOLDER
     make_folder(folder)
-    if measured is not None:
-        write_json(folder / MEASUREMENT, measured)
-    elif (folder / MEASUREMENT).is_file():
-        measured = json.loads((folder / MEASUREMENT).read_text(encoding="utf-8"))
-    files = [page]
+    record = folder / MEASUREMENT
+    earlier = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    measured = {**earlier, **measured}
+    if measured:
+        write_json(record, measured)
+    files, sections = [page], []
     for made in tables:
         path = folder / f"{made.name}.csv"
         keep_measurement(made, path)
@@ -103,8 +104,9 @@ def write(tables: Sequence[Table], output_dir: Path, measured: dict[str, Any] | 
                 with best_effort(f"drawing {path.name}"):
                     draw(made, what, path)
                     files.append(path)
+        sections.append(render_table(made, measured.get(made.name)))
     below = page.read_text(encoding="utf-8").partition(LAST_LINE)[2] if page.is_file() else "\n"
-    replace_text(page, render_page(tables, measured) + LAST_LINE + below)
+    replace_text(page, "\n".join([HEAD, *sections, LAST_LINE]) + below)
     return files
 
 
@@ -132,25 +134,25 @@ the authors', those of the peers, too.
 of convolutions and matrix products for one image, in 1e9; the papers' counters differ in what else they count. A
 difference of more than 1 % from the published figure stands behind the counted one, unless rounding explains it.
 """
-MEASURED = """
-**Measured** on {date}: {device}, {dtype}, batches of {batch_size}, torch {torch}, timm {timm}, transformers
-{transformers}. Forward only, eager, every model as its library gives it, in turns; medians, and the distance of the
-quartiles over the median as spread. Memory is what the first forward needs beyond weights and images.
-"""
+MEASURED = (
+    "**Measured** on {date}: {device}, {dtype}, batches of {batch_size}, torch {torch}, timm {timm}, transformers "
+    "{transformers}. Forward only, eager, every model as its library gives it, in turns; medians, and the distance of "
+    "the quartiles over the median as spread. Memory is what the first forward needs beyond weights and images."
+)
+IN21K = (
+    "`outputs/*_in21k` are the authors' checkpoints of ImageNet-21K, converted. They published no recipe for training "
+    "on ImageNet-21K, and none for fine-tuning at 224 pixels from there."
+)
 LIBRARIES = {"ours": "this package", "timm": "timm", "transformers": "transformers", "here": "this benchmark"}
 COLUMNS = {"top1": "top-1", "mIoU": "mIoU"}
 
 
-def render_page(tables: Sequence[Table], measured: dict[str, Any] | None) -> str:
-    parts = [HEAD]
-    if measured is not None and any(made.is_measured for made in tables):
-        parts.append(MEASURED.format(**{**measured, **measured["versions"]}))
-    parts += [f"\n{render_table(made)}" for made in tables]
-    return "".join(parts) + "\n"
+def render_table(made: Table, measured: Mapping[str, Any] | None = None) -> str:
+    """The section of a table: what it is, charts, figures, and how ours would be trained.
 
-
-def render_table(made: Table) -> str:
-    """The section of a table: what it is, charts, figures, and how ours would be trained."""
+    Args:
+        measured: its `papers.conditions`, if it was measured.
+    """
     header = ["model", "token mixer", *(["data"] if made.has_data else []), *(["px"] if made.has_macs else [])]
     header += ["built from", "params (M), published", "counted"]
     header += ["MACs (G), published", "counted"] if made.has_macs else []
@@ -172,20 +174,23 @@ def render_table(made: Table) -> str:
             cells.append(text_of(row.working_memory and row.working_memory / 1e6, ".0f"))
         cells.append(f"[{source_of(row)['name']}][{row.source}]")
         rows.append(cells)
-    parts = [f"## {made.title}", textwrap.fill(made.about, 119)]
+    parts = [f"## {made.title}", paragraph(made.about)]
     if made.name in CLASSIFIERS:
         parts += [f"![{CHARTS[what].alt}]({FOLDER}/{made.name}-{what}.png)" for what in CHARTS]
+    if measured is not None:
+        parts.append(paragraph(MEASURED.format(**{**measured, **measured["versions"]})))
     parts.append(table(header, rows))
     commands = [command for command in (training_command(row, made.name) for row in made.rows) if command]
     parts.append("What would train ours, with the recipe of the paper:\n\n```text\n" + "\n".join(commands) + "\n```")
     if any("in21" in row.build for row in made.rows):
-        parts.append(
-            "`outputs/*_in21k` are the authors' checkpoints of ImageNet-21K, converted. They published no recipe for "
-            "training on ImageNet-21K, and none for fine-tuning at 224 pixels from there."
-        )
+        parts.append(paragraph(IN21K))
     used = dict.fromkeys(row.source for row in made.rows)
     parts.append("\n".join(f"[{name}]: {facts()['sources'][name]['url']}" for name in used))
     return "\n\n".join(parts) + "\n"
+
+
+def paragraph(text: str) -> str:
+    return textwrap.fill(text, 119, break_on_hyphens=False, break_long_words=False)
 
 
 def text_of(value: float | None, form: str = "") -> str:
@@ -221,6 +226,8 @@ STYLES = {
     "random": ("s", ("#ca8a04",)),
     "none": ("x", ("#78716c",)),
 }
+# Of ours, those with a neighbour above.
+LABEL_BELOW = ("none", "convolution")
 
 
 def draw(made: Table, what: str, path: Path) -> None:
@@ -250,7 +257,8 @@ def draw(made: Table, what: str, path: Path) -> None:
         for row in rows if ours else []:
             place = (chart.of(row), row.scores["top1"])
             size = row.model.rpartition("-")[2]
-            axis.annotate(size, place, (-3, 6), textcoords="offset points", fontsize=7, color=colour, ha="right")
+            offset, align = ((4, -11), "left") if row.mixer in LABEL_BELOW else ((-3, 6), "right")
+            axis.annotate(size, place, offset, textcoords="offset points", fontsize=7, color=colour, ha=align)
     axis.set_xscale("log")
     ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500) if in_view(tick, axis.get_xlim())]
     axis.set_xticks(ticks, [str(tick) for tick in ticks])

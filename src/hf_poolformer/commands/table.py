@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if measured is not None:
         measured = measured or ["classification"]
         check_names(measured, papers.CLASSIFIERS, "table to measure")
-        missing = [name for name in measured if name not in names]
-        if missing:
+        if missing := [name for name in measured if name not in names]:
             raise UserError(f"--measure {missing[0]} is not among the --tables {' '.join(names)}.")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     import timm  # noqa: F401  # without it there are no peers; better said before the counting than in its middle
 
     tables = [papers.count_table(name) for name in names]
-    found = None
+    found = {}
     if measured:
         started, batch_size = time.time(), arguments.batch_size or BATCH_SIZES[device]
         papers.measure(
@@ -81,7 +80,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             batch_size=batch_size,
             rounds=arguments.rounds,
         )
-        found = papers.conditions(device, arguments.dtype, batch_size, started)
+        found = dict.fromkeys(measured, papers.conditions(device, arguments.dtype, batch_size, started))
     page, *others = papers_page.write(tables, arguments.output_dir, found)
     for made in tables:
         marks = sum(papers.is_marked(row) for row in made.rows)
