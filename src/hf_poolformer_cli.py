@@ -30,6 +30,7 @@ COMMANDS = {
     "app": "try a model in the browser",
     "train-dense": "train a segmenter or a detector",
     "ablate": "rerun the paper's ablation table on any dataset",
+    "table": "rebuild the papers' comparison tables from running models",
     "env": "versions, devices and kernels, to paste into an issue",
 }
 HELP = ("-h", "--help")

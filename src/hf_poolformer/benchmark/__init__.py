@@ -10,6 +10,9 @@ growth.py      how cost grows with batch, pixels and depth
 processors.py  image processors
 exports.py     exports of this package next to OpenVINO and onnxruntime of the built-in model
 loop.py        the training loop and its parts, each in a steady state, and the bottleneck
+papers.py      the papers' comparison tables: published, counted and measured figures side by side
+papers_page.py their page, CSV files and charts
+peer_models.py the peers in them
 predict.py     predict: reading, the model, both, and transformers' pipeline over the same files
 report.py      tables, JSON, charts, targets
 run.py         what the command asks for, one after the other

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +26,7 @@ from .metadata import CardError
 from .rendering import FIRST_CITATION, SECOND_CITATION, code_examples, render_card
 
 
-__all__ = ["architecture_rows", "original_names", "published_card"]
+__all__ = ["architecture_rows", "count", "figures", "original_names", "published_card"]
 
 
 @dataclass(frozen=True)
@@ -133,20 +134,28 @@ IMAGENET = (
 
 @cache
 def figures(name: str) -> tuple[int, int, float]:
-    """Parameters, those of them that are trained, and 1e9 multiply-accumulates of matrix products and convolutions
-    for one image of the variant's size; counted on a model without storage."""
+    """`count` of a variant, at its own image size."""
     config = MetaFormerConfig.from_variant(name)
     classes = AUTO_CLASSES[TASKS[CLASSIFICATION].auto_class]
     (model_class,) = (model_class for model_class in classes if model_class.config_class is type(config))
     with torch.device("meta"):
-        model = model_class(config).eval()
-    size = VARIANTS[name].image_size
+        model = model_class(config)
+    return count(model, VARIANTS[name].image_size)
+
+
+def count(model: nn.Module, size: int) -> tuple[int, int, float]:
+    """Parameters, those of them that are trained, and 1e9 multiply-accumulates of matrix products and convolutions
+    for one image of `size` x `size` pixels.
+
+    Args:
+        model: on the meta device, without storage.
+    """
     # The counter knows no fused attention on the meta device; the plain one is two matrix products, which it counts.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model(torch.empty(1, 3, size, size, device="meta"))
+        model.eval()(torch.empty(1, 3, size, size, device="meta"))
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    trained = sum(count for count, requires_grad in counts if requires_grad)
-    return sum(count for count, _ in counts), trained, counter.get_total_flops() / 2e9
+    trained = sum(number for number, requires_grad in counts if requires_grad)
+    return sum(number for number, _ in counts), trained, counter.get_total_flops() / 2e9
 
 
 def parts_of(name: str) -> tuple[str, str, str]:
