@@ -230,7 +230,8 @@ def try_wheel(python: str, wheel: Path, sdist: Path, scratch: Path) -> str:
         archive.extractall(scratch, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     tests = scratch / sdist.name.removesuffix(".tar.gz")
     shutil.rmtree(tests / "src")  # nothing can be tested but what is installed
-    if pip_install(str(inside), [f"{wheel}[train]", *TEST_PACKAGES], str(tests / "constraints.txt")):
+    what = ["--no-compile", f"{wheel}[train]", *TEST_PACKAGES]
+    if pip_install(str(inside), what, str(tests / "constraints.txt")):
         raise Failure(f"{wheel.name} cannot be installed for {python}")
     return test_installed(inside, tests)
 

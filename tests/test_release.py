@@ -235,7 +235,7 @@ def test_a_release_of_a_clone(release, tmp_path, monkeypatch, capsys):
         assert Path(constraints).name == "constraints.txt"
         (site,) = Path(python).parents[1].glob("lib/*/site-packages")
         (site / "borrowed.pth").write_text("\n".join(borrowed))
-        wheel = what[0].partition("[")[0]
+        wheel = what[1].partition("[")[0]
         command = [python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--ignore-installed", wheel]
         return subprocess.run(command).returncode
 
