@@ -22,7 +22,7 @@ RUN pip install -c /tmp/constraints.txt --extra-index-url "$TORCH_INDEX" "$(echo
 
 COPY examples/serve.py /app/serve.py
 RUN useradd --no-create-home --uid 10001 server
-USER server
+USER 10001
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health/ready', timeout=4)"]

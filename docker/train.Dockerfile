@@ -14,18 +14,20 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 # Triton compiles the kernels' launchers with a C compiler.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 trainer
 
 # The extras, separated by commas.
 ARG EXTRAS=train,dense,lora
 COPY . /src
 RUN pip install -c /src/constraints.txt "/src[$EXTRAS]"
 
-# Whose files are written into /work: docker run --user "$(id -u):$(id -g)" makes them yours.
-RUN useradd --create-home --uid 1000 trainer
+# Whose files are written into /work: docker run --user "$(id -u):$(id -g)" makes them yours. That user has no name and
+# no home, and torch asks for both.
 ENV HF_HOME=/work/.cache/huggingface \
-    HOME=/tmp
-USER trainer
+    HOME=/tmp \
+    LOGNAME=trainer
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["hf-poolformer"]
 CMD ["--help"]

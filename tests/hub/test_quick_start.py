@@ -60,6 +60,7 @@ def test_the_readme_counts_its_commands():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_word_for_word(hub, hub_environment, hub_token, photos, published, tmp_path):
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = hub_environment | {"HF_TOKEN": hub_token, "PATH": programs}
