@@ -2,11 +2,11 @@
 #   docker build -f docker/serve.Dockerfile -t hf-poolformer-serve .
 #   docker run --rm -p 8000:8000 -v "$PWD/outputs/pets:/model:ro" hf-poolformer-serve
 # For an export: docker build --build-arg RUNTIME=onnxruntime ..., or RUNTIME=openvino.
-FROM python:3.12-slim-bookworm AS build
+FROM python:3.13-slim-bookworm AS build
 COPY . /src
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /src
 
-FROM python:3.12-slim-bookworm
+FROM python:3.13-slim-bookworm
 ENV PYTHONUNBUFFERED=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \

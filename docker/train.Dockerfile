@@ -3,7 +3,7 @@
 #   docker run --rm --gpus all --ipc host -v "$PWD:/work" hf-poolformer-train train --train_dir photos --output_dir outputs/pets
 # torch's wheels bring CUDA with them, so that the base need not; the host needs the driver and NVIDIA's container
 # toolkit.
-FROM python:3.12-slim-bookworm
+FROM python:3.13-slim-bookworm
 
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
