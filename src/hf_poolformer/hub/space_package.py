@@ -136,7 +136,7 @@ def own_wheel() -> tuple[str, bytes]:
     files = {path.relative_to(package.parent).as_posix(): path.read_bytes() for path in paths}
     stem = f"{canonicalize_name(NAME).replace('-', '_')}-{found.version}"
     texts = {
-        "METADATA": found.read_text("METADATA"),
+        "METADATA": found.read_text("METADATA") or found.read_text("PKG-INFO"),  # the latter beside a source
         "WHEEL": f"Wheel-Version: 1.0\nGenerator: {NAME}\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         "entry_points.txt": found.read_text("entry_points.txt"),
     }
