@@ -11,7 +11,7 @@ GPU_TESTS = tests/kernels tests/test_modeling_poolformer.py \
     tests/training/test_device_pipeline.py tests/test_prediction_pixels.py tests/export/test_devices.py') \
   tests/benchmark tests/test_image_processing_poolformer.py tests/foundation/test_graphs.py
 
-.PHONY: demo demo-dense test versions constraints chaos check style cards benchmark gpu clean help
+.PHONY: demo demo-dense test versions constraints chaos check style cards benchmark gpu release clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,8 @@ help:
 	@echo "make benchmark  time the model against every peer on this CPU, in ten minutes, into benchmarks/cpu.*"
 	@echo "make gpu     on a machine with a GPU: its tests, then the benchmark, in eight minutes, into benchmarks/gpu.*;"
 	@echo "             uses PYTHON as it is, installs nothing"
+	@echo "make release  build the packages, check them, install them into an empty environment and test them there; into"
+	@echo "             dist; uploads nothing"
 	@echo "make clean   remove build results and outputs/demo; .venv stays"
 	@echo "PYTHON=python3.12 picks the interpreter, VENV=/elsewhere the environment, CONSTRAINTS= the newest"
 	@echo "of everything"
@@ -87,6 +89,9 @@ gpu:
 	grep -oE '(FAILED|ERROR) +tests/[^ ]+' outputs/gpu-tests.txt | sort -u; \
 	grep -E '^SKIPPED .* no time left|[0-9]+ (passed|failed)' outputs/gpu-tests.txt; \
 	exit $$status
+
+release: $(VENV)/.installed-dev
+	$(BIN)/python scripts/release.py
 
 clean:
 	rm -rf build dist outputs/demo outputs/demo-data outputs/demo-dense outputs/demo-dense-data src/*.egg-info .pytest_cache .ruff_cache

@@ -17,8 +17,13 @@ LEFT_OUT = re.compile(r"(nvidia-|cuda-|triton$|pip$|hf-poolformer$)")
 
 
 def install(extra: str, constraints: str | None = None) -> int:
+    """pip's exit status, of this checkout with an extra."""
+    return pip_install(sys.executable, ["-e", f".[{extra}]"], constraints)
+
+
+def pip_install(python: str, what: list[str], constraints: str | None = None) -> int:
     """pip's exit status. If the constraints do not hold here, one line says why, and pip chooses freely."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-e", f".[{extra}]"]
+    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what]
     if constraints:
         done = subprocess.run([*command, "-c", constraints], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         if not done.returncode:

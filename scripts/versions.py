@@ -54,7 +54,9 @@ OTHER_FILES = (
     "hf_poolformer_cli",
     "packaging",
     "prediction",
+    "release",
     "versions",
+    "workflows",
 )
 ROOMS = (
     "tests/kernels",

@@ -14,6 +14,9 @@ import pytest
 import yaml
 from warm import warm_python
 
+from hf_poolformer import __version__
+from hf_poolformer.foundation.files import digest
+
 
 ROOT = Path(__file__).resolve().parents[1]
 API_DEPENDENCIES = {"torch", "torchvision", "transformers", "huggingface-hub", "safetensors", "numpy", "pillow"}
@@ -33,15 +36,17 @@ def run(*command, **options):
 @pytest.fixture(scope="session")
 def dist(tmp_path_factory):
     """sdist, and the wheel built from it, of a copy of what is in the repository."""
-    tree = tmp_path_factory.mktemp("packaging") / "tree"
-    tree.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "Makefile", "MANIFEST.in"):
-        shutil.copy(ROOT / name, tree)
-    for name in ("src", "scripts", "tests", "examples", "docs", "benchmarks", "model_cards"):
-        shutil.copytree(
-            ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "outputs")
-        )
-    done = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tree / "dist", tree)
+    return built(tmp_path_factory.mktemp("packaging") / "tree")
+
+
+def built(tree):
+    """The packages of a copy in the folder `tree`."""
+    left_out = shutil.ignore_patterns(
+        "__pycache__", "*.egg-info", "outputs", "dist", "build", ".git", ".venv", ".*_cache"
+    )
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=left_out)
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": "1234567890"}
+    done = run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tree / "dist", tree, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return tree / "dist"
 
@@ -67,6 +72,22 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in info)
 
 
+def test_the_same_source_is_the_same_bytes_wherever_it_is_built(dist, tmp_path):
+    again = built(tmp_path / "elsewhere" / "and" / "deeper")
+    digests = [{path.name: digest(path) for path in folder.iterdir()} for folder in (dist, again)]
+    assert digests[0] == digests[1]
+    assert len(digests[0]) == 2
+
+
+def test_the_version_of_the_packages_is_the_one_that_the_code_says(dist, wheel):
+    (name,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
+    assert Parser().parsestr(wheel.read(name).decode())["Version"] == __version__
+    assert {path.name for path in dist.iterdir()} == {
+        f"hf_poolformer-{__version__}-py3-none-any.whl",
+        f"hf_poolformer-{__version__}.tar.gz",
+    }
+
+
 def test_the_sdist_builds_and_carries_the_licence_and_what_the_readme_links_to(dist):
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
@@ -74,6 +95,8 @@ def test_the_sdist_builds_and_carries_the_licence_and_what_the_readme_links_to(d
     assert {"LICENSE", "README.md", "pyproject.toml", "src/hf_poolformer/hub/card_template.md"} <= names
     links = re.findall(r"\]\(([\w./]+)[)#]", (ROOT / "README.md").read_text())
     assert "docs/install.md" in links and set(links) <= names
+    assert {"tests/fixtures/golden/index.json", "constraints.txt", "CHANGELOG.md", "scripts/install.py"} <= names
+    assert not {name for name in names if "__pycache__" in name or name.startswith((".venv", ".git/"))}
 
 
 def test_a_plain_install_pulls_what_the_api_needs(wheel):
@@ -99,6 +122,30 @@ def test_the_installed_package_writes_a_card(wheel, tmp_path):
     done = run(warm_python(), "-c", source, tmp_path / "site", tmp_path / "model", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("---\n")
+
+
+@pytest.fixture(scope="session")
+def installed(dist, tmp_path_factory):
+    """pip for an environment with the wheel installed, and nothing beside it."""
+    folder = tmp_path_factory.mktemp("installed")
+    assert run(sys.executable, "-m", "venv", "--without-pip", folder).returncode == 0
+    (path,) = dist.glob("*.whl")
+    pip = (sys.executable, "-m", "pip", "--python", folder / "bin/python")
+    done = run(*pip, "install", "--no-index", "--no-deps", path)
+    assert done.returncode == 0, done.stderr
+    return pip
+
+
+def test_an_extra_is_added_to_what_is_installed_and_no_index_has_the_package(installed, wheel):
+    """What error messages advise, `pip install 'hf-poolformer[serve]'`, looks for the extra's libraries only."""
+    command = (*installed, "install", "--no-index", "--dry-run")
+    for extra in ("serve", "train"):
+        done = run(*command, f"hf-poolformer[{extra}]")
+        assert f"Requirement already satisfied: hf-poolformer[{extra}]" in done.stdout, done.stdout
+        missing = re.findall(r"No matching distribution found for ([\w-]+)", done.stderr)
+        assert missing and missing != ["hf-poolformer"], "there is no library here"
+    done = run(*command, "--ignore-installed", "hf-poolformer[serve]")
+    assert "No matching distribution found for hf-poolformer[serve]" in done.stderr
 
 
 @pytest.mark.slow  # tests/commands/test_errors.py runs every command without extras

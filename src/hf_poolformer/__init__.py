@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .explanation.gradcam import gradcam
     from .foundation.graphs import graphed
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 
 def register_auto_classes():

@@ -57,6 +57,13 @@ def parser(prog: str | None = None) -> CommandParser:
         help="also make a Space, a page to try the model on (default name: the model's); static: the folder is a page "
         "of `export --format web`, and becomes the Space",
     )
+    add(
+        "--space_package",
+        default="wheel",
+        metavar="CHOICE",
+        help="how the Space gets this package: wheel, it carries the code that runs here; index, from the package "
+        "index; the path of a wheel; or an address like git+https://... (default: %(default)s)",
+    )
     add("--no_verify", action="store_true", help="do not download and compare what was uploaded")
     add("--dry_run", action="store_true", help="only list what would go up and what would stay; sends nothing")
     add("--json", action="store_true", help="print the outcome as JSON, for programs")
@@ -99,9 +106,11 @@ def list_contents(folder: Path, repo_id: str, arguments: argparse.Namespace) -> 
     from huggingface_hub import get_token
 
     from ..hub.contents import collect
+    from ..hub.publishing import package_of
     from ..hub.spaces import STATIC, page_contents, space_contents
 
     page = arguments.space == STATIC
+    package = package_of(arguments.space, arguments.space_package)
     with tempfile.TemporaryDirectory(prefix="hf-poolformer-") as scratch:
         if page:
             contents = page_contents(
@@ -119,8 +128,8 @@ def list_contents(folder: Path, repo_id: str, arguments: argparse.Namespace) -> 
                 secret=get_token(),
             )
         sizes = {name: contents.size(name) for name in sorted(contents.files)}
-        if arguments.space and not page:
-            files = space_contents(contents, repo_id).files
+        if package is not None:
+            files = space_contents(contents, repo_id, package).files
             contents.notes.append(f"a Space would have {', '.join(sorted(files))}")
     if arguments.json:
         print(to_json({"files": sizes, "left_out": contents.left_out, "notes": contents.notes}, indent=2))

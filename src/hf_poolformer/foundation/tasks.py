@@ -243,7 +243,7 @@ def keys_of(figures: Sequence[Figure]) -> tuple[str, ...]:
 
 
 # The dense heads are this package's own, so that transformers alone has no class for them.
-IMPORT = "import hf_poolformer  # pip install hf-poolformer; or trust_remote_code=True below, without it\n"
+IMPORT = "import hf_poolformer  # where it is installed; elsewhere trust_remote_code=True below\n"
 OTHER_DATA = (
     "It was measured on images like those it was trained on, if at all; photographs from another camera, country or "
     "population can fare worse. Nobody has examined this checkpoint for social bias."

@@ -26,6 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..foundation.redaction import redact
 from ..foundation.spelling import command_words
 from .contents import Contents, PublishError, collect
+from .space_package import WHEEL, SpacePackage, package_for_space
 from .spaces import STATIC, page_contents, space_contents
 from .verification import compare_answers, compare_files
 
@@ -80,6 +81,7 @@ def publish(
     max_shard_size: str | int = "5GB",
     verify: bool = True,
     space: bool | str = False,
+    space_package: str = WHEEL,
     endpoint: str | None = None,
 ) -> Publication:
     """Upload the folder of a trained model, or of a dataset, to the Hub in one commit, and look whether it arrived.
@@ -108,6 +110,9 @@ def publish(
         space: also make a Space, a page on which the model can be tried: of the model's name, or `user/name`. It
             shows what is on `main`; images in the folder's `examples/` can be clicked on there. "static": `folder` is
             a page that `export --format web` wrote, and becomes the static Space `repo_id`; nothing else is made.
+        space_package: how the Space gets this package. "wheel": it carries one, made of the code that runs here;
+            "index": from the package index, where this version must be by then; or the path of a wheel, or an address
+            like `git+https://...`.
         endpoint: another Hub than `HF_ENDPOINT` says.
 
     Raises:
@@ -125,6 +130,7 @@ def publish(
         raise PublishError("--space shows a model that is on main: publish one there, without --create_pr")
     if isinstance(space, str):
         check_repo_id(space)
+    package = package_of(space, space_package)
     secret = token or get_token()
     with tempfile.TemporaryDirectory(prefix="hf-poolformer-") as scratch:
         if page:
@@ -157,10 +163,11 @@ def publish(
             )
             if verify:
                 published.notes += verification(contents, published, folder, Path(scratch), token, endpoint)
-            if space and not page:
+            if package is not None:
                 published.space = upload_space(
                     contents,
                     published.repo_id,
+                    package,
                     space if isinstance(space, str) else published.repo_id,
                     private=private,
                     token=token,
@@ -191,6 +198,7 @@ def publish(
             max_shard_size=max_shard_size,
             verify=verify,
             space=space,
+            space_package=space_package,
         )
         what = f"the {what} was not published to {repo_id}" if published is None else f"published to {published}, but"
         text = f"{what}: {failure} It is complete in {folder}." if published is None else f"{what} {failure}"
@@ -205,9 +213,23 @@ def check_repo_id(repo_id: str) -> None:
         raise PublishError(f"{repo_id!r} is not a repository id, which looks like user/name: {error}") from None
 
 
+def package_of(space: bool | str, space_package: str) -> SpacePackage | None:
+    """How the Space of a model gets this package; None if no such Space is made.
+
+    Raises:
+        PublishError: it is not to be had that way, or nobody would ask for it.
+    """
+    if space and space != STATIC:
+        return package_for_space(space_package)
+    if space_package != WHEEL:
+        raise PublishError("--space_package says how the Space of a model gets this package, and goes with --space")
+    return None
+
+
 def upload_space(
     model: Contents,
     model_id: str,
+    package: SpacePackage,
     repo_id: str,
     *,
     private: bool | None,
@@ -217,7 +239,7 @@ def upload_space(
     endpoint: str | None,
 ) -> str:
     """Make the Space `repo_id` of a model that has been published as `model_id`; its URL."""
-    contents = space_contents(model, model_id)
+    contents = space_contents(model, model_id, package)
     published = upload(
         contents,
         repo_id,

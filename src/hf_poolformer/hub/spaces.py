@@ -12,9 +12,9 @@ import yaml
 
 from ..foundation.exported import MANIFEST, is_exported
 from ..foundation.files import digest, size_text
-from ..foundation.machine import version_of
 from .contents import EVERYWHERE_LEFT_OUT, Contents, PublishError, files_in, read_json, refuse_secrets
 from .metadata import check_license
+from .space_package import WHEELS, SpacePackage
 
 
 __all__ = ["STATIC", "page_contents", "space_contents"]
@@ -30,8 +30,7 @@ EMOJI = "🏊"
 
 APP = '''"""The page of this Space; `hf-poolformer publish --space` wrote it."""
 
-from pathlib import Path
-
+{imports}
 from hf_poolformer.app.interface import serve
 
 
@@ -39,6 +38,20 @@ examples = Path(__file__).with_name("examples")
 page = serve(["{model}"], examples=[examples] if examples.is_dir() else [], host=None)
 page.block_thread()
 '''
+IMPORTS = "from pathlib import Path\n"
+# The wheel is pure Python: unpacked is installed.
+CARRIED = """import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+
+# requirements.txt cannot name it: a Space installs that file's lines before its other files are there.
+site = tempfile.mkdtemp(prefix="hf-poolformer-")
+zipfile.ZipFile(Path(__file__).with_name("{wheel}")).extractall(site)
+sys.path.insert(0, site)
+
+"""
 
 TEXT = """
 Try [{model}](https://huggingface.co/{model}): upload an image, paste it or take one with the webcam.
@@ -47,12 +60,13 @@ The page is `hf_poolformer.app`; on your own machine it is `hf-poolformer app {m
 """
 
 
-def space_contents(model: Contents, repo_id: str) -> Contents:
+def space_contents(model: Contents, repo_id: str, package: SpacePackage) -> Contents:
     """The files of a Space for a model.
 
     Args:
         model: what is published as the model; its card's licence and its `examples/`, images, go over to the Space.
         repo_id: of the model.
+        package: how the Space gets this package.
     """
     front_matter = space_card(
         repo_id,
@@ -65,16 +79,17 @@ def space_contents(model: Contents, repo_id: str) -> Contents:
         short_description=f"Try {repo_id.split('/')[-1]} in the browser"[:60],
     )
     examples = {name: content for name, content in model.files.items() if name.startswith("examples/")}
-    version = version_of("hf-poolformer")  # None if it is run from its source, not installed
-    minimum = f">={version}" if version else ""  # so that the Space has what its app.py needs
+    imports = CARRIED.format(wheel=package.wheel) if package.wheel else IMPORTS
     return Contents(
         repo_type="space",
         files={
             "README.md": f"{front_matter}{TEXT.format(model=repo_id)}".encode(),
-            "app.py": APP.format(model=repo_id).encode(),
-            "requirements.txt": f"hf-poolformer[app]{minimum}\n".encode(),
+            "app.py": APP.format(model=repo_id, imports=imports).encode(),
+            "requirements.txt": "".join(f"{line}\n" for line in package.requirements).encode(),
+            **package.files,
             **examples,
         },
+        replaces=(WHEELS,),
     )
 
 
