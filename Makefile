@@ -1,4 +1,4 @@
-# make demo | test | versions | chaos | check | style | benchmark | gpu         see docs/install.md
+# make demo | test | docs | versions | chaos | check | style | benchmark | gpu  see docs/install.md
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,13 +11,14 @@ GPU_TESTS = tests/kernels tests/test_modeling_poolformer.py \
     tests/training/test_device_pipeline.py tests/test_prediction_pixels.py tests/export/test_devices.py') \
   tests/benchmark tests/test_image_processing_poolformer.py tests/foundation/test_graphs.py
 
-.PHONY: demo demo-dense test versions constraints chaos check style cards benchmark gpu release clean help
+.PHONY: demo demo-dense test docs versions constraints chaos check style cards benchmark gpu release clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    install, then train a PoolFormer on handwritten digits and use it (no network once installed)"
 	@echo "make demo-dense  install, then train a segmenter and two detectors on Tux Paint's stamps"
 	@echo "make test    install, then run the tests"
+	@echo "make docs    install, then build the documentation as a site into outputs/site; Python 3.11 or later"
 	@echo "make versions  the tests in environments of their own: the floors, each minor release of torch, the newest of"
 	@echo "             everything, into docs/versions.md (an hour, gigabytes to download)"
 	@echo "make constraints  write constraints.txt, what demo and test install, from what is installed now"
@@ -35,7 +36,7 @@ help:
 	@echo "of everything"
 
 # Neither the demo nor the tests may depend on the network.
-demo demo-dense test chaos cards benchmark gpu: export HF_HUB_OFFLINE = 1
+demo demo-dense test docs chaos cards benchmark gpu: export HF_HUB_OFFLINE = 1
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python scripts/demo.py
@@ -49,6 +50,9 @@ test: export OMP_NUM_THREADS = 1
 test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python scripts/make_site.py
 
 # Installs nothing here; each environment is its own.
 versions: | $(BIN)/python
@@ -94,7 +98,8 @@ release: $(VENV)/.installed-dev
 	$(BIN)/python scripts/release.py
 
 clean:
-	rm -rf build dist outputs/demo outputs/demo-data outputs/demo-dense outputs/demo-dense-data src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist outputs/demo outputs/demo-data outputs/demo-dense outputs/demo-dense-data outputs/site* \
+	  outputs/zensical.toml outputs/.cache src/*.egg-info .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -111,7 +116,11 @@ $(VENV)/.installed-demo-dense: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(BIN)/python scripts/install.py demo-dense $(CONSTRAINTS)
 	@touch $@
 
-# dev contains the demos, so one install answers for all.
+$(VENV)/.installed-docs: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python scripts/install.py docs $(CONSTRAINTS)
+	@touch $@
+
+# dev contains the demos and the documentation, so one install answers for all.
 $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(BIN)/python scripts/install.py dev $(CONSTRAINTS)
-	@touch $(VENV)/.installed-demo $(VENV)/.installed-demo-dense $@
+	@touch $(VENV)/.installed-demo $(VENV)/.installed-demo-dense $(VENV)/.installed-docs $@

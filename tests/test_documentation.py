@@ -1,30 +1,42 @@
-"""README.md and docs/: every command is one that its own parser accepts, every link and file is there, Python runs."""
+"""Every page of Markdown: each block is accounted for by its language, every command is one that its own parser
+accepts, every link and file is there, Python runs."""
 
 import argparse
 import ast
 import importlib
+import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
+from torch.distributed.run import get_args_parser
 from warm import warm_python
 
 import hf_poolformer_cli
 from hf_poolformer import PoolFormerForImageClassification, PoolFormerImageProcessor
+from hf_poolformer.export import FORMATS
 
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src/hf_poolformer"
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PLACES = ("*.md", "docs/**/*.md", "benchmarks/*.md", "model_cards/*.md")
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for place in PLACES for path in sorted(ROOT.glob(place))}
+# What has a page to itself, but for the reference, whose pages consist of docstrings.
+GUIDES = {page: text for page, text in PAGES.items() if re.fullmatch(r"docs/[\w-]+\.md", page)}
+FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def blocks(text: str, *languages: str) -> list[str]:
@@ -42,6 +54,83 @@ def shell_lines(text: str) -> list[str]:
 
 def inline_code(text: str) -> list[str]:
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(text))]
+
+
+# Blocks
+
+# What is done with a block of each language.
+KINDS = {
+    "bash": "bash reads it; its lines are ours, make's, pip's, or those of another program that is named here",
+    "python": "it compiles, what it imports of ours exists, and some are run",
+    "json": "it is parsed",
+    "yaml": "it is parsed",
+    "toml": "shown",
+    "text": "shown: what a program prints, a tree, a formula",
+    "js": "node reads it, and what it imports of ours exists",
+    "kotlin": "the files that it names are those that are written; there is no compiler here",
+    "swift": "the files that it names are those that are written; there is no compiler here",
+}
+
+
+def unaccounted(text: str) -> list[str]:
+    """What is wrong with the blocks of a page."""
+    wrong = [f"a block of {kind or 'no kind'}" for kind, _ in FENCE.findall(text) if kind not in KINDS]
+    wrong += [
+        f"a fence inside or outside of a block: {line}" for line in re.findall(r"^ *(?:```|~~~).*", prose(text), re.M)
+    ]
+    # Python-Markdown and GitHub make a block of these, too, whose language nobody knows.
+    wrong += [
+        f"an indented block: {line}" for line in re.findall(r"\n\n( {4,}\S.*)", prose(text)) if ":::" not in text
+    ]
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_is_accounted_for(page):
+    assert unaccounted(PAGES[page]) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["```\nx\n```", "```rust\nx\n```", "```bash\nls", "~~~\nx\n~~~", "  ```bash\n  ls\n  ```", "a\n\n    b"]
+)
+def test_a_block_of_another_kind_would_be_noticed(text):
+    assert unaccounted(text)
+
+
+def test_bash_reads_what_is_said_to_be_bash():
+    for page, text in PAGES.items():
+        done = subprocess.run(["bash", "-n"], input="\n".join(blocks(text, "bash")), capture_output=True, text=True)
+        assert done.returncode == 0, f"{page}: {done.stderr}"
+
+
+def test_data_is_what_it_is_said_to_be():
+    for text in PAGES.values():
+        for body in blocks(text, "json"):
+            json.loads(body)
+        for body in blocks(text, "yaml"):
+            yaml.safe_load(body)
+
+
+def test_javascript_imports_what_there_is(tmp_path):
+    written = {path.name: path.read_text() for path in (PACKAGE / "export/page").glob("*.js")}
+    scripts = [body for text in PAGES.values() for body in blocks(text, "js")]
+    assert scripts
+    for number, script in enumerate(scripts):
+        for names, file in re.findall(r'import \{([^}]+)\} from "[^"]*?([\w.]+)"', script):
+            exported = re.findall(r"^export (?:async )?(?:function|class|const) (\w+)", written[file], re.MULTILINE)
+            assert {name.strip() for name in names.split(",")} <= set(exported)
+        if shutil.which("node"):
+            (tmp_path / f"{number}.mjs").write_text(script)
+            done = subprocess.run(["node", "--check", tmp_path / f"{number}.mjs"], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+
+
+def test_programs_for_phones_open_the_file_that_is_written():
+    name, _, ending = FORMATS["executorch"].file.partition(".")
+    kotlin = "".join(blocks(PAGES["docs/phones.md"], "kotlin"))
+    assert set(re.findall(r"\bmodel\.\w{3}\b", kotlin)) == {f"{name}.{ending}"}
+    swift = "".join(blocks(PAGES["docs/phones.md"], "swift"))
+    assert re.findall(r'forResource: "(\w+)", ofType: "(\w+)"', swift) == [(name, ending)]
 
 
 # Commands
@@ -86,17 +175,26 @@ def complaint(words: list[str], capsys: pytest.CaptureFixture) -> str | None:
 
 # A program of this repository, whatever launches it.
 PROGRAM = re.compile(
-    r"^(?:[A-Z_]+=\S+ )*(?:hf-poolformer|(?:python|accelerate launch)(?: .*)? (?:-m hf_poolformer|[\w/]+\.py)) "
+    r"^(?:[A-Z_]+=\S+ )*"
+    r"(?:hf-poolformer|(?:python|accelerate launch|torchrun)(?: .*)? (?:-m hf_poolformer|[\w/]+\.py)) "
+)
+# Others in blocks of bash. What follows make and pip is looked at below, and whether scripts are there.
+OTHERS = re.compile(
+    r"(python (scripts|examples)/\w+\.py$|make|pip install|apt install|export [A-Z_]+=|curl|hf auth login|trtexec"
+    r"|git|cd|ruff|pytest|python3? -m (http\.server|venv|build|pip|pytest)|sbatch|[\w.]+/bin/pip install|source) ?"
 )
 
 
 def ours(line: str) -> list[str]:
-    """The words of such a command from its program on; accelerate's own parser reads what is for accelerate."""
+    """The words of such a command from its program on; the parser of what launches it reads what is for that."""
     words = shlex.split(line, comments=True)
     while "=" in words[0]:
         words = words[1:]
     if words[0] == "accelerate":
         launched = launch_command_parser().parse_args(words[2:])
+        words = [*(["-m"] if launched.module else []), launched.training_script, *launched.training_script_args]
+    elif words[0] == "torchrun":
+        launched = get_args_parser().parse_args(words[1:])
         words = [*(["-m"] if launched.module else []), launched.training_script, *launched.training_script_args]
     elif words[0] == "python":
         words = words[1:]
@@ -114,6 +212,15 @@ def test_a_command_is_one_that_its_parser_accepts(line, capsys):
         assert words[1] in hf_poolformer_cli.COMMANDS
     else:
         assert complaint(words, capsys) is None
+
+
+def test_every_line_of_bash_is_a_command_that_is_known():
+    for page, text in PAGES.items():
+        for line in shell_lines(text):
+            if code := re.match(r"python -c (.*)", line):
+                compile(shlex.split(code[1])[0], page, "exec")
+            else:
+                assert PROGRAM.match(line) or OTHERS.match(line), f"{page}: {line}"
 
 
 def test_commands_in_sentences_and_tables_are_accepted_too(capsys):
@@ -182,7 +289,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, "benchmarks/README.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(path.read_text())):
@@ -195,8 +302,10 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_is_reached_from_the_readme():
-    linked = set(re.findall(r"\]\((docs/[\w.]+\.md)[)#]", PAGES["README.md"]))
-    assert linked == set(PAGES) - {"README.md"}
+    linked = set(re.findall(r"\]\((docs/[\w.-]+\.md)[)#]", PAGES["README.md"]))
+    assert linked == set(GUIDES)
+    listed = set(re.findall(r"\]\((reference/[\w.-]+\.md)[)#]", PAGES["docs/reference.md"]))
+    assert {f"docs/{name}" for name in listed} == {page for page in PAGES if page.startswith("docs/reference/")}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -223,8 +332,8 @@ def test_the_tree_of_the_house_is_the_house():
 
 def test_the_readme_is_short_and_the_pages_say_what_they_are_for():
     assert len(PAGES["README.md"].splitlines()) <= 250
-    for page, text in PAGES.items():
-        if page in ("README.md", "docs/versions.md"):  # `make versions` writes that one
+    for page, text in GUIDES.items():
+        if page == "docs/versions.md":  # `make versions` writes it
             continue
         first, second, *_ = text.split("\n\n")
         assert first.startswith("# ") and second[0].isalpha(), page
@@ -263,6 +372,39 @@ def test_the_readme_s_python_runs(tmp_path, poolformer_config):
     done = run(code + "assert [shape[1] for shape in shapes] == list(model.config.hidden_sizes)\n", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("LABEL_")
+
+
+@pytest.fixture
+def prepared(tmp_path, poolformer_config, monkeypatch):
+    """A folder with what the snippets open, as the one that they run in; gives the names that they count on."""
+    model = PoolFormerForImageClassification(poolformer_config).eval()
+    model.save_pretrained(tmp_path / "outputs/pets")
+    poolformer_config.problem_type = "multi_label_classification"
+    PoolFormerForImageClassification(poolformer_config).save_pretrained(tmp_path / "outputs/outfits")
+    for name in ("pets", "outfits"):
+        PoolFormerImageProcessor().save_pretrained(tmp_path / "outputs" / name)
+    Image.new("RGB", (300, 240), (200, 10, 10)).save(tmp_path / "photo.jpg")
+    doubted = {"path": ["a.png"], "label": ["cat"], "suggested": ["dog"], "score": [0.9], "more": [1]}
+    (tmp_path / "reports/pets").mkdir(parents=True)
+    pq.write_table(pa.table(doubted), tmp_path / "reports/pets/label_errors.parquet")
+    monkeypatch.chdir(tmp_path)
+    return {"model": model, "inputs": {"pixel_values": torch.randn(2, 3, 64, 64)}}
+
+
+@pytest.mark.parametrize(
+    ("page", "number", "check"),
+    [
+        ("docs/evaluate.md", 0, "found.maps.shape == (2, 2, 64, 64)"),
+        ("docs/kernels.md", 0, "logits.shape == (1, 10)"),
+        ("docs/models.md", 0, "caformer.config.num_labels == 10 and len(hybrid.depths) == 4"),
+        ("docs/predict.md", 0, "len(classify('photo.jpg', top_k=3)) == 3"),
+        ("docs/report.md", 0, "len(doubted) == 1"),
+    ],
+)
+def test_python_of_the_pages_runs(page, number, check, prepared):
+    names = dict(prepared)
+    exec(compile(blocks(PAGES[page], "python")[number], page, "exec"), names)
+    assert eval(check, names)
 
 
 @pytest.mark.slow

@@ -5,12 +5,16 @@ model = load("outputs/pets-int8")
 pipeline("image-classification", model=model, image_processor=model.image_processor)
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..foundation.exported import is_exported
 from .format import PRECISIONS, ExportFormat
 from .formats import FORMATS
 
+
+if TYPE_CHECKING:
+    from .run import Summary, export_model
+    from .runtime import ExportedModel, load
 
 __all__ = ["FORMATS", "PRECISIONS", "ExportFormat", "ExportedModel", "Summary", "export_model", "is_exported", "load"]
 
