@@ -100,7 +100,7 @@ sys.modules["hf_poolformer"] = None
 import torch
 from transformers import AutoModelForImageClassification
 
-folder, repository, how = sys.argv[1:]
+folder, repository, how, version = sys.argv[1:]
 torch.manual_seed(0)
 x = torch.rand(2, 3, 32, 32)
 model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
@@ -125,6 +125,9 @@ expected, gradients = answer(), step()
 if how == "get_local_kernel":
     from kernels import get_local_kernel
     package = get_local_kernel(Path(repository), backend="cpu")
+elif how == "get_kernel":
+    from kernels import get_kernel
+    package = get_kernel(repository, version=int(version), backend="cpu", trust_remote_code=[repository])
 else:
     from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
     source = LocalLayerRepository(repo_path=Path(repository), layer_name="MetaFormerEncoder")
@@ -149,15 +152,20 @@ def library():
 
 
 def ask(run_with_hub, model, repository, how, **environment):
-    done = run_with_hub(STRANGER, str(model), str(repository), how, HF_HUB_OFFLINE="1", **environment)
+    # kernels 0.17 sends a header that is none where telemetry is off.
+    environment = {"HF_HUB_DISABLE_TELEMETRY": "0", **environment}
+    done = run_with_hub(STRANGER, str(model), str(repository), how, str(VERSION), **environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("model", "how"), [("poolformer", "get_local_kernel"), ("metaformer", "kernelize")])
+@pytest.mark.parametrize(("model", "how"), [("poolformer", "get_kernel"), ("metaformer", "kernelize")])
 def test_a_model_without_this_package_computes_the_same_with_them(
-    library, run_with_hub, tiny_models, repository, model, how
+    library, run_with_hub, tiny_models, repository, online, tmp_path, model, how
 ):
+    if how == "get_kernel":
+        publish(tmp_path / "kernels", "me/kernels", repo_type="kernel", endpoint=online.url, verify=False)
+        repository = "me/kernels"
     found = ask(run_with_hub, tiny_models / model, repository, how)
     assert found["before"] == "reference", "nothing is looked for that nobody has loaded"
     assert found["after"] == ("cpu" if backends.why_not_cpu(torch.zeros(1, 3, 8, 8)) is None else "reference")
@@ -174,7 +182,7 @@ def test_triton_s_kernels_compute_the_same_in_its_interpreter(library, run_with_
         'import os\nwanted = os.environ.pop("HF_POOLFORMER_KERNELS")\nfound = {"before": who()}',
     )
     code = code.replace('found["after"]', 'os.environ["HF_POOLFORMER_KERNELS"] = wanted\nfound["after"]', 1)
-    done = run_with_hub(code, str(tiny_models / "poolformer"), str(repository), "get_local_kernel", **triton)
+    done = run_with_hub(code, str(tiny_models / "poolformer"), str(repository), "get_local_kernel", "0", **triton)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["after"] == "triton"
