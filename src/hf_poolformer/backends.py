@@ -29,8 +29,10 @@ so is the result, as it is when PyTorch's own operations compute the branch unde
 
 import copy
 import functools
+import importlib
 import operator
 import os
+import sys
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from types import FunctionType, ModuleType
@@ -53,6 +55,8 @@ LARGEST_WINDOW = 7
 MOST_CHANNELS = 4
 # Of the registered operations; kernels of another number have other arguments.
 INTERFACE = 3
+# What the `kernels` library calls kernels of ours that it has loaded from the Hub begins with this.
+LOADED_KERNELS = "_hf_poolformer_kernels"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,6 +279,9 @@ def _has_onednn(dtype: torch.dtype) -> bool:
 
 def _cpu_kernels() -> ModuleType | None:
     """The CPU's kernels, if this file finds those that it was written for."""
+    loaded = _loaded_kernels("cpu")
+    if isinstance(loaded, ModuleType):
+        return loaded.cpu
     try:
         import hf_poolformer.kernels.cpu
     except ImportError:  # this file is a copy that travelled with a checkpoint, to a machine without the package
@@ -353,6 +360,9 @@ def _is_for_graph() -> bool:
 
 def _triton_kernels() -> ModuleType | str:
     """The package of Triton kernels, whose import registers them, or why it cannot be imported."""
+    loaded = _loaded_kernels(*TRITON_MODULES)
+    if loaded is not None:
+        return loaded
     # Here rather than at the top: half of its time is Triton's, which the CPU does not need. Absolute, because this
     # file may travel to the Hub, where every relative import is taken for a file to copy.
     try:
@@ -368,6 +378,48 @@ def _triton_kernels() -> ModuleType | str:
     except ImportError as error:
         return f"{error.name or 'a module'} is not installed ({error})"
     return hf_poolformer.kernels
+
+
+TRITON_MODULES = (
+    "ahead",
+    "channel_mlp",
+    "inference",
+    "patch_embedding",
+    "pool_mixer",
+    "separable_conv",
+    "statistics",
+    "token_norm",
+    "training",
+)
+
+
+@torch.compiler.assume_constant_result
+def _loaded_kernels(*modules: str) -> ModuleType | str | None:
+    """
+    Our kernels as the `kernels` library has loaded them from a repository of the Hub (hub/kernel_repository.py), with
+    these of their modules imported, or why that cannot be; None where it has loaded none of this interface.
+
+    Whoever wants them has loaded them, and said which revision, and that they are trusted. Nothing is downloaded here.
+    """
+    library = sys.modules.get("kernels")
+    if not hasattr(library, "get_loaded_kernels"):
+        return None
+    for each in library.get_loaded_kernels():
+        package = each.module
+        if package.__name__.startswith(LOADED_KERNELS) and package.INTERFACE == INTERFACE:
+            try:
+                for name in modules:
+                    importlib.import_module(f"{package.__name__}.{name}")
+            except ImportError as error:
+                return f"{error.name or 'a module'} is not installed ({error})"
+            return package
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _namespace(backend: str) -> str:
+    """Of `torch.ops`, where the kernels of a backend have registered their operations."""
+    return (_cpu_kernels() if backend == "cpu" else _triton_kernels()).NAMESPACE
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1152,7 +1204,7 @@ def pool_mixer(
     x = _autocast(x)[0].contiguous(memory_format=torch.channels_last)
     parameters = _contiguous(weight, layer_scale, res_scale, mask)
     if backend == "cpu":
-        return torch.ops.hf_poolformer.cpu_pool_mixer(x, *parameters, pool_size, eps, norm_bias)[0], None
+        return getattr(torch.ops, _namespace("cpu")).cpu_pool_mixer(x, *parameters, pool_size, eps, norm_bias)[0], None
     statistics = _known_statistics(x, statistics)
     run = _operation("pool_mixer", "pool_mixer")
     y, statistics = run(x, statistics, *parameters, pool_size, eps, with_statistics, norm_bias)
@@ -1196,7 +1248,7 @@ def channel_mlp(
     x, vectors = x.contiguous(memory_format=torch.channels_last), _contiguous(*vectors)
     if backend == "cpu":
         arguments = (x, *vectors, activation, eps, dtype, needs_gradient)
-        return torch.ops.hf_poolformer.cpu_channel_mlp(*arguments)[0], None
+        return getattr(torch.ops, _namespace("cpu")).cpu_channel_mlp(*arguments)[0], None
     arguments = (x, _known_statistics(x, statistics, norm), *vectors, activation, eps, dtype, needs_gradient)
     y, statistics, _, _ = _operation("channel_mlp", "channel_mlp")(*arguments, with_statistics)
     return y, statistics if with_statistics else None
@@ -1246,7 +1298,7 @@ def patch_embedding(
     x = x.to(_product_dtype(x)).contiguous(memory_format=torch.channels_last)
     arguments = (x, weight, None if bias is None else bias.contiguous(), stride, padding, with_statistics)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        y, statistics = torch.ops.hf_poolformer.patch_embedding(*arguments)
+        y, statistics = getattr(torch.ops, _namespace("triton")).patch_embedding(*arguments)
     else:
         y, statistics = _triton_kernels().patch_embedding.convolve(*arguments)
     return y, statistics if with_statistics else None
@@ -1301,7 +1353,7 @@ def _operation(module: str, name: str) -> Callable[..., Any]:
     """An operation of Triton's: where graphs are made the registered one, else without PyTorch's dispatcher, which
     would take longer than launching the kernels."""
     if torch.compiler.is_compiling() or _is_transformed() or _is_watched():
-        return getattr(torch.ops.hf_poolformer, name)
+        return getattr(getattr(torch.ops, _namespace("triton")), name)
     return getattr(getattr(_triton_kernels(), module), name)
 
 

@@ -425,6 +425,8 @@ class PoolFormerPreTrainedModel(MetaFormerPreTrainedModel):
 class MetaFormerEncoder(MetaFormerPreTrainedModel):
     """Embeddings and stages. Hidden states are recorded per stage, after its last block."""
 
+    kernel_layer_name = "MetaFormerEncoder"  # by which `from_pretrained(use_kernels=True)` finds kernels for it
+
     _can_record_outputs = {  # noqa: RUF012 transformers' own convention
         "hidden_states": OutputRecorder(MetaFormerStage, capture_initial_hidden_state=False),
         "attentions": OutputRecorder(AttentionWeights),
@@ -453,6 +455,8 @@ class MetaFormerEncoder(MetaFormerPreTrainedModel):
 
 class MetaFormerBackboneEncoder(MetaFormerEncoder):
     """The encoder of a backbone: gives the output of the stem, then of each stage."""
+
+    kernel_layer_name = "MetaFormerBackboneEncoder"
 
     # Nothing is recorded by hooks: a model around the backbone that records its own layers would get these, too.
     _can_record_outputs = {}  # noqa: RUF012

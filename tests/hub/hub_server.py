@@ -26,7 +26,7 @@ TOKEN = "hf_" + "loopbackHubTokenNobodyMayEverSee01"
 # Like the Hub's default .gitattributes: these are stored by their sha256, all else in the commit itself.
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".onnx", ".parquet", ".png", ".jpg")
 
-REPO = r"(?P<kind>models|datasets|spaces)/(?P<repo>[\w.\-]+(?:/[\w.\-]+)?)"
+REPO = r"(?P<kind>models|datasets|spaces|kernels)/(?P<repo>[\w.\-]+(?:/[\w.\-]+)?)"
 
 
 @dataclass
@@ -497,9 +497,9 @@ ROUTES = [
     ("GET HEAD", rf"/api/{REPO}/revision/{REV}", Handler.info),
     ("GET HEAD", rf"/api/{REPO}", Handler.info),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", Handler.lfs_put),
-    ("POST", r"/(?P<kind>datasets|spaces)/(?P<repo>.+)\.git/info/lfs/objects/batch", Handler.lfs_batch),
+    ("POST", r"/(?P<kind>datasets|spaces|kernels)/(?P<repo>.+)\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("POST", r"/(?P<repo>.+)\.git/info/lfs/objects/batch", Handler.lfs_batch),
-    ("GET HEAD", rf"/(?P<kind>datasets|spaces)/(?P<repo>.+?)/resolve/{REV}/(?P<file>.+)", Handler.resolve),
+    ("GET HEAD", rf"/(?P<kind>datasets|spaces|kernels)/(?P<repo>.+?)/resolve/{REV}/(?P<file>.+)", Handler.resolve),
     ("GET HEAD", rf"/(?P<repo>.+?)/resolve/{REV}/(?P<file>.+)", Handler.resolve),
 ]
 

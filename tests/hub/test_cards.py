@@ -247,7 +247,7 @@ def test_check_metadata(change, message):
 
 def test_check_metadata_of_results():
     metric = {"type": "accuracy", "value": 0.5}
-    result = {"task": {"type": "t"}, "dataset": {"name": "d", "type": "d"}}
+    result = {"task": {"type": "image-classification"}, "dataset": {"name": "d", "type": "d"}}
     good = {"library_name": "transformers", "pipeline_tag": "image-classification", "license": "mit"}
 
     def entry(**change):

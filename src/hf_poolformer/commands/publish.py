@@ -17,7 +17,7 @@ from ..foundation.strict_json import to_json
 from . import CommandParser, command, complain
 
 
-REPO_TYPES = ("model", "dataset")  # those of hub.contents, whose import takes a moment
+REPO_TYPES = ("model", "dataset", "kernel")  # those of hub.publishing, whose import takes a moment
 
 
 def parser(prog: str | None = None) -> CommandParser:
@@ -32,9 +32,14 @@ def parser(prog: str | None = None) -> CommandParser:
         formatter_class=argparse.HelpFormatter,
     )
     add = parser.add_argument
-    add("folder", metavar="MODEL_DIR", type=Path, help="the folder; it is only read")
+    add("folder", metavar="MODEL_DIR", type=Path, help="the folder; but for kernels it is only read")
     add("--repo_id", required=True, metavar="USER/NAME", help="where to; created if need be")
-    add("--repo_type", choices=REPO_TYPES, default="model", help="(default: %(default)s)")
+    add(
+        "--repo_type",
+        choices=REPO_TYPES,
+        default="model",
+        help="kernel: this package's kernels are written into the folder first (default: %(default)s)",
+    )
     add("--private", action="store_true", default=None, help="only you can see the repository")
     add("--gated", choices=("auto", "manual"), help="people ask for access: everybody gets it, or you grant it")
     add("--revision", metavar="BRANCH", help="branch to commit to; created if need be (default: main)")
@@ -106,6 +111,7 @@ def list_contents(folder: Path, repo_id: str, arguments: argparse.Namespace) -> 
     from huggingface_hub import get_token
 
     from ..hub.contents import collect
+    from ..hub.kernel_repository import kernel_contents
     from ..hub.publishing import package_of
     from ..hub.spaces import STATIC, page_contents, space_contents
 
@@ -116,6 +122,8 @@ def list_contents(folder: Path, repo_id: str, arguments: argparse.Namespace) -> 
             contents = page_contents(
                 folder, repo_id, exclude=arguments.exclude, license=arguments.license, secret=get_token()
             )
+        elif arguments.repo_type == "kernel":
+            contents = kernel_contents(folder, repo_id)
         else:
             contents = collect(
                 folder,

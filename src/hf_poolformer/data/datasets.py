@@ -439,6 +439,11 @@ def _open_split(
     return dataset
 
 
+def whole_split(dataset: ImageDataset) -> str | None:
+    """The name at its source of the split that a dataset is; None if it is what was held out of one."""
+    return None if dataset.name.endswith(HELD_OUT) else dataset.split
+
+
 def _divide(dataset: ImageDataset, source: Source, split: str, fraction: float) -> tuple[ImageDataset, ImageDataset]:
     """Training and held-out part of a split, by content hash."""
     logger.info("%s has no validation split: holding out %.0f %% of it", dataset.name, 100 * fraction)

@@ -164,7 +164,7 @@ def model_card(
         origin = f"fine-tuned from {link(base_id) if base_id else plain_markdown(last_component(base_model))}"
     count = _parameter_count(model_dir)
     size = f", {count / 1e6:.1f} M parameters" if count else ""
-    eval_split = settings.get("validation_split")
+    eval_split = _eval_split(settings, results)
     samples = finite_number(results.get("eval_samples"))
     evaluated = f"{int(samples)} images" if samples is not None else "images"
     sure = " Behind a figure, in brackets: its 95 % confidence interval." if _intervals(results) else ""
@@ -282,7 +282,7 @@ def _eval_results(
         dataset_name=dataset_id or (last_component(dataset_name) if dataset_name else "a local dataset"),
         dataset_config=settings.get("dataset_config_name") if dataset_id else None,
         dataset_revision=settings.get("dataset_revision") if dataset_id else None,
-        dataset_split=settings.get("validation_split"),
+        dataset_split=_eval_split(settings, results),
         verified=False,
     )
     return [
@@ -290,6 +290,11 @@ def _eval_results(
         for figure in shown
         if (value := finite_number(results.get(figure.key))) is not None
     ]
+
+
+def _eval_split(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str | None:
+    """The split that was evaluated, which was asked for or found; None if it was part of another one."""
+    return settings.get("validation_split") or results.get("evaluated_split")
 
 
 def _widget(model_dir: Path, repo_id: str | None) -> list[dict[str, str]]:

@@ -27,7 +27,8 @@ from ..foundation.settings import names_marked
 from ..foundation.strict_json import to_json
 from ..settings.training import all_settings
 from .dataset_cards import dataset_card
-from .metadata import check_card
+from .eval_results import RESULTS, read_results, results_of_card, text_of
+from .metadata import CardError, check_card
 from .rendering import local_names, with_repo_id
 
 
@@ -36,10 +37,11 @@ __all__ = ["Contents", "PublishError", "collect"]
 REPO_TYPES = ("model", "dataset")
 
 # What a run leaves beside the model, and why it stays. Patterns of fnmatch, in which a star also crosses a slash.
+HIDDEN = "hidden"
 EVERYWHERE_LEFT_OUT = {
-    ".*": "hidden",
-    "*/.*": "hidden",
-    "*__pycache__/*": "hidden",
+    ".*": HIDDEN,
+    "*/.*": HIDDEN,
+    "*__pycache__/*": HIDDEN,
     "*.part": "unfinished",
     "*.tmp": "unfinished",
     "*.lock": "unfinished",
@@ -64,6 +66,9 @@ MODEL_LEFT_OUT = {
     "runs/*": "logs of trackers, which name this machine; training_log.jsonl goes up",
     "*emissions*.csv": "codecarbon's record, which holds this machine's place; the card tells the sum",
 }
+
+# Where the Hub finds results for its leaderboards.
+EVAL_RESULTS = ".eval_results/*.yaml"
 
 # The Hub takes no more files than this in one folder, and Parquet is the better form long before.
 MAX_FILES = 10_000
@@ -153,11 +158,13 @@ def collect(
     rules = EVERYWHERE_LEFT_OUT | (MODEL_LEFT_OUT if repo_type == "model" else {})
     rules |= dict.fromkeys(exclude, "excluded by you")
     for name in files_in(folder):
-        reason = next((why for pattern, why in rules.items() if fnmatch(name, pattern)), None)
-        if reason is None:
+        reasons = [why for pattern, why in rules.items() if fnmatch(name, pattern)]
+        if repo_type == "model" and fnmatch(name, EVAL_RESULTS):  # hidden from people, but not from the Hub
+            reasons = [why for why in reasons if why != HIDDEN]
+        if not reasons:
             contents.files[name] = folder / name
         else:
-            contents.left_out[name] = reason
+            contents.left_out[name] = reasons[0]
     if len(contents.files) > MAX_FILES:
         raise PublishError(
             f"{folder} holds {len(contents.files)} files, and a commit takes {MAX_FILES}; write the data as Parquet "
@@ -171,6 +178,8 @@ def collect(
     for name in list(contents.files):
         hide_paths(contents, name, folder)
     write_card(contents, folder, repo_id, license)
+    if repo_type == "model" and not any(fnmatch(RESULTS, pattern) for pattern in exclude):
+        write_results(contents)
     refuse_secrets(contents, secret)
     return contents
 
@@ -298,6 +307,22 @@ def write_card(contents: Contents, folder: Path, repo_id: str, license: str | No
         raise PublishError(f"README.md, the card: {error}") from None
     contents.files["README.md"] = card.encode()
     contents.notes.append("README.md is written for you, as the folder has none")
+
+
+def write_results(contents: Contents) -> None:
+    """The results of the card once more, in `.eval_results/`; and a look at what others wrote there."""
+    contents.replaces = (*contents.replaces, RESULTS)
+    contents.files.pop(RESULTS, None)  # it may be older than the card
+    try:
+        for name in contents.files:
+            if fnmatch(name, EVAL_RESULTS):
+                read_results(contents.text(name), name)
+        measured, left_out = results_of_card(contents.text("README.md"))
+    except CardError as error:
+        raise PublishError(str(error)) from None
+    contents.notes += left_out
+    if measured:
+        contents.files[RESULTS] = text_of(each.entry for each in measured).encode()
 
 
 def text_of_card(contents: Contents) -> str:

@@ -15,9 +15,19 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..foundation.errors import UserError
+from ..foundation.names import near_names
 
 
-__all__ = ["LICENSES", "CardError", "check_card", "check_license", "check_metadata", "finite_number", "hub_id"]
+__all__ = [
+    "HUB_TASKS",
+    "LICENSES",
+    "CardError",
+    "check_card",
+    "check_license",
+    "check_metadata",
+    "finite_number",
+    "hub_id",
+]
 
 # The licence identifiers of https://huggingface.co/docs/hub/repositories-licenses
 # fmt: off
@@ -35,6 +45,24 @@ LICENSES = frozenset(
         "llama3.2", "llama3.3", "llama4", "lppl-1.3c", "mit", "mpl-2.0", "ms-pl", "ncsa", "odbl", "odc-by",
         "ofl-1.1", "open-mdw", "openrail", "openrail++", "osl-3.0", "other", "pddl", "postgresql", "unknown",
         "unlicense", "wtfpl", "zlib",
+    }
+)
+# The tasks of https://huggingface.co/tasks, by which the Hub sorts models.
+HUB_TASKS = frozenset(
+    {
+        "any-to-any", "audio-classification", "audio-text-to-text", "audio-to-audio", "automatic-speech-recognition",
+        "depth-estimation", "document-question-answering", "feature-extraction", "fill-mask", "graph-ml",
+        "image-classification", "image-feature-extraction", "image-segmentation", "image-text-to-image",
+        "image-text-to-text", "image-text-to-video", "image-to-3d", "image-to-image", "image-to-text",
+        "image-to-video", "keypoint-detection", "mask-generation", "multiple-choice", "object-detection", "other",
+        "question-answering", "reinforcement-learning", "robotics", "sentence-similarity", "summarization",
+        "table-question-answering", "table-to-text", "tabular-classification", "tabular-regression",
+        "tabular-to-text", "text-classification", "text-generation", "text-ranking", "text-retrieval", "text-to-3d",
+        "text-to-audio", "text-to-image", "text-to-speech", "text-to-video", "time-series-forecasting",
+        "token-classification", "translation", "unconditional-image-generation", "video-classification",
+        "video-text-to-text", "video-to-video", "visual-document-retrieval", "visual-question-answering",
+        "voice-activity-detection", "zero-shot-classification", "zero-shot-image-classification",
+        "zero-shot-object-detection",
     }
 )
 # fmt: on
@@ -94,6 +122,13 @@ def check_metadata(data: Mapping[str, Any], *, complete: bool = True) -> None:
         if not isinstance(value, str) or not value.strip():
             faults.append(f"{field} should be a text, not {value!r}")
 
+    def task(field: str, value: Any) -> None:
+        if isinstance(value, str) and value.strip() and value not in HUB_TASKS:
+            near = near_names(value, sorted(known.replace("-", "_") for known in HUB_TASKS))
+            meant = " or ".join(near).replace("_", "-")
+            hint = f"did you mean {meant}?" if near else "https://huggingface.co/tasks has them all"
+            faults.append(f"{field} {value!r} is no task of the Hub; {hint}")
+
     for field in ("library_name", "pipeline_tag", "license"):
         if complete or field in data:
             text(field, data.get(field))
@@ -102,6 +137,7 @@ def check_metadata(data: Mapping[str, Any], *, complete: bool = True) -> None:
             check_license(data["license"])
         except CardError as error:
             faults.append(str(error))
+    task("pipeline_tag", data.get("pipeline_tag"))
     for field in ("tags", "metrics", "datasets"):
         value = data.get(field, [])
         if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
@@ -115,8 +151,13 @@ def check_metadata(data: Mapping[str, Any], *, complete: bool = True) -> None:
         text("model-index.name", entry.get("name"))
         for result in entry.get("results") or [{}]:
             text("model-index.results.task.type", result.get("task", {}).get("type"))
+            task("model-index.results.task.type", result.get("task", {}).get("type"))
             text("model-index.results.dataset.name", result.get("dataset", {}).get("name"))
-            text("model-index.results.dataset.type", result.get("dataset", {}).get("type"))
+            dataset = result.get("dataset", {}).get("type")
+            text("model-index.results.dataset.type", dataset)
+            # Else it is the name of what reads a local dataset.
+            if isinstance(dataset, str) and "/" in dataset and hub_id(dataset, may_exist=True) is None:
+                faults.append(f"model-index: {dataset!r} is not the id of a dataset on the Hub")
             for metric in result.get("metrics") or [{}]:
                 text("model-index.results.metrics.type", metric.get("type"))
                 if finite_number(metric.get("value")) is None:

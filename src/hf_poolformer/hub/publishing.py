@@ -26,15 +26,18 @@ from huggingface_hub.utils import validate_repo_id
 from ..foundation.redaction import redact
 from ..foundation.spelling import command_words
 from .contents import Contents, PublishError, collect
+from .eval_results import RESULTS, choose_tasks, results_of_card, text_of
 from .space_package import WHEEL, SpacePackage, package_for_space
 from .spaces import STATIC, page_contents, space_contents
-from .verification import compare_answers, compare_files
+from .verification import compare_answers, compare_files, compare_results
 
 
 __all__ = ["Publication", "PublishError", "publish", "publish_command", "upload"]
 
 # How often a commit is begun anew because somebody else's came first (412).
 ATTEMPTS = 3
+# The Hub's type of the repositories of the `kernels` library.
+KERNEL = "kernel"
 
 
 @dataclass
@@ -69,7 +72,7 @@ def publish(
     folder: str | os.PathLike,
     repo_id: str,
     *,
-    repo_type: Literal["model", "dataset"] = "model",
+    repo_type: Literal["model", "dataset", "kernel"] = "model",
     private: bool | None = None,
     gated: Literal["auto", "manual"] | None = None,
     token: str | None = None,
@@ -93,13 +96,15 @@ def publish(
 
     Args:
         folder: a model (`config.json` and safetensors weights, as `save_pretrained` or scripts/train.py write them),
-            or with `repo_type="dataset"` images in folders, Parquet files or tar shards.
+            or with `repo_type="dataset"` images in folders, Parquet files or tar shards. With `repo_type="kernel"`
+            the kernels of this package are written into it first, as a repository of the `kernels` library.
         repo_id: `user/name` (or `name`, for the owner of the token).
         private: True makes the repository private before anything is sent, whether it is new or not. False makes a
             new one public, None leaves that to the account's default; neither changes one that exists.
         gated: people have to ask for access: granted to everybody (`"auto"`) or by you (`"manual"`).
         token: a Hub token with the right to write; None takes the one `hf auth login` or HF_TOKEN left.
-        revision: branch to commit to, `main` by default. It is created if it does not exist.
+        revision: branch to commit to, `main` by default; it is created if it does not exist. Kernels go by default to
+            `main`, which people see, and to the branch of their version, from which the library loads them.
         create_pr: propose the commit as a pull request to `main` rather than make it.
         commit_message: first line of the commit.
         exclude: patterns (fnmatch) of files of the folder that stay behind too.
@@ -131,10 +136,17 @@ def publish(
     if isinstance(space, str):
         check_repo_id(space)
     package = package_of(space, space_package)
-    secret = token or get_token()
+    if repo_type == KERNEL and (gated or create_pr or exclude):
+        raise PublishError("kernels are published as they are built: leave out --gated, --create_pr and --exclude")
+    secret, branches = token or get_token(), (revision,)
     with tempfile.TemporaryDirectory(prefix="hf-poolformer-") as scratch:
         if page:
             contents = page_contents(folder, repo_id, exclude=exclude, license=license, secret=secret)
+        elif repo_type == KERNEL:
+            from .kernel_repository import VERSION, kernel_contents  # torch, which an upload as such does not need
+
+            contents = kernel_contents(folder, repo_id)
+            branches = branches if revision else ("main", f"v{VERSION}")
         else:
             contents = collect(
                 folder,
@@ -149,18 +161,20 @@ def publish(
         what = "page" if page else repo_type
         published, failure = None, None
         try:
-            published = upload(
-                contents,
-                repo_id,
-                private=private,
-                gated=gated,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message or f"Upload {what}",
-                endpoint=endpoint,
-                space_sdk=STATIC if page else None,
-            )
+            name_results(contents, HfApi(endpoint=endpoint, token=token), repo_id, private)
+            for branch in branches:
+                published = upload(
+                    contents,
+                    repo_id,
+                    private=private,
+                    gated=gated,
+                    token=token,
+                    revision=branch,
+                    create_pr=create_pr,
+                    commit_message=commit_message or f"Upload {what}",
+                    endpoint=endpoint,
+                    space_sdk=STATIC if page else None,
+                )
             if verify:
                 published.notes += verification(contents, published, folder, Path(scratch), token, endpoint)
             if package is not None:
@@ -224,6 +238,20 @@ def package_of(space: bool | str, space_package: str) -> SpacePackage | None:
     if space_package != WHEEL:
         raise PublishError("--space_package says how the Space of a model gets this package, and goes with --space")
     return None
+def name_results(contents: Contents, api: HfApi, repo_id: str, private: bool | None) -> None:
+    """Gives the results in `.eval_results/` the ids that the Hub has for their tasks, or leaves them out."""
+    if RESULTS not in contents.files:
+        return
+    try:
+        public = not (private or api.model_info(repo_id).private)
+    except RepositoryNotFoundError:
+        public = True  # or not: that is up to the account, of which nothing is known here
+    measured, _ = results_of_card(contents.text("README.md"))
+    entries, notes = choose_tasks(measured, api, public=public)
+    contents.notes += notes
+    del contents.files[RESULTS]
+    if entries:
+        contents.files[RESULTS] = text_of(entries).encode()
 
 
 def upload_space(
@@ -324,11 +352,14 @@ def make_commit(
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in contents.files.items()]
     for attempt in range(ATTEMPTS):
         head = api.repo_info(repo_id, repo_type=kind, revision=revision)
+        if kind == KERNEL:  # of which the Hub does not say what is in it
+            there = api.list_repo_files(repo_id, repo_type=kind, revision=head.sha)
+        else:
+            there = [sibling.rfilename for sibling in head.siblings or []]
         stale = [
-            CommitOperationDelete(path_in_repo=sibling.rfilename)
-            for sibling in head.siblings or []
-            if sibling.rfilename not in contents.files
-            and any(fnmatch(sibling.rfilename, pattern) for pattern in contents.replaces)
+            CommitOperationDelete(path_in_repo=name)
+            for name in there
+            if name not in contents.files and any(fnmatch(name, pattern) for pattern in contents.replaces)
         ]
         try:
             # create_commit and not upload_folder: the latter cuts a folder into several commits when it likes, and
@@ -387,6 +418,8 @@ def verification(
         contents, published.repo_id, published.commit, scratch / "downloaded", token=token, endpoint=endpoint
     )
     notes = [f"verified: {len(contents.files)} files downloaded again, every SHA-256 the same"]
+    if RESULTS in contents.files:
+        notes.append(f"verified: {compare_results(downloaded)}")
     if contents.repo_type == "model":
         notes.append(f"verified: {compare_answers(folder, downloaded, scratch)}")
     return notes

@@ -1,4 +1,5 @@
-"""Is what was published what was meant? Download it again, compare hashes, load it as a stranger, compare logits."""
+"""Is what was published what was meant? Download it again, compare hashes and results, load it as a stranger, compare
+logits."""
 
 import json
 import os
@@ -10,9 +11,10 @@ from huggingface_hub import snapshot_download
 
 from ..foundation.files import digest
 from .contents import Contents, PublishError
+from .eval_results import RESULTS, read_results, results_of_card
 
 
-__all__ = ["compare_answers", "compare_files"]
+__all__ = ["compare_answers", "compare_files", "compare_results"]
 
 # Outputs of the same weights by two implementations of one function, relative to the largest output.
 TOLERANCE = 1e-4
@@ -56,6 +58,27 @@ def compare_files(
     if wrong:
         raise PublishError(f"the Hub gives back other files than were sent: {', '.join(wrong[:5])}")
     return folder
+
+
+def compare_results(downloaded: Path) -> str:
+    """Read the results in `.eval_results/` as the Hub does, and compare them with the model-index of the card.
+
+    Returns:
+        a sentence for people.
+
+    Raises:
+        PublishError: a value is another one there, or a result calls itself verified.
+    """
+    try:
+        entries = read_results((downloaded / RESULTS).read_text(encoding="utf-8"), RESULTS)
+        told, _ = results_of_card((downloaded / "README.md").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PublishError(f"the published results cannot be read: {error}") from None
+    values = {(each.entry.dataset_id, each.entry.notes): each.entry.value for each in told}
+    for entry in entries:
+        if values.get((entry.dataset_id, entry.notes)) != entry.value or entry.verify_token is not None:
+            raise PublishError(f"{RESULTS} says {entry.value!r} of {entry.dataset_id}, and README.md something else")
+    return f"{RESULTS} read back as the Hub reads it, with the values of the card"
 
 
 def compare_answers(folder: Path, downloaded: Path, scratch: Path) -> str:

@@ -1,7 +1,9 @@
 """Kernels behind `hf_poolformer.backends`, registered with torch.library as `torch.ops.hf_poolformer.*` but for those
 of token_norm.py, which run outside of graphs only.
 
-Importing a module registers its operations; only `backends.py` imports them, and only when they may run. All kernels
+Importing a module registers its operations; only `backends.py` imports them, and only when they may run. This package
+imports nothing of the others: it is also published alone (hub/kernel_repository.py), for models that carry their code
+to where hf_poolformer is missing. There it has another name, and so has its namespace in `torch.ops`. All kernels
 read and write NHWC memory: tensors are logically (B, C, H, W) and contiguous in `torch.channels_last`. Accumulation is
 float32; reductions are in a fixed order, so that results do not change from run to run.
 
@@ -19,6 +21,7 @@ ahead.py        compilation of all that a model needs, before its first step
 recordings.py   launches that are recorded once and repeated
 inference.py    all branches of a stage without gradients, recorded
 training.py     a stage of pooling blocks as one function of autograd, recorded
+layers.py       what transformers' `use_kernels` takes, where this package is published alone
 """
 
 from contextvars import ContextVar
@@ -28,7 +31,10 @@ from contextvars import ContextVar
 # schema changes: a copy that knows another number takes the reference instead of failing.
 INTERFACE = 3
 
+# In `torch.ops`: `hf_poolformer`, or what the `kernels` library calls the package that it has loaded.
+NAMESPACE = __name__.partition(".")[0]
+
 # Whether a forward is a rehearsal for a CUDA graph (`hf_poolformer.graphed`), which is to do what the graph will.
 GRAPHING: ContextVar[bool] = ContextVar("graphing", default=False)
 
-__all__ = ["GRAPHING", "INTERFACE"]
+__all__ = ["GRAPHING", "INTERFACE", "NAMESPACE"]

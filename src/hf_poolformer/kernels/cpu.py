@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from . import NAMESPACE
 from .flops import count_products
 
 
@@ -204,7 +205,7 @@ def as_map(matrix: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return matrix.view(batch, height, width, matrix.shape[1]).permute(0, 3, 1, 2)
 
 
-@torch.library.custom_op("hf_poolformer::cpu_pool_mixer", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::cpu_pool_mixer", mutates_args=())
 def cpu_pool_mixer(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -234,7 +235,7 @@ def _(x, weight, layer_scale, res_scale, mask, pool_size, eps, norm_bias):
     return torch.empty_like(x), x.new_empty(2, x.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("hf_poolformer::cpu_pool_mixer_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::cpu_pool_mixer_backward", mutates_args=())
 def cpu_pool_mixer_backward(
     g: torch.Tensor,
     x: torch.Tensor,
@@ -286,7 +287,7 @@ def _pool_mixer_backward(ctx, g, _):
     if g is None:
         return (None,) * 8
     x, statistics, weight, layer_scale, res_scale, mask, norm_bias = ctx.saved_tensors
-    dx, dscale, dres = torch.ops.hf_poolformer.cpu_pool_mixer_backward(
+    dx, dscale, dres = getattr(torch.ops, NAMESPACE).cpu_pool_mixer_backward(
         g.contiguous(memory_format=torch.channels_last),
         x,
         statistics,
@@ -306,7 +307,7 @@ def _pool_mixer_backward(ctx, g, _):
 cpu_pool_mixer.register_autograd(_pool_mixer_backward, setup_context=_pool_mixer_context)
 
 
-@torch.library.custom_op("hf_poolformer::cpu_channel_mlp", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::cpu_channel_mlp", mutates_args=())
 def cpu_channel_mlp(
     x: torch.Tensor,
     norm_weight: torch.Tensor | None,
@@ -396,7 +397,7 @@ def cast(dtype: torch.dtype, *tensors: Optional) -> list[Optional]:
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
-@torch.library.custom_op("hf_poolformer::cpu_channel_mlp_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::cpu_channel_mlp_backward", mutates_args=())
 def cpu_channel_mlp_backward(
     g: torch.Tensor,
     x: torch.Tensor,
@@ -518,7 +519,7 @@ def _channel_mlp_backward(ctx, g, *_):
         return (None,) * 16
     x, z, statistics, norm_weight, norm_bias, weight1, bias1, weight2, *rest = ctx.saved_tensors
     g = g.contiguous(memory_format=torch.channels_last)
-    dx, *gradients = torch.ops.hf_poolformer.cpu_channel_mlp_backward(
+    dx, *gradients = getattr(torch.ops, NAMESPACE).cpu_channel_mlp_backward(
         g, x, z, statistics, norm_weight, norm_bias, weight1, weight2, *rest, ctx.activation, ctx.eps
     )
     parameters = (norm_weight, norm_bias, weight1, bias1, weight2, *rest[:-1])

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from . import NAMESPACE
+
 
 def count_products(
     operation: str, products: int, *, x: int, weight1: int, convolutions: int = 0, depthwise: int | None = None
@@ -18,7 +20,7 @@ def count_products(
         x, weight1, depthwise: places of these arguments, (B, C, H, W), (R, C) and (R, 1, window, window).
     """
 
-    @register_flop_formula(getattr(torch.ops.hf_poolformer, operation))
+    @register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), operation))
     def formula(*shapes: Sequence[int] | None, out_shape: Sequence[int] | None = None, **_: object) -> int:
         batch, channels, height, width = shapes[x]
         each = products * channels

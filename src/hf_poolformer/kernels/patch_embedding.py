@@ -18,6 +18,7 @@ import torch
 import triton.language as tl
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
+from . import NAMESPACE
 from .launch import FUSION, INTERPRETED, bucket, cdiv, float32, kernel, next_power_of_2, on, operand, precision, tuned
 from .statistics import CHUNK, combine, moments
 
@@ -249,7 +250,7 @@ def add_bias(y: torch.Tensor, bias: torch.Tensor, with_statistics: bool) -> torc
         return combine(partials, samples) if with_statistics else None
 
 
-@torch.library.custom_op("hf_poolformer::patch_embedding", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::patch_embedding", mutates_args=())
 def patch_embedding(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -308,6 +309,6 @@ def _backward(ctx, g, _):
 patch_embedding.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.hf_poolformer.patch_embedding)
+@register_flop_formula(getattr(torch.ops, NAMESPACE).patch_embedding)
 def _(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
     return conv_flop_count(x_shape, weight_shape, out_shape[0])

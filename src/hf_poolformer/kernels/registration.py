@@ -10,6 +10,8 @@ from typing import Any, get_args
 
 import torch
 
+from . import NAMESPACE
+
 
 def register(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> torch.library.CustomOpDef:
     """
@@ -36,7 +38,7 @@ def register(name: str, function: Callable[..., Any], fake: Callable[..., Any]) 
     # Without defaults: graphs leave out arguments that have them, and gradients are counted by place.
     parameters = [each.replace(default=inspect.Parameter.empty) for each in signature.parameters.values()]
     run.__signature__ = signature.replace(parameters=parameters, return_annotation=results)
-    operation = torch.library.custom_op(f"hf_poolformer::{name}", run, mutates_args=())
+    operation = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=())
     operation.register_fake(filled(fake))
     return operation
 

@@ -37,6 +37,10 @@ class ImageTraining(TaskTraining):
     def num_examples(self) -> int | None:
         return self.datasets["train"].num_examples
 
+    @property
+    def evaluated(self) -> ImageDataset | None:
+        return self.datasets.get("validation")
+
     def make_loaders(self, accelerator: Accelerator, model: PreTrainedModel, processor: Any) -> tuple[Any, Any | None]:
         """As `TaskTraining.make_loaders`, with the labels numbered as the model does.
 
@@ -82,11 +86,11 @@ class ImageTraining(TaskTraining):
         return f"at {'x'.join(map(str, input_size(processor)))}{sides}"
 
     def figures(self) -> dict[str, Any]:
-        """Of a run whose device decodes, how many images the CPU had to, since it was started last."""
+        """And, of a run whose device decodes, how many images the CPU had to, since it was started last."""
         pipeline = self.device_pipeline
         if pipeline is None or pipeline.preprocessing.mode != "decode":
-            return {}
-        return {"images_decoded_by_cpu": sum(gather_object([pipeline.decoded_by_cpu]))}
+            return super().figures()
+        return {**super().figures(), "images_decoded_by_cpu": sum(gather_object([pipeline.decoded_by_cpu]))}
 
     def describe(self, results: dict[str, Any]) -> str:
         return describe_results(results, TASKS[self.settings.task], self.settings.metric_for_best_model)

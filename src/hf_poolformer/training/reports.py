@@ -20,6 +20,7 @@ from ..foundation.spelling import command_words
 from ..foundation.strict_json import to_json
 from ..foundation.tasks import TASKS
 from ..hub.cards import folder_card
+from ..hub.eval_results import leave_results
 from ..hub.publishing import publish
 from ..settings.training import TrainingSettings
 
@@ -97,7 +98,9 @@ class Reports:
     def write_card(self) -> None:
         """The model card, of what the run has left in its folder; the main process alone."""
         with best_effort("writing the model card"):
-            replace_text(self.folder / "README.md", folder_card(self.folder, repo_id=self.settings.hub_model_id))
+            card = folder_card(self.folder, repo_id=self.settings.hub_model_id)
+            replace_text(self.folder / "README.md", card)
+            leave_results(self.folder, card)
 
     def publish(self) -> str:
         """The address of the repository that the folder is published to.

@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..data.columns import ImageDataset
+from ..data.datasets import whole_split
 from ..foundation.tasks import TASKS
 from ..settings.training import TrainingSettings
 
@@ -56,6 +58,11 @@ class TaskTraining(ABC):
     def num_examples(self) -> int | None:
         """Training images, if their number is known."""
 
+    @property
+    @abstractmethod
+    def evaluated(self) -> ImageDataset | None:
+        """The images that are evaluated on, if there are any."""
+
     @abstractmethod
     def make_model(self, accelerator: Accelerator, memory_format: torch.memory_format) -> tuple[PreTrainedModel, Any]:
         """The model that the run starts with, the same in every process, and its image processor."""
@@ -78,7 +85,12 @@ class TaskTraining(ABC):
 
     def figures(self) -> dict[str, Any]:
         """What training has come upon, for `all_results.json`; every process calls it."""
-        return {}
+        evaluated = self.evaluated
+        # One of another folder is none of the dataset.
+        if evaluated is None or self.settings.validation_dir is not None:
+            return {}
+        split = whole_split(evaluated)
+        return {"evaluated_split": split} if split else {}
 
     @abstractmethod
     def losses(self, run: Run, batch: dict[str, Any]) -> list[torch.Tensor]:

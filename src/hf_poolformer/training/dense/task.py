@@ -12,6 +12,7 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...data.columns import ImageDataset
 from ...data.dense.batches import DenseEvalTransform, collate, collate_maps
 from ...data.dense.datasets import DenseBatches, DenseDataset, open_dense_datasets
 from ...data.dense.plausibility import check_annotations
@@ -54,6 +55,11 @@ class DenseTraining(TaskTraining):
     @property
     def num_examples(self) -> int | None:
         return self.datasets["train"].images.num_examples
+
+    @property
+    def evaluated(self) -> ImageDataset | None:
+        dataset = self.datasets.get("validation")
+        return None if dataset is None else dataset.images
 
     def make_model(self, accelerator: Accelerator, memory_format: torch.memory_format) -> tuple[PreTrainedModel, Any]:
         model, processor = initial_dense_model(self.settings, self.datasets["train"].classes)
