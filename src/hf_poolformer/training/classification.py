@@ -15,6 +15,8 @@ from ..data.description import describe_data, judge
 from ..data.loader import skip_limit
 from ..data.opening import open_splits
 from ..evaluation.classification import check_labels, draw_results, evaluate
+from ..evaluation.examples import Examples
+from ..evaluation.pictures import draw_answers
 from ..evaluation.processes import named_results
 from ..foundation.tasks import TASKS
 from ..settings.classification import ClassificationSettings
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 class ClassificationTraining(ImageTraining):
     loss_parts = ("label_loss", "distillation_loss")
     thresholds: Literal["f1"] | None = None  # as `evaluate` takes them
+    examples: Examples | None = None  # of the last evaluation
 
     def __init__(self, settings: ClassificationSettings):
         super().__init__(settings)
@@ -128,6 +131,8 @@ class ClassificationTraining(ImageTraining):
         return merged(model) if self.settings.lora else model
 
     def evaluate(self, run: Run, model: nn.Module, final: bool) -> tuple[dict[str, Any], Any]:
+        main = run.accelerator.is_main_process
+        self.examples = Examples() if self.keeps_examples and main else None
         results = evaluate(
             model,
             run.eval_loader,
@@ -137,10 +142,17 @@ class ClassificationTraining(ImageTraining):
             thresholds=self.thresholds,
             intervals=final,
             memory_format=run.memory_format,
-            progress=run.accelerator.is_main_process and sys.stderr.isatty(),
+            progress=main and sys.stderr.isatty(),
             should_stop=run.stop.check,
+            examples=self.examples,
         )
         return named_results(results, self.label_names), results if final else None
+
+    def draw_predictions(self, processor: Any) -> Any | None:
+        if self.examples is None:
+            return None
+        colours = processor.image_mean, processor.image_std
+        return draw_answers(self.examples.chosen(), TASKS[self.settings.task].reads, self.label_names, *colours)
 
     def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
         draw_results(folder, TASKS[self.settings.task], shown, self.label_names)
