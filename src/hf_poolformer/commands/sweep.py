@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         raise UserError(f"--trials must be at least 1, not {arguments.trials}")
     import optuna  # noqa: F401  # missing, it would be missed only after the data is read
 
-    from ..foundation.processes import start_cpu_processes
+    from ..foundation.processes import part, start_cpu_processes
     from ..training.sweep import make_plan
     from ..training.sweep_space import read_texts
 
@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     )
     start_cpu_processes()
     run(plan)
+    part()
     return 0
 
 

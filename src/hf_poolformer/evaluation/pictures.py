@@ -33,7 +33,7 @@ def draw_answers(
     """
     if not examples:
         return None
-    columns = min(8, len(examples))
+    columns = min(4, len(examples))
     rows = -(-len(examples) // columns)
     figure, grid = new_figure((1.7 * columns, 2.1 * rows), columns=columns, rows=rows)
     axes = np.asarray(grid).reshape(-1)

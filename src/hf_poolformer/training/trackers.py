@@ -91,7 +91,7 @@ class Trackers:
             tracker = kind(project)
         with quiet(name):
             tracker.start()
-            if self.resume_step is None:
+            if self.resume_step is None or name != "tensorboard":  # which would have them once more
                 config = {name: "" if value is None else value for name, value in self.settings.to_dict().items()}
                 tracker.store_init_configuration(config)
         self.trackers[name] = tracker
@@ -141,8 +141,17 @@ class Trackers:
     def __exit__(self, *_: object) -> None:
         for name, tracker in list(self.trackers.items()):
             with quiet(name):
-                self._try(name, tracker.finish)
+                self._try(name, finish, name, tracker)
         self.trackers = {}
+
+
+def finish(name: str, tracker: GeneralTracker) -> None:
+    if name == "trackio":
+        import trackio
+
+        trackio.finish()  # which forgets the run, too; else its exit would end it once more
+    else:
+        tracker.finish()
 
 
 @contextlib.contextmanager
