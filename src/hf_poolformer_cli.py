@@ -29,6 +29,7 @@ COMMANDS = {
     "benchmark": "time the model next to every peer",
     "app": "try a model in the browser",
     "train-dense": "train a segmenter or a detector",
+    "sweep": "try settings of a training run, and find those that work best",
     "ablate": "rerun the paper's ablation table on any dataset",
     "table": "rebuild the papers' comparison tables from running models",
     "env": "versions, devices and kernels, to paste into an issue",

@@ -316,7 +316,7 @@ def test_constraints_hold_what_the_dev_extra_needs():
     assert list(pinned) == sorted(pinned)
     extras = PROJECT["optional-dependencies"]
     ours = [Requirement(line) for lines in [PROJECT["dependencies"], *extras.values()] for line in lines]
-    left_out = {"hf-poolformer", "ray", "trackio", "coremltools", "executorch", "torchao"}  # extras beside dev
+    left_out = {"hf-poolformer", "ray", "coremltools", "executorch", "torchao"}  # extras beside dev
     for requirement in ours:
         name = canonicalize_name(requirement.name)
         assert name in left_out or requirement.specifier.contains(pinned[name]), name

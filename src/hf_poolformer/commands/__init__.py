@@ -48,6 +48,7 @@ EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
     "openvino": "export",
+    "optuna": "sweep",
     "peft": "lora",
     "pillow_heif": "heif",
     "psutil": "train",

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         raise UserError(f"--seeds must be at least 1, not {arguments.seeds}")
     from accelerate import PartialState
 
-    from ..foundation.processes import owned, start_cpu_processes
+    from ..foundation.processes import owned, part, start_cpu_processes
     from ..foundation.tasks import CLASSIFICATION
     from ..settings.command_line import parse
     from ..training import ablation
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
                 ablation.measure(name, base, folder / "rows" / name / f"seed-{seed}", seed, content)
         if PartialState().is_main_process:
             write_report(base, folder, content)
+    part()
     return 0
 
 

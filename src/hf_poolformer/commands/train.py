@@ -20,10 +20,11 @@ def run(argv: Sequence[str] | None, prog: str | None, tasks: Sequence[str] | Non
 
     logging.basicConfig(format="%(message)s")
     settings = parse(argv, prog, tasks=tasks)
-    from ..foundation.processes import start_cpu_processes
+    from ..foundation.processes import part, start_cpu_processes
 
     start_cpu_processes()
     from ..training.loop import train
 
     train(settings)
+    part()
     return 0

@@ -33,6 +33,7 @@ from ..foundation.processes import found_by_main
 from ..foundation.report_folder import report_folder
 from ..foundation.settings import read_yaml
 from ..foundation.tasks import CLASSIFICATION, TASKS, Task, task_of_config
+from .examples import Examples
 from .processes import measure, named_results
 from .rows import RowKeeper
 from .settings import EvaluationSettings
@@ -60,6 +61,7 @@ def evaluate(
     progress: bool = False,
     should_stop: Callable[[], int] = lambda: 0,
     rows: RowKeeper | None = None,
+    examples: Examples | None = None,
 ) -> dict[str, Any]:
     """Metrics over all images that the processes' loaders yield together: see `processes.measure`.
 
@@ -75,6 +77,7 @@ def evaluate(
             as `references`, in the same order.
         should_stop: asked after each batch; when it says so on any process, the result is empty.
         rows: gets what was found of each image; the loader then tells `origins`.
+        examples: keeps some of the images, and what was found of them.
 
     Returns:
         what `measure` returns, with the figures of `metrics.ClassJudge`, `LabelsJudge` or `NumbersJudge`.
@@ -103,6 +106,8 @@ def evaluate(
             answers = judge.add(labels, logits)
             if rows is not None:
                 rows.add(batch["origins"], answers)
+            if examples is not None:
+                examples.add(batch["pixel_values"], answers)
         return len(labels)
 
     return measure(bare, loader, look, judge, accelerator=accelerator, progress=progress, should_stop=should_stop)

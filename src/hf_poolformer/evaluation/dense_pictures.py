@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..foundation.figures import add_legend, new_figure, save_figure
+from ..foundation.figures import add_legend, figure_pixels, new_figure, save_figure
 from ..image_processing_dense import IGNORE_INDEX
 
 
@@ -33,14 +33,18 @@ def colours(count: int) -> np.ndarray:
     return colormaps["gist_rainbow"](np.linspace(0, 1, count))[:, :3]
 
 
-def write_predictions(
-    path: Path,
+def write_predictions(path: Path, examples: Sequence[EvaluatedImage], *values: Any) -> None:
+    """PNG of `draw_predictions`."""
+    save_figure(draw_predictions(examples, *values), path)
+
+
+def draw_predictions(
     examples: Sequence[EvaluatedImage],
     label_names: Sequence[str],
     mean: Sequence[float],
     std: Sequence[float],
-) -> None:
-    """PNG of images in pairs: the truth on the left, what the model found on the right.
+) -> Any:
+    """A figure with images in pairs: the truth on the left, what the model found on the right.
 
     Args:
         mean, std: of the image processor, to see the images as they were.
@@ -72,7 +76,7 @@ def write_predictions(
         left.set_title("truth", fontsize=9)
         right.set_title("predicted", fontsize=9)
     add_legend(figure, [(palette[index], label_names[index]) for index in sorted(used)], columns=6)
-    save_figure(figure, path)
+    return figure
 
 
 def as_seen(
@@ -152,8 +156,7 @@ def drawn(image: np.ndarray, draw: Callable[[Any, np.ndarray], Any], longest: in
     axes.set_position((0, 0, 1, 1))
     axes.axis("off")
     draw(axes, image)
-    figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    return Image.fromarray(figure_pixels(figure))
 
 
 def draw_errors(axes: Any, image: np.ndarray, found: np.ndarray, truth: np.ndarray) -> None:

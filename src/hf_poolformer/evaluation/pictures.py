@@ -9,11 +9,70 @@ from typing import Any
 import numpy as np
 
 from ..foundation.figures import new_figure, save_figure
-from ..foundation.names import printable
+from ..foundation.names import first_few, printable
+from .examples import Example
 
 
 MOST_NAMED = 60  # labels that are named
 MOST_DOTS = 5000  # of a target
+
+
+def draw_answers(
+    examples: Sequence[Example],
+    reads: str,
+    label_names: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Any | None:
+    """A figure with images and, above each, what the model says of it: green where that is right, and else red with
+    what is true below it. Numbers have no colour.
+
+    Args:
+        reads: as `Task.reads`.
+        mean, std: of the image processor, to see the images as they were.
+    """
+    if not examples:
+        return None
+    columns = min(4, len(examples))
+    rows = -(-len(examples) // columns)
+    figure, grid = new_figure((1.7 * columns, 2.1 * rows), columns=columns, rows=rows)
+    axes = np.asarray(grid).reshape(-1)
+    for axis in axes:
+        axis.axis("off")
+    for axis, example in zip(axes, examples, strict=False):
+        axis.imshow(as_picture(example.pixel_values.float().numpy(), mean, std), cmap="gray", vmin=0, vmax=1)
+        text, right = answer_text(example, reads, label_names)
+        colour = "black" if right is None else "tab:green" if right else "tab:red"
+        axis.set_title(text, fontsize=8, color=colour, parse_math=False)
+    return figure
+
+
+def as_picture(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalised (channels, height, width) as 0..1: (height, width, 3), or (height, width) where there are not 3."""
+    shape = (-1, 1, 1)
+    pixels = pixels * np.asarray(std).reshape(shape) + np.asarray(mean).reshape(shape)
+    return pixels.transpose(1, 2, 0).clip(0, 1) if len(pixels) == 3 else pixels.mean(0).clip(0, 1)
+
+
+def answer_text(example: Example, reads: str, label_names: Sequence[str]) -> tuple[str, bool | None]:
+    """What a model says of an image in two lines, and whether that is right; None where it is not one or the other."""
+    answers, names = example.answers, [printable(name, 18) for name in label_names]
+    truth, found = answers["labels"], answers["predicted"]
+    if reads == "numbers":
+        return "\n".join(
+            f"{name} {a:.4g} (true {b:.4g})" for name, a, b in zip(names[:3], found, truth, strict=False)
+        ), None
+    if reads == "classes":
+        right = bool((truth == found).all())
+        there = [
+            f"{name} {score:.0%}" for name, score, yes in zip(names, answers["scores"], found, strict=True) if yes
+        ]
+        wanted = [name for name, yes in zip(names, truth, strict=True) if yes]
+        said = first_few(there, 2) or "nothing"
+        return (said if right else f"{said}\nis {first_few(wanted, 2) or 'nothing'}"), right
+    right = bool(truth == found)
+    said = f"{names[int(found)]} {float(answers['confidence']):.0%}"
+    return (said if right else f"{said}\nis {names[int(truth)]}"), right
 
 
 def write_confusion_matrix(path: Path, matrix: np.ndarray, label_names: Sequence[str]) -> None:

@@ -35,6 +35,16 @@ def add_legend(figure: Any, entries: Sequence[tuple[Any, str]], columns: int) ->
         text.set_text(printable(name, 40))
 
 
+def figure_pixels(figure: Any) -> Any:
+    """A figure as it would be saved: uint8 (height, width, 3)."""
+    import numpy as np
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # no font has every letter
+        figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
 def save_figure(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the suffix says in which format

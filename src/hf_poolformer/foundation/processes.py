@@ -71,6 +71,11 @@ def processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
+def part() -> None:
+    """Ends what the processes have in common, when there is nothing left to train; every process calls it."""
+    processes().destroy_process_group()
+
+
 def found_by_main(find: Callable[[], Any]) -> Any:
     """What the main process finds out, for all; every process must call it.
 

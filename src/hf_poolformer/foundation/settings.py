@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -128,6 +129,7 @@ def number_or(kind: type, words: Sequence[str]) -> Callable[[str], Any]:
     return read
 
 
+@functools.cache  # a sweep parses one command line again and again
 def in_groups(settings: type) -> list[type]:
     """The settings as dataclasses, one for each group of the help; a setting stands where it is said first."""
     hints, groups = get_type_hints(settings), {}

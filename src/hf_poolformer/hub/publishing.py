@@ -238,6 +238,8 @@ def package_of(space: bool | str, space_package: str) -> SpacePackage | None:
     if space_package != WHEEL:
         raise PublishError("--space_package says how the Space of a model gets this package, and goes with --space")
     return None
+
+
 def name_results(contents: Contents, api: HfApi, repo_id: str, private: bool | None) -> None:
     """Gives the results in `.eval_results/` the ids that the Hub has for their tasks, or leaves them out."""
     if RESULTS not in contents.files:

@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from typing import Any
 
 from ..foundation.errors import UserError
 from ..foundation.settings import QuietParser, SettingsParser, as_flags, check_names, names_of, read_yaml
 from ..foundation.tasks import CLASSIFICATION, FEATURE_DISTILLATION, TASKS
 from .training import TrainingSettings, default_recipe, defaults_of, settings_of
+
+
+def look_ahead(argv: Sequence[str]) -> tuple[Namespace, dict[str, Any]]:
+    """The flags that decide how all others are read, and what stands in the YAML file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    first = QuietParser(add_help=False, allow_abbrev=False)
+    for flag in ("--task", "--recipe", "--distillation"):
+        first.add_argument(flag)
+    first.add_argument("--config_file", "--config-file")
+    known, _ = first.parse_known_args(argv)
+    return known, read_yaml(known.config_file) if known.config_file else {}
+
+
+def task_in(argv: Sequence[str], tasks: Sequence[str] = tuple(TASKS)) -> str | None:
+    """The task that a command line is about, among these; None if it has to name one and does not."""
+    known, from_file = look_ahead(argv)
+    task = known.task or from_file.get("task")
+    if task is None and CLASSIFICATION in tasks:
+        distillation = known.distillation or from_file.get("distillation")
+        task = FEATURE_DISTILLATION if distillation == "features" else CLASSIFICATION
+    return task
 
 
 def parse(
@@ -29,17 +55,8 @@ def parse(
         UserError: unknown flags, keys, recipes or tasks (with what was probably meant), and values that do not fit.
     """
     argv, tasks = list(sys.argv[1:] if argv is None else argv), list(tasks or TASKS)
-    first = QuietParser(add_help=False, allow_abbrev=False)
-    for flag in ("--task", "--recipe", "--distillation"):
-        first.add_argument(flag)
-    first.add_argument("--config_file", "--config-file")
-    known, _ = first.parse_known_args(argv)
-    from_file = read_yaml(known.config_file) if known.config_file else {}
-
-    task = known.task or from_file.get("task")
-    if task is None and CLASSIFICATION in tasks:
-        distillation = known.distillation or from_file.get("distillation")
-        task = FEATURE_DISTILLATION if distillation == "features" else CLASSIFICATION
+    known, from_file = look_ahead(argv)
+    task = task_in(argv, tasks)
     if task is None and not {"--help", "-h"} & set(argv):
         *most, last = tasks
         raise UserError(f"say what to train: --task {', '.join(most)} or {last}.")

@@ -201,6 +201,11 @@ class RunSettings:
         in_file="list",
         decides=False,
     )
+    project: str | None = setting(
+        None,
+        "Project of the run in trackers. Unset: hf-poolformer. The run is named as its output folder.",
+        decides=False,
+    )
     emissions_country: str | None = setting(
         None,
         "Estimate energy and CO2 for the card, with the electricity of this country (ISO code like DEU).",

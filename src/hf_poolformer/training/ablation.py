@@ -7,7 +7,6 @@ import difflib
 import io
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,19 +15,16 @@ from typing import Any
 
 import torch
 
-from .. import __version__
-from ..data.fingerprints import state_of_dataset, state_of_path
 from ..evaluation.intervals import LEVEL
 from ..foundation.errors import Diverged, UserError, one_line
 from ..foundation.figures import new_figure, save_figure
 from ..foundation.files import replace_text, write_json
 from ..foundation.processes import found_by_main, processes
-from ..foundation.settings import names_marked
-from ..foundation.strict_json import to_json
 from ..hub.rendering import plain_markdown
 from ..settings.classification import SMALL_MODEL, ClassificationSettings
 from .checkpoints import free_name
 from .loop import train
+from .records import content_of, differences, key_of
 
 
 @dataclass(frozen=True)
@@ -111,31 +107,6 @@ def settings_of_row(row: Row, base: ClassificationSettings, output_dir: Path, se
 RECORD = "ablation.json"
 
 
-def content_of(base: ClassificationSettings) -> dict[str, str]:
-    """The state of the data and, if there is one, of the teacher; see `fingerprints`."""
-    content = {}
-    for name in ("dataset_name", "train_dir", "validation_dir"):
-        if getattr(base, name):
-            content[name] = state_of_dataset(getattr(base, name), base.dataset_revision, base.hub_token)
-    if base.teacher:
-        content["teacher"] = state_of_path(base.teacher) or base.teacher
-    return content
-
-
-def key_of(settings: ClassificationSettings, content: Mapping[str, str]) -> dict[str, Any]:
-    """All that decides the result of a run, fit for JSON. A result belongs to the run that has the same key."""
-    chosen = {name: getattr(settings, name) for name in names_marked([type(settings)], "decides")}
-    chosen["config_overrides"] = settings.overrides()
-    chosen |= settings.rare_class_choices()  # weights in a file by what stands in it
-    if settings.best_by:
-        chosen["eval_epochs"] = settings.eval_epochs
-    if settings.mixed_precision is None:
-        chosen["mixed_precision"] = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # of which each brings its own batch
-    key = {"settings": chosen, "content": dict(content), "processes": processes, "version": __version__}
-    return json.loads(to_json(key))
-
-
 def measure(
     name: str, base: ClassificationSettings, output_dir: Path, seed: int, content: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
@@ -194,18 +165,6 @@ def find_record(folder: Path, key: Mapping[str, Any], tell: bool = False) -> dic
     if reasons and tell:
         print(f"{folder} holds another result: {reasons[0]}. This one is measured anew, that one is kept.", flush=True)
     return None
-
-
-def differences(theirs: Any, mine: Mapping[str, Any]) -> str:
-    """In what a record's key differs, in words."""
-    if theirs is None:
-        return "an older version wrote it, which did not note its settings"
-    told, yours = theirs["settings"], mine["settings"]
-    changed = [name for name in {**told, **yours} if told.get(name) != yours.get(name)]
-    words = [f"{name} {told.get(name)} instead of {yours.get(name)}" for name in changed[:4]]
-    words += ["and more"] if len(changed) > 4 else []
-    words += [f"another {name}" for name in ("content", "processes", "version") if theirs.get(name) != mine[name]]
-    return ", ".join(words).replace("another content", "other data")
 
 
 def all_results(base: ClassificationSettings, folder: Path, content: Mapping[str, str]) -> list[dict[str, Any]]:

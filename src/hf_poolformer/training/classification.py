@@ -17,6 +17,8 @@ from ..data.description import describe_data, judge
 from ..data.loader import skip_limit
 from ..data.opening import open_splits
 from ..evaluation.classification import check_labels, draw_results, evaluate
+from ..evaluation.examples import Examples
+from ..evaluation.pictures import draw_answers
 from ..evaluation.processes import named_results
 from ..foundation.errors import UserError
 from ..foundation.tasks import TASKS
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 class ClassificationTraining(ImageTraining):
     loss_parts = ("label_loss", "distillation_loss")
     thresholds: Literal["f1"] | None = None  # as `evaluate` takes them
+    examples: Examples | None = None  # of the last evaluation
 
     def __init__(self, settings: ClassificationSettings):
         super().__init__(settings)
@@ -142,6 +145,8 @@ class ClassificationTraining(ImageTraining):
         return model if self.class_shifts is None else shifted(model, self.class_shifts)
 
     def evaluate(self, run: Run, model: nn.Module, final: bool) -> tuple[dict[str, Any], Any]:
+        main = run.accelerator.is_main_process
+        self.examples = Examples() if self.keeps_examples and main else None
         results = evaluate(
             model,
             run.eval_loader,
@@ -152,8 +157,9 @@ class ClassificationTraining(ImageTraining):
             operating_point=self.operating_point,
             intervals=final,
             memory_format=run.memory_format,
-            progress=run.accelerator.is_main_process and sys.stderr.isatty(),
+            progress=main and sys.stderr.isatty(),
             should_stop=run.stop.check,
+            examples=self.examples,
         )
         self.class_shifts = results.get("class_shifts")
         return named_results(results, self.label_names), results if final else None
@@ -161,6 +167,12 @@ class ClassificationTraining(ImageTraining):
     def describe(self, results: dict[str, Any]) -> str:
         strength = results.get("shift_strength")
         return super().describe(results) + ("" if strength is None else f", moved by {strength:.2f} log n")
+
+    def draw_predictions(self, processor: Any) -> Any | None:
+        if self.examples is None:
+            return None
+        colours = processor.image_mean, processor.image_std
+        return draw_answers(self.examples.chosen(), TASKS[self.settings.task].reads, self.label_names, *colours)
 
     def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
         draw_results(folder, TASKS[self.settings.task], shown, self.label_names)

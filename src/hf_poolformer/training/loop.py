@@ -8,7 +8,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class Run:
     learning_rate: float  # at its peak
     replica: nn.Module | None  # of a model that is distributed, to be filled when it is needed
     processor: Any  # saved beside the model
+    after_evaluation: Callable[[Run, dict[str, float]], None] | None = None
     losses: list[torch.Tensor] = field(default_factory=list)  # since the last point of the curve, on the device
     images: int = 0  # of this process since the last point
     seconds: float = 0.0
@@ -95,13 +96,19 @@ class Run:
 
 
 @alone_in_its_folder
-def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[str, Any]:
+def train(
+    settings: TrainingSettings,
+    task: TaskTraining | None = None,
+    after_evaluation: Callable[[Run, dict[str, float]], None] | None = None,
+) -> dict[str, Any]:
     """Trains what the settings say and leaves everything about it in `settings.output_dir`.
 
     Every process of a run calls it. Leaves by `Stopped` (a SystemExit) after SIGTERM or Ctrl-C, with a checkpoint.
 
     Args:
         task: in the place of the settings' own, to measure the loop without its data.
+        after_evaluation: called by every process with the figures of each evaluation but the last; what it raises
+            ends the run.
 
     Returns:
         what `all_results.json` holds: `eval_*` figures of the model that is saved, `train_loss` (mean of the last
@@ -187,6 +194,7 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         carry_on=settings.checkpoint_failure == "continue",
     )
     reports = Reports(asked, accelerator, None if resume_from is None else progress.step)
+    task.keeps_examples = reports.trackers.show_pictures
     noun = TASKS[settings.task].outputs[len(label_names) != 1]
     answers = f"{len(label_names)} {noun}, " if label_names else ""
     rate = "to be found" if to_be_found else f"{learning_rate:.2e}"
@@ -197,7 +205,7 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
         f"{accelerator.num_processes} x {accelerator.device.type}."
     )
 
-    with running(state, total_steps) as (stop, bar):
+    with running(state, total_steps, reports) as (stop, bar):
         run = Run(
             settings=settings,
             task=task,
@@ -217,6 +225,7 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
             learning_rate=learning_rate,
             replica=replica,
             processor=processor,
+            after_evaluation=after_evaluation,
         )
         if to_be_found:
             find_learning_rate(run)
@@ -236,9 +245,10 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
 
 
 @contextlib.contextmanager
-def running(state: TrainingState, total_steps: int) -> Iterator[tuple[StopSignal, tqdm]]:
-    """While a run goes on: signals are noted, lost processes told of, and its steps shown."""
+def running(state: TrainingState, total_steps: int, reports: Reports) -> Iterator[tuple[StopSignal, tqdm]]:
+    """While a run goes on: signals are noted, lost processes told of, its steps shown; trackers learn of its end."""
     with (
+        reports.trackers,
         telling_of_lost_processes(),
         StopSignal() as stop,
         tqdm(
@@ -329,11 +339,12 @@ def finish(run: Run, results: dict[str, Any], shown: Any) -> None:
             run.task.write_pictures(reports.folder, shown, run.processor)
         reports.write_card()
     run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
     if not run.accelerator.is_main_process:
         return
     evaluation = run.task.describe(results) if "eval_samples" in results else ""
     print(summary(reports.folder, results, run.settings, evaluation))
+    for line in reports.trackers.how_to_look():
+        print(line)
     if run.settings.push_to_hub:
         print(f"Published to {reports.publish()}")
 
@@ -484,8 +495,12 @@ def evaluate_now(
         figures = {name: value for name, value in results.items() if isinstance(value, (int, float))}
         run.reports.add({"step": progress.step, "epoch": progress.epoch, **figures})
         progress.evaluated_epochs = progress.epoch
+        with best_effort("showing predictions to the trackers"):
+            run.reports.trackers.show(lambda: task.draw_predictions(run.processor), progress.step)
         if run.settings.best_by:
             judge_evaluation(run, figures)
+        if run.after_evaluation is not None and not final:
+            run.after_evaluation(run, figures)
     return results, shown
 
 

@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 
 from accelerate import Accelerator, DistributedType
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration
 
 from ..foundation.errors import UserError
@@ -15,6 +14,7 @@ from ..foundation.files import make_folder
 from ..foundation.processes import found_by_main, machines_without, processes
 from ..settings.training import TrainingSettings
 from . import checkpoints
+from .trackers import names_of_trackers
 
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def training_accelerator(settings: TrainingSettings, fsdp: bool) -> Accelerator:
             mixed_precision=settings.mixed_precision,
             dynamo_backend=settings.dynamo_backend,
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            log_with=trackers(settings) or None,
+            log_with=names_of_trackers(settings) or None,
             project_config=ProjectConfiguration(
                 project_dir=settings.output_dir, logging_dir=str(Path(settings.output_dir) / "logs")
             ),
@@ -85,24 +85,6 @@ def training_accelerator(settings: TrainingSettings, fsdp: bool) -> Accelerator:
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("fp16 needs a GPU; on the CPU use --mixed_precision bf16 or no.")
     return accelerator
-
-
-def trackers(settings: TrainingSettings) -> list[str]:
-    """Names of the trackers to use; UserError for one that is unknown or not installed."""
-    if not settings.report_to:
-        return ["all"] if settings.with_tracking else []
-    names = [name.strip() for name in settings.report_to.split(",") if name.strip()]
-    if names == ["none"]:
-        return []
-    for name in names:
-        if name == "all":
-            continue
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise UserError(f"--report_to {name}: there are {', '.join(LOGGER_TYPE_TO_CLASS)}, all and none.")
-        if name not in [str(available) for available in get_available_trackers()]:
-            extra = {"tensorboard": "'hf-poolformer[train]'", "trackio": "'hf-poolformer[trackio]'"}.get(name, name)
-            raise UserError(f"--report_to {name}: it is not installed. Install it with: pip install {extra}")
-    return names
 
 
 def prepare_output(settings: TrainingSettings, accelerator: Accelerator) -> Path | None:

@@ -23,6 +23,7 @@ from ..hub.cards import folder_card
 from ..hub.eval_results import leave_results
 from ..hub.publishing import publish
 from ..settings.training import TrainingSettings
+from .trackers import Trackers
 
 
 SKIPPED = "skipped.csv"
@@ -76,18 +77,14 @@ class Reports:
         if accelerator.is_main_process:
             settings.save(self.folder / "training_settings.yaml")
             self.log = RunLog(self.folder / "training_log.jsonl", resume_step)
-        if accelerator.log_with:
-            config = {name: value if value is not None else "" for name, value in settings.to_dict().items()}
-            with best_effort("starting the experiment trackers"):
-                accelerator.init_trackers("hf-poolformer", config=config)
+        self.trackers = Trackers(settings, accelerator, resume_step)
 
     def add(self, row: dict[str, Any]) -> None:
         """A point of the training curve, or an evaluation."""
         if self.log is not None:
             self.log.add(row)
         figures = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
-        with best_effort("telling the experiment trackers"):
-            self.accelerator.log(figures, step=row["step"])
+        self.trackers.log(figures, row["step"])
 
     def write_results(self, results: dict[str, Any]) -> None:
         """`all_results.json` and `curves.png`; the main process alone."""

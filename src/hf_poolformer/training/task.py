@@ -31,6 +31,7 @@ class TaskTraining(ABC):
         may_be_distributed: whether each process may hold but a part of the model (FSDP).
         epochs_vary: whether chance decides how many images an epoch has, so that steps tell when a run is over.
         saves_again: whether the last evaluation decides something that is saved with the model.
+        keeps_examples: whether an evaluation is to keep some images for `draw_predictions`.
         settings: what `auto` means is a number in them when the loaders are made.
         choices: what the run chose for itself by looking at the machine and the data, fit for JSON. Checkpoints keep
             it, and a run that goes on from one finds it here.
@@ -40,6 +41,7 @@ class TaskTraining(ABC):
     may_be_distributed = False
     epochs_vary = False
     saves_again = False
+    keeps_examples = False
 
     def __init__(self, settings: TrainingSettings):
         self.settings = settings
@@ -128,6 +130,14 @@ class TaskTraining(ABC):
     @abstractmethod
     def describe(self, results: dict[str, Any]) -> str:
         """The results of an evaluation in one line."""
+
+    def draw_predictions(self, processor: Any) -> Any | None:
+        """A figure of matplotlib with some images of the last evaluation and what the model says of them.
+
+        Returns:
+            None where none were kept, or there is nothing to see.
+        """
+        return None
 
     @abstractmethod
     def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:

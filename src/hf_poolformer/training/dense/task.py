@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,9 @@ from ...data.dense.plausibility import check_annotations
 from ...data.description import describe_data
 from ...data.loader import ImageLoader, make_loader
 from ...data.opening import loader_arguments
-from ...evaluation.dense import DIVISOR, PICTURE, PICTURES, evaluate
+from ...evaluation.dense import DIVISOR, PICTURE, PICTURES, EvaluatedImage, evaluate
 from ...evaluation.dense_metrics import pycocotools
-from ...evaluation.dense_pictures import write_predictions
+from ...evaluation.dense_pictures import draw_predictions, write_predictions
 from ...evaluation.processes import describe_results, named_results
 from ...foundation.files import best_effort
 from ...foundation.tasks import TASKS
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 
 class DenseTraining(TaskTraining):
+    examples: Sequence[EvaluatedImage] = ()  # of the last evaluation, if it kept some
+
     def __init__(self, settings: DenseSettings):
         super().__init__(settings)
         self.task = TASKS[settings.task]
@@ -102,14 +105,20 @@ class DenseTraining(TaskTraining):
             processor=run.processor,
             accelerator=run.accelerator,
             num_labels=len(self.label_names),
-            keep=PICTURES if final and main else 0,
+            keep=PICTURES if (final or self.keeps_examples) and main else 0,
             progress=main and sys.stderr.isatty(),
             should_stop=run.stop.check,
         )
-        return named_results(results, self.label_names), examples or None
+        self.examples = examples
+        return named_results(results, self.label_names), (examples or None) if final else None
 
     def describe(self, results: dict[str, Any]) -> str:
         return describe_results(results, self.task, self.settings.metric_for_best_model)
+
+    def draw_predictions(self, processor: Any) -> Any | None:
+        if not (self.keeps_examples and self.examples):
+            return None
+        return draw_predictions(self.examples, self.label_names, processor.image_mean, processor.image_std)
 
     def write_pictures(self, folder: Path, shown: Any, processor: Any) -> None:
         colours = processor.image_mean, processor.image_std
