@@ -101,6 +101,7 @@ def train(settings: TrainingSettings, task: TaskTraining | None = None) -> dict[
     Every process of a run calls it. Leaves by `Stopped` (a SystemExit) after SIGTERM or Ctrl-C, with a checkpoint.
 
     Args:
+        settings: of a task; `TrainingSettings.from_recipe` makes them.
         task: in the place of the settings' own, to measure the loop without its data.
 
     Returns:
