@@ -106,7 +106,7 @@ def one_by_one(text: str, more: list[str]) -> list[str]:
                 said[0] = f"{shape[1]}. {said[0]}".strip()
             if default:
                 said[-1] += f" Default: {default[1]}."
-            done.append(f"    {name} ({kind}): {said[0]}" if kind else f"    {name}: {said[0]}")
+            done.append(f"    {name} ({kind}): {said[0]}".rstrip() if kind else f"    {name}: {said[0]}".rstrip())
             done += [f"    {line}" if line else "" for line in said[1:]]
             first = first or name
     return done

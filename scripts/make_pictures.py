@@ -1,8 +1,8 @@
 """Draws the pictures of the documentation anew, after `make demo`: `python scripts/make_pictures.py`.
 
-block.svg and families.svg are drawn here, the second from the table of families. demo.png and curves.png are the
-demo's own. app.png and explained.png are what the commands show of the demo's model. inspect.png and report.png stay
-as they are: Fashion-MNIST with faults that were put in by hand.
+block.svg and families.svg are drawn here, the second from the table of families. curves.png is the demo's own. app.png
+and explained.png are what the commands show of the demo's model. The others stay as they are: demo.png is a part of
+the demo's predictions.png; inspect.png and report.png show Fashion-MNIST with faults that were put in by hand.
 """
 
 import argparse
@@ -50,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (arguments.demo / "curves.png").is_file():
         print(f"error: {arguments.demo} holds no demo: run make demo first", file=sys.stderr)
         return 2
-    for name, source in {"demo.png": "predictions.png", "curves.png": "curves.png"}.items():
-        smaller(arguments.demo / source, out / name)
+    smaller(arguments.demo / "curves.png", out / "curves.png")
     with tempfile.TemporaryDirectory() as scratch:
         digits = some_digits(arguments.data, Path(scratch))
         explained(arguments.demo, digits[0], out / "explained.png")
@@ -100,8 +99,12 @@ def box(x: float, y: float, width: float, text: str, colour: str, height: float 
     ]
 
 
+def line(path: str) -> str:
+    return f'<path d="{path}" fill="none" stroke="{LINE}" stroke-width="1.6"/>'
+
+
 def arrow(path: str) -> str:
-    return f'<path d="{path}" fill="none" stroke="{LINE}" stroke-width="1.6" marker-end="url(#end)"/>'
+    return line(path).replace("/>", ' marker-end="url(#end)"/>')
 
 
 def block() -> str:
@@ -109,7 +112,7 @@ def block() -> str:
     parts: list[str] = []
     rows = (
         (110, "token mixer", COLOURS["pooling"], "mixes tokens: the part that is exchanged"),
-        (270, "channel MLP", COLOURS["separable_conv"], "mixes channels, of each token alone"),
+        (300, "channel MLP", COLOURS["separable_conv"], "mixes channels, of each token alone"),
     )
     for y, name, colour, said in rows:
         parts += [
@@ -128,18 +131,18 @@ def block() -> str:
         ]
     parts += [
         words(44, 115, "x"),
-        arrow("M596 110 H622 Q632 110 632 120 V178 Q632 188 622 188 H34 Q24 188 24 198 V260 Q24 270 34 270 H56"),
-        arrow("M596 270 H634"),
-        words(648, 275, "y"),
+        line("M596 110 H622 Q632 110 632 120 V168 Q632 178 622 178 H34 Q24 178 24 188 V290 Q24 300 34 300 H60"),
+        arrow("M596 300 H634"),
+        words(648, 305, "y"),
         words(
             340,
-            326,
+            358,
             "layer scale: first paper. Second paper: a scale on the shortcut, in stages 3 and 4.",
             size=13,
             colour=FAINT,
         ),
     ]
-    return svg(680, 346, "The MetaFormer block", parts)
+    return svg(680, 378, "The MetaFormer block", parts)
 
 
 def families() -> str:

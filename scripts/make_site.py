@@ -175,7 +175,7 @@ def build(folder: Path) -> list[str]:
         capture_output=True,
         text=True,
     )
-    said = done.stdout + done.stderr
+    said = re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr)
     # --strict knows Zensical's own warnings only, and not what mkdocstrings and griffe log.
     logged = re.search(r"\b(warning|error)\b", re.sub(r"\b0 (warnings|errors)\b", "", said), re.IGNORECASE)
     return [f"zensical, exit status {done.returncode}:\n{said}"] if done.returncode or logged else []

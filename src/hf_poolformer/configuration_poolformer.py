@@ -404,6 +404,10 @@ class MetaFormerConfig(BackboneConfigMixin, DenseHeadConfig):
         """
         As transformers', with overrides in `kwargs` that are checked like all values.
 
+        Args:
+            config_dict: as `to_dict` gives it, or `config.json` holds it.
+            kwargs: fields to set otherwise.
+
         Raises:
             ValueError: for values that make no configuration, and for the configuration of another architecture.
         """
@@ -774,6 +778,7 @@ FAMILIES: dict[str, Family] = {
     "convformer": _baseline("convformer", *[CONV] * 4),
     "caformer": _baseline("caformer", CONV, CONV, ATTENTION, ATTENTION),
 }
+"""The architectures of the two papers, by name."""
 
 # What a checkpoint was trained on, by the suffix of its name: pixels, classes, timm's tag. `_in21ft1k`: pretrained on
 # ImageNet-21K, fine-tuned on ImageNet-1K.
@@ -874,6 +879,7 @@ VARIANTS: dict[str, Variant] = {
     for size, trainings in sizes.items()
     for suffix, result in trainings.items()
 }
+"""Every published checkpoint: its name, for instance `poolformer_s12` or `caformer_b36_384_in21ft1k`, to its facts."""
 
 
 def family_of(config: PreTrainedConfig) -> str | None:

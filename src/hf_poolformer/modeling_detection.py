@@ -484,6 +484,8 @@ class MetaFormerForObjectDetection(MetaFormerDetector):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MetaFormerObjectDetectionOutput:
         r"""
+        pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
+            Images as the image processor makes them.
         pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
             1 on the pixels of the image, 0 on the padding at the bottom and on the right.
         labels (`list[dict[str, torch.Tensor]]`, *optional*):
@@ -601,6 +603,8 @@ class MetaFormerForInstanceSegmentation(MetaFormerDetector):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MetaFormerInstanceSegmentationOutput:
         r"""
+        pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
+            Images as the image processor makes them.
         pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
             1 on the pixels of the image, 0 on the padding at the bottom and on the right.
         labels (`list[dict[str, torch.Tensor]]`, *optional*):

@@ -269,6 +269,8 @@ class MetaFormerStage(nn.ModuleList):
 
 @auto_docstring
 class MetaFormerPreTrainedModel(PreTrainedModel):
+    """What all models here share: how they are initialised, loaded and saved."""
+
     config: MetaFormerConfig
     base_model_prefix = "metaformer"
     main_input_name = "pixel_values"
@@ -296,7 +298,13 @@ class MetaFormerPreTrainedModel(PreTrainedModel):
         return cls._supports_attention_backend
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
-        """As transformers', also in a backbone within, whose configuration is a copy."""
+        """
+        As transformers', also in a backbone within, whose configuration is a copy.
+
+        Args:
+            attn_implementation: `"sdpa"`, `"eager"`, or another of transformers' names.
+            kwargs: as transformers'.
+        """
         super().set_attn_implementation(attn_implementation, **kwargs)
         for module in self.modules():
             if isinstance(module, MetaFormerPreTrainedModel):
@@ -314,6 +322,14 @@ class MetaFormerPreTrainedModel(PreTrainedModel):
     ):
         """
         As transformers', and a PoolFormer v1 loads as a MetaFormer and the other way round.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id; None for a `state_dict` in `kwargs`.
+            model_args: as transformers'.
+            config: in the place of the checkpoint's own.
+            key_mapping: patterns of names in the checkpoint to names here; None: between the two model types.
+            output_loading_info: also return what was missing, left over, or of another shape.
+            kwargs: as transformers'; fields of the configuration among them.
 
         Raises:
             ValueError: the checkpoint is another architecture's, of which no weight fits.
@@ -358,6 +374,10 @@ class MetaFormerPreTrainedModel(PreTrainedModel):
         As transformers', with every Auto class that the saved code serves in `auto_map`, not only this model's.
 
         A subclass of somebody else is saved with its code where it was registered, by `register_for_auto_class`.
+
+        Args:
+            save_directory: gets weights, configuration and code.
+            kwargs: as transformers'.
         """
         self.config.auto_map = {}
         if any(type(self) in model_classes for model_classes in AUTO_CLASSES.values()):
@@ -500,6 +520,9 @@ class MetaFormerModel(MetaFormerPreTrainedModel):
         self, pixel_values: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         r"""
+        pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
+            Images as the image processor makes them.
+
         `pooler_output` is the mean of `last_hidden_state` over height and width. The final norm belongs to the
         classifier: for normalised features load `ForImageClassification` with `num_labels=0` and take its `logits`.
         """
@@ -577,6 +600,8 @@ class MetaFormerForImageClassification(MetaFormerPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         r"""
+        pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
+            Images as the image processor makes them.
         labels (`torch.Tensor`, *optional*):
             Class indices (batch,), or targets (batch, num_labels) for regression and multi-label classification;
             `config.problem_type` says which, and is inferred from the first labels if unset.
@@ -655,6 +680,9 @@ class MetaFormerBackbone(BackboneMixin, MetaFormerPreTrainedModel):
     @auto_docstring
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
         r"""
+        pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
+            Images as the image processor makes them.
+
         `feature_maps` are normed, (batch, channels, height, width) at strides 4, 8, 16, 32 for stage 1 to 4;
         `hidden_states` are the same before the norm, the stem's first, one for each of `stage_names`.
         """

@@ -191,6 +191,8 @@ class MetaFormerForSemanticSegmentation(MetaFormerPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> SemanticSegmenterOutput:
         r"""
+        pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
+            Images as the image processor makes them.
         labels (`torch.Tensor` of shape `(batch, height, width)`, *optional*):
             Class of each pixel, or `config.semantic_loss_ignore_index`. The loss is the mean cross-entropy over the
             pixels that are not ignored, of the logits interpolated to the size of the labels.

@@ -264,6 +264,7 @@ TOKEN_MIXERS: dict[str, type[nn.Module]] = {
     "spatial_mlp": SpatialMLP,
     "random": RandomMixing,
 }
+"""The mixers by the names that `MetaFormerConfig.token_mixers` gives them. It is open: enter your own."""
 
 
 __all__ = ["TOKEN_MIXERS"]

@@ -1,4 +1,7 @@
-"""examples/hf_job.py: what `hf jobs` would start, what it refuses at once, and a whole run by uv."""
+"""examples/hf_job.py: what `hf jobs` would start, what it refuses at once, and a whole run by uv.
+
+Python is started cold here: the Hub's client and the refusals import none of the large libraries.
+"""
 
 import io
 import json
@@ -15,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from warm import warm_python
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +37,7 @@ def environment(hub, tmp_path):
         "HF_ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
         "HF_HOME": str(tmp_path / "hf-home"),
         "NO_PROXY": "127.0.0.1",
         "OMP_NUM_THREADS": "1",
@@ -55,7 +58,7 @@ def test_the_jobs_of_the_page_are_jobs(words, environment, tmp_path):
     shutil.copy(SCRIPT, tmp_path / "examples")
     hf = "from huggingface_hub.cli.hf import main; import sys; sys.argv[0] = 'hf'; main()"
     done = subprocess.run(
-        [warm_python(), "-c", hf, *words[:3], "--dry-run", *words[3:]],
+        [sys.executable, "-c", hf, *words[:3], "--dry-run", *words[3:]],
         env=environment | {"HF_TOKEN": hub_server.TOKEN, "NO_COLOR": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -78,7 +81,7 @@ def test_the_jobs_of_the_page_are_jobs(words, environment, tmp_path):
 )
 def test_what_could_not_be_published_is_not_trained(words, token, reason, environment, tmp_path):
     done = subprocess.run(
-        [warm_python(), str(SCRIPT), "--dataset_name", "me/photos", *words],
+        [sys.executable, str(SCRIPT), "--dataset_name", "me/photos", *words],
         env=environment | ({"HF_TOKEN": token} if token else {}),
         cwd=tmp_path,
         capture_output=True,

@@ -48,8 +48,8 @@ def csv_rows(made: Table) -> list[dict[str, str]]:
             **row.scores,
             "source": source_of(row)["url"],
             "train": training_command(row, made.name),
-            "images_per_second": None if row.images_per_second is None else f"{row.images_per_second:.3f}",
-            "spread": None if row.spread is None else f"{row.spread:.4f}",
+            "images_per_second": row.images_per_second,
+            "spread": row.spread,
             "working_memory": row.working_memory,
             "note": row.note,
         }

@@ -113,7 +113,11 @@ def convert(
     card: CardWriter | None = None,
 ) -> Checkpoint:
     """
-    Read `source` and write it to the folder `out_dir`; see `read_checkpoint` and `write_checkpoint`.
+    Read `source` and write it to the folder `out_dir`.
+
+    Args:
+        source, variant, labels, overrides, weights: as in `read_checkpoint`.
+        out_dir, to, overwrite, card: as in `write_checkpoint`.
 
     Raises:
         ConversionError: nothing has been written then.
@@ -225,7 +229,12 @@ def read_checkpoint(
 
 
 def build_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model of `checkpoint` with its weights, in evaluation mode; its tensors are shared, not copied."""
+    """
+    The model of a checkpoint with its weights, in evaluation mode.
+
+    Args:
+        checkpoint: what `read_checkpoint` returned; its tensors are shared, not copied.
+    """
     model = empty_model(checkpoint.config, checkpoint.task)
     keys = model_keys(model)
     model.load_state_dict({keys[bare]: tensor for bare, tensor in checkpoint.tensors.items()}, assign=True)
@@ -245,7 +254,8 @@ def write_checkpoint(
 
     Args:
         checkpoint: what `read_checkpoint` returned.
-        out_dir: the folder; a folder of an earlier conversion is replaced if `overwrite`.
+        out_dir: the folder.
+        overwrite: replace a folder of an earlier conversion.
         to: `"hf"` (configuration, weights, code, processor, `conversion.json`), `"official"` (one `.pth`) or `"timm"`.
         card: what writes the README.md of the format `"hf"`: `hub.cards.folder_card`. Without it there is none, and
             publishing the folder writes it.

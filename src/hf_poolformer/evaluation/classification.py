@@ -68,13 +68,17 @@ def evaluate(
     Args:
         model: bare or wrapped by accelerate; its mode is restored.
         loader: yields `pixel_values` (batch, channels, height, width), `labels` as the task has them, and `skipped`.
+        accelerator: says where this runs, and with which other processes.
         num_labels: what the model answers, classes or targets.
+        task: as `train --task` names it.
         thresholds: of several labels per image, the probability from which on each is predicted; None: 0.5; "f1":
             chosen on these images and given back as `label_thresholds`, see `thresholds.choose_thresholds`.
         operating_point: of one class per image, a figure for which the answers are moved, see `metrics.AnswerJudge`.
         intervals: add `eval_confidence_intervals`, if there are few images.
         keep_answers: add `answers` (images, num_labels), float32: probabilities, or numbers in units; and the labels
             as `references`, in the same order.
+        memory_format: of the images.
+        progress: shows a bar.
         should_stop: asked after each batch; when it says so on any process, the result is empty.
         rows: gets what was found of each image; the loader then tells `origins`.
         examples: keeps some of the images, and what was found of them.
@@ -198,6 +202,7 @@ def evaluate_checkpoint(
     Where `settings` name a folder for a report, the rows of all images are written there, too.
 
     Args:
+        settings: model, data, and where results go.
         report: writes what a report has besides its rows, called on the main process. The folder that it gets becomes
             the named one when it returns; the rows are there already (`rows.read_rows`). The model is on its device,
             `pictures_of` finds the images of the dataset, and the results are those of `all_results.json` and, under

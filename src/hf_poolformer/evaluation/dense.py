@@ -248,6 +248,7 @@ def evaluate_dense_checkpoint(
     `output_dir`.
 
     Args:
+        settings: model, data, and where results go.
         report: where `settings` name a folder for a report, writes the files into the folder that it gets, on the main
             process. This becomes the named one when it returns.
 

@@ -74,6 +74,11 @@ class EvaluationSettings(SeveralLabelsSettings, LabelledSettings, AnnotationSett
 
     def check_for(self, task: Task) -> None:
         """
+        Refuses what is said to another kind of model.
+
+        Args:
+            task: the model's.
+
         Raises:
             UserError: a setting was given that says nothing to models for this task.
         """

@@ -90,9 +90,11 @@ def explain(
     Of a regression, the places that make a number larger: the class's logit, whose gradient is taken, is the number.
 
     Args:
+        predictor: has the model and its image processor.
         image: upright and in the channels of the model, as `data.decoding.decode_image` gives it.
         classes: names or numbers of classes, see `find_class`. If None the best `top_k`; of several labels first those
             that the image has; of a regression, whose numbers have no best, the first.
+        top_k: how many, if `classes` is None.
         method, stage: of `gradcam`.
 
     Raises:

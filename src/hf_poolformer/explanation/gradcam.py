@@ -74,6 +74,7 @@ def gradcam(
         pixel_values: (B, channels, H, W), as the image processor gives them; moved to the model's device and dtype.
         targets: None for the class that each image is predicted to have, K = 1. A number, or K numbers, for the same
             classes in every image. (B, K) numbers for each image its own.
+        method: `"gradcam"` or `"cam"`, as above.
         stage: whose output is looked at, counted from 0, from the end if negative. Earlier stages are finer and tell
             less about the class. None takes the last one or, of images so small that it would have fewer than 4 x 4
             positions, the last that has them. CAM exists for the last stage only.

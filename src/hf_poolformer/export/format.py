@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # a choice.
 TOLERANCES = {"float32": 5e-4, "float16": 2e-2, "bfloat16": 0.1, "int8": 0.25}
 PRECISIONS = tuple(TOLERANCES)
+"""What `export_model` knows as `precision`; each format has some of them."""
 
 
 @dataclass
@@ -148,6 +149,8 @@ class ExportFormat(abc.ABC):
         Args:
             module: takes `example`, uint8 (2, height, width, channels) or float32 (2, channels, height, width), and
                 gives float32; see `DetectorDeployable` for what those take and give.
+            example: to follow the graph with.
+            path: of the file.
             manifest: which axes may vary (see `deployable.dynamic_shapes`), what input and output are called, and this
                 format's options.
         """
@@ -160,6 +163,12 @@ class ExportFormat(abc.ABC):
     def open(self, path: Path, manifest: Manifest, threads: int, providers: Sequence[str] | None = None) -> Run:
         """
         The graph as a function of a tensor on the CPU, as `write` says, but of any number of images.
+
+        Args:
+            path: of the file.
+            manifest: that `write` had.
+            threads: of the CPU.
+            providers: of onnxruntime, in the order of preference.
 
         Raises:
             Exception: whatever a runtime says to a damaged file.
@@ -232,6 +241,7 @@ class ExportFormat(abc.ABC):
         A graph with products in 8 bits.
 
         Args:
+            graph: as `read_graph` gives it.
             chunks: images to calibrate on.
             ignored: names of the layers that stay in floating point.
             attention: whether there is any, which NNCF treats in a way of its own.

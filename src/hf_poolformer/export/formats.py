@@ -17,6 +17,7 @@ from .web import Web
 FORMATS: dict[str, ExportFormat] = {
     format.name: format for format in (Onnx(), OpenVINO(), TorchProgram(), ExecuTorch(), CoreML(), Web())
 }
+"""What `export_model` writes, by name; another format is entered here."""
 
 
 def formats_with(precision: str) -> str:

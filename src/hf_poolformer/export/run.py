@@ -108,6 +108,7 @@ def export_model(
 
     Args:
         model: folder or Hub id of an image classifier, a semantic segmenter or a detector.
+        output: the folder.
         format: one of `formats.FORMATS`: "onnx", "openvino", "torch" (a program of `torch.export`), "executorch" and
             "coreml" (for phones), or "web" (a page).
         precision: "float32"; "float16" (OpenVINO and web: of the weights in the file, computed in float32); "bfloat16"
@@ -124,6 +125,7 @@ def export_model(
             unpacked npm package.
         calibration_dataset: images for int8, and to compare on in any precision; folder, Parquet files or Hub id. With
             labels, the accuracy is reported, too.
+        calibration_config_name, calibration_split, image_column_name: which of the dataset's images; found if None.
         calibration_size, verification_size: how many images to calibrate on, and how many others to compare on.
         revision, token, cache_dir, trust_remote_code: for loading the model; token and cache also for the dataset.
         overwrite: replace an export that lies at `output`.

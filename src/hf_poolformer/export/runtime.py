@@ -46,6 +46,7 @@ def load(
     be there still, and unchanged.
 
     Args:
+        folder: that `export_model` wrote.
         threads: of the CPU; PyTorch's number if None.
         providers: of onnxruntime, in the order of preference, say `["CUDAExecutionProvider"]`; the CPU if None.
         trust_remote_code: load a format whose files can hold code: "torch", which PyTorch unpickles, or runs as
@@ -145,6 +146,7 @@ class ExportedModel(nn.Module):
             pixel_values: (batch, channels, height, width) as the image processor makes them; of an export with
                 preprocessing also uint8 (batch, height, width, channels).
             pixel_mask: (batch, height, width), of a detector: 1 on the images, 0 on their padding.
+            kwargs: of the model's call; nothing reads them.
 
         Returns:
             `logits`, (batch, num_labels), of a segmenter (batch, num_labels, height / 4, width / 4). Of an export with

@@ -11,7 +11,12 @@ MANIFEST = "export.json"
 
 
 def is_exported(name: str | os.PathLike) -> bool:
-    """Whether this is a folder that `export_model` wrote."""
+    """
+    Whether this is a folder that `export_model` wrote.
+
+    Args:
+        name: a path; a Hub id is none.
+    """
     return (Path(name) / MANIFEST).is_file()
 
 

@@ -42,6 +42,9 @@ def graphed(model: nn.Module) -> Graphed:
 
     Weights may change in place; if one is replaced or moved, all is recorded anew. Of other changes to the model (a
     hook, its configuration), a graph knows nothing: call `graphed` again.
+
+    Args:
+        model: any whose forward takes `pixel_values`.
     """
     return Graphed(model)
 

@@ -99,6 +99,7 @@ def publish(
             or with `repo_type="dataset"` images in folders, Parquet files or tar shards. With `repo_type="kernel"`
             the kernels of this package are written into it first, as a repository of the `kernels` library.
         repo_id: `user/name` (or `name`, for the owner of the token).
+        repo_type: what the folder holds.
         private: True makes the repository private before anything is sent, whether it is new or not. False makes a
             new one public, None leaves that to the account's default; neither changes one that exists.
         gated: people have to ask for access: granted to everybody (`"auto"`) or by you (`"manual"`).

@@ -142,6 +142,7 @@ class Predictor:
         row with an error. An image that has none of several labels has empty lists, and None for `label` and `score`.
 
         Args:
+            batch: undecoded or decoded, as above.
             choices: what each image is asked for; if None, this predictor's `top_k` and `threshold`.
 
         Raises:

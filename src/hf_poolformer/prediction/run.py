@@ -119,15 +119,18 @@ def predict(
         threshold: probability from which an image has a label, in the place of the model's `label_thresholds` (or of
             0.5, where it has none).
         embeddings: also write the features that the head classifies, float32, `hidden_sizes[-1]` numbers each.
+        batch_size: images at once.
         part_size: rows of a part: what a kill costs at most, for each process.
         device: `auto` takes the accelerator if there is one.
         dtype: of the model's weights and arithmetic.
         device_preprocessing: "decode" has a CUDA GPU decode the JPEGs, too; see `prediction/pixels.py`.
         num_workers: processes that decode; chosen by the number of images and cores if None.
-        dataset_name: a Hub dataset, in the place of inputs or after them; `split` and `dataset_config_name` choose
-            within it.
+        dataset_name: a Hub dataset, in the place of inputs or after them.
+        split, dataset_config_name: which part of it.
+        image_column_name: of tables; found by its type if None.
         revision, token, cache_dir, trust_remote_code: for loading the model; the token also for the dataset.
         overwrite: replaces an existing output; a folder's parts are deleted.
+        progress: shows a bar, on the first process.
         process_index, num_processes: this process's among all that fill the folder; None takes them from the
             environment that `accelerate launch` and torchrun set.
         should_stop: asked after each batch; when it says so, KeyboardInterrupt is raised.

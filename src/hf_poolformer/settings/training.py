@@ -245,12 +245,30 @@ class TrainingSettings:
 
     @classmethod
     def recipes(cls, task: str) -> Mapping[str, Mapping[str, Any]]:
-        """What each recipe changes for a task."""
+        """
+        What each recipe changes.
+
+        Args:
+            task: a key of `TASKS`.
+
+        Returns:
+            the recipes' names to settings and their values.
+        """
         raise NotImplementedError
 
     @staticmethod
     def from_recipe(recipe: str | None = None, *, task: str = CLASSIFICATION, **settings: Any) -> TrainingSettings:
-        """The settings of a task's recipe, the first of them if none is named, with some of them changed."""
+        """
+        The settings of a recipe, with some of them changed.
+
+        Args:
+            recipe: its name; None: the first of the task.
+            task: a key of `TASKS`.
+            settings: by the names of the flags of `train`; `output_dir` at least.
+
+        Raises:
+            UserError: no such task, recipe or setting (with what was probably meant), or a value that does not fit.
+        """
         kind = settings_of(task)
         check_names(settings, names_of(kind), "setting")
         recipe = recipe or default_recipe(kind)
@@ -351,6 +369,9 @@ class TrainingSettings:
 
 def settings_of(task: str) -> type[TrainingSettings]:
     """The dataclass with the settings of a task.
+
+    Args:
+        task: a key of `TASKS`.
 
     Raises:
         UserError: there is no such task.

@@ -106,6 +106,7 @@ def train(
     Every process of a run calls it. Leaves by `Stopped` (a SystemExit) after SIGTERM or Ctrl-C, with a checkpoint.
 
     Args:
+        settings: of a task; `TrainingSettings.from_recipe` makes them.
         task: in the place of the settings' own, to measure the loop without its data.
         after_evaluation: called by every process with the figures of each evaluation but the last; what it raises
             ends the run.
