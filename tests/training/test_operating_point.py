@@ -12,7 +12,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score, matthews_corrcoef
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_poolformer.evaluation.metrics import ClassJudge
-from hf_poolformer.evaluation.thresholds import STRENGTHS, choose_shift
+from hf_poolformer.evaluation.thresholds import STRENGTHS, choose_shift, shift_for_recall
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.settings.training import TrainingSettings
 from hf_poolformer.training.classification import shifted
@@ -45,6 +45,20 @@ def test_the_figure_is_better_on_these_images_and_on_others(name):
     assert after > before + {"balanced_accuracy": 0.05, "f1_macro": 0.002, "mcc": 0}[name]
     counts = np.bincount(labels)
     assert shift == pytest.approx(strength * (np.log(counts).mean() - np.log(counts)))
+
+
+@pytest.mark.parametrize("recall", [0.01, 0.5, 0.8, 0.99])
+def test_a_share_of_a_class_is_found(recall):
+    logits, labels = made_up(500)
+    shift = shift_for_recall(logits, labels, 2, recall)
+    assert (shift[:2] == 0).all()
+    images = (labels == 2).sum()
+    found = ((logits + shift).argmax(1) == 2)[labels == 2].sum()
+    assert found == max(np.ceil(recall * images), 1)
+    # Of other images of the same kind about as many.
+    others, truth = made_up(20000, seed=1)
+    assert ((others + shift).argmax(1) == 2)[truth == 2].mean() == pytest.approx(recall, abs=0.1)
+    assert (shift_for_recall(logits[labels != 2], labels[labels != 2], 2, recall) == 0).all()
 
 
 def test_nothing_to_choose():
@@ -133,7 +147,17 @@ def test_the_saved_model_has_it_in_its_biases(make_settings, ones, tmp_path, cap
         assert train(type(settings)(**more))["class_shifts"] == results["class_shifts"]
 
 
-def test_any_head_has_biases(tmp_path):
+def test_a_run_finds_as_many_of_a_class_as_it_is_told(make_settings, ones, capsys):
+    results = train(make_settings(dataset_name=str(ones), num_train_epochs=2, operating_point="one=0.9"))
+    ones_there = results["eval_per_class_samples"]["one"]
+    assert results["eval_per_class_recall"]["one"] == pytest.approx(np.ceil(0.9 * ones_there) / ones_there)
+    shift = results["class_shifts"]
+    assert shift["other"] == 0 and f", moved by {shift['one']:.2f} towards one" in capsys.readouterr().out
+    with pytest.raises(UserError, match="unknown class in --operating_point: two; there are other, one"):
+        train(make_settings(dataset_name=str(ones), operating_point="two=0.9", overwrite_output_dir=True))
+
+
+def test_any_head_has_biases():
     from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification
 
     config = MetaFormerConfig.from_variant(
@@ -149,7 +173,9 @@ def test_any_head_has_biases(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"operating_point": "f1"}, "--operating_point is one of none, f1_macro, balanced_accuracy, mcc, not 'f1'"),
+        ({"operating_point": "f1"}, "--operating_point is one of none, f1_macro, .* like defective=0.8; not 'f1'"),
+        ({"operating_point": "one=80"}, "not 'one=80'"),
+        ({"operating_point": "=0.8"}, "not '=0.8'"),
         ({"task": "image-regression", "operating_point": "mcc"}, "--operating_point mcc: numbers have no classes"),
         ({"task": "multi-label-classification", "operating_point": "mcc"}, "--label_thresholds f1"),
     ],

@@ -54,7 +54,7 @@ def evaluate(
     num_labels: int,
     task: str = CLASSIFICATION,
     thresholds: Sequence[float] | Literal["f1"] | None = None,
-    operating_point: str | None = None,
+    operating_point: str | tuple[int, float] | None = None,
     intervals: bool = False,
     keep_answers: bool = False,
     memory_format: torch.memory_format = torch.contiguous_format,
@@ -73,7 +73,7 @@ def evaluate(
         task: as `train --task` names it.
         thresholds: of several labels per image, the probability from which on each is predicted; None: 0.5; "f1":
             chosen on these images and given back as `label_thresholds`, see `thresholds.choose_thresholds`.
-        operating_point: of one class per image, a figure for which the answers are moved, see `metrics.AnswerJudge`.
+        operating_point: of one class per image, for what the answers are moved, see `metrics.AnswerJudge`.
         intervals: add `eval_confidence_intervals`, if there are few images.
         keep_answers: add `answers` (images, num_labels), float32: probabilities, or numbers in units; and the labels
             as `references`, in the same order.

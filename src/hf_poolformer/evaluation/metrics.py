@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ..foundation.finite import finite_answers, refuse_not_finite
 from .intervals import Ranking, middle, resamples, summed, wilson
 from .pictures import write_confusion_matrix, write_label_figures, write_scatter
-from .thresholds import HALF, choose_shift, choose_thresholds
+from .thresholds import HALF, choose_shift, choose_thresholds, shift_for_recall
 
 
 # Beyond this a confusion matrix (int64, classes squared) costs more memory than anyone will look at.
@@ -50,7 +50,8 @@ class AnswerJudge(ABC):
         thresholds: of several labels per image, the probability from which on each is predicted; None: 0.5; "f1":
             `choose_thresholds` of these images, which `compute` gives, too, as `label_thresholds`.
         operating_point: of one class per image, a figure (`f1_macro`, say) for which `choose_shift` moves the answers
-            to these images before they are judged; `compute` gives its choice as `class_shifts` and `shift_strength`.
+            to these images before they are judged, or a class and its recall, for `shift_for_recall`; `compute` gives
+            their choice as `class_shifts` and, of a figure, `shift_strength`.
         intervals: compute confidence intervals, too, of less than SMALL_TEST_SET images.
         keep_answers: `compute` gives `answers` and `references` as well, whatever memory they take.
     """
@@ -63,7 +64,7 @@ class AnswerJudge(ABC):
         num_labels: int,
         *,
         thresholds: Sequence[float] | Literal["f1"] | None = None,
-        operating_point: str | None = None,
+        operating_point: str | tuple[int, float] | None = None,
         intervals: bool = False,
         keep_answers: bool = False,
     ):
@@ -237,10 +238,13 @@ class ClassJudge(AnswerJudge):
             figures = self.resampled({**columns, "predicted": predicted}, np.ones((len(labels), 1)))
             return float(figures[f"eval_{self.operating_point}"][0])
 
-        shift, strength = choose_shift(logits, labels, judge)
+        if isinstance(self.operating_point, tuple):
+            shift, strength = shift_for_recall(logits, labels, *self.operating_point), None
+        else:
+            shift, strength = choose_shift(logits, labels, judge)
         moved = self.of_batch(torch.from_numpy(labels), torch.from_numpy(logits + shift).float())
         columns |= {name: values.numpy() for name, values in moved.items()}
-        return {"class_shifts": shift.tolist(), "shift_strength": strength}
+        return {"class_shifts": shift.tolist()} | ({} if strength is None else {"shift_strength": strength})
 
     def figures(self, columns: Columns) -> dict[str, Any]:
         labels, predicted = columns["labels"], columns["predicted"]

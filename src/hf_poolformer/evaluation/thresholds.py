@@ -3,6 +3,7 @@ rare classes are favoured."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -92,3 +93,26 @@ def choose_shift(
     best = np.flatnonzero(around == around.max())
     share = float(STRENGTHS[best[np.abs(STRENGTHS[best]).argmin()]])
     return share * direction, share
+
+
+def shift_for_recall(log_probabilities: np.ndarray, labels: np.ndarray, index: int, recall: float) -> np.ndarray:
+    """What to add to the logits of each class so that this share of the images of one of them is predicted as it.
+
+    Args:
+        log_probabilities: (images, classes), or logits.
+        labels: (images,), classes.
+        index: the class; if no image has it, nothing is added.
+        recall: from 0 to 1; of so many images, rounded up.
+
+    Returns:
+        (classes,), zeros but for this class.
+    """
+    answers = log_probabilities[labels == index]
+    shift = np.zeros(log_probabilities.shape[1])
+    if len(answers):
+        behind = np.sort(np.delete(answers, index, axis=1).max(axis=1) - answers[:, index])
+        found = min(max(math.ceil(recall * len(behind) - 1e-9), 1), len(behind))
+        # Halfway to the next one, which is not to be found.
+        after = behind[found] if found < len(behind) else behind[-1] + 1e-3
+        shift[index] = (behind[found - 1] + after) / 2
+    return shift

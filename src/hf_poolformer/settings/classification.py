@@ -153,6 +153,10 @@ class TransferSettings:
     freeze_backbone: bool = setting(False, "Train nothing but the checkpoint's head (linear probe).", shown=True)
 
 
+# What `operating_point` can make best.
+OPERATING_FIGURES = ("none", "f1_macro", "balanced_accuracy", "mcc")
+
+
 @dataclass
 class RareClassSettings:
     _argument_group_name = "rare classes"
@@ -194,10 +198,11 @@ class RareClassSettings:
         shown=True,
     )
 
-    operating_point: Literal["none", "f1_macro", "balanced_accuracy", "mcc"] = setting(
+    operating_point: str = setting(
         "none",
-        "Move the answers of the trained model from frequent classes to rare ones, or back, by as much as makes this "
-        "figure best on the validation images. The biases of its last layer take that up; nothing else changes.",
+        "Move the answers of the trained model from frequent classes to rare ones, or back, by as much as makes "
+        "f1_macro, balanced_accuracy or mcc best on the validation images; or towards one class, until this share of "
+        "its images is found (defective=0.8). The biases of its last layer take that up.",
         shown=True,
     )
 
@@ -205,6 +210,26 @@ class RareClassSettings:
     def asks_for_counts(self) -> bool:
         """Whether it must be known how many images each class has."""
         return self.class_weights != "none" or self.sampling != "shuffle"
+
+    def recall_asked_for(self) -> tuple[str, float] | None:
+        """The class and the share of `operating_point`; None where it names a figure.
+
+        Raises:
+            UserError: it is neither.
+        """
+        if self.operating_point in OPERATING_FIGURES:
+            return None
+        name, _, share = self.operating_point.rpartition("=")
+        try:
+            recall = float(share)
+        except ValueError:
+            recall = math.nan
+        if not name or not 0 < recall < 1:
+            raise UserError(
+                f"--operating_point is one of {', '.join(OPERATING_FIGURES)}, or a class and the share of its images "
+                f"that is to be found, like defective=0.8; not {self.operating_point!r}."
+            )
+        return name, recall
 
     def rare_class_choices(self) -> dict[str, Any]:
         """Of these settings, those that do anything, with what they mean wherever it stands."""
@@ -456,6 +481,7 @@ class ClassificationSettings(
         self.training_sides()
         self.check_images_named()
         self.given_weights()
+        self.recall_asked_for()
         if self.distillation == "hard" and not self.teacher:
             raise UserError("--distillation hard needs a teacher: --teacher MODEL.")
         if self.lora and self.freeze_backbone:

@@ -21,6 +21,8 @@ from ..evaluation.examples import Examples
 from ..evaluation.pictures import draw_answers
 from ..evaluation.processes import named_results
 from ..foundation.errors import UserError
+from ..foundation.names import printable
+from ..foundation.settings import check_names
 from ..foundation.tasks import TASKS
 from ..settings.classification import ClassificationSettings
 from .adaptation import LinearProbe, adapt, merged
@@ -46,6 +48,7 @@ class ClassificationTraining(ImageTraining):
         super().__init__(settings)
         # Where hardly anything is trained there is nothing worth distributing.
         self.may_be_distributed = not (settings.lora or settings.freeze_backbone)
+        # As `evaluate` takes it; of a class by its name until the classes are known.
         self.operating_point = None if settings.operating_point == "none" else settings.operating_point
         self.saves_again = self.operating_point is not None
         self.class_shifts: list[float] | None = None  # until they are chosen
@@ -66,6 +69,10 @@ class ClassificationTraining(ImageTraining):
         self.epochs_vary = self.repeats is not None
         if text := str(self.rare):
             accelerator.print(text)
+        if asked := settings.recall_asked_for():
+            name, recall = asked
+            check_names([name], self.label_names, "class in --operating_point")
+            self.operating_point = self.label_names.index(name), recall
         return self.label_names
 
     def make_model(self, accelerator: Accelerator, memory_format: torch.memory_format) -> tuple[PreTrainedModel, Any]:
@@ -165,8 +172,13 @@ class ClassificationTraining(ImageTraining):
         return named_results(results, self.label_names), results if final else None
 
     def describe(self, results: dict[str, Any]) -> str:
-        strength = results.get("shift_strength")
-        return super().describe(results) + ("" if strength is None else f", moved by {strength:.2f} log n")
+        shifts, strength = results.get("class_shifts"), results.get("shift_strength")
+        if not shifts:
+            return super().describe(results)
+        if strength is not None:
+            return super().describe(results) + f", moved by {strength:.2f} log n"
+        name, _ = self.settings.recall_asked_for()
+        return super().describe(results) + f", moved by {shifts[name]:.2f} towards {printable(name, 40)}"
 
     def draw_predictions(self, processor: Any) -> Any | None:
         if self.examples is None:
