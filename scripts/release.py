@@ -30,8 +30,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from install import pip_install
-
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = {"build": "build", "hatchling": "hatchling", "twine": "twine"}
@@ -220,6 +218,8 @@ def try_wheel(python: str, wheel: Path, sdist: Path, scratch: Path) -> str:
     Raises:
         Failure: it cannot be installed, or a test fails.
     """
+    from install import pip_install  # beside this file, where Python looks if it is run
+
     program = shutil.which(python)
     if program is None:
         raise Failure(f"there is no {python}")

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -23,9 +24,7 @@ GIT = {f"GIT_{who}_{what}": "nobody" for who in ("AUTHOR", "COMMITTER") for what
 def release():
     spec = importlib.util.spec_from_file_location("scripts_release", ROOT / "scripts/release.py")
     module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "scripts")  # as when it is run
-        spec.loader.exec_module(module)
+    spec.loader.exec_module(module)
     return module
 
 
@@ -239,7 +238,7 @@ def test_a_release_of_a_clone(release, tmp_path, monkeypatch, capsys):
         command = [python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--ignore-installed", wheel]
         return subprocess.run(command).returncode
 
-    monkeypatch.setattr(release, "pip_install", install)
+    monkeypatch.setitem(sys.modules, "install", SimpleNamespace(pip_install=install))
     # pip check would judge all that is borrowed.
     usual = release.run
     monkeypatch.setattr(release, "run", lambda words, **rest: "" if "check" in words[-1:] else usual(words, **rest))
