@@ -211,6 +211,7 @@ def app(model: Path, images: list[Path], goal: Path) -> None:
             with sync_playwright() as playwright:
                 browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
                 page = browser.new_page(viewport={"width": 1100, "height": 860})
+                page.set_default_timeout(180_000)  # of a busy machine
                 page.goto(address)
                 page.locator("#look").wait_for()
                 page.locator("#upload input[type=file]").set_input_files(images[0])

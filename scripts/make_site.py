@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     outward = sorted({link for page in site.values() for link in page.links if is_outward(link)})
     (folder / "site-links.txt").write_text("".join(f"{link}\n" for link in outward), encoding="utf-8")
-    print(f"{len(site)} pages in {folder / 'site'}: open {folder / 'site/index.html'}")
+    print(f"{len(site)} pages: open {folder / 'site/index.html'}")
+    print(f"to search in them, too: {Path(sys.executable).name} -m http.server -b 127.0.0.1 -d {folder / 'site'}")
     print(f"{len(outward)} links lead to other hosts, and were not followed: {folder / 'site-links.txt'}")
     return 0
 

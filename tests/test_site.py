@@ -187,10 +187,12 @@ def test_a_browser_asks_no_other_host_and_finds_what_is_searched_for(site, brows
         asked, faults = [], []
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: faults.append(str(error)))
-        page.goto(f"{address}docs/train.html")
+        page.set_default_timeout(120_000)  # of a busy machine
+        page.goto(f"{address}docs/train.html", wait_until="networkidle")
         page.keyboard.press("Control+k")
         page.keyboard.type("gradcam", delay=20)
-        page.locator("a[href*='using.html']").filter(visible=True).first.wait_for(timeout=30_000)
+        page.locator("a", has_text="hf_poolformer.gradcam").first.click()
+        page.wait_for_url("**/docs/reference/using.html*hf_poolformer.gradcam")
         page.close()
         server.shutdown()
     assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
