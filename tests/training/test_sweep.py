@@ -241,14 +241,21 @@ def test_what_diverges_or_runs_out_of_memory_is_no_end(run, formula):
     assert set(notes) == {"0", "1", "2"}
 
 
-def test_what_would_fail_again_and_again_is_the_end(run, formula):
+@pytest.mark.parametrize("good", [0, 1])
+def test_what_would_fail_again_and_again_is_the_end(run, formula, good):
+    """At once before any trial came to its end, and then, with what was wrong put right, the folder can be used."""
+
     def fail(call, epoch):
-        raise UserError("the dataset has no such column")
+        if call > good:
+            raise UserError("the checkpoint has another shape")
 
     formula.at_epoch = fail
     done = run("--trials", "20")
-    assert done.status == 2 and len(formula.calls) == 3
-    assert "failed all alike: the dataset has no such column" in done.err
+    assert done.status == 2 and len(formula.calls) == (4 if good else 1)
+    assert "would fail like the last: the checkpoint has another shape" in done.err
+    formula.at_epoch = None
+    done = run("--trials", "2", flags=[*FLAGS, "--weight_decay", "0.3"])
+    assert done.status == (2 if good else 0)
 
 
 # Going on -----------------------------------------------------------------------------------------------------------

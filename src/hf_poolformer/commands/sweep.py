@@ -154,7 +154,7 @@ def end(sweep: Sweep, trial: Trial, outcome: Outcome) -> None:
     print(f"    {told}", flush=True)
     sweep_report.write_report(sweep, pictures=False)
     if reason := sweep.hopeless():
-        raise UserError(f"the last trials failed all alike: {reason}")
+        raise UserError(f"the next trials would fail like the last: {reason}")
 
 
 def finish(sweep: Sweep) -> None:

@@ -55,11 +55,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-JOURNAL, LOCK, TRIAL_LOCK, FAULT = "study.journal", ".study.lock", ".trial.lock", ".fault.json"
+STUDY, JOURNAL, LOCK, TRIAL_LOCK, FAULT = "sweep", "study.journal", ".study.lock", ".trial.lock", ".fault.json"
 # So often a trial's process may end without a word before the trial counts as failed: one that the system kills
 # because it takes too much memory would never let the others have their turn.
 MOST_DEATHS = 3
-# So many trials in a row that fail for one and the same reason end a sweep: the others would, too.
+# So many trials in a row that fail for one and the same reason end a sweep: the others would, too. Before any has
+# come to its end one is enough.
 MOST_ALIKE = 3
 
 
@@ -234,6 +235,14 @@ class Sweep:
             self.check_key()
             self.tidy()
 
+    def begin_anew(self) -> None:
+        """Forgets trials that have all failed: whoever mends what was wrong with them need not look for a folder."""
+        import optuna
+
+        optuna.delete_study(study_name=STUDY, storage=self.study._storage)
+        shutil.rmtree(self.plan.folder / "trials", ignore_errors=True)
+        self.study = open_study(self.plan.folder / JOURNAL, self.plan)
+
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """While this process looks at the study and changes it, no other sweep on the folder does."""
@@ -252,6 +261,10 @@ class Sweep:
             "space": {name: describe(one) for name, one in plan.space.items()},
             "metric": plan.metric,
         }
+        differs = any(noted.get(name, mine[name]) != mine[name] for name in mine)
+        if differs and all(trial.state.name == "FAIL" for trial in self.study.get_trials(deepcopy=False)):
+            self.begin_anew()
+            noted = {}
         if "key" not in noted:
             for name, value in mine.items():
                 self.study.set_user_attr(name, value)
@@ -392,13 +405,13 @@ class Sweep:
                     path.unlink(missing_ok=True)
 
     def hopeless(self) -> str:
-        """Why no trial will do better than the last ones, which have all failed; empty if that is not so."""
+        """Why the next trials will fail like the last ones; empty if that is not so."""
         trials = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
-        reasons = {trial.user_attrs.get("reason", "") for trial in trials[-MOST_ALIKE:]}
-        failed = all(trial.state.name == "FAIL" for trial in trials[-MOST_ALIKE:])
+        # The first one stands for all: whoever has mistyped the name of a dataset need not read it three times.
+        last = trials[-1:] if all(trial.state.name == "FAIL" for trial in trials) else trials[-MOST_ALIKE:]
+        reasons = {trial.user_attrs.get("reason", "") if trial.state.name == "FAIL" else "" for trial in last}
         [reason, *others] = reasons or [""]
-        alike = len(trials) >= MOST_ALIKE and failed and not others
-        return "" if not alike or re.match("diverged|out of memory", reason) else reason
+        return "" if others or re.match("diverged|out of memory", reason) else reason
 
 
 def open_study(journal: Path, plan: Plan) -> optuna.Study:
@@ -415,7 +428,7 @@ def open_study(journal: Path, plan: Plan) -> optuna.Study:
         lock.release()
     return optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(journal), lock)),
-        study_name="sweep",
+        study_name=STUDY,
         direction="minimize" if plan.lower_is_better else "maximize",
         pruner=make_pruner(plan),
         load_if_exists=True,
