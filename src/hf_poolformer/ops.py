@@ -148,6 +148,7 @@ def residual(
 
 
 def squared_relu(z: torch.Tensor) -> torch.Tensor:
+    """`relu(z)**2`, of any shape."""
     return F.relu(z).square()
 
 
