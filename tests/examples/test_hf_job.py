@@ -145,7 +145,8 @@ def test_uv_installs_trains_publishes_and_goes_on(by_uv, hub, environment, tmp_p
         branches={"main": [hub_server.Commit("1" * 40, "photos", files)]}
     )
     flags = ["--recipe", "demo", "--dataset_name", "me/photos", "--hub_model_id", "me/slopes", "--num_workers", "0"]
-    flags += ["--per_device_train_batch_size", "16", "--affine_degrees", "0", "--save_total_limit", "9"]
+    flags += ["--per_device_train_batch_size", "16", "--affine_degrees", "0", "--num_warmup_steps", "1"]
+    flags += ["--checkpointing_steps", "3"]
 
     def run(*more):
         return subprocess.run(
@@ -157,7 +158,7 @@ def test_uv_installs_trains_publishes_and_goes_on(by_uv, hub, environment, tmp_p
             timeout=600,
         )
 
-    done = run("--num_train_epochs", "3")
+    done = run("--max_train_steps", "6")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Checkpoints are in outputs/slopes and end with this machine" in done.stdout
     assert f"Published to {hub.url}/me/slopes" in done.stdout
@@ -165,8 +166,8 @@ def test_uv_installs_trains_publishes_and_goes_on(by_uv, hub, environment, tmp_p
     assert {"config.json", "model.safetensors", "README.md", ".eval_results/hf-poolformer.yaml"} <= set(published)
     assert json.loads(published["all_results.json"])["evaluated_split"] == "test"
     # The job is started again: on the same disk, as if it were a bucket.
-    shutil.rmtree(tmp_path / "outputs" / "slopes" / "checkpoints" / "step-18", ignore_errors=True)
-    done = run("--num_train_epochs", "4")
+    (checkpoint,) = (tmp_path / "outputs" / "slopes" / "checkpoints").glob("step-6")
+    done = run("--max_train_steps", "9")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "step-" in done.stdout + done.stderr, "it says from which checkpoint it goes on"
-    assert json.loads(hub.files("me/slopes")["all_results.json"])["epoch"] == 4
+    assert checkpoint.name in done.stdout + done.stderr, "it says from where it goes on"
+    assert json.loads(hub.files("me/slopes")["all_results.json"])["step"] == 9
