@@ -11,7 +11,7 @@ from hf_poolformer.data.fingerprints import state_of_dataset, state_of_files, st
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.prediction import parts, predict
 from hf_poolformer.settings.training import TrainingSettings
-from hf_poolformer.training import ablation
+from hf_poolformer.training import ablation, records
 
 
 # Files -------------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_other_data_other_version_and_other_processes_are_measured(measure, tmp_
     (tmp_path / "data" / "train.parquet").write_bytes(b"ROWS")
     assert measure() == 0.02
     assert "other data" in capsys.readouterr().out
-    monkeypatch.setattr(ablation, "__version__", "99")
+    monkeypatch.setattr(records, "__version__", "99")
     assert measure() == 0.03
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert measure() == 0.04

@@ -63,8 +63,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments, flags = parser(prog).parse_known_args(argv)
     if arguments.trials is not None and arguments.trials < 1:
         raise UserError(f"--trials must be at least 1, not {arguments.trials}")
-    import optuna  # noqa: F401  # missing, it would be missed only after the data is read
-
     from ..foundation.processes import part, start_cpu_processes
     from ..training.sweep import make_plan
     from ..training.sweep_space import read_texts
@@ -79,6 +77,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         pruner=arguments.pruner,
         keep_all=arguments.keep_all,
     )
+    import optuna  # noqa: F401  # which nothing has asked for yet
+
     start_cpu_processes()
     run(plan)
     part()

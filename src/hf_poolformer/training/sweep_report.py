@@ -131,7 +131,8 @@ def markdown(plan: Plan, rows: Sequence[dict[str, Any]], matter: dict[str, float
         cells += ["" if value is None else figure.text(value)]
         cells += [plain_markdown(value_text(row[name])) if row[name] is not None else "" for name in names]
         cells += ["" if row[name] is None else str(row[name]) for name in ("epochs", "seconds")]
-        state = row["state"] + (f" {row['note']}" if row["note"] else "")
+        between = ": " if row["state"] == "failed" else " "
+        state = row["state"] + (between + row["note"] if row["note"] else "")
         cells.append(plain_markdown(state + (f"; resumed {row['resumed']} times" if row["resumed"] else "")))
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "## What was tried", ""]
