@@ -95,7 +95,13 @@ def test_the_sdist_builds_and_carries_the_licence_and_what_the_readme_links_to(d
     assert {"LICENSE", "README.md", "pyproject.toml", "src/hf_poolformer/hub/card_template.md"} <= names
     links = re.findall(r"\]\(([\w./]+)[)#]", (ROOT / "README.md").read_text())
     assert "docs/install.md" in links and set(links) <= names
-    assert {"tests/fixtures/golden/index.json", "constraints.txt", "CHANGELOG.md", "scripts/install.py"} <= names
+    assert {
+        "model_cards/caformer.yaml",
+        "tests/fixtures/golden/index.json",
+        "constraints.txt",
+        "CHANGELOG.md",
+        "scripts/install.py",
+    } <= names
     assert not {name for name in names if "__pycache__" in name or name.startswith((".venv", ".git/"))}
 
 
