@@ -175,6 +175,7 @@ def draw_history(plan: Plan, sweep: Sweep, rows: Sequence[dict[str, Any]]) -> No
                 [number for number, *_ in found], [value for _, value, _ in found], s=18, c=COLOURS[state], label=state
             )
     axes[0].set(xlabel="trial", title="History")
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize=8)
     for axis, name in zip(axes[1:], names, strict=False):
         one = plan.space[name]
