@@ -133,7 +133,7 @@ def markdown(plan: Plan, rows: Sequence[dict[str, Any]], matter: dict[str, float
         cells += ["" if row[name] is None else str(row[name]) for name in ("epochs", "seconds")]
         between = ": " if row["state"] == "failed" else " "
         state = row["state"] + (between + row["note"] if row["note"] else "")
-        cells.append(plain_markdown(state + (f"; resumed {row['resumed']} times" if row["resumed"] else "")))
+        cells.append(plain_markdown(state + (f"; interrupted: {row['resumed']}" if row["resumed"] else "")))
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "## What was tried", ""]
     lines += [f"- {name}: {plain_markdown(describe(one))}" for name, one in plan.space.items()]
