@@ -25,8 +25,6 @@ PYTHONS = re.findall(r"Programming Language :: Python :: (3\.\d+)", "\n".join(PR
 FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in FILES}
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-if not (ROOT / "zensical.toml").exists():
-    TARGETS.add("docs")  # there is a site to build where it is laid out
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 
 
