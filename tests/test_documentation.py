@@ -182,7 +182,8 @@ PROGRAM = re.compile(
 # Others in blocks of bash. What follows make and pip is looked at below, and whether scripts are there.
 OTHERS = re.compile(
     r"(python (scripts|examples)/\w+\.py$|make|pip install|apt install|export [A-Z_]+=|curl|hf auth login|trtexec"
-    r"|git|cd|ruff|pytest|docker (build|run)|python3? -m (http\.server|venv|build|pip|pytest)|sbatch|[\w.]+/bin/pip install|source) ?"
+    r"|git|cd|ruff|pytest|docker (build|run)|python3? -m (http\.server|venv|build|pip|pytest)|sbatch|trackio show"
+    r"|[\w.]+/bin/pip install|source) ?"
 )
 
 
