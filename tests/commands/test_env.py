@@ -19,7 +19,7 @@ def test_versions_devices_and_kernels(capsys, monkeypatch):
     monkeypatch.setenv("HF_POOLFORMER_KERNELS", "reference")
     found = json.loads(facts(capsys, "--json"))
     assert found["python"] == platform.python_version()
-    for name in ("torch", "torchvision", "transformers", "huggingface_hub", "accelerate", "datasets"):
+    for name in ("torch", "torchvision", "transformers", "huggingface-hub", "accelerate", "datasets"):
         assert found["packages"][name] == version(name)
     assert f"{torch.get_num_threads()} threads" in found["devices"]["cpu"]
     assert found["kernels"]["cpu float32"].startswith("reference in inference")

@@ -62,14 +62,17 @@ def describe_environment() -> dict[str, Any]:
 def describe_requirements() -> tuple[dict[str, str | None], dict[str, str]]:
     """Versions of the libraries a plain installation has, and for each extra "installed" or what it lacks."""
     from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
 
     try:
         requirements = [Requirement(line) for line in metadata.requires("hf-poolformer") or []]
         known = metadata.metadata("hf-poolformer").get_all("Provides-Extra") or []
     except metadata.PackageNotFoundError:
-        return {name: version_of(name) for name in ("torch", "torchvision", "transformers", "huggingface_hub")}, {}
+        return {name: version_of(name) for name in ("torch", "torchvision", "transformers", "huggingface-hub")}, {}
     plain = [one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})]
-    packages = {one.name: version_of(one.name) for one in [*plain, Requirement("accelerate"), Requirement("datasets")]}
+    # Metadata have names as their builder writes them.
+    names = [canonicalize_name(one.name) for one in [*plain, Requirement("accelerate"), Requirement("datasets")]]
+    packages = {name: version_of(name) for name in names}
     extras = {}
     for extra in known:
         lacking = [

@@ -88,8 +88,8 @@ class TaskTraining(ABC):
     def figures(self) -> dict[str, Any]:
         """What training has come upon, for `all_results.json`; every process calls it."""
         evaluated = self.evaluated
-        # One of another folder is none of the dataset.
-        if evaluated is None or self.settings.validation_dir is not None:
+        # One of another folder is none of the dataset; dense tasks take none.
+        if evaluated is None or getattr(self.settings, "validation_dir", None) is not None:
             return {}
         split = whole_split(evaluated)
         return {"evaluated_split": split} if split else {}
