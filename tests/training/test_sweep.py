@@ -436,5 +436,5 @@ def test_two_processes_train_each_trial_together(digits, tmp_path):
         [*launch, "-m", "hf_poolformer", "sweep", *words], capture_output=True, text=True, env=environment, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    assert len(board(folder)) == 3 and done.out.count("[1/3]") == 1
+    assert len(board(folder)) == 3 and done.stdout.count("[1/3]") == 1
     assert "2 x cpu" in (folder / "trials/trial-000.txt").read_text()
