@@ -1,6 +1,6 @@
 # Training on NVIDIA GPUs. From the repository's root:
 #   docker build -f docker/train.Dockerfile -t hf-poolformer-train .
-#   docker run --rm --gpus all --ipc host -v "$PWD:/work" hf-poolformer-train train --train_dir photos --output_dir outputs/pets
+#   docker run --rm --gpus all --ipc host -v "$PWD:/workspace" hf-poolformer-train train --train_dir photos --output_dir outputs/pets
 # torch's wheels bring CUDA with them, so that the base need not; the host needs the driver and NVIDIA's container
 # toolkit.
 FROM python:3.13-slim-bookworm
@@ -22,12 +22,12 @@ ARG EXTRAS=train,dense,lora
 COPY . /src
 RUN pip install -c /src/constraints.txt "/src[$EXTRAS]"
 
-# Whose files are written into /work: docker run --user "$(id -u):$(id -g)" makes them yours. That user has no name and
-# no home, and torch asks for both.
-ENV HF_HOME=/work/.cache/huggingface \
+# Whose files are written into /workspace: docker run --user "$(id -u):$(id -g)" makes them yours. That user has no
+# name and no home, and torch asks for both.
+ENV HF_HOME=/workspace/.cache/huggingface \
     HOME=/tmp \
     LOGNAME=trainer
 USER 1000
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["hf-poolformer"]
 CMD ["--help"]
