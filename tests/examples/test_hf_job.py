@@ -117,7 +117,7 @@ def by_uv(tmp_path):
         pytest.skip("uv is not installed")
     tree = tmp_path / "tree"
     tree.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     for name in ("src", "docs", "examples", "benchmarks", "model_cards"):
         shutil.copytree(
