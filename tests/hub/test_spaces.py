@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -208,6 +209,21 @@ def test_a_package_that_is_not_to_be_had_is_refused_before_anything_is_sent(
         send(space_package=choice)
     assert "secret" not in str(caught.value)
     assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "written", [b"\xff\xfe", b"Requires-Dist: !!\n", None], ids=["bytes", "requirement", "deflated"]
+)
+def test_a_damaged_wheel_is_refused(tmp_path, written):
+    wheel = tmp_path / "hf_poolformer-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("hf_poolformer-1.0.dist-info/METADATA", b"Name: x\n" * 99 if written is None else written)
+    if written is None:
+        content = bytearray(wheel.read_bytes())
+        content[66:72] = b"\xff" * 6  # behind the header and the name
+        wheel.write_bytes(content)
+    with pytest.raises(PublishError, match=r"1\.0-py3-none-any\.whl cannot be read: "):
+        package_for_space(str(wheel))
 
 
 def test_what_is_run_from_its_source_and_not_installed_has_no_wheel(monkeypatch):

@@ -327,6 +327,18 @@ def test_a_line_that_was_not_finished_is_taken_away(run, formula):
     assert len(formula.calls) == 3
 
 
+@pytest.mark.parametrize("line", [b"\x00\xff{", b'{"op_code": 4, "work', b"7"])
+def test_a_damaged_study_is_told_and_left_alone(run, formula, line):
+    journal = run("--trials", "2").folder / "study.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lines[2] = line + b"\n"
+    journal.write_bytes(b"".join(lines))
+    done = run("--trials", "3")
+    assert done.status == 2 and "study.journal is damaged in line 3" in done.err and "Traceback" not in done.err
+    assert journal.read_bytes() == b"".join(lines) and len(formula.calls) == 2
+    assert (done.folder / "best.yaml").is_file()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

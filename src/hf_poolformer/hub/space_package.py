@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
+import zlib
 from base64 import urlsafe_b64encode
 from dataclasses import dataclass, field
 from email.parser import Parser
@@ -20,6 +21,7 @@ from urllib.parse import urlsplit
 from packaging.requirements import Requirement
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
+from ..foundation.errors import one_line
 from .contents import PublishError
 
 
@@ -74,8 +76,8 @@ def package_for_space(choice: str) -> SpacePackage:
             return carried(path.name, content)
     except InvalidWheelFilename:
         pass
-    except (OSError, zipfile.BadZipFile, KeyError) as error:
-        raise PublishError(f"--space_package {choice} cannot be read: {error}") from None
+    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError) as error:
+        raise PublishError(f"--space_package {choice} cannot be read: {one_line(error)}") from None
     raise PublishError(f"--space_package {choice} is no wheel of {NAME}")
 
 

@@ -436,11 +436,25 @@ def open_study(journal: Path, plan: Plan) -> optuna.Study:
 
 
 def mend(journal: Path) -> None:
-    """Takes away the line that a process did not finish when it was killed: the next would join it."""
+    """Takes away the line that a process did not finish when it was killed: the next would join it.
+
+    Raises:
+        UserError: another line is damaged.
+    """
     if not journal.is_file():
         return
     content = journal.read_bytes()
     whole = content.rfind(b"\n") + 1
+    for number, line in enumerate(content[:whole].splitlines(), 1):
+        try:
+            readable = isinstance(json.loads(line), dict)
+        except ValueError:
+            readable = False
+        if not readable:
+            raise UserError(
+                f"{journal} is damaged in line {number}: what was tried cannot be read. leaderboard.csv, best and "
+                "best.yaml beside it are as they were. Give another --output_dir, or put back a copy of the file."
+            )
     if whole < len(content):
         os.truncate(journal, whole)
         sync(journal)
