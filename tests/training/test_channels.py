@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from multispectral import multispectral
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -179,18 +180,6 @@ def test_channels_move_together_and_keep_their_colours(number):
 
 
 # Runs ------------------------------------------------------------------------------------------------------------
-
-
-def multispectral(folder, count: int = 24, number: int = 4) -> None:
-    """uint16 TIFFs of two classes, that differ in the last channel only."""
-    for label, level in (("dry", 2000), ("wet", 6000)):
-        (folder / label).mkdir(parents=True)
-        for index in range(count):
-            generator = np.random.default_rng((index, level))
-            values = generator.normal(3000, 200, (40, 40, number))
-            values[..., -1] = generator.normal(level, 200, (40, 40))
-            options = {"photometric": "minisblack", "planarconfig": "contig"}
-            tifffile.imwrite(folder / label / f"{index}.tif", values.astype(np.uint16), **options)
 
 
 def test_from_colours_to_four_channels(make_checkpoint, tmp_path, capsys, monkeypatch):

@@ -62,6 +62,27 @@ def test_the_run_is_the_one_that_is_given_the_number(make_settings, tmp_path, sh
     assert f"`learning_rate` | auto: {rate}" in (tmp_path / "auto/README.md").read_text()
 
 
+def test_killed_amid_the_test_it_begins_anew(make_settings, tmp_path, short, monkeypatch):
+    """Nothing of the killed one counts: not what its steps changed, and not the images it has seen."""
+    changes = {**CHANGES, "num_workers": 0, "learning_rate": "auto", "resume_from_checkpoint": "latest"}
+    assert run(make_settings(**changes, output_dir=str(tmp_path / "whole")))
+    parts = make_settings(**changes, output_dir=str(tmp_path / "parts"))
+    losses, calls = ClassificationTraining.losses, iter(range(1000))
+
+    def killed(*arguments):
+        if next(calls) == 25:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return losses(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ClassificationTraining, "losses", killed)
+        assert not run(parts)  # in a fork, so that the count here stays
+    assert not (tmp_path / "parts" / FILES[0]).exists()
+    assert run(parts)
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+    assert facts(tmp_path / "parts") == facts(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_what_it_chooses_learns(make_settings, tmp_path, capsys):
     """Better than a rate far below, on the same budget."""

@@ -13,6 +13,7 @@ import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from digits import NAMES
 from killed import assert_same, losses, run
+from multispectral import multispectral
 from safetensors.torch import load_file
 
 from hf_poolformer.foundation.errors import UserError
@@ -43,6 +44,7 @@ SETTINGS = {
     "sampling": "balanced",
     "class_weights": "effective",
     "focal_gamma": 1.0,
+    "operating_point": "f1_macro",
     "ema_decay": 0.9,
     "resume_from_checkpoint": "latest",
 }
@@ -60,13 +62,21 @@ def test_killed_and_resumed_is_the_same_run(make_settings, tmp_path, num_workers
     assert_same(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_grey_images_are_the_same_after_a_kill(make_settings, tmp_path):
-    changes = {**SETTINGS, "num_workers": 0, "num_channels": 1, "num_train_epochs": 1}
-    assert run(make_settings(**changes, output_dir=str(tmp_path / "whole")))
-    parts = make_settings(**changes, output_dir=str(tmp_path / "parts"))
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels_are_the_same_after_a_kill(make_settings_from, make_checkpoint, tmp_path, channels):
+    """From a checkpoint for colours, whose stem is adapted, and with statistics that the run counts itself."""
+    changes = {**SETTINGS, "num_workers": 0, "num_channels": channels, "max_train_steps": 4, "drop_path_rate": None}
+    if channels == 4:
+        multispectral(tmp_path / "data", count=72)
+        changes |= {"dataset_name": None, "train_dir": str(tmp_path / "data"), "train_val_split": 0.25}
+    start = make_checkpoint(drop_path_rate=0.2)
+    assert run(make_settings_from(start, **changes, output_dir=str(tmp_path / "whole")))
+    parts = make_settings_from(start, **changes, output_dir=str(tmp_path / "parts"))
     assert not run(parts, kill_at=3)
     assert run(parts)
     assert_same(tmp_path / "parts", tmp_path / "whole")
+    processors = [(tmp_path / name / "preprocessor_config.json").read_bytes() for name in ("parts", "whole")]
+    assert processors[0] == processors[1] and len(json.loads(processors[0])["image_mean"]) == channels
 
 
 @pytest.mark.slow
@@ -175,7 +185,7 @@ def test_killed_while_it_adapts_or_distils(make_settings_from, make_checkpoint, 
     ],
 )
 def test_killed_with_several_labels_or_numbers(make_settings_of, tmp_path, task, changes, count):
-    rare = {"sampling": "shuffle", "class_weights": "none", "focal_gamma": 0.0}
+    rare = {"sampling": "shuffle", "class_weights": "none", "focal_gamma": 0.0, "operating_point": "none"}
     changes = {**SETTINGS, **rare, "num_workers": 0, "max_train_steps": 6, **changes}
     whole = make_settings_of(task, **changes, output_dir=str(tmp_path / "whole"))
     assert run(whole, count)
