@@ -198,6 +198,32 @@ def test_names_in_a_text(tmp_path, separator):
     assert repr(separator.strip()) in describe_data({"train": dataset}) or told
 
 
+SYNONYMS = ["tench, Tinca tinca", "goldfish, Carassius auratus", "great white shark, white shark"]
+
+
+@pytest.mark.parametrize(
+    ("cells", "told"),
+    [
+        (
+            ["cat", "dog", "cat;dog", "dog;eel", "cat;eel", "cat;dog;eel"],
+            "6 class names are made of 3, with ';' between",
+        ),
+        (
+            ["eel|cat", "cat|dog", "dog|eel", "dog", "eel|cat", "cat|dog"],
+            "4 class names are made of 3, with '|' between",
+        ),
+        (SYNONYMS * 2, None),
+        (["red, round", "red, square", "blue, round", "blue, square"], None),
+        (["cat", "dog", "salt, pepper"] * 2, None),
+    ],
+)
+def test_several_names_learned_as_one_class_are_told(tmp_path, caplog, cells, told):
+    path = folder(tmp_path, {"tags": pa.array((cells * COUNT)[:COUNT])}, "csv")
+    dataset = opened(path, problem_type=SINGLE)
+    assert dataset.label_names == sorted(set(cells))
+    assert (told or "") in caplog.text and (told is not None) == ("--task multi-label" in caplog.text)
+
+
 def test_a_name_that_contains_the_separator(tmp_path):
     quoted = [", ".join([*own, '"dog, wild"']) for own in NAMED]
     dataset = opened(folder(tmp_path / "quoted", {"tags": pa.array(quoted)}, "csv"))

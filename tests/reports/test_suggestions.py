@@ -98,6 +98,7 @@ def test_flags(changes, expected):
         ({"validation_split": None, "near": 8}, "which 8 images have"),
         ({"task": None, "why_none": "photos has a single class"}, "a single class"),
         ({"broken": {"train": (90, 2000, 0)}}, "90 of 2000 in train"),
+        ({"counts": {name: 9 for name in ("a", "b", "a;b", "b;c", "a;c")}}, "5 classes are made of 3, with ';'"),
     ],
 )
 def test_reasons_have_figures_of_the_data(changes, words):

@@ -324,6 +324,20 @@ def _separator(what: str, texts: Sequence[str], known: Classes | None) -> str:
     return separator
 
 
+def looks_divided(names: Sequence[str]) -> tuple[str, int] | None:
+    """What seems to stand between several names in class names like "cat;dog", and how many names these are.
+
+    Names that are lists, as ImageNet's with their synonyms, have more parts than there are of them. Where labels were
+    put together, the same parts come again and again.
+    """
+    for separator in _SEPARATORS:
+        divided = [name for name in names if separator in name]
+        parts = {part for name in names for part in _parts(separator, name) or ()}
+        if len(divided) > 1 and len(parts) < len(names):
+            return separator, len(parts)
+    return None
+
+
 def _parts(separator: str, text: str) -> frozenset[str] | None:
     return Texts(separator).keys([text])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
@@ -27,10 +28,12 @@ from .columns import (
     kind_of,
     refuse_columns,
 )
-from .contents import Counts, Moments, count_one, count_several, read_numbers, short_names
+from .contents import Counts, Moments, count_one, count_several, looks_divided, read_numbers, short_names
 from .labels import Flags, Numbers, One, Texts, Vector
 from .sources import Source
 
+
+logger = logging.getLogger(__name__)
 
 # In so many labels a column whose values hardly ever occur twice is none of classes; with fewer they may.
 _MANY, _SOME = 100, 10
@@ -126,6 +129,16 @@ def _single(
             raise _wrong_kind(dataset, column, f"fractions, {fraction} for one", _REGRESSION)
         classes = _classes_found(dataset, found.keys)
     _refuse_unlabelled(dataset, classes, None if found is None else found.keys)
+    if train is None and wanted.given is None and (divided := looks_divided(classes.names)):
+        separator, parts = divided
+        logger.warning(
+            "%s: its %d class names are made of %d, with %r between them, and each is learned as a class of its own; "
+            "if an image can have several labels, --task multi-label-classification",
+            dataset.name,
+            len(classes.names),
+            parts,
+            separator,
+        )
     if len(classes.names) < 2 and wanted.given is None and train is None:
         raise _nothing_to_tell_apart(dataset, classes)
     dataset = dataclasses.replace(dataset, storage=One(), classes=classes)

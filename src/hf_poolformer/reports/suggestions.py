@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.contents import looks_divided
 from ..data.loader import MIN_SEEN, skip_limit, too_many_broken
 from ..evaluation.intervals import wilson
 from ..foundation.names import first_few, printable
@@ -150,6 +151,18 @@ def by_task(traits: Traits, chosen: Mapping[str, Any]) -> Suggestion | None:
         names = first_few([printable(name, 40) for name in traits.far], 3)
         return Suggestion(f"The labels are numbers ({names}), not classes.", {"task": REGRESSION})
     return None
+
+
+def by_divided_names(traits: Traits, chosen: Mapping[str, Any]) -> Suggestion | None:
+    divided = looks_divided(list(traits.counts)) if traits.task == CLASSIFICATION else None
+    if divided is None:
+        return None
+    separator, parts = divided
+    return Suggestion(
+        f"The names of the {len(traits.counts)} classes are made of {parts}, with {separator!r} between them. If an "
+        f"image can have several of these, inspect it with --task {MULTI_LABEL}: as it is, every combination is "
+        "learned as a class of its own."
+    )
 
 
 def by_recipe(traits: Traits, chosen: Mapping[str, Any]) -> Suggestion | None:
@@ -404,6 +417,7 @@ RULES: tuple[Rule, ...] = (
     by_contradictions,
     by_outliers,
     by_task,
+    by_divided_names,
     by_recipe,
     by_head,
     by_size,
