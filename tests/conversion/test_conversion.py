@@ -339,6 +339,7 @@ def test_a_timm_folder_becomes_a_complete_one_and_back(s12, tmp_path):
 
     convert(tmp_path / "out", tmp_path / "back", to="timm")
     again = timm.create_model(f"local-dir:{tmp_path / 'back'}", pretrained=True).eval()
+    assert len({path.stat().st_mode for out in ("out", "back") for path in (tmp_path / out).iterdir()}) == 1
     assert again.pretrained_cfg["crop_pct"] == 0.875
     assert again.pretrained_cfg["label_names"][207] == "golden retriever"
     with torch.no_grad():

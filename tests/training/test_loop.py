@@ -62,6 +62,10 @@ def test_a_run_learns_and_leaves_everything(make_settings, tmp_path, capsys):
         assert (run / name).read_bytes()[:4] == b"\x89PNG", name
     assert not [path.name for path in run.iterdir() if path.name.startswith(".") or path.suffix == ".tmp"]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-130", "step-140"]
+    (tmp_path / "file").touch()
+    # Who may read any new file may read the model: a server under another user, a colleague.
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "file").stat().st_mode}
 
     log = rows_of(run)
     losses = [row["loss"] for row in log if "loss" in row]

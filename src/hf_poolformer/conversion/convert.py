@@ -26,6 +26,7 @@ from transformers.image_utils import PILImageResampling
 
 from ..configuration_poolformer import FAMILIES, VARIANTS, MetaFormerConfig, Variant, as_tuple
 from ..foundation.errors import one_line
+from ..foundation.files import let_others_read
 from ..foundation.folders import new_folder
 from ..foundation.strict_json import to_json
 from ..foundation.tasks import CLASSIFICATION, HEADLESS, Task
@@ -540,6 +541,7 @@ def write_hf(checkpoint: Checkpoint, folder: Path) -> None:
     model = build_model(checkpoint)
     model.save_pretrained(folder)
     checkpoint.processor.save_pretrained(folder)
+    let_others_read(folder)
     facts = checkpoint.source, checkpoint.format.name, checkpoint.sha256, checkpoint.variant, tuple(checkpoint.notes)
     ConversionNote(*facts).write(folder)
 
@@ -565,6 +567,7 @@ def write_timm(checkpoint: Checkpoint, folder: Path) -> None:
             f"timm has no {' and no '.join(strange)} mixer, so these weights would fit no model there"
         )
     save_file(foreign(checkpoint, TIMM), folder / "model.safetensors", metadata={"format": "pt"})
+    let_others_read(folder)
     rows = rows_like(checkpoint.family, config.depths, config.hidden_sizes) if checkpoint.family else {}
     name = checkpoint.variant or next(iter(rows), None)
     if name is None or VARIANTS[name].timm_name is None:

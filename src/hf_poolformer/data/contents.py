@@ -28,6 +28,7 @@ from huggingface_hub import constants
 
 from .. import __version__
 from ..foundation.errors import UserError, one_line
+from ..foundation.files import let_others_read
 from ..foundation.names import printable
 from .classes import Classes, class_key
 from .columns import ImageDataset, PerImage, element_of, feature_of, few, field_of, holds_fractions, root_of
@@ -391,6 +392,7 @@ def _write(file: Path, entry: dict[str, Any]) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             json.dump(entry, stream)
+        let_others_read(Path(partial))
         os.replace(partial, file)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -34,6 +35,38 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@functools.cache
+def umask() -> int:
+    """The permissions that new files of this process do not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def let_others_read(path: Path) -> None:
+    """Gives a file, or the safetensors files of a folder, the permissions of any other new file.
+
+    safetensors 0.8 leaves what it writes to the owner alone: nobody else could load a model, such as a server in a
+    container.
+    """
+    for file in path.glob("*.safetensors") if path.is_dir() else (path,):
+        with contextlib.suppress(OSError):  # a disk that knows no permissions
+            file.chmod(0o666 & ~umask())
+
+
+def why_unreadable(folder: Path) -> str | None:
+    """What in a folder this user may not read, in words."""
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.is_file():
+                path.open("rb").close()
+    except PermissionError as error:
+        return f"no permission to read {error.filename}"
+    except OSError:  # for others to tell
+        pass
+    return None
 
 
 def digest(path: Path) -> str:

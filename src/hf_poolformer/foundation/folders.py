@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .errors import UserError
+from .files import umask
 
 
 try:
@@ -154,7 +155,7 @@ def new_folder(output: Path, overwrite: bool, check: Check, kind: str) -> Iterat
             scratch = Path(tempfile.mkdtemp(prefix=NEW, dir=place))
             try:
                 yield scratch
-                scratch.chmod(0o777 & ~_umask())
+                scratch.chmod(0o777 & ~umask())
                 _move(scratch, output, overwrite, check)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -209,12 +210,6 @@ def _clear(place: Path, output: Path, check: Check, kind: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
     if left:
         logger.warning("Removed what an unfinished %s to %s left when it was killed.", kind, output)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _let_go() -> None:

@@ -19,6 +19,7 @@ from transformers import (
 
 from .errors import UserError, one_line
 from .exported import is_exported, no_model
+from .files import why_unreadable
 from .finite import check_weights
 from .origin import Origin
 from .tasks import CLASSIFICATION, TASKS, Task, task_of_config
@@ -108,7 +109,8 @@ def load_processor(name: str, origin: Origin = HERE) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(name, **origin.arguments())
     except Exception as error:  # whatever a foreign folder provokes
-        raise UserError(f"{name} has no image processor: {one_line(error)}") from error
+        why = why_unreadable(Path(name)) or one_line(error)
+        raise UserError(f"{name} has no image processor: {why}") from error
 
 
 def task_of_checkpoint(name: str, origin: Origin) -> Task:
@@ -158,6 +160,9 @@ def looks_like_checkpoint(name: str) -> bool:
 def why_not_loaded(name: str, error: BaseException, what: str = "an image classifier") -> str:
     """One line on why transformers could not load `what` from a folder or Hub id."""
     folder, text = Path(name), one_line(error)
+    unreadable = why_unreadable(folder)
+    if unreadable:
+        return f"cannot load {what} from {name}: {unreadable}."
     if is_exported(name):
         return no_model(name)
     if folder.is_dir() and not (folder / "config.json").is_file():

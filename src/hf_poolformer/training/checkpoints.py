@@ -44,7 +44,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..data.columns import few
 from ..foundation.errors import UserError
-from ..foundation.files import digest, make_folder, sync
+from ..foundation.files import digest, let_others_read, make_folder, sync
 from ..foundation.processes import found_by_main
 from ..foundation.strict_json import to_json
 
@@ -297,6 +297,7 @@ def write(root: Path, taken: Snapshot, keep: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         weights = {name: tensor.contiguous() for name, tensor in taken.weights.items()}
         save_file(weights, str(temporary / "model.safetensors"), metadata={"format": "pt"})
+        let_others_read(temporary)
         save_tensors(taken.shared, temporary / "state.pt")
         save_tensors(taken.processes, temporary / "processes.pt")
         progress = to_json(taken.progress, indent=2)

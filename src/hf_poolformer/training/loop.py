@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..foundation.errors import Diverged, UserError, one_line
-from ..foundation.files import best_effort
+from ..foundation.files import best_effort, let_others_read
 from ..foundation.memory import is_out_of_memory
 from ..foundation.processes import (
     Agreement,
@@ -613,6 +613,7 @@ def leave_model(run: Run, evaluated: bool = False) -> None:
     if run.accelerator.is_main_process:
         model.save_pretrained(run.reports.folder)
         run.processor.save_pretrained(run.reports.folder)
+        let_others_read(run.reports.folder)
 
 
 @contextlib.contextmanager
