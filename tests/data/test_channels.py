@@ -5,7 +5,6 @@ import tarfile
 
 import numpy as np
 import pytest
-import tifffile
 import torch
 from datasets import ClassLabel, Features
 from datasets import Image as ImageColumn
@@ -18,6 +17,9 @@ from hf_poolformer.data.datasets import open_datasets
 from hf_poolformer.data.decoding import BrokenImage, EncodedImage, decode_image
 from hf_poolformer.data.loader import make_loader
 from hf_poolformer.data.transforms import EvalTransform
+
+
+tifffile = pytest.importorskip("tifffile")
 
 
 def noise(*shape: int, dtype=np.uint8) -> np.ndarray:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
 import torch
 from multispectral import multispectral
 from PIL import Image
@@ -42,6 +41,9 @@ from hf_poolformer.settings.classification import ClassificationSettings
 from hf_poolformer.training.augmentation import TrainTransform
 from hf_poolformer.training.channels import adapt_stem, adapt_weight, in_channels
 from hf_poolformer.training.loop import train
+
+
+tifffile = pytest.importorskip("tifffile")
 
 
 # Stems -----------------------------------------------------------------------------------------------------------
