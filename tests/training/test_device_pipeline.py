@@ -31,6 +31,7 @@ from hf_poolformer.training.augmentation import Box, Draws, ExampleHeader, Train
 from hf_poolformer.training.device_choice import Rates, choose, possible_ways
 from hf_poolformer.training.device_pipeline import (
     AugmentedBatches,
+    BatchMemory,
     CropBatches,
     DevicePipeline,
     EncodedTransform,
@@ -84,15 +85,14 @@ def settings(**changes):
 
 def batch_of(transform, sources, kind=CropBatches):
     """What a worker would deliver, with labels 0, 1, 2, ..., and seeds 0, 1, 2, ... of the draws."""
+    batches = object.__new__(kind)
+    batches._transform, batches.batch_size = transform, len(sources)
     loaded = []
     for seed, source in enumerate(sources):
         random.seed(seed)
         torch.manual_seed(seed)
-        with EncodedImage(source) as image:
-            loaded.append(transform.load(image))
-    batches = object.__new__(kind)
-    batches._transform = transform
-    return {**batches._batch(loaded, list(range(len(sources)))), "skipped": [], "seen": len(sources)}
+        loaded.append(batches._example(EncodedImage(source), seed))
+    return {**batches._batch(*map(list, zip(*loaded, strict=True))), "skipped": [], "seen": len(sources)}
 
 
 @pytest.mark.parametrize("recipe", ["finetune", "paper", "demo"])
@@ -270,6 +270,47 @@ def test_a_batch_crosses_in_one_tensor_of_8_bits(make_settings, processor, monke
         assert content.is_shared() and content.dtype == torch.uint8 and len(content) == 32 * 3 * 32 * 32
         assert batch["pixel_values"].dtype == torch.float32 and len(batch["labels"]) == 32
         assert batch["pixel_values"].std() > 0.5  # normalised, with noise
+
+
+@pytest.mark.parametrize("side", [SIDE, 224])
+def test_batches_that_somebody_keeps_stay_as_they_are(tmp_path, side):
+    """Memory is used again, and so are places in a message: neither while somebody holds it, nor after a break."""
+    square = {"height": side, "width": side}
+    processor = PoolFormerImageProcessor(size={"shortest_edge": side}, crop_size=square)
+    data = [encode(photograph(60, 70, seed)) for seed in range(20)]
+    data[3] = b"no image"
+    pq.write_table(pa.table({"image": data, "label": [0, 1] * 10}), tmp_path / "data.parquet")
+    dataset = open_datasets(dataset_name=tmp_path, train_val_split=0)["train"]
+
+    def loader(preprocessing):
+        made = make_pipeline(settings(), processor, CPU, preprocessing)
+        return make_loader(dataset, batch_size=3, training=True, drop_last=False, max_skipped=1, **made)
+
+    for preprocessing in (NO, AUGMENT):
+        fresh = loader(preprocessing)
+        one_by_one = [batch["pixel_values"].clone() for batch in fresh]
+        again = loader(preprocessing)
+        next(iter(again))
+        kept = [batch["pixel_values"] for batch in again]
+        assert len(kept) == len(one_by_one) == 7 and len({batch.data_ptr() for batch in kept}) == 7
+        assert all(torch.equal(*pair) for pair in zip(kept, one_by_one, strict=True))
+
+
+def test_memory_of_batches():
+    """Whatever shares it keeps it: views, arrays. What is given back is used again, for batches of about its size."""
+    memory = BatchMemory()
+    first, second = memory.take((6, 100), torch.float32).fill_(1), memory.take((6, 100), torch.float32).fill_(2)
+    place, row, array = first.data_ptr(), first[2], second.numpy()
+    del first, second
+    third = memory.take((6, 100), torch.float32).fill_(3)
+    assert (row == 1).all() and (array == 2).all()
+    del row
+    fourth = memory.take((5, 100), torch.float32)
+    assert fourth.data_ptr() == place and fourth.shape == (5, 100) and (array == 2).all() and (third == 3).all()
+    del third
+    assert memory.take((60, 100), torch.float32).fill_(5).sum() == 30_000
+    many = [memory.take((6, 100), torch.uint8).fill_(level) for level in range(20)]
+    assert all((values == level).all() for level, values in enumerate(many)) and len(memory._pieces) <= 4
 
 
 def test_portions():

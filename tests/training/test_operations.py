@@ -113,6 +113,17 @@ def test_shifts_are_whole_pixels_of_the_side(name, shift, apply):
     assert np.array_equal(result, uncovered)
 
 
+@pytest.mark.parametrize("apply", [one_by_one, together])
+def test_shifts_in_both_directions_and_out_of_the_image(apply):
+    image = np.array(photograph(40, 56))
+    padded = np.tile(np.array([1, 2, 3], dtype=np.uint8), (3 * 40, 3 * 56, 1))
+    padded[40:80, 56:112] = image
+    for x, y in ((5, -7), (-56, 0), (-55, 39), (0, 40), (56, -40)):
+        step = Movement(Affine(translate=(float(x), float(y))), False, (1, 2, 3))
+        expected = padded[40 - y : 80 - y, 56 - x : 112 - x]
+        assert np.array_equal(apply([image], [[step]])[0], expected), (x, y)
+
+
 def test_every_operation_is_tested_here():
     assert PILLOW.keys() | {"rotate", "shear_x", "shear_y", "shift_x", "shift_y"} == OPERATIONS.keys()
 

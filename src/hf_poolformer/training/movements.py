@@ -66,6 +66,8 @@ def move_image(pixels: np.ndarray, movement: Movement) -> np.ndarray:
     height, width = pixels.shape[:2]
     affine, bicubic, fill = movement
     xx, xy, x1, yx, yy, y1 = sampling_matrix(affine, height, width)
+    if (xx, xy, yx, yy) == (1, 0, 0, 1) and x1 == int(x1) and y1 == int(y1):
+        return shift(pixels, int(x1), int(y1), fill)
     if (xx, yx, yy, y1) == (1, 0, 1, 0):
         return slide(pixels, xy * (np.arange(height) + 0.5) + x1, bicubic, fill)
     if (xx, xy, x1, yy) == (1, 0, 0, 1):
@@ -89,6 +91,20 @@ def move_channels(pixels: np.ndarray, movement: Movement) -> np.ndarray:
 def transposed(pixels: np.ndarray) -> np.ndarray:
     """Rows as columns: a third of numpy's time."""
     return np.array(Image.fromarray(pixels).transpose(Image.Transpose.TRANSPOSE))
+
+
+def shift(pixels: np.ndarray, x: int, y: int, fill: tuple[int, ...]) -> np.ndarray:
+    """By whole pixels: at each place what was so far to the right and below."""
+    height, width = pixels.shape[:2]
+    (top, bottom), (left, right) = (
+        (min(max(-by, 0), side), max(min(side - by, side), 0)) for by, side in ((y, height), (x, width))
+    )
+    moved = np.empty_like(pixels)
+    colour = np.tile(np.asarray(fill, dtype=np.uint8), width).reshape(width, 3)
+    moved[:top], moved[bottom:] = colour, colour
+    moved[top:bottom, :left], moved[top:bottom, right:] = colour[:left], colour[right:]
+    moved[top:bottom, left:right] = pixels[top + y : bottom + y, left + x : right + x]
+    return moved
 
 
 def slide(pixels: np.ndarray, offsets: np.ndarray, bicubic: bool, fill: tuple[int, ...]) -> np.ndarray:
