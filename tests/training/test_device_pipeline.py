@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image, ImageOps
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_poolformer import PoolFormerImageProcessor
 from hf_poolformer.data.datasets import open_datasets
@@ -37,6 +38,7 @@ from hf_poolformer.training.device_pipeline import (
     EncodedTransform,
     Preprocessing,
     make_pipeline,
+    part_of,
     portions,
 )
 from hf_poolformer.training.jpeg_decoders import decode_upright, upright
@@ -156,6 +158,35 @@ def test_decoding_on_the_device_makes_the_workers_examples(processor):
     assert result["labels"].tolist() == list(range(12)) and result["skipped"] == []
     assert "content" not in result and "examples" not in result
     torch.testing.assert_close(result["pixel_values"], by_crop["pixel_values"])
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be kernels on a device: all but views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view and "view" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("crop_min_scale", [0.3, 1.0])
+def test_crops_of_a_batch_take_two_launches_each(processor, crop_min_scale):
+    """As a GPU has them, in floats: the pixels that torchvision makes of each alone."""
+    transform = TrainTransform(settings(crop_min_scale=crop_min_scale), processor)
+    random.seed(0)
+    sizes = [(SIDE, SIDE), (60, 200), (90, 50), *([(90, 120)] * 21)]
+    images = [as_tensor(photograph(*size, seed)) for seed, size in enumerate(sizes)]
+    draws = [transform.draw(*size) for size in sizes]
+    crops = [part_of(*pair) for pair in zip(images, draws, strict=True)]
+    with Launches() as launches:
+        result = transform.resize_floats(zip(crops, draws, strict=True))
+    assert result.dtype == torch.uint8 and result.shape == (24, 3, SIDE, SIDE)
+    assert launches.count <= (2 * 24 + 4 if crop_min_scale < 1 else 4 * 24)
+    for crop, one, resized in zip(crops, draws, result, strict=True):
+        assert torch.equal(transform.resize(crop.float(), one).round().to(torch.uint8), resized)
+        # PyTorch's arithmetic on 8 bits has weights of 8 bits or so.
+        assert (transform.resize(crop, one).int() - resized).abs().max() <= 1
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

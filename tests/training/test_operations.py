@@ -203,7 +203,7 @@ class Launches(TorchDispatchMode):
 
 def test_launches_do_not_grow_with_the_batch():
     """Two turns of every kind there is, of few and of many images."""
-    kinds = ["invert", "contrast", "equalize", "saturation", "sharpness", "rotate", "rotate", "brightness"]
+    kinds = ["invert", "contrast", "equalize", "saturation", "sharpness", "rotate", "rotate", "autocontrast"]
     few = [[DrawnOperation(name, 1.2, index == 5) for name in (kind, kind)] for index, kind in enumerate(kinds)]
     pairs = zip(list(OPERATIONS) * 4, [*OPERATIONS, *reversed(OPERATIONS)] * 2, strict=True)
     many = [[DrawnOperation(name, 1, index % 3 > 0) for name in pair] for index, pair in enumerate(pairs)]
@@ -211,7 +211,8 @@ def test_launches_do_not_grow_with_the_batch():
     for drawn in (few, many):
         images = torch.stack([torch.from_numpy(np.array(photograph(24, 24, seed))) for seed in range(len(drawn))])
         steps = [RandAugment().steps(one, 24, 24) for one in drawn]
+        apply_together(images, steps)  # what a device is told once
         with Launches() as launches:
             apply_together(images, steps, [True] * len(drawn))
         counts.append(launches.count)
-    assert len(few) == 8 and len(many) == 60 and counts[0] == counts[1] < 220
+    assert len(few) == 8 and len(many) == 60 and counts[0] == counts[1] < 150

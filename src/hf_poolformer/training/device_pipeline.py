@@ -318,14 +318,21 @@ class DevicePipeline:
             part = examples[start:end]
             images, by_cpu = decode_upright(self.preprocessing.decoder, encoded[start:end], part, self.device)
             self.decoded_by_cpu += by_cpu
-            for example, image in zip(part, images, strict=True):
-                yield image if isinstance(image, BrokenImage) else self.crop(image, example.draws)
+            read = [index for index, image in enumerate(images) if not isinstance(image, BrokenImage)]
+            if read:
+                crops = [part_of(images[index], part[index].draws) for index in read]
+                crops = self.transform.resize_together(crops, [part[index].draws for index in read])
+                for index, crop in zip(read, crops, strict=True):
+                    images[index] = crop
+            yield from images
 
-    def crop(self, image: torch.Tensor, draws: Draws) -> torch.Tensor:
-        if draws.crop is not None:
-            top, left, height, width = draws.crop
-            image = image[:, top : top + height, left : left + width]
-        return self.transform.resize(image, draws)
+
+def part_of(image: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """What was drawn of an image (3, H, W); all of it where nothing was."""
+    if draws.crop is None:
+        return image
+    top, left, height, width = draws.crop
+    return image[:, top : top + height, left : left + width]
 
 
 def portions(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:

@@ -5,6 +5,7 @@ Both round as Pillow does, and differ from each other by the arithmetic of float
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -207,8 +208,7 @@ def move_together(pixels: torch.Tensor, matrices: torch.Tensor, bilinear: int, f
     """
     height, width = pixels.shape[1:3]
     by_x, by_y, shift = matrices.view(-1, 2, 3, 1, 1).unbind(2)  # each (B, 2, 1, 1)
-    x = torch.linspace(1 / width - 1, 1 - 1 / width, width, device=pixels.device)
-    y = torch.linspace(1 / height - 1, 1 - 1 / height, height, device=pixels.device)[:, None]
+    x, y = centres(width, pixels.device), centres(height, pixels.device)[:, None]
     grid = torch.addcmul(torch.addcmul(shift, by_y, y), by_x, x)  # (B, 2, H, W)
     source, places = pixels.permute(0, 3, 1, 2).float(), grid.permute(0, 2, 3, 1)
     parts = [
@@ -216,9 +216,15 @@ def move_together(pixels: torch.Tensor, matrices: torch.Tensor, bilinear: int, f
         for part, mode in ((slice(bilinear), "bilinear"), (slice(bilinear, None), "bicubic"))
         if len(source[part])
     ]
-    moved = torch.cat(parts)
+    moved = parts[0] if len(parts) == 1 else torch.cat(parts)
     if pixels.dtype == torch.uint8:
         moved = moved.add_(SLACK)
     moved = moved.clamp_(0, 255).to(pixels.dtype)
     outside = grid.abs().amax(1) > 1
     return torch.where(outside[..., None], fill[:, None, None], moved.permute(0, 2, 3, 1))
+
+
+@functools.lru_cache(maxsize=16)
+def centres(number: int, device: torch.device) -> torch.Tensor:
+    """Where the pixels of a row are, from -1 to 1 across it."""
+    return torch.linspace(1 / number - 1, 1 - 1 / number, number).to(device)
