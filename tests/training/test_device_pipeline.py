@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DynamoBackend
 from PIL import Image, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -357,6 +358,57 @@ def test_what_is_expected_of_workers_and_device(worker, device, workers, expecte
     assert Rates(worker, device).expected(workers) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("model", "workers", "chosen"),
+    [
+        (float("inf"), 15, AUGMENT),  # 3000, and 9000
+        (1500, 15, NO),  # 1456 for the one, 1286 for the other: the device is busy with the model
+        (3400, 15, NO),  # 3000 and 2468
+        (9000, 15, AUGMENT),  # 3000 and 4500
+        (1500, 4, AUGMENT),  # 800 and 1286: here the workers do not keep up
+    ],
+)
+def test_a_device_that_is_busy_training_gets_no_more_to_do(model, workers, chosen):
+    rates = {NO: Rates(200, 50_000, model), AUGMENT: Rates(2000, 9000, model)}
+    assert choose({way: rate.expected(workers) for way, rate in rates.items()}) == chosen
+
+
+def test_how_fast_a_model_trains_alone(make_settings, monkeypatch):
+    """Measured on a copy: weights, gradients, statistics and generators stay. What tells nothing is not measured."""
+    given = make_settings()
+    task, accelerator = training_of(given), Accelerator(cpu=True)
+    task.open_data(accelerator)
+    model, processor = task.make_model(accelerator, torch.channels_last)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    rate = device_choice.training_rate(model, given, processor, accelerator)
+    assert 0 < rate < float("inf") and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    waiting = torch.nn.Sequential(torch.nn.SyncBatchNorm(3))
+    assert device_choice.training_rate(waiting, given, processor, accelerator) == float("inf")
+    assert device_choice.training_rate(torch.nn.Conv2d(5, 3, 1), given, processor, accelerator) == float("inf")
+    monkeypatch.setattr(accelerator.state.dynamo_plugin, "backend", DynamoBackend.INDUCTOR)
+    assert device_choice.training_rate(model, given, processor, accelerator) == float("inf")
+
+
+def test_the_models_speed_decides(make_settings, monkeypatch, capsys):
+    given = make_settings()
+    task, accelerator = training_of(given), Accelerator(cpu=True)
+    task.open_data(accelerator)
+    model, processor = task.make_model(accelerator, torch.channels_last)
+    pretend(monkeypatch, NO, AUGMENT)
+    monkeypatch.setattr(device_choice, "cores", lambda: 15)
+    rates = {NO: Rates(200, 50_000), AUGMENT: Rates(2000, 9000)}
+    monkeypatch.setattr(device_choice, "measured_rates", lambda *_: rates)
+    monkeypatch.setattr(device_choice, "training_rate", lambda *_: 1500)
+    arguments = (given, task.datasets["train"], processor, accelerator, 15)
+    assert device_choice.choose_preprocessing(*arguments) == AUGMENT
+    assert "(no 3000, augment 9000 images/s expected of 15 workers and this device)" in capsys.readouterr().out
+    assert device_choice.choose_preprocessing(*arguments, model=model) == NO
+    assert "15 workers and this device, which trains 1500 without them)" in capsys.readouterr().out
+
+
 BY_CODEC = Preprocessing("decode", "torchcodec")
 
 
@@ -434,7 +486,8 @@ def test_auto_measures_chooses_and_keeps_to_it(make_settings, tmp_path, monkeypa
     pretend(monkeypatch, NO, AUGMENT, DECODE)
     monkeypatch.setattr(device_choice, "choose", lambda expected: DECODE)
     train(run)
-    assert re.search(line + "workers and this device\\)", capfd.readouterr().out)[1] == "decode by torchvision"
+    line += r"workers and this device, which trains \d+ without them\)"
+    assert re.search(line, capfd.readouterr().out)[1] == "decode by torchvision"
     step = tmp_path / "run/checkpoints/step-2"
     progress = json.loads((step / "progress.json").read_text())
     assert progress["choices"] == {"device_preprocessing": ["decode", "torchvision"]}

@@ -1,10 +1,9 @@
 """RandAugment: which operations there are, how they are drawn, and who applies them.
 
 The data workers apply them to one image at a time, which stays in the cache (`apply_each`); a device to a whole batch
-in a number of launches that does not grow with the batch (`apply_together`): 143 for two
-operations an image and every kind of operation at each turn. The results are
-the same but for the arithmetic of the device. They are Pillow's up to rounding, and up to the kernel of bicubic
-interpolation.
+(`apply_together`), in a number of launches that does not grow with the batch: 143 for two operations an image, with
+every kind of operation at either turn. The results are the same but for the arithmetic of the device. They are
+Pillow's up to rounding, and up to the kernel of bicubic interpolation.
 """
 
 from __future__ import annotations
