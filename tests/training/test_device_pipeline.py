@@ -18,7 +18,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DynamoBackend
 from PIL import Image, ImageOps
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_poolformer import PoolFormerImageProcessor
 from hf_poolformer.data.datasets import open_datasets
@@ -31,11 +33,13 @@ from hf_poolformer.training.augmentation import Box, Draws, ExampleHeader, Train
 from hf_poolformer.training.device_choice import Rates, choose, possible_ways
 from hf_poolformer.training.device_pipeline import (
     AugmentedBatches,
+    BatchMemory,
     CropBatches,
     DevicePipeline,
     EncodedTransform,
     Preprocessing,
     make_pipeline,
+    part_of,
     portions,
 )
 from hf_poolformer.training.jpeg_decoders import decode_upright, upright
@@ -84,15 +88,14 @@ def settings(**changes):
 
 def batch_of(transform, sources, kind=CropBatches):
     """What a worker would deliver, with labels 0, 1, 2, ..., and seeds 0, 1, 2, ... of the draws."""
+    batches = object.__new__(kind)
+    batches._transform, batches.batch_size = transform, len(sources)
     loaded = []
     for seed, source in enumerate(sources):
         random.seed(seed)
         torch.manual_seed(seed)
-        with EncodedImage(source) as image:
-            loaded.append(transform.load(image))
-    batches = object.__new__(kind)
-    batches._transform = transform
-    return {**batches._batch(loaded, list(range(len(sources)))), "skipped": [], "seen": len(sources)}
+        loaded.append(batches._example(EncodedImage(source), seed))
+    return {**batches._batch(*map(list, zip(*loaded, strict=True))), "skipped": [], "seen": len(sources)}
 
 
 @pytest.mark.parametrize("recipe", ["finetune", "paper", "demo"])
@@ -156,6 +159,35 @@ def test_decoding_on_the_device_makes_the_workers_examples(processor):
     assert result["labels"].tolist() == list(range(12)) and result["skipped"] == []
     assert "content" not in result and "examples" not in result
     torch.testing.assert_close(result["pixel_values"], by_crop["pixel_values"])
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be kernels on a device: all but views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view and "view" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("crop_min_scale", [0.3, 1.0])
+def test_crops_of_a_batch_take_two_launches_each(processor, crop_min_scale):
+    """As a GPU has them, in floats: the pixels that torchvision makes of each alone."""
+    transform = TrainTransform(settings(crop_min_scale=crop_min_scale), processor)
+    random.seed(0)
+    sizes = [(SIDE, SIDE), (60, 200), (90, 50), *([(90, 120)] * 21)]
+    images = [as_tensor(photograph(*size, seed)) for seed, size in enumerate(sizes)]
+    draws = [transform.draw(*size) for size in sizes]
+    crops = [part_of(*pair) for pair in zip(images, draws, strict=True)]
+    with Launches() as launches:
+        result = transform.resize_floats(zip(crops, draws, strict=True))
+    assert result.dtype == torch.uint8 and result.shape == (24, 3, SIDE, SIDE)
+    assert launches.count <= (2 * 24 + 4 if crop_min_scale < 1 else 4 * 24)
+    for crop, one, resized in zip(crops, draws, result, strict=True):
+        assert torch.equal(transform.resize(crop.float(), one).round().to(torch.uint8), resized)
+        # PyTorch's arithmetic on 8 bits has weights of 8 bits or so.
+        assert (transform.resize(crop, one).int() - resized).abs().max() <= 1
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -272,6 +304,47 @@ def test_a_batch_crosses_in_one_tensor_of_8_bits(make_settings, processor, monke
         assert batch["pixel_values"].std() > 0.5  # normalised, with noise
 
 
+@pytest.mark.parametrize("side", [SIDE, 224])
+def test_batches_that_somebody_keeps_stay_as_they_are(tmp_path, side):
+    """Memory is used again, and so are places in a message: neither while somebody holds it, nor after a break."""
+    square = {"height": side, "width": side}
+    processor = PoolFormerImageProcessor(size={"shortest_edge": side}, crop_size=square)
+    data = [encode(photograph(60, 70, seed)) for seed in range(20)]
+    data[3] = b"no image"
+    pq.write_table(pa.table({"image": data, "label": [0, 1] * 10}), tmp_path / "data.parquet")
+    dataset = open_datasets(dataset_name=tmp_path, train_val_split=0)["train"]
+
+    def loader(preprocessing):
+        made = make_pipeline(settings(), processor, CPU, preprocessing)
+        return make_loader(dataset, batch_size=3, training=True, drop_last=False, max_skipped=1, **made)
+
+    for preprocessing in (NO, AUGMENT):
+        fresh = loader(preprocessing)
+        one_by_one = [batch["pixel_values"].clone() for batch in fresh]
+        again = loader(preprocessing)
+        next(iter(again))
+        kept = [batch["pixel_values"] for batch in again]
+        assert len(kept) == len(one_by_one) == 7 and len({batch.data_ptr() for batch in kept}) == 7
+        assert all(torch.equal(*pair) for pair in zip(kept, one_by_one, strict=True))
+
+
+def test_memory_of_batches():
+    """Whatever shares it keeps it: views, arrays. What is given back is used again, for batches of about its size."""
+    memory = BatchMemory()
+    first, second = memory.take((6, 100), torch.float32).fill_(1), memory.take((6, 100), torch.float32).fill_(2)
+    place, row, array = first.data_ptr(), first[2], second.numpy()
+    del first, second
+    third = memory.take((6, 100), torch.float32).fill_(3)
+    assert (row == 1).all() and (array == 2).all()
+    del row
+    fourth = memory.take((5, 100), torch.float32)
+    assert fourth.data_ptr() == place and fourth.shape == (5, 100) and (array == 2).all() and (third == 3).all()
+    del third
+    assert memory.take((60, 100), torch.float32).fill_(5).sum() == 30_000
+    many = [memory.take((6, 100), torch.uint8).fill_(level) for level in range(20)]
+    assert all((values == level).all() for level, values in enumerate(many)) and len(memory._pieces) <= 4
+
+
 def test_portions():
     assert list(portions([], 10)) == []
     assert list(portions([4, 4, 4, 20, 1, 9, 1], 10)) == [(0, 2), (2, 3), (3, 4), (4, 6), (6, 7)]
@@ -283,6 +356,57 @@ def test_portions():
 )
 def test_what_is_expected_of_workers_and_device(worker, device, workers, expected):
     assert Rates(worker, device).expected(workers) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "workers", "chosen"),
+    [
+        (float("inf"), 15, AUGMENT),  # 3000, and 9000
+        (1500, 15, NO),  # 1456 for the one, 1286 for the other: the device is busy with the model
+        (3400, 15, NO),  # 3000 and 2468
+        (9000, 15, AUGMENT),  # 3000 and 4500
+        (1500, 4, AUGMENT),  # 800 and 1286: here the workers do not keep up
+    ],
+)
+def test_a_device_that_is_busy_training_gets_no_more_to_do(model, workers, chosen):
+    rates = {NO: Rates(200, 50_000, model), AUGMENT: Rates(2000, 9000, model)}
+    assert choose({way: rate.expected(workers) for way, rate in rates.items()}) == chosen
+
+
+def test_how_fast_a_model_trains_alone(make_settings, monkeypatch):
+    """Measured on a copy: weights, gradients, statistics and generators stay. What tells nothing is not measured."""
+    given = make_settings()
+    task, accelerator = training_of(given), Accelerator(cpu=True)
+    task.open_data(accelerator)
+    model, processor = task.make_model(accelerator, torch.channels_last)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    rate = device_choice.training_rate(model, given, processor, accelerator)
+    assert 0 < rate < float("inf") and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    waiting = torch.nn.Sequential(torch.nn.SyncBatchNorm(3))
+    assert device_choice.training_rate(waiting, given, processor, accelerator) == float("inf")
+    assert device_choice.training_rate(torch.nn.Conv2d(5, 3, 1), given, processor, accelerator) == float("inf")
+    monkeypatch.setattr(accelerator.state.dynamo_plugin, "backend", DynamoBackend.INDUCTOR)
+    assert device_choice.training_rate(model, given, processor, accelerator) == float("inf")
+
+
+def test_the_models_speed_decides(make_settings, monkeypatch, capsys):
+    given = make_settings()
+    task, accelerator = training_of(given), Accelerator(cpu=True)
+    task.open_data(accelerator)
+    model, processor = task.make_model(accelerator, torch.channels_last)
+    pretend(monkeypatch, NO, AUGMENT)
+    monkeypatch.setattr(device_choice, "cores", lambda: 15)
+    rates = {NO: Rates(200, 50_000), AUGMENT: Rates(2000, 9000)}
+    monkeypatch.setattr(device_choice, "measured_rates", lambda *_: rates)
+    monkeypatch.setattr(device_choice, "training_rate", lambda *_: 1500)
+    arguments = (given, task.datasets["train"], processor, accelerator, 15)
+    assert device_choice.choose_preprocessing(*arguments) == AUGMENT
+    assert "(no 3000, augment 9000 images/s expected of 15 workers and this device)" in capsys.readouterr().out
+    assert device_choice.choose_preprocessing(*arguments, model=model) == NO
+    assert "15 workers and this device, which trains 1500 without them)" in capsys.readouterr().out
 
 
 BY_CODEC = Preprocessing("decode", "torchcodec")
@@ -362,7 +486,8 @@ def test_auto_measures_chooses_and_keeps_to_it(make_settings, tmp_path, monkeypa
     pretend(monkeypatch, NO, AUGMENT, DECODE)
     monkeypatch.setattr(device_choice, "choose", lambda expected: DECODE)
     train(run)
-    assert re.search(line + "workers and this device\\)", capfd.readouterr().out)[1] == "decode by torchvision"
+    line += r"workers and this device, which trains \d+ without them\)"
+    assert re.search(line, capfd.readouterr().out)[1] == "decode by torchvision"
     step = tmp_path / "run/checkpoints/step-2"
     progress = json.loads((step / "progress.json").read_text())
     assert progress["choices"] == {"device_preprocessing": ["decode", "torchvision"]}

@@ -38,9 +38,9 @@ def parser(prog: str | None = None) -> CommandParser:
     add("--num_workers", type=int, help="processes that decode (default: by cores)")
     add(
         "--device_preprocessing",
-        choices=["no", "decode"],
+        choices=["auto", "no", "decode"],
         default="no",
-        help="decode: a CUDA GPU decodes and resizes the JPEGs, too (default: %(default)s)",
+        help="decode: a CUDA GPU decodes and resizes the JPEGs, too; auto: if that is faster (default: %(default)s)",
     )
     add("--dataset_name", help="Hub dataset to predict")
     add("--dataset_config_name", help="its configuration")

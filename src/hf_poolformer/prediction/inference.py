@@ -121,6 +121,11 @@ class Predictor:
         answers = self._values or LABEL_COLUMNS if self._labels else ()
         self.columns = (*answers, *(("embedding",) if embeddings else ()))
 
+    def preprocess(self, where: str) -> None:
+        """Another way for the pixels, of those of `Preprocessing`, and its errors."""
+        if where != self.preprocessing.where:
+            self.preprocessing = Preprocessing(self.processor, self.device, where)
+
     def digest(self) -> str:
         """Hash of everything in the model and the processor that decides what is predicted."""
         sha = hashlib.sha256()
@@ -264,17 +269,22 @@ def make_loader(
         load: runs in the workers.
         num_workers: chosen by the number of images and cores if None.
     """
-    if num_workers is None:
-        mine = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        num_workers = 0 if total is not None and total <= batch_size else min(16, max(1, mine - 1))
     return DataLoader(
         Decoder(load),
         batch_sampler=batches,
-        num_workers=num_workers,
+        num_workers=workers_for(batch_size, total, num_workers),
         collate_fn=_as_is,
         worker_init_fn=prepare_worker,
         pin_memory=pin_memory,
     )
+
+
+def workers_for(batch_size: int, total: int | None, wanted: int | None) -> int:
+    """Processes that decode: as wanted, else by the number of images and cores."""
+    if wanted is not None:
+        return wanted
+    mine = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 0 if total is not None and total <= batch_size else min(16, max(1, mine - 1))
 
 
 def _as_is(batch: Any) -> Any:

@@ -119,9 +119,7 @@ def claim_folder(folder: Path, run: dict[str, Any], about: dict[str, Any], what:
         UserError: it holds something else.
     """
     manifest = folder / MANIFEST
-    text = to_json({"run": run, **about}, indent=2, default=str)
-    if not manifest.exists():
-        _publish(manifest, text)
+    text = offer_run(folder, run, about)
     try:
         there = json.loads(manifest.read_text(encoding="utf-8"))["run"]
         differing = [name for name in run.keys() | there.keys() if run.get(name) != there.get(name)]
@@ -142,6 +140,14 @@ def claim_folder(folder: Path, run: dict[str, Any], about: dict[str, Any], what:
             f"{folder} holds {what} with {', '.join(shown)}: give another --output, or --overwrite to replace them"
         )
     return fingerprint(run)
+
+
+def offer_run(folder: Path, run: dict[str, Any], about: dict[str, Any]) -> str:
+    """Makes the folder this job's unless it is somebody's already; gives the text of the manifest, this job's."""
+    text = to_json({"run": run, **about}, indent=2, default=str)
+    if not (folder / MANIFEST).exists():
+        _publish(folder / MANIFEST, text)
+    return text
 
 
 def claimed_run(folder: Path) -> dict[str, Any] | None:

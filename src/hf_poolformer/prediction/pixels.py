@@ -70,6 +70,7 @@ class Preprocessing:
 
     Attributes:
         where: as given.
+        decoder: name of what decodes on the device, "" for nothing.
         decoded: images that the device was given as JPEGs.
         held_back: images that the CPU decoded, since they are no plain JPEGs or the device could not; 0 with "no".
 
@@ -80,7 +81,7 @@ class Preprocessing:
     def __init__(self, processor: Any, device: torch.device, where: str = "no"):
         if where not in ("no", "decode"):
             raise UserError(f"--device_preprocessing is no or decode, not {where}")
-        self._decoder = _decoder(processor, device) if where == "decode" else ""
+        self.decoder = _decoder(processor, device) if where == "decode" else ""
         self.decoded = self.held_back = 0
         self._processor, self._device, self.where = processor, device, where
         self._affine = None
@@ -154,7 +155,7 @@ class Preprocessing:
         found: Groups = []
         for start, end in portions([jpeg.height * jpeg.width for jpeg in jpegs], MAX_DECODED_PIXELS):
             part = jpegs[start:end]
-            images, by_cpu = decode_upright(self._decoder, encoded[start:end], part, self._device)
+            images, by_cpu = decode_upright(self.decoder, encoded[start:end], part, self._device)
             self.held_back += by_cpu
             self.decoded -= by_cpu
             alike: dict[tuple[int, ...], tuple[list[int], list[torch.Tensor]]] = {}

@@ -19,10 +19,22 @@ from ..foundation.errors import UserError
 from ..foundation.files import make_folder
 from ..foundation.folders import hold
 from ..foundation.origin import Origin
-from .inference import Predictor, make_loader
-from .inputs import HubDataset, Images, Position, find_images
-from .parts import BROKEN, Parts, Rows, claim_folder, clear_folder, describe_run, is_claimed, remove_left_overs
+from .inference import Predictor, make_loader, workers_for
+from .inputs import HubDataset, Images, Position, Shard, find_images
+from .parts import (
+    BROKEN,
+    Parts,
+    Rows,
+    claim_folder,
+    claimed_run,
+    clear_folder,
+    describe_run,
+    is_claimed,
+    offer_run,
+    remove_left_overs,
+)
 from .tables import check_parquet, check_table, table
+from .ways import choose_way
 
 
 PART_SIZE = 10_000
@@ -123,7 +135,8 @@ def predict(
         part_size: rows of a part: what a kill costs at most, for each process.
         device: `auto` takes the accelerator if there is one.
         dtype: of the model's weights and arithmetic.
-        device_preprocessing: "decode" has a CUDA GPU decode the JPEGs, too; see `prediction/pixels.py`.
+        device_preprocessing: "decode" has a CUDA GPU decode the JPEGs, too; see `prediction/pixels.py`. "auto"
+            measures whether that is faster; a folder that was begun keeps to its way.
         num_workers: processes that decode; chosen by the number of images and cores if None.
         dataset_name: a Hub dataset, in the place of inputs or after them.
         split, dataset_config_name: which part of it.
@@ -158,10 +171,11 @@ def predict(
     if not images:
         raise UserError("there is nothing to predict: give files, folders or a dataset")
     origin = Origin(revision, token, cache_dir, trust_remote_code)
-    how = {"device": device, "dtype": dtype, "device_preprocessing": device_preprocessing}
+    auto = device_preprocessing == "auto"
+    how = {"device": device, "dtype": dtype, "device_preprocessing": "no" if auto else device_preprocessing}
     how |= {"top_k": top_k, "threshold": threshold, "embeddings": embeddings}
     predictor = Predictor(str(model), origin=origin, **how)
-    job = Job(predictor, images, output, batch_size, num_workers, progress and index == 0, should_stop)
+    job = Job(predictor, images, output, batch_size, num_workers, progress and index == 0, should_stop, auto)
     if not to_folder:
         return job.fill_table()
     make_folder(output)
@@ -175,7 +189,11 @@ def predict(
 
 @dataclass
 class Job:
-    """What is predicted by what, and how it is followed."""
+    """What is predicted by what, and how it is followed.
+
+    Attributes:
+        auto: whether `predictor.preprocessing` is to be chosen first.
+    """
 
     predictor: Predictor
     images: list[Images]
@@ -184,12 +202,16 @@ class Job:
     num_workers: int | None
     progress: bool
     should_stop: Callable[[], object]
+    auto: bool = False
 
     def fill_table(self) -> Summary:
         """One file, by one process; it takes its name when it is complete."""
         counts = [part.count for part in self.images]
         total = None if None in counts else sum(counts)
-        items = (item for part in self.images for shard in part.shards(None) for item in shard.read(Position()))
+        shards = [shard for part in self.images for shard in part.shards(None)]
+        if self.auto:
+            self._choose(shards, total)
+        items = (item for shard in shards for item in shard.read(Position()))
         batches = ((batch, None) for batch in iter(lambda: list(islice(items, self.batch_size)), []))
         loader = self._loader(batches, total)
         return self._follow(self._write_table(loader), total, Summary(self.output))
@@ -201,6 +223,8 @@ class Job:
             about: for the manifest.
         """
         shards = [shard for part in self.images for shard in part.shards(part_size)]
+        if self.auto:
+            self._choose_together(shards, part_size, about)
         run = claim_folder(self.output, describe_run(self.predictor, shards, part_size), about)
         mine = range(index, len(shards), processes)
         remove_left_overs(self.output, mine)
@@ -226,6 +250,31 @@ class Job:
         else:
             summary.predicted, summary.complete = summary.predicted + before, False
         return summary
+
+    def _choose_together(self, shards: Sequence[Shard], part_size: int, about: dict[str, Any]) -> None:
+        """The way of the folder, whoever began it; of several processes that begin it, the first chooses for all."""
+        there = claimed_run(self.output)
+        if there is None:
+            counts = [shard.count for shard in shards]
+            self._choose(shards, None if None in counts else sum(counts))
+            offer_run(self.output, describe_run(self.predictor, shards, part_size), about)
+            there = claimed_run(self.output) or {}
+        where = there.get("device_preprocessing", self.predictor.preprocessing.where)
+        if where == self.predictor.preprocessing.where:
+            return
+        try:
+            self.predictor.preprocess(where)
+        except UserError as error:
+            raise UserError(f"{self.output} was begun with --device_preprocessing {where}. {error}") from error
+
+    def _choose(self, shards: Sequence[Shard], total: int | None) -> None:
+        """By measuring, and says why."""
+        items = (item for shard in shards for item in shard.read(Position()))
+        workers = workers_for(self.batch_size, total, self.num_workers)
+        where, statement = choose_way(self.predictor, items, total, self.batch_size, workers)
+        self.predictor.preprocess(where)
+        if statement and self.progress:
+            print(statement, file=sys.stderr)
 
     def _loader(self, batches: Iterator[tuple[list[Any], Any]], total: int | None) -> Any:
         pin_memory = self.predictor.device.type == "cuda"

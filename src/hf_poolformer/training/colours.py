@@ -6,11 +6,14 @@ and for a device 0 to 255, which makes a table to look up.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.nn.functional import avg_pool2d
 
 
 LEVELS = np.arange(256, dtype=np.uint8)
@@ -109,50 +112,86 @@ def sharpness(pixels: np.ndarray, amount: float) -> np.ndarray:
     return blend(values, smooth, amount).reshape(pixels.shape)
 
 
+class Constants(NamedTuple):
+    """What `apply_together` needs on a device each time, so that nobody computes it anew.
+
+    Attributes:
+        starts: where the tables of each image's channels begin, int32 (N, 1, 1, 3), and int64 the same.
+        levels: 0 to 255, float32.
+        one: float64 (1,).
+        sums: float64 (256, 513): counts of levels times this are how many pixels are at most as bright as each level,
+            how many are darker, and the sum of all.
+        luminance: of red, green and blue, float32 (3,), and float64 the same.
+    """
+
+    starts: torch.Tensor
+    long_starts: torch.Tensor
+    levels: torch.Tensor
+    one: torch.Tensor
+    sums: torch.Tensor
+    luminance: torch.Tensor
+    long_luminance: torch.Tensor
+
+    @classmethod
+    def of(cls, pixels: torch.Tensor) -> Constants:
+        """For at least so many images, on their device."""
+        return make_constants(1 << (len(pixels) - 1).bit_length(), pixels.device)
+
+
+@functools.lru_cache(maxsize=8)
+def make_constants(number: int, device: torch.device) -> Constants:
+    starts = torch.arange(0, 768 * number, 256, dtype=torch.int64).view(-1, 1, 1, 3)
+    levels, ones = torch.arange(256, dtype=torch.float64), torch.ones(256, 256, dtype=torch.float64)
+    sums = torch.cat([ones.triu(), ones.triu(1), levels[:, None]], 1)
+    luminance = torch.from_numpy(LUMINANCE)
+    values = (starts.int(), starts, levels.float(), ones[0, :1].clone(), sums, luminance, luminance.double())
+    return Constants(*(value.to(device) for value in values))
+
+
 def look_up(pixels: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     """uint8 (B, H, W, 3) by a table for each image and channel, uint8 (B, 3, 256)."""
-    index = pixels + table_starts(pixels)
-    return tables.flatten().index_select(0, index.flatten()).view(pixels.shape)
+    index = pixels + Constants.of(pixels).starts[: len(pixels)]
+    return tables.view(-1).index_select(0, index.view(-1)).view(pixels.shape)
 
 
-def table_starts(pixels: torch.Tensor) -> torch.Tensor:
-    """Where the tables of each image's channels begin, int32 (B, 1, 1, 3)."""
-    end = 768 * len(pixels)
-    return torch.arange(0, end, 256, dtype=torch.int32, device=pixels.device).view(-1, 1, 1, 3)
-
-
-def measured_tables(pixels: torch.Tensor, kinds: torch.Tensor, amounts: torch.Tensor) -> torch.Tensor:
+def measured_tables(pixels: torch.Tensor, kinds: Sequence[int], amounts: torch.Tensor) -> torch.Tensor:
     """Tables (B, 3, 256) that depend on the image, uint8 (B, H, W, 3).
 
     Args:
-        kinds: (B, 1, 1) 0: contrast, 1: autocontrast, 2: equalize.
-        amounts: those of contrast, float32 (B, 1, 1).
+        kinds: how many images get contrast, how many behind them autocontrast, and the rest equalize.
+        amounts: those of contrast at the beginning, float32 (B, 1, 1).
     """
+    contrasted, stretched, equalized = kinds
     number, total = len(pixels), pixels.shape[1] * pixels.shape[2]
-    index = (pixels + table_starts(pixels)).flatten().long()
-    counts = torch.zeros(768 * number, dtype=torch.int64, device=pixels.device)
-    counts = counts.scatter_add_(0, index, torch.ones_like(counts[:1]).expand(index.shape)).view(number, 3, 256)
-    levels = torch.arange(256, device=pixels.device)
-    running = counts.cumsum(-1)
-    low = (running == 0).sum(-1, keepdim=True)
-    high = (running < total).sum(-1, keepdim=True)
-    # Equalize, as in Pillow: a step is what a level would hold if all but the brightest were spread evenly.
-    step = (total - counts.gather(-1, high)).div_(255, rounding_mode="floor")
-    even = running.sub_(counts).add_(step // 2).div_(step.clamp(min=1), rounding_mode="floor").clamp_(max=255)
-    even = torch.where(step == 0, levels, even)
-    # Contrast: v -> (v - mean) * amount + mean; autocontrast: v -> (v - low) * 255 / span.
-    sums = (counts * levels).sum(-1, keepdim=True).double()
-    weights = LUMINANCE.astype(np.float64) / total
-    red, green, blue = sums.unbind(1)
-    mean = (red * weights[0]).add_(green, alpha=weights[1]).add_(blue, alpha=weights[2])
-    mean = mean.add_(0.5).floor_().float()[:, None]
-    stretched = kinds == 1
-    flat = high == low
-    pivot = torch.where(stretched, torch.where(flat, 0, low), mean)
-    divisor = torch.where(stretched & ~flat, high - low, torch.where(stretched, 255, 1))
-    linear = (levels - pivot) * torch.where(stretched, 255, amounts) / divisor
-    linear = linear.add_(torch.where(stretched, 0, mean)).clamp_(0, 255)
-    return torch.where(kinds == 2, even.to(torch.uint8), linear.to(torch.uint8))
+    constants = Constants.of(pixels)
+    levels, tables = constants.levels, []
+    if contrasted or equalized:
+        index = (pixels + constants.long_starts[:number]).view(-1)
+        counts = torch.zeros(768 * number, dtype=torch.float64, device=pixels.device)
+        counts = counts.scatter_add_(0, index, constants.one.expand(index.shape)).view(number, 3, 256)
+        # Whole numbers below 2**53, and no other kind of product than of doubles: exact.
+        running, darker, sums = (counts @ constants.sums).split([256, 256, 1], -1)
+    if contrasted:
+        # v -> (v - mean) * amount + mean.
+        mean = (
+            (sums[:contrasted, :, 0] @ constants.long_luminance).div_(total).add_(0.5).floor_().float()[:, None, None]
+        )
+        tables.append((levels - mean).mul_(amounts[:contrasted]).add_(mean).expand(-1, 3, -1))
+    if stretched:
+        # v -> (v - low) * 255 / span.
+        low, high = pixels[contrasted : contrasted + stretched].view(stretched, total, 3).aminmax(dim=1)
+        span = high - low
+        flat = span == 0
+        low.masked_fill_(flat, 0)
+        span.masked_fill_(flat, 255)
+        tables.append((levels - low[..., None]).mul_(255).div_(span[..., None]))
+    if equalized:
+        # As in Pillow: a step is what a level would hold if all but the brightest were spread evenly.
+        running, darker = running[-equalized:], darker[-equalized:]
+        step = (running * (running < total)).amax(-1, keepdim=True).div_(255, rounding_mode="floor")
+        even = step.div(2, rounding_mode="floor").add(darker).div_(step)
+        tables.append(torch.where(step == 0, levels, even.float()))
+    return torch.cat(tables).clamp_(0, 255).to(torch.uint8)
 
 
 def enhance_together(pixels: torch.Tensor, saturated: int, amounts: torch.Tensor) -> torch.Tensor:
@@ -162,20 +201,15 @@ def enhance_together(pixels: torch.Tensor, saturated: int, amounts: torch.Tensor
         amounts: float32 (B, 1, 1, 1).
     """
     values = pixels.float()
-    others: list[Any] = []
+    other = values.clone()
     if saturated:
-        red, green, blue = values[:saturated].unbind(-1)
-        weights = LUMINANCE.tolist()
-        grey = (red * weights[0]).add_(green, alpha=weights[1]).add_(blue, alpha=weights[2]).add_(0.5).floor_()
-        others.append(grey[..., None].expand(values[:saturated].shape))
-    if saturated < len(values):
+        # Exact, in whatever order; no product of matrices, which GPUs may round.
+        grey = (values[:saturated] * Constants.of(pixels).luminance).sum(-1, keepdim=True)
+        other[:saturated] = grey.add_(0.5).floor_()
+    if saturated < len(values) and min(values.shape[1:3]) >= 3:
         whole = values[saturated:]
-        smooth = whole.clone()
-        if min(whole.shape[1:3]) >= 3:
-            inner = whole[:, 1:-1, 1:-1]
-            rows = whole[:, :-2] + whole[:, 1:-1] + whole[:, 2:]
-            sums = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]).add_(inner, alpha=4)
-            smooth[:, 1:-1, 1:-1] = sums.div_(13).round_()
-        others.append(smooth)
-    other = torch.cat(others)
+        # 1 1 1, 1 5 1, 1 1 1 in thirteenths.
+        sums = avg_pool2d(whole.permute(0, 3, 1, 2), 3, stride=1, divisor_override=1).permute(0, 2, 3, 1)
+        sums.add_(whole[:, 1:-1, 1:-1], alpha=4)
+        other[saturated:, 1:-1, 1:-1] = sums.div_(13).round_()
     return torch.addcmul(other, values.sub_(other), amounts).clamp_(0, 255).to(torch.uint8)

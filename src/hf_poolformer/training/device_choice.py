@@ -1,9 +1,15 @@
-"""`--device_preprocessing auto`: a short measurement on the run's own images says what the device should do."""
+"""`--device_preprocessing auto`: a short measurement on the run's own images says what the device should do.
+
+It takes over no more than helps: where the model keeps the device busy anyway and the workers keep up with that, each
+image that the device preprocesses, too, is time that the model lacks. `predict` chooses by the same rules.
+"""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -11,10 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DynamoBackend, gather_object
+from torch import nn
 
 from ..data.columns import ImageDataset, columns_needed
-from ..data.transforms import channels_of
+from ..data.transforms import channels_of, input_size
 from ..foundation.errors import UserError, one_line
 from ..foundation.machine import cores
 from ..foundation.processes import found_by_main
@@ -37,14 +44,17 @@ ROUNDS = 4
 
 
 class Rates(NamedTuple):
-    """Images per second of one worker that has a core for itself, and of the device's part."""
+    """Images per second of one worker that has a core for itself, of the device's part, and of the model on the same
+    device, where that is known."""
 
     worker: float
     device: float
+    model: float = math.inf
 
     def expected(self, workers: int) -> float:
-        """Of both together; without workers they take turns."""
-        return min(workers * self.worker, self.device) if workers else 1 / (1 / self.worker + 1 / self.device)
+        """Of all together: the device does one thing after the other, and so does a process without workers."""
+        device = 1 / (1 / self.device + 1 / self.model)
+        return min(workers * self.worker, device) if workers else 1 / (1 / self.worker + 1 / device)
 
 
 def choose_preprocessing(
@@ -54,6 +64,7 @@ def choose_preprocessing(
     accelerator: Accelerator,
     num_workers: int,
     kept: Sequence[str] | None = None,
+    model: nn.Module | None = None,
 ) -> Preprocessing:
     """What `settings.device_preprocessing` means for all processes of this run; each must call it.
 
@@ -64,6 +75,7 @@ def choose_preprocessing(
         dataset: the training images.
         num_workers: of each process.
         kept: the `Preprocessing` of the run that is continued, which is kept where the settings do not say otherwise.
+        model: what is trained, on the device. None: any speed is thought possible.
 
     Raises:
         UserError: the device cannot decode JPEGs, and shall.
@@ -93,6 +105,7 @@ def choose_preprocessing(
     def measure() -> tuple[Preprocessing, str]:
         try:
             rates = measured_rates(ways, settings, dataset, processor, device)
+            trained = math.inf if model is None else training_rate(model, settings, processor, accelerator)
         except Exception as error:  # of libraries, drivers, images: none of it is worth a run that could go on
             logger.warning(
                 "--device_preprocessing %s: measuring failed (%s), so it is %s.",
@@ -101,9 +114,9 @@ def choose_preprocessing(
                 name_of(ways[0]),
             )
             return ways[0], ""
-        expected = {way: rate.expected(workers) for way, rate in rates.items()}
+        expected = {way: rate._replace(model=trained).expected(workers) for way, rate in rates.items()}
         chosen = choose(expected)
-        return chosen, describe(mode, chosen, expected, workers, fault)
+        return chosen, describe(mode, chosen, expected, workers, fault, trained)
 
     chosen, statement = found_by_main(measure)
     if statement:
@@ -139,10 +152,24 @@ def choose(expected: Mapping[Preprocessing, float]) -> Preprocessing:
 
 
 def describe(
-    mode: str, chosen: Preprocessing, expected: Mapping[Preprocessing, float], workers: int, fault: str
+    mode: str,
+    chosen: Preprocessing,
+    expected: Mapping[Preprocessing, float],
+    workers: int,
+    fault: str,
+    trained: float = math.inf,
 ) -> str:
+    """In one line.
+
+    Args:
+        expected: images per second.
+        fault: why there is no decoder, if so.
+        trained: images per second of training alone, where that is known.
+    """
     rates = ", ".join(f"{name_of(way)} {rate:.0f}" for way, rate in expected.items())
     missing = f"; no decode: {fault}" if fault else ""
+    if trained < math.inf:
+        missing = f", which trains {trained:.0f} without them{missing}"
     return (
         f"device_preprocessing {mode}: {name_of(chosen)} ({rates} images/s expected of {workers} workers and this "
         f"device{missing})"
@@ -179,6 +206,42 @@ def measured_rates(
     finally:
         torch.set_num_threads(threads)
     return rates
+
+
+def training_rate(
+    model: nn.Module, settings: ClassificationSettings, processor: Any, accelerator: Accelerator
+) -> float:
+    """Images per second of forward and backward passes of a copy of the model, on made-up images; leaves the random
+    generators as they are. Infinity where that would not say how fast the run will be: of a model that is compiled, or
+    whose norms wait for other processes, or that could not be measured.
+
+    The optimiser, mixup and a teacher come in addition, so it is rather too much.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    if plugin is not None and plugin.backend != DynamoBackend.NO:
+        return math.inf
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        return math.inf
+    device, count = accelerator.device, min(settings.per_device_train_batch_size, MEASURED_BATCH)
+    seconds = []
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            copied = copy.deepcopy(model).train()
+            pixels = torch.randn(count, channels_of(processor), *input_size(processor), device=device)
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            for _ in range(ROUNDS):
+                synchronize(device)
+                start = time.perf_counter()
+                with accelerator.autocast():
+                    answers = copied(pixel_values=pixels)[0]
+                if answers.requires_grad:
+                    answers.float().square().mean().backward()
+                synchronize(device)
+                seconds.append(time.perf_counter() - start)
+    except Exception as error:  # no memory for a copy, or a model of another kind: it is one figure less
+        logger.info("How fast the model trains could not be measured: %s", one_line(error))
+        return math.inf
+    return count / min(seconds[1:])
 
 
 def worker_rate(batches: Any, rows: Sequence[Mapping[str, Any]]) -> float:

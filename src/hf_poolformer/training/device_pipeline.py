@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import pickle
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +39,8 @@ logger = logging.getLogger(__name__)
 MAX_DECODED_PIXELS = 1 << 26
 # As many bytes of crops as a worker augments at once: one of 224 pixels, 42 of 32.
 AUGMENTED_AT_ONCE = 1 << 17
+# Batches in memory that is used again: the one in training, the one that the loader holds back, the one in the making.
+KEPT_BATCHES = 4
 
 
 class Preprocessing(NamedTuple):
@@ -49,6 +53,35 @@ class Preprocessing(NamedTuple):
 
     mode: str = "no"
     decoder: str | None = None
+
+
+class BatchMemory:
+    """Memory on the CPU for one batch after the other, used again as soon as nobody holds a batch that was in it.
+
+    New memory of 77 MB, a batch of 128 images of 224 pixels in float32, costs more than what is written into it: the
+    system fills it with zeros page by page, and takes it back when the batch is gone.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[torch.Tensor, weakref.ref[np.ndarray]]] = []
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Of any values."""
+        size = math.prod(shape) * dtype.itemsize
+        # A tensor made of an array keeps it alive, and so does whatever shares the tensor's memory.
+        free = [index for index, (_, user) in enumerate(self._pieces) if user() is None]
+        fit = [index for index in free if size <= len(self._pieces[index][0]) <= 2 * size]
+        if fit:
+            whole = self._pieces.pop(fit[0])[0]
+        else:
+            whole = torch.empty(size, dtype=torch.uint8)
+            for index in reversed(free):  # other batches are made now
+                del self._pieces[index]
+        array = whole.numpy()[:size]
+        # Whoever holds many batches at once does without.
+        if len(self._pieces) < KEPT_BATCHES:
+            self._pieces.append((whole, weakref.ref(array)))
+        return torch.from_numpy(array).view(dtype).view(shape)
 
 
 class EncodedTransform(TrainTransform):
@@ -75,12 +108,18 @@ class CropBatches(DecodedBatches):
                   main process
     """
 
+    # Crops of the message in the making, uint8 (B, height, width, 3), and how many there are.
+    _crops: torch.Tensor | None = None
+    _made = 0
+    _reused: BatchMemory | None = None
+
     def message_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of these rows, without those that are broken.
 
         Raises:
             BrokenImage: all are.
         """
+        self._begin(len(rows))
         examples = []
         for row in rows:
             with contextlib.suppress(BrokenImage):
@@ -89,28 +128,50 @@ class CropBatches(DecodedBatches):
             raise BrokenImage(f"none of {len(rows)} images can be read")
         return self._batch(*map(list, zip(*examples, strict=True)))
 
+    def _messages(self, generators: Any) -> Iterator[Any]:
+        self._crops = None  # of an epoch that was not read to its end
+        yield from super()._messages(generators)
+
+    def _begin(self, number: int) -> None:
+        """Memory for so many crops; what is never written to takes none."""
+        self._crops, self._made = self._memory((number, self._transform.height, self._transform.width, 3)), 0
+
+    def _memory(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """For uint8 that goes to the main process: written once, and shared with it from the start."""
+        if get_worker_info() is None:
+            if self._reused is None:
+                self._reused = BatchMemory()
+            return self._reused.take(shape, torch.uint8)
+        size = math.prod(shape)
+        # What `default_collate` of PyTorch does; `share_memory_` would copy what is not there yet.
+        storage = torch.UntypedStorage._new_shared(size, device="cpu")
+        return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+
     def _read(self, row: Mapping[str, Any]) -> tuple[EncodedImage, Any]:
         label = self._dataset.label(row)
         return EncodedImage(row[self._dataset.image_column], token=self._dataset.token), label
 
     def _example(self, image: EncodedImage, label: Any) -> tuple[Any, Any]:
         with image:
-            return self._transform.load(image), label
+            example, content = self._transform.load(image)
+        return (example, content if isinstance(content, bytes) else self._keep(example, content)), label
+
+    def _keep(self, example: ExampleHeader, crop: torch.Tensor) -> None:
+        """Puts a crop into the message."""
+        if self._crops is None:
+            self._begin(self.batch_size)
+        self._crops[self._made] = crop.permute(1, 2, 0)
+        self._made += 1
 
     def _batch(self, loaded: list[Any], labels: list[Any]) -> dict[str, Any]:
         examples, contents = zip(*loaded, strict=True)
-        crops = [content for content in contents if isinstance(content, torch.Tensor)]
-        jpegs = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in contents if isinstance(data, bytes)]
-        return self._packed(crops + jpegs, examples, labels)
-
-    def _packed(
-        self, contents: Sequence[torch.Tensor], examples: Sequence[ExampleHeader], labels: list[Any]
-    ) -> dict[str, Any]:
-        parts = [part if part.ndim == 1 else part.permute(1, 2, 0).reshape(-1) for part in contents]
-        content = torch.empty(sum(map(len, parts)), dtype=torch.uint8)
-        if get_worker_info() is not None:
-            content.share_memory_()  # before anything is written, so that it is written once
-        torch.cat(parts, out=content)
+        parts = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in contents if data is not None]
+        if self._crops is not None:
+            parts.insert(0, self._crops[: self._made].view(-1))
+            self._crops = None
+        content = parts[0]
+        if len(parts) > 1 or contents[0] is not None:
+            content = torch.cat(parts, out=self._memory((sum(map(len, parts)),)))
         return {
             "content": content,
             "examples": pickle.dumps(examples, protocol=5),
@@ -120,17 +181,23 @@ class CropBatches(DecodedBatches):
 
 
 class AugmentedBatches(CropBatches):
-    """The same where the workers augment, too."""
+    """The same where the workers augment, too: small images many at a time, since a call costs more than they do, and
+    large ones as soon as they are decoded, while the cache holds them."""
+
+    def _keep(self, example: ExampleHeader, crop: torch.Tensor) -> None:
+        if crop.numel() * 2 > AUGMENTED_AT_ONCE:
+            crop = self._transform.augment(crop[None], [example.draws])[0]
+        super()._keep(example, crop)
 
     def _batch(self, loaded: list[Any], labels: list[Any]) -> dict[str, Any]:
-        examples, crops = zip(*loaded, strict=True)
-        # Small images many at a time, since a call costs more than they do; of large ones what fits the cache.
-        size = max(AUGMENTED_AT_ONCE // crops[0].numel(), 1)
-        images: list[torch.Tensor] = []
-        for start in range(0, len(crops), size):
-            draws = [example.draws for example in examples[start : start + size]]
-            images += self._transform.augment(torch.stack(crops[start : start + size]), draws)
-        return self._packed(images, examples, labels)
+        crops = self._crops[: self._made]
+        if (number := AUGMENTED_AT_ONCE // crops[0].numel()) > 1:
+            draws = [example.draws for (example, _), _ in zip(loaded, labels, strict=True)]
+            for start in range(0, len(crops), number):
+                part = slice(start, start + number)
+                augmented = self._transform.augment(crops[part].permute(0, 3, 1, 2), draws[part])
+                crops[part] = augmented.permute(0, 2, 3, 1)
+        return super()._batch(loaded, labels)
 
 
 def make_pipeline(
@@ -184,6 +251,7 @@ class DevicePipeline:
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)
             self.stream.wait_stream(torch.cuda.current_stream(device))  # what `transform` needs there
+        self.memory = BatchMemory()
         self.images = self.decoded_by_cpu = 0
 
     @torch.no_grad()
@@ -214,7 +282,10 @@ class DevicePipeline:
             draws = [example.draws for example in examples]
             if self.preprocessing.mode != "no":
                 crops = self.transform.augment(crops, draws)
-            pixel_values = self.transform.normalise(crops, draws)
+            memory = None
+            if self.device.type == "cpu":
+                memory = self.memory.take((crops.numel(),), torch.float32)
+            pixel_values = self.transform.normalise(crops, draws, memory)
         if self.stream is not None:
             training = torch.cuda.current_stream(self.device)
             training.wait_stream(self.stream)
@@ -247,14 +318,21 @@ class DevicePipeline:
             part = examples[start:end]
             images, by_cpu = decode_upright(self.preprocessing.decoder, encoded[start:end], part, self.device)
             self.decoded_by_cpu += by_cpu
-            for example, image in zip(part, images, strict=True):
-                yield image if isinstance(image, BrokenImage) else self.crop(image, example.draws)
+            read = [index for index, image in enumerate(images) if not isinstance(image, BrokenImage)]
+            if read:
+                crops = [part_of(images[index], part[index].draws) for index in read]
+                crops = self.transform.resize_together(crops, [part[index].draws for index in read])
+                for index, crop in zip(read, crops, strict=True):
+                    images[index] = crop
+            yield from images
 
-    def crop(self, image: torch.Tensor, draws: Draws) -> torch.Tensor:
-        if draws.crop is not None:
-            top, left, height, width = draws.crop
-            image = image[:, top : top + height, left : left + width]
-        return self.transform.resize(image, draws)
+
+def part_of(image: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """What was drawn of an image (3, H, W); all of it where nothing was."""
+    if draws.crop is None:
+        return image
+    top, left, height, width = draws.crop
+    return image[:, top : top + height, left : left + width]
 
 
 def portions(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:

@@ -54,8 +54,9 @@ class ImageTraining(TaskTraining):
             "max_skipped_shards": settings.max_skipped_shards,
         }
         images = align_labels(self.datasets["train"], label2id)
+        kept = self.choices.get("device_preprocessing")
         preprocessing = choose_preprocessing(
-            settings, images, processor, accelerator, common["num_workers"], self.choices.get("device_preprocessing")
+            settings, images, processor, accelerator, common["num_workers"], kept, model
         )
         self.choices["device_preprocessing"] = list(preprocessing)
         pipeline = make_pipeline(settings, processor, accelerator.device, preprocessing)

@@ -5,6 +5,7 @@ Both round as Pillow does, and differ from each other by the arithmetic of float
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -66,6 +67,8 @@ def move_image(pixels: np.ndarray, movement: Movement) -> np.ndarray:
     height, width = pixels.shape[:2]
     affine, bicubic, fill = movement
     xx, xy, x1, yx, yy, y1 = sampling_matrix(affine, height, width)
+    if (xx, xy, yx, yy) == (1, 0, 0, 1) and x1 == int(x1) and y1 == int(y1):
+        return shift(pixels, int(x1), int(y1), fill)
     if (xx, yx, yy, y1) == (1, 0, 1, 0):
         return slide(pixels, xy * (np.arange(height) + 0.5) + x1, bicubic, fill)
     if (xx, xy, x1, yy) == (1, 0, 0, 1):
@@ -89,6 +92,20 @@ def move_channels(pixels: np.ndarray, movement: Movement) -> np.ndarray:
 def transposed(pixels: np.ndarray) -> np.ndarray:
     """Rows as columns: a third of numpy's time."""
     return np.array(Image.fromarray(pixels).transpose(Image.Transpose.TRANSPOSE))
+
+
+def shift(pixels: np.ndarray, x: int, y: int, fill: tuple[int, ...]) -> np.ndarray:
+    """By whole pixels: at each place what was so far to the right and below."""
+    height, width = pixels.shape[:2]
+    (top, bottom), (left, right) = (
+        (min(max(-by, 0), side), max(min(side - by, side), 0)) for by, side in ((y, height), (x, width))
+    )
+    moved = np.empty_like(pixels)
+    colour = np.tile(np.asarray(fill, dtype=np.uint8), width).reshape(width, 3)
+    moved[:top], moved[bottom:] = colour, colour
+    moved[top:bottom, :left], moved[top:bottom, right:] = colour[:left], colour[right:]
+    moved[top:bottom, left:right] = pixels[top + y : bottom + y, left + x : right + x]
+    return moved
 
 
 def slide(pixels: np.ndarray, offsets: np.ndarray, bicubic: bool, fill: tuple[int, ...]) -> np.ndarray:
@@ -191,8 +208,7 @@ def move_together(pixels: torch.Tensor, matrices: torch.Tensor, bilinear: int, f
     """
     height, width = pixels.shape[1:3]
     by_x, by_y, shift = matrices.view(-1, 2, 3, 1, 1).unbind(2)  # each (B, 2, 1, 1)
-    x = torch.linspace(1 / width - 1, 1 - 1 / width, width, device=pixels.device)
-    y = torch.linspace(1 / height - 1, 1 - 1 / height, height, device=pixels.device)[:, None]
+    x, y = centres(width, pixels.device), centres(height, pixels.device)[:, None]
     grid = torch.addcmul(torch.addcmul(shift, by_y, y), by_x, x)  # (B, 2, H, W)
     source, places = pixels.permute(0, 3, 1, 2).float(), grid.permute(0, 2, 3, 1)
     parts = [
@@ -200,9 +216,15 @@ def move_together(pixels: torch.Tensor, matrices: torch.Tensor, bilinear: int, f
         for part, mode in ((slice(bilinear), "bilinear"), (slice(bilinear, None), "bicubic"))
         if len(source[part])
     ]
-    moved = torch.cat(parts)
+    moved = parts[0] if len(parts) == 1 else torch.cat(parts)
     if pixels.dtype == torch.uint8:
         moved = moved.add_(SLACK)
     moved = moved.clamp_(0, 255).to(pixels.dtype)
     outside = grid.abs().amax(1) > 1
     return torch.where(outside[..., None], fill[:, None, None], moved.permute(0, 2, 3, 1))
+
+
+@functools.lru_cache(maxsize=16)
+def centres(number: int, device: torch.device) -> torch.Tensor:
+    """Where the pixels of a row are, from -1 to 1 across it."""
+    return torch.linspace(1 / number - 1, 1 - 1 / number, number).to(device)
