@@ -1016,9 +1016,9 @@ def separable_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -
 
 
 def attention_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> dict[str, Any] | None:
-    """The same of attention, for the first branch, of inference on the CPU."""
+    """The same of attention, for the first branch, of inference; on a GPU with a norm over channels."""
     mixer, norm = block.token_mixer, block.before_norm
-    if formula(mixer) != "attention" or not mixer.is_sdpa or not infers(decision):
+    if formula(mixer) != "attention" or not mixer.is_sdpa or not (infers(decision) or _computes_token_norm(decision)):
         return None
     qkv, proj = mixer.qkv, mixer.proj
     if not (is_plain(qkv, nn.Linear) and is_plain(proj, nn.Linear)):
@@ -1032,7 +1032,7 @@ def attention_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -
         (proj.bias, (channels,)),
     ]
     kind = _norm_of_plain_branch(block, "mix_tokens", norm, x, *scales.values())
-    if kind is None or not fit(x, shapes):
+    if kind is None or (kind == "group" and decision.backend == "triton") or not fit(x, shapes):
         return None
     tensors = {
         "norm_weight": norm.weight,
@@ -1318,7 +1318,7 @@ def infer_branches(
         owner: the stage or the block whose branches they are.
         x: (B, C, H, W), and so is the result, in channels_last memory.
         branches: of each the name of its operation, and its arguments: "pool_mixer", "channel_mlp" and
-            "separable_conv" with those of `ops`, all of them, but mask; on the CPU "attention" and "mixing", too, with
+            "separable_conv" with those of `ops`, all of them, but mask; "attention", and on the CPU "mixing", with
             those of `attention_arguments` and `mixing_arguments`.
         backend: "cpu" or "triton".
         statistics: (B, 2) of x, where they are known; the CPU makes its own.
