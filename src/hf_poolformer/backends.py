@@ -322,8 +322,9 @@ def _is_on_gpu(x: torch.Tensor) -> bool:
 
 # In inference, stages of pooling blocks go from launch to launch (3 ms for S12 on a slow CPU), and are the fastest for
 # any batch. Launching the kernels of others takes the CPU longer, as long for any batch; with fewer pixels plain
-# PyTorch, whose time grows with the batch, is through before: 9.3 ms, from before stages did that, against 0.098 ms
-# per image of 224 x 224 on an H100.
+# PyTorch, whose time grows with the batch, is through before: 9.3 ms against 0.098 ms per image of 224 x 224 on an
+# H100. Stages of separable convolutions and attention go from launch to launch as well since then, which no GPU has
+# measured yet.
 FEWEST_PIXELS = 95 * 224**2
 # In training the CPU takes 15.6 ms, and up to 22 on a busy one, a plain step 0.21 ms per image on an H200. Counted in
 # images, of any size: a block that checkpointing computes again knows of no other number.
