@@ -9,7 +9,13 @@ from PIL import Image
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, PoolFormerImageProcessor, graphed
+from hf_poolformer import (
+    PoolFormerConfig,
+    PoolFormerForImageClassification,
+    PoolFormerForSemanticSegmentation,
+    PoolFormerImageProcessor,
+    graphed,
+)
 from hf_poolformer.foundation import graphs
 from hf_poolformer.kernels import GRAPHING
 from hf_poolformer.prediction.inference import Predictor
@@ -139,6 +145,16 @@ def test_a_model_that_cannot_be_recorded_runs_as_it_is(cuda, model, monkeypatch,
         assert torch.equal(fast(images(value=value)).logits, images(value=value).flatten(1))
     assert caplog.text.count("without a CUDA graph: operation not permitted when stream is capturing\n") == 1
     assert not GRAPHING.get()
+
+
+@torch.no_grad()
+def test_a_model_for_segmentation(cuda):
+    config = PoolFormerConfig(depths=(1,) * 4, hidden_sizes=(8,) * 4, num_labels=3, fpn_feature_size=8)
+    model, x = PoolFormerForSemanticSegmentation(config).eval(), torch.randn(1, 3, 64, 64)
+    fast = graphed(model)
+    for _ in range(3):
+        torch.testing.assert_close(fast(pixel_values=x).logits, model(x).logits)
+    assert len(cuda.recorded) == 1 and cuda.replayed == 2
 
 
 @pytest.mark.parametrize("num_labels", [3, 0])
