@@ -322,8 +322,9 @@ def _is_on_gpu(x: torch.Tensor) -> bool:
 
 # In inference, stages of pooling blocks go from launch to launch (3 ms for S12 on a slow CPU), and are the fastest for
 # any batch. Launching the kernels of others takes the CPU longer, as long for any batch; with fewer pixels plain
-# PyTorch, whose time grows with the batch, is through before: 9.3 ms, from before stages did that, against 0.098 ms
-# per image of 224 x 224 on an H100.
+# PyTorch, whose time grows with the batch, is through before: 9.3 ms against 0.098 ms per image of 224 x 224 on an
+# H100. Stages of separable convolutions and attention go from launch to launch as well since then, which no GPU has
+# measured yet.
 FEWEST_PIXELS = 95 * 224**2
 # In training the CPU takes 15.6 ms, and up to 22 on a busy one, a plain step 0.21 ms per image on an H200. Counted in
 # images, of any size: a block that checkpointing computes again knows of no other number.
@@ -1016,9 +1017,9 @@ def separable_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -
 
 
 def attention_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> dict[str, Any] | None:
-    """The same of attention, for the first branch, of inference on the CPU."""
+    """The same of attention, for the first branch, of inference; on a GPU with a norm over channels."""
     mixer, norm = block.token_mixer, block.before_norm
-    if formula(mixer) != "attention" or not mixer.is_sdpa or not infers(decision):
+    if formula(mixer) != "attention" or not mixer.is_sdpa or not (infers(decision) or _computes_token_norm(decision)):
         return None
     qkv, proj = mixer.qkv, mixer.proj
     if not (is_plain(qkv, nn.Linear) and is_plain(proj, nn.Linear)):
@@ -1032,7 +1033,7 @@ def attention_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -
         (proj.bias, (channels,)),
     ]
     kind = _norm_of_plain_branch(block, "mix_tokens", norm, x, *scales.values())
-    if kind is None or not fit(x, shapes):
+    if kind is None or (kind == "group" and decision.backend == "triton") or not fit(x, shapes):
         return None
     tensors = {
         "norm_weight": norm.weight,
@@ -1318,7 +1319,7 @@ def infer_branches(
         owner: the stage or the block whose branches they are.
         x: (B, C, H, W), and so is the result, in channels_last memory.
         branches: of each the name of its operation, and its arguments: "pool_mixer", "channel_mlp" and
-            "separable_conv" with those of `ops`, all of them, but mask; on the CPU "attention" and "mixing", too, with
+            "separable_conv" with those of `ops`, all of them, but mask; "attention", and on the CPU "mixing", with
             those of `attention_arguments` and `mixing_arguments`.
         backend: "cpu" or "triton".
         statistics: (B, 2) of x, where they are known; the CPU makes its own.

@@ -5,12 +5,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_poolformer import PoolFormerConfig, PoolFormerForImageClassification, graphed
+from hf_poolformer import (
+    PoolFormerConfig,
+    PoolFormerForImageClassification,
+    PoolFormerForSemanticSegmentation,
+    PoolFormerImageProcessor,
+    graphed,
+)
 from hf_poolformer.foundation import graphs
 from hf_poolformer.kernels import GRAPHING
+from hf_poolformer.prediction.inference import Predictor
 
 
 class View(nn.Module):
@@ -137,6 +145,38 @@ def test_a_model_that_cannot_be_recorded_runs_as_it_is(cuda, model, monkeypatch,
         assert torch.equal(fast(images(value=value)).logits, images(value=value).flatten(1))
     assert caplog.text.count("without a CUDA graph: operation not permitted when stream is capturing\n") == 1
     assert not GRAPHING.get()
+
+
+@torch.no_grad()
+def test_a_model_for_segmentation(cuda):
+    config = PoolFormerConfig(depths=(1,) * 4, hidden_sizes=(8,) * 4, num_labels=3, fpn_feature_size=8)
+    model, x = PoolFormerForSemanticSegmentation(config).eval(), torch.randn(1, 3, 64, 64)
+    fast = graphed(model)
+    for _ in range(3):
+        torch.testing.assert_close(fast(pixel_values=x).logits, model(x).logits)
+    assert len(cuda.recorded) == 1 and cuda.replayed == 2
+
+
+@pytest.mark.parametrize("num_labels", [3, 0])
+def test_features_that_predict_writes(num_labels, cuda, tmp_path):
+    """They come out of a graph like answers, whether a head takes them or there is none."""
+    config = PoolFormerConfig(depths=(1,) * 4, hidden_sizes=(8,) * 4, num_labels=num_labels, image_size=32)
+    PoolFormerForImageClassification(config).save_pretrained(tmp_path)
+    PoolFormerImageProcessor(size={"height": 32, "width": 32}, crop_pct=1.0).save_pretrained(tmp_path)
+    predictor = Predictor(str(tmp_path), device="cpu", embeddings=True)  # which has answered once to measure itself
+    image = Image.new("RGB", (32, 32), (200, 30, 90))
+    found = [predictor.rows(predictor.preprocessing.load([("image", image)]))[0] for _ in range(3)]
+    assert len(cuda.recorded) == 1 and cuda.replayed == 3
+    pixels = predictor.processor(image, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        (features,) = predictor.model(pixels).logits
+    for row in found:
+        assert row["error"] is None and row["embedding"].shape == (8,)
+        if num_labels:
+            scores = predictor.model.classifier(torch.from_numpy(row["embedding"])).softmax(-1)
+            assert sorted(scores.tolist(), reverse=True) == pytest.approx(row["scores"], abs=1e-6)
+        else:
+            torch.testing.assert_close(torch.from_numpy(row["embedding"]), features)
 
 
 @pytest.mark.gpu

@@ -22,7 +22,15 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from hf_poolformer import backends
-from hf_poolformer.kernels import channel_mlp, launch, patch_embedding, pool_mixer, separable_conv, token_norm
+from hf_poolformer.kernels import (
+    channel_mlp,
+    inference,
+    launch,
+    patch_embedding,
+    pool_mixer,
+    separable_conv,
+    token_norm,
+)
 
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -115,6 +123,42 @@ def run(dim: int, size: int, dtype: torch.dtype, autocast: torch.dtype | None, v
         y.sum().backward()
 
 
+def infer(dim: int, dtype: torch.dtype, product_dtype: torch.dtype, v2: bool):
+    """A mixer and an MLP that hand on what they know of statistics."""
+
+    def parameter(*shape):
+        return torch.ones(shape, dtype=dtype)
+
+    x = torch.ones(2, dim, 14, 14, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    mlp = {
+        "norm": "channel" if v2 else "group",
+        "activation": "star_relu" if v2 else "gelu",
+        "eps": 1e-6,
+        "norm_weight": parameter(dim),
+        "weight1": parameter(4 * dim, dim),
+        "weight2": parameter(dim, 4 * dim),
+        "layer_scale": None if v2 else parameter(dim),
+        "res_scale": parameter(dim) if v2 else None,
+    }
+    names = {"norm_bias": dim, "bias1": 4 * dim, "bias2": dim, "act_scale": 1, "act_bias": 1}
+    mlp |= {name: parameter(size) if v2 == name.startswith("act") else None for name, size in names.items()}
+    mixer = {"pool_size": 3, "eps": 1e-5, "weight": parameter(dim), "layer_scale": parameter(dim), "res_scale": None}
+    if v2:
+        mixer = {
+            "eps": 1e-6,
+            "norm_weight": parameter(dim),
+            "weight1": parameter(2 * dim, dim),
+            "act_scale": parameter(1),
+            "act_bias": parameter(1),
+            "depthwise_weight": parameter(2 * dim, 1, 7, 7),
+            "weight2": parameter(dim, 2 * dim),
+            "layer_scale": None,
+            "res_scale": parameter(dim),
+        }
+    branches = [("separable_conv" if v2 else "pool_mixer", mixer), ("channel_mlp", mlp)]
+    inference.run([x, None], branches, product_dtype)
+
+
 def run_separable(dim: int, size: int, dtype: torch.dtype, product_dtype: torch.dtype):
     def parameter(*shape):
         return torch.ones(shape, dtype=dtype, requires_grad=True)
@@ -181,6 +225,10 @@ def main():
     with torch.no_grad():
         run(64, 14, torch.bfloat16, None, v2=False)
         run(320, 14, torch.bfloat16, None, v2=False)
+        for dim, v2 in ((64, True), (128, True), (320, True), (320, False)):
+            infer(dim, torch.bfloat16, torch.bfloat16, v2)
+        infer(64, torch.float32, torch.float32, v2=True)
+        infer(320, torch.float32, torch.bfloat16, v2=True)
     # Strips of 8, 7 and 6 tokens; normalised rows in the product and before it.
     run_separable(64, 56, torch.bfloat16, torch.bfloat16)
     run_separable(128, 28, torch.float32, torch.bfloat16)

@@ -6,6 +6,7 @@ Launches get addresses here, and read and write what is there. Everything alloca
 """
 
 import os
+from typing import Any
 
 import torch
 import triton_ir
@@ -42,13 +43,21 @@ def count(repeat):
     return run
 
 
-def build(dtype: torch.dtype, res_scale: float | None) -> nn.Module:
+POOLING: dict[str, Any] = {"token_mixers": ("pooling",) * 3, "depths": (2, 1, 2)}
+# The second paper's.
+CHANNEL_NORM = {"norm_layer": "layer_norm", "norm_bias": False, "use_bias": False, "hidden_act": "star_relu"}
+CONVFORMER: dict[str, Any] = {**CHANNEL_NORM, "token_mixers": ("separable_conv",) * 3, "depths": (1, 1, 2)}
+CAFORMER = {**CONVFORMER, "token_mixers": ("separable_conv", "attention", "attention"), "attention_head_dim": 8}
+# With everything that those do without.
+OTHER = {**CAFORMER, "token_mixers": ("attention",) * 3, "norm_bias": True, "use_bias": True, "hidden_act": "gelu"}
+
+
+def build(dtype: torch.dtype, res_scale: float | None, settings: dict[str, Any]) -> nn.Module:
     torch.manual_seed(0)
     config = MetaFormerConfig(
+        **settings,
         num_encoder_blocks=3,
-        depths=(2, 1, 2),
         hidden_sizes=(16, 24, 20),
-        token_mixers=("pooling",) * 3,
         position_embeddings=(False,) * 3,
         res_scale_init_values=(None, res_scale, None),
         patch_sizes=(3, 3, 3),
@@ -67,11 +76,11 @@ def build(dtype: torch.dtype, res_scale: float | None) -> nn.Module:
     return model.to(dtype)
 
 
-def outcome(model: nn.Module, step: int, gradients: bool) -> list[torch.Tensor]:
+def outcome(model: nn.Module, step: int, gradients: bool, autocast: bool) -> list[torch.Tensor]:
     torch.manual_seed(step)  # of images, and of what drop path draws
     images = torch.randn(2, 5, 14, 10, dtype=next(model.parameters()).dtype)
     model.zero_grad()
-    with torch.set_grad_enabled(gradients):
+    with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model.train(gradients)(images).logits
     if gradients:
         logits.float().square().sum().backward()
@@ -81,30 +90,38 @@ def outcome(model: nn.Module, step: int, gradients: bool) -> list[torch.Tensor]:
 def main() -> None:
     recordings.Recording.repeat = count(recordings.Recording.repeat)
     record = recordings.Recorded.__call__
-    for dtype, res_scale, frozen in (
-        (torch.bfloat16, None, ""),
-        (torch.float32, 1.0, ""),
-        (torch.float32, None, "conv1"),
-    ):
-        model = build(dtype, res_scale)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not (frozen and frozen in name))
-        for gradients in (False, True):
+    for name, settings, dtype, res_scale, frozen, autocast, modes in CASES:
+        model = build(dtype, res_scale, settings)
+        for path, parameter in model.named_parameters():
+            parameter.requires_grad_(not (frozen and frozen in path))
+        for gradients in modes:
             for step in range(3):
                 recordings.Recorded.__call__ = record
                 repeated.clear()
-                got = outcome(model, step, gradients)
+                got = outcome(model, step, gradients, autocast)
                 recordings.Recorded.__call__ = lambda self, given, *others, kind=None: self._function(given, *others)
-                wanted = outcome(model, step, gradients)
+                wanted = outcome(model, step, gradients, autocast)
                 times = len(repeated)
-                assert times == (step > 0) * (6 if gradients else 3), (dtype, gradients, step, times)
+                assert times == (step > 0) * (6 if gradients else 3), (name, dtype, gradients, step, times)
                 assert len(got) == len(wanted)
                 for mine, theirs in zip(got, wanted, strict=True):
                     assert torch.isfinite(theirs).all()
-                    assert torch.equal(mine, theirs), (dtype, frozen, gradients, step)
-                print(
-                    dtype, frozen, gradients, step, f"{len(got)} tensors, {sum(repeated)} steps repeated", flush=True
-                )
+                    assert torch.equal(mine, theirs), (name, dtype, frozen, gradients, step)
+                print(name, dtype, gradients, step, f"{len(got)} tensors, {sum(repeated)} steps repeated", flush=True)
+
+
+BOTH, INFERENCE = (False, True), (False,)
+CASES = (
+    ("pooling", POOLING, torch.bfloat16, None, "", False, BOTH),
+    ("pooling", POOLING, torch.float32, 1.0, "", False, BOTH),
+    ("pooling, frozen", POOLING, torch.float32, None, "conv1", False, BOTH),
+    ("pooling, autocast", POOLING, torch.float32, None, "", True, INFERENCE),
+    ("convformer", CONVFORMER, torch.float32, 1.0, "", False, INFERENCE),
+    ("convformer, autocast", CONVFORMER, torch.float32, None, "", True, INFERENCE),
+    ("caformer", CAFORMER, torch.bfloat16, 1.0, "", False, INFERENCE),
+    ("caformer, autocast", CAFORMER, torch.float32, 1.0, "", True, INFERENCE),
+    ("other", OTHER, torch.bfloat16, None, "", False, INFERENCE),
+)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification, kernels
-from hf_poolformer.kernels import channel_mlp, pool_mixer, separable_conv  # noqa: F401 which tests watch
+from hf_poolformer.kernels import channel_mlp, inference, pool_mixer, separable_conv  # noqa: F401 which tests watch
 
 
 TINY = {"depths": (1, 1, 1, 1), "hidden_sizes": (8, 8, 16, 16), "num_labels": 3, "mlp_ratio": 2}
@@ -40,7 +40,7 @@ def count_calls(patch) -> collections.Counter:
         counted = partial(lambda original, name, *args: calls.update([name]) or original(*args), original, name)
         patch.setattr(module, name, counted)
     # Of a stage that is one node of autograd.
-    for function, name in (("mix", "pool_mixer"), ("mlp", "channel_mlp")):
+    for function, name in (("mix_partially", "pool_mixer"), ("mlp_from_partials", "channel_mlp")):
         original = getattr(kernels.training, function)
         counted = partial(lambda original, name, *args: calls.update([name]) or original(*args), original, name)
         patch.setattr(kernels.training, function, counted)
@@ -78,6 +78,26 @@ def test_the_model_is_the_same_function(settings, device, scramble, relative_err
         else:
             # The gradient of a scalar of StarReLU is a sum over everything, whose terms nearly cancel.
             assert relative_error(other.grad, parameter.grad) < (2e-3 if ".act" in name else 2e-4), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["v1", "v2", "convformer", "caformer"])
+def test_inference_is_the_same_function(family, dtype, device, scramble, relative_error, monkeypatch):
+    """Whole stages, in which branches hand on what they know of their results."""
+    settings = {**TINY, **FAMILIES[family], "depths": (1, 2, 1, 2), "hidden_sizes": (8, 16, 24, 24)}
+    model = scramble(MetaFormerForImageClassification(MetaFormerConfig(**settings))).to(device).eval()
+    pixel_values, found = torch.randn(2, 3, 28, 20, device=device), []
+    infer = kernels.inference.infer
+    monkeypatch.setattr(kernels.inference, "infer", lambda *args: found.append(len(args[2])) or infer(*args))
+    monkeypatch.setattr(kernels.channel_mlp, "WHOLE_CHANNELS", 16)
+    with torch.no_grad():
+        monkeypatch.setenv("HF_POOLFORMER_KERNELS", "reference")
+        wanted = model(pixel_values).logits
+        monkeypatch.setenv("HF_POOLFORMER_KERNELS", "triton")
+        got = model.to(dtype)(pixel_values.to(dtype)).logits
+    assert found == [2, 4, 2, 4]
+    # bfloat16: as in conftest.py for a branch, a dozen of them deep.
+    assert relative_error(got, wanted) < {torch.float32: 2e-5, torch.bfloat16: 6e-2}[dtype]
 
 
 def test_blocks_that_are_not_plain_keep_their_modules(device, monkeypatch):

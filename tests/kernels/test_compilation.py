@@ -28,7 +28,7 @@ def test_every_kernel_compiles_for_hopper_and_fits():
     assert kernels >= PRODUCTS | {"fold_kernel", "normalise_kernel", "shortcut_kernel", "norm_backward_kernel"}
     assert kernels >= {"parameters_kernel", "chunk_kernel", "token_kernel", "combine_kernel", "combine_rows_kernel"}
     assert kernels >= {"forward_kernel", "reduction_kernel", "scales_kernel", "backward_kernel", "finish_kernel"}
-    assert "bias_kernel" in kernels
+    assert kernels >= {"bias_kernel", "window_first_kernel"}
     assert kernels >= {
         "token_norm_kernel",
         "depthwise_kernel",

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_poolformer import MetaFormerConfig, MetaFormerModel
-from hf_poolformer.kernels import statistics, token_norm
+from hf_poolformer.kernels import inference, statistics, token_norm
 
 
 SHAPE = {
@@ -53,6 +53,8 @@ def launched(monkeypatch):
     for module, name in (
         (token_norm, "normalise"),
         (token_norm, "add_to_shortcut"),
+        (inference, "normalise"),
+        (inference, "add_to_shortcut"),
         (token_norm, "normalise_backward"),
         (statistics, "whole_rows"),
     ):

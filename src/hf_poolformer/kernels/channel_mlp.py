@@ -13,7 +13,8 @@ tokens go from memory to the matrix units as they are,
     z = r (x F^T) - r mu u + v,    u = F 1
 
 where u sums F as rounded for the product, so that a mean far from zero cancels to float32 accuracy. F, u and v are
-made anew in every call, by one small launch: weights may change in ways that nothing tells (see backends.py).
+made anew in every call: weights may change in ways that nothing tells (see backends.py). In whole stages that takes
+no launch of its own, but some programs of the one that combines the statistics of x.
 
 Backward. z and x^ are kept, in the precision of the products: 5 elements per channel and token. (With one kernel x^
 takes the place of x; with two it is made from x when it is needed.) act(z) is recomputed from z; recomputing z as well
@@ -63,7 +64,16 @@ from .launch import (
     tuned,
 )
 from .registration import differentiable
-from .statistics import combine, store_row_moments, whole_rows
+from .statistics import (
+    COMBINE,
+    combine,
+    combine_into,
+    combine_rows,
+    combine_sample,
+    standardised,
+    store_row_moments,
+    whole_rows,
+)
 
 
 # From the H100's balance, 800 TFLOP/s of bfloat16 to 3 TB/s: a product with N columns does N FLOP per byte of its left
@@ -278,15 +288,38 @@ def fold_kernel(
     sums,  # (R,)
     offset,  # (R,)
     folded2,  # (C, R)
+    partials,  # (3, groups, samples entries)
+    statistics,  # (samples, 2)
     R,
     C,
+    combining,
+    groups,
+    samples,
+    entries,
+    plane,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    COMBINE: tl.constexpr,
 ):
-    """F = weight1 gamma and layer_scale weight2 in the precision of products; u = F 1, v = bias1 + weight1 beta."""
+    """
+    F = weight1 gamma and layer_scale weight2 in the precision of products; u = F 1, v = bias1 + weight1 beta.
+
+    The first `combining` programs make statistics of partials, of which a sample has `entries` in every group.
+    """
+    program = tl.program_id(0) - combining
     blocks = tl.cdiv(R, ROWS)
-    if tl.program_id(0) < blocks:
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if program < 0:
+        if partials is not None:
+            if entries == 1:
+                token = tl.program_id(0) * COMBINE + tl.arange(0, COMBINE)
+                combine_rows(token, partials, statistics, groups, samples, plane)
+            else:
+                sample = tl.program_id(0).to(tl.int64)
+                combine_sample(
+                    sample, partials, statistics, groups, entries, samples * entries, entries, plane, COMBINE
+                )
+    elif program < blocks:
+        row = program * ROWS + tl.arange(0, ROWS)
         total = tl.zeros((ROWS,), tl.float32)
         shift = vector(bias1, row, row < R, 0.0)
         for start in range(0, C, COLUMNS):
@@ -303,7 +336,7 @@ def fold_kernel(
         if offset is not None:
             tl.store(offset + row, shift, mask=row < R)
     elif folded2 is not None:
-        row = (tl.program_id(0) - blocks) * ROWS + tl.arange(0, ROWS)
+        row = (program - blocks) * ROWS + tl.arange(0, ROWS)
         scale = vector(layer_scale, row, row < C, 1.0)[:, None]
         for start in range(0, R, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
@@ -373,7 +406,8 @@ def mlp_kernel(
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The whole branch; z and x^ with its ones as well, if there is room for them."""
+    """The whole branch; z and x^ with its ones as well, if there is room for them. Without statistics each row makes
+    its own."""
     first = tl.program_id(0) * ROWS
     start = first.to(tl.int64)
     row = tl.arange(0, ROWS)
@@ -382,8 +416,12 @@ def mlp_kernel(
     channel_inside = channel < C
     inside = row_inside[:, None] & channel_inside[None, :]
     place = start * C + row[:, None] * C + channel[None, :]
-    mean, rstd = norm_of(statistics, first + row, row_inside, span, eps)
-    value = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean[:, None]) * rstd[:, None]
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if statistics is None:
+        value, rstd = standardised(value, inside, eps, C)
+    else:
+        mean, rstd = norm_of(statistics, first + row, row_inside, span, eps)
+        value = (value - mean[:, None]) * rstd[:, None]
     if normed is not None:
         target = normed + start * STRIDE
         tl.store(target + row[:, None] * STRIDE + channel[None, :], value.to(normed.dtype.element_ty), mask=inside)
@@ -826,18 +864,31 @@ def fold(
     norm_bias: torch.Tensor | None = None,
     bias1: torch.Tensor | None = None,
     with_sums: bool = False,
+    statistics: torch.Tensor | None = None,
+    partials: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """W1 norm_weight (R, C) and layer_scale W2 (C, R) in `dtype`, then u and v (R,) float32 or None, in one launch."""
+    """
+    W1 norm_weight (R, C) and layer_scale W2 (C, R) in `dtype`, then u and v (R,) float32 or None, in one launch.
+
+    With partials it also fills the statistics, as `combine_into` does: neither waits for the other.
+    """
     inner, channels = weight1.shape[:2]
     same1 = norm_weight is None and weight1.dtype == dtype and not with_sums
     same2 = layer_scale is None and weight2.dtype == dtype
     if same1 and same2:
+        if partials is not None:
+            combine_into(statistics, partials)
         return weight1, weight2, None, None
     folded1 = torch.empty(weight1.shape, dtype=dtype, device=weight1.device)
     folded2 = None if same2 else torch.empty(weight2.shape, dtype=dtype, device=weight2.device)
     sums, offset = (float32(weight1, inner), float32(weight1, inner)) if with_sums else (None, None)
     programs = cdiv(inner, FOLD_ROWS) + (0 if same2 else cdiv(channels, FOLD_ROWS))
-    fold_kernel[(programs,)](
+    combining = groups = samples = entries = 0
+    if partials is not None:
+        groups, samples = partials.shape[1], statistics.shape[0]
+        entries = partials.shape[2] // samples
+        combining = cdiv(samples, COMBINE) if entries == 1 else samples
+    fold_kernel[(combining + programs,)](
         weight1,
         norm_weight,
         norm_bias,
@@ -848,10 +899,18 @@ def fold(
         sums,
         offset,
         folded2,
+        partials,
+        statistics,
         inner,
         channels,
+        combining,
+        groups,
+        samples,
+        entries,
+        groups * samples * entries,
         ROWS=FOLD_ROWS,
         COLUMNS=FOLD_COLUMNS,
+        COMBINE=COMBINE,
         **FUSION,
     )
     return folded1, weight2 if same2 else folded2, sums, offset
@@ -878,14 +937,14 @@ def _programs(rows: int, columns: int, tiles: Tiles) -> int:
     return cdiv(rows, tiles.rows) * cdiv(columns, tiles.columns)
 
 
-def _whole(channels: int, dtype: torch.dtype) -> bool:
+def is_whole(channels: int, dtype: torch.dtype) -> bool:
     """Whether one kernel computes the branch. float32 is bound by arithmetic, and its tiles would not fit."""
     return channels <= WHOLE_CHANNELS and dtype != torch.float32
 
 
 def _keeps_normed(x: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether the forward operation makes x^ anyway, so that it is kept in the place of x."""
-    return dtype != x.dtype or _whole(x.shape[1], dtype)
+    return dtype != x.dtype or is_whole(x.shape[1], dtype)
 
 
 def _stride(columns: int) -> int:
@@ -961,16 +1020,48 @@ def mlp(
     `dtype` is that of the products; x^, (M, more than C), is kept where it was made anyway. Without `save` there is no
     backward.
     """
+    tensors = (norm_weight, norm_bias, weight1, bias1, weight2, bias2, act_scale, act_bias, layer_scale, res_scale)
+    return mlp_from_partials(x, statistics, None, *tensors, mask, activation, eps, dtype, save, with_statistics)
+
+
+def mlp_from_partials(
+    x: torch.Tensor,
+    statistics: torch.Tensor | None,
+    partials: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor | None,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor | None,
+    act_scale: torch.Tensor | None,
+    act_bias: torch.Tensor | None,
+    layer_scale: torch.Tensor | None,
+    res_scale: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    activation: str,
+    eps: float,
+    dtype: torch.dtype,
+    save: bool,
+    with_statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """
+    `mlp`, where the statistics of x are memory to be filled, of partials (3, any, any), if these are given: in the
+    launch that folds the weights, if there is one.
+
+    Without statistics the norm is over channels, and tokens make their own, which only one kernel for all can
+    (`is_whole`), where nothing is saved.
+    """
     batch, channels, height, width = x.shape
     inner, tokens = weight1.shape[0], height * width
     rows = batch * tokens
-    span = rows // statistics.shape[0]
+    span = 1 if statistics is None else rows // statistics.shape[0]
     act = _activation(activation, dtype, x.device)
     key = (x.dtype, dtype, bucket(rows), channels, inner)
 
     def whole(tiles):
         y = empty_nhwc(x)
-        partials = float32(x, 3, 1, rows) if with_statistics else None
+        moments = float32(x, 3, 1, rows) if with_statistics else None
         preactivation = torch.empty((rows, inner), dtype=dtype, device=x.device) if save else None
         normed = torch.empty((rows, _stride(channels)), dtype=dtype, device=x.device) if save else None
         mlp_kernel[(cdiv(rows, tiles.rows),)](
@@ -988,7 +1079,7 @@ def mlp(
             res_scale,
             mask,
             y,
-            partials,
+            moments,
             preactivation,
             normed,
             rows,
@@ -1007,7 +1098,7 @@ def mlp(
             num_stages=tiles.stages,
             **FUSION,
         )
-        return y, partials, preactivation, normed
+        return y, moments, preactivation, normed
 
     def expand(tiles):
         hidden = torch.empty((rows, inner), dtype=dtype, device=x.device)
@@ -1037,7 +1128,7 @@ def mlp(
     def contract(tiles):
         y = empty_nhwc(x)
         blocks = cdiv(channels, tiles.columns)
-        partials = float32(x, 3, blocks, rows) if with_statistics else None
+        moments = float32(x, 3, blocks, rows) if with_statistics else None
         contract_kernel[(_programs(rows, channels, tiles),)](
             hidden,
             operand2,
@@ -1047,7 +1138,7 @@ def mlp(
             res_scale,
             mask,
             y,
-            partials,
+            moments,
             rows,
             tokens,
             blocks * rows,
@@ -1055,22 +1146,33 @@ def mlp(
             K=inner,
             **_options(tiles, dtype),
         )
-        return y, partials
+        return y, moments
 
     with on(x):
-        if _whole(channels, dtype):
-            operand1, operand2, *_ = fold(weight1, None, weight2, None, dtype)
+        if is_whole(channels, dtype):
+            operand1, operand2, *_ = fold(
+                weight1, None, weight2, None, dtype, statistics=statistics, partials=partials
+            )
             key = ("channel_mlp_saving" if save else "channel_mlp", *key, act, with_statistics)
-            y, partials, preactivation, normed = tuned(key, TILES_WHOLE, whole)
+            y, moments, preactivation, normed = tuned(key, TILES_WHOLE, whole)
         else:
             operand1, operand2, sums, offset = fold(
-                weight1, norm_weight, weight2, None, dtype, norm_bias=norm_bias, bias1=bias1, with_sums=True
+                weight1,
+                norm_weight,
+                weight2,
+                None,
+                dtype,
+                norm_bias=norm_bias,
+                bias1=bias1,
+                with_sums=True,
+                statistics=statistics,
+                partials=partials,
             )
             normed = _normalise(x, statistics, eps, dtype) if _keeps_normed(x, dtype) else None
             tiles = _candidates(dtype, TILES)
             hidden, preactivation = tuned(("expand_saving" if save else "expand", *key, act), tiles, expand)
-            y, partials = tuned(("contract", *key, with_statistics), tiles, contract)
-        statistics = combine(partials, statistics.shape[0]) if with_statistics else None
+            y, moments = tuned(("contract", *key, with_statistics), tiles, contract)
+        statistics = combine(moments, statistics.shape[0]) if with_statistics else None
         return y, statistics, preactivation, normed if save else None
 
 

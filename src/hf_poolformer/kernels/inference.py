@@ -4,18 +4,21 @@ They are plain functions, so that PyTorch's dispatcher does not come between; an
 statistics of its result, the next one need not read the result for.
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from .channel_mlp import mlp
-from .launch import precision
-from .pool_mixer import mix
+from .channel_mlp import is_whole, mlp_from_partials
+from .launch import by_library, float32, on, precision
+from .pool_mixer import mix_partially
 from .recordings import Recorded
-from .separable_conv import separate
-from .statistics import sample_statistics, token_statistics
+from .separable_conv import separate_partially
+from .statistics import combine, sample_statistics, token_statistics
+from .token_norm import add_to_shortcut, normalise, token_rows
 
 
 # Of a branch: the name of its operation, and that operation's arguments beside x, as in `backends.py`.
@@ -31,7 +34,7 @@ def infer(
     statistics: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    x (B, C, H, W) in channels_last memory, through "pool_mixer", "channel_mlp" and "separable_conv".
+    x (B, C, H, W) in channels_last memory, through "pool_mixer", "separable_conv", "attention" and "channel_mlp".
 
     Args:
         stage: whose branches they are.
@@ -52,31 +55,45 @@ def split(branches: list[Branch]) -> tuple[list[torch.Tensor], list[Any]]:
     return [value for value in values if isinstance(value, torch.Tensor)], [name for name, _ in branches] + rest
 
 
+class Known(NamedTuple):
+    """What is known of the statistics of x: nothing, or one of these."""
+
+    statistics: torch.Tensor | None = None
+    partials: torch.Tensor | None = None  # (3, any, any), of which they are to be combined
+
+
 def run(given: list[torch.Tensor | None], branches: list[Branch], dtype: torch.dtype) -> list[torch.Tensor]:
     x, statistics, *_ = given  # the others are those of the branches
+    known = Known(statistics)
     for place, (name, arguments) in enumerate(branches):
-        following = branches[place + 1] if place + 1 < len(branches) else None
-        x, statistics = BRANCHES[name](x, statistics, takes_samples(following), dtype, **arguments)
+        wanted = wanted_statistics(branches[place + 1], x, dtype) if place + 1 < len(branches) else None
+        x, known = BRANCHES[name](x, known, wanted, dtype, **arguments)
     return [x]
 
 
-def takes_samples(branch: Branch | None) -> bool:
-    """Whether a branch begins with the statistics of samples."""
-    return branch is not None and (branch[0] == "pool_mixer" or branch[1].get("norm") == "group")
+def wanted_statistics(branch: Branch, x: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """Of what a branch on what is like x needs statistics first: "samples", "tokens", or of nothing."""
+    name, arguments = branch
+    if name == "pool_mixer" or arguments.get("norm") == "group":
+        return "samples"
+    return "tokens" if name == "channel_mlp" and not is_whole(x.shape[1], dtype) else None
 
 
-def _pool_mixer(x, statistics, with_statistics, dtype, *, pool_size, eps, weight, layer_scale, res_scale):
-    if statistics is None:
+def _pool_mixer(x, known, wanted, dtype, *, pool_size, eps, weight, layer_scale, res_scale):
+    statistics, partials = known
+    if partials is not None:
+        statistics = combine(partials, x.shape[0])
+    elif statistics is None:
         statistics = sample_statistics(x)
     scales = _contiguous(weight, layer_scale, res_scale)
-    y, statistics = mix(x, statistics, *scales, None, pool_size, eps, with_statistics)
-    return y, statistics if with_statistics else None
+    y, partials = mix_partially(x, statistics, *scales, None, pool_size, eps, wanted == "samples")
+    return y, Known(partials=partials)
 
 
 def _channel_mlp(
     x,
-    statistics,
-    with_statistics,
+    known,
+    wanted,
     dtype,
     *,
     norm,
@@ -93,20 +110,26 @@ def _channel_mlp(
     layer_scale,
     res_scale,
 ):
-    if norm == "channel":
-        statistics, with_statistics = token_statistics(x), False
+    statistics, partials = known
+    if norm == "channel" and is_whole(x.shape[1], dtype):
+        statistics = partials = None
+    elif partials is not None:
+        statistics = float32(x, x.shape[0] if norm == "group" else x.numel() // x.shape[1], 2)
     elif statistics is None:
-        statistics = sample_statistics(x)
+        statistics = sample_statistics(x) if norm == "group" else token_statistics(x)
     tensors = (norm_weight, norm_bias, weight1.flatten(1), bias1, weight2.flatten(1), bias2, act_scale, act_bias)
     tensors = _contiguous(*tensors, layer_scale, res_scale)
-    y, statistics, _, _ = mlp(x, statistics, *tensors, None, activation, eps, dtype, False, with_statistics)
-    return y, statistics if with_statistics else None
+    with_statistics = wanted == "samples" and norm == "group"
+    y, after, _, _ = mlp_from_partials(
+        x, statistics, partials, *tensors, None, activation, eps, dtype, False, with_statistics
+    )
+    return y, Known(after)
 
 
 def _separable_conv(
     x,
-    statistics,
-    with_statistics,
+    known,
+    wanted,
     dtype,
     *,
     eps,
@@ -120,14 +143,66 @@ def _separable_conv(
     res_scale,
 ):
     tensors = (norm_weight, weight1.flatten(1), act_scale, act_bias, depthwise_weight, weight2.flatten(1))
-    y, _ = separate(x, *_contiguous(*tensors, layer_scale, res_scale), None, eps, dtype, False)
-    return y, None
+    tensors = _contiguous(*tensors, layer_scale, res_scale)
+    y, _, partials = separate_partially(x, *tensors, None, eps, dtype, wanted == "tokens")
+    return y, Known(partials=partials)
+
+
+def _attention(
+    x,
+    known,
+    wanted,
+    dtype,
+    *,
+    norm,
+    heads,
+    eps,
+    norm_weight,
+    norm_bias,
+    qkv_weight,
+    qkv_bias,
+    weight,
+    bias,
+    layer_scale,
+    res_scale,
+):
+    norm_weight, norm_bias, layer_scale, res_scale = _contiguous(norm_weight, norm_bias, layer_scale, res_scale)
+    with on(x):
+        rows = token_rows(normalise(x, norm_weight, norm_bias, eps, dtype))
+        qkv = by_library(F.linear, rows, *_cast(dtype, qkv_weight, qkv_bias))
+        mixed = by_library(functools.partial(attend, batch=x.shape[0], heads=heads), qkv)
+        branch = by_library(F.linear, mixed, *_cast(dtype, weight, bias))
+        y, statistics = add_to_shortcut(x, branch, layer_scale, res_scale, None, x.dtype, wanted == "tokens")
+        return y, Known(statistics)
+
+
+def attend(qkv: torch.Tensor, batch: int, heads: int) -> torch.Tensor:
+    """Attention between the tokens of each sample, (M, inner); qkv (M, 3 inner)."""
+    query, key, value = (
+        part.transpose(1, 2) for part in qkv.view(batch, -1, 3, heads, qkv.shape[1] // 3 // heads).unbind(2)
+    )
+    mixed = F.scaled_dot_product_attention(query, key, value)
+    return mixed.transpose(1, 2).reshape(qkv.shape[0], -1).contiguous()
+
+
+def _cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [
+        each
+        if each is None or each.dtype == dtype
+        else by_library(functools.partial(torch.Tensor.to, dtype=dtype), each)
+        for each in tensors
+    ]
 
 
 def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-# Each takes x, its statistics of samples if they are known, whether those of the result are wanted, the dtype of
-# products, and the branch's arguments; it returns the result and its statistics, or None.
-BRANCHES = {"pool_mixer": _pool_mixer, "channel_mlp": _channel_mlp, "separable_conv": _separable_conv}
+# Each takes x, what is known of its statistics, of what those of the result are wanted ("samples", "tokens" or None),
+# the dtype of products, and the branch's arguments; it returns the result, and what is known of its statistics.
+BRANCHES = {
+    "pool_mixer": _pool_mixer,
+    "channel_mlp": _channel_mlp,
+    "separable_conv": _separable_conv,
+    "attention": _attention,
+}

@@ -80,10 +80,9 @@ def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     return functools.partial(kernel, **options) if function is None else Kernel(function, **options)
 
 
-# Is told of every launch in this thread: (what was compiled and its constants, or None; grid; arguments).
-RECORDER: ContextVar[Callable[[tuple[Any, tuple] | None, tuple[int, ...], tuple], None] | None] = ContextVar(
-    "recorder", default=None
-)
+# Is told of every launch in this thread: (what was compiled and its constants, or None; grid; arguments). What
+# libraries compute is left to its `call` (see `by_library`).
+RECORDER: ContextVar[Any] = ContextVar("recorder", default=None)
 # Device and key -> candidates in the order in which they are tried.
 _orders: dict[tuple, list] = {}
 # While tiles are being timed (`hf-poolformer benchmark tune`), what stands for `_first_that_fits`.
@@ -189,10 +188,16 @@ def operand(dtype: torch.dtype):
     return tl.float32 if INTERPRETED else types[dtype]
 
 
+def by_library(function: Callable[..., torch.Tensor], *operands: torch.Tensor | None) -> torch.Tensor:
+    """function(*operands), which is PyTorch's and no kernel of ours: it only reads them, and returns a new contiguous
+    tensor, whose memory nothing else uses."""
+    recorder = RECORDER.get()
+    return function(*operands) if recorder is None else recorder.call(function, operands)
+
+
 def transposed_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a.T @ b` of (M, N) and (M, K) in float32: a reduction over all tokens, which cuBLAS splits best."""
-    recorder = RECORDER.get()
-    return product_of_transposed(a, b) if recorder is None else recorder.multiply(a, b)
+    return by_library(product_of_transposed, a, b)
 
 
 def product_of_transposed(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

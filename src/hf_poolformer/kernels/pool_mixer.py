@@ -413,6 +413,23 @@ def mix(
     mask (B,). The derivative with respect to x is total: it includes that of the statistics, which themselves have
     none. norm_bias cancels; its gradient is zero.
     """
+    y, partials = mix_partially(x, statistics, weight, layer_scale, res_scale, mask, pool_size, eps, with_statistics)
+    with on(x):
+        return y, None if partials is None else combine(partials, x.shape[0])
+
+
+def mix_partially(
+    x: torch.Tensor,
+    statistics: torch.Tensor,
+    weight: torch.Tensor | None,
+    layer_scale: torch.Tensor | None,
+    res_scale: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    pool_size: int,
+    eps: float,
+    with_statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`mix`, with what its statistics are to be combined of, (3, 1, any)."""
     batch, channels, height, width = x.shape
 
     def launch(tile):
@@ -441,8 +458,7 @@ def mix(
         return y, partials
 
     with on(x):
-        y, partials = tuned(_key("pool_mixer", x, pool_size, with_statistics), _tiles(x), launch)
-        return y, combine(partials, batch) if with_statistics else None
+        return tuned(_key("pool_mixer", x, pool_size, with_statistics), _tiles(x), launch)
 
 
 def mix_backward(

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .launch import INTERPRETED, RECORDER, on, product_of_transposed, whole_grid
+from .launch import INTERPRETED, RECORDER, on, whole_grid
 
 
 # Recordings of one function.
@@ -31,7 +31,7 @@ class Recorded:
     Args:
         function: from (tensors or None, other arguments) to a list of tensors or None. The results are what it was
             given, or allocated and handed to kernels. It does nothing else with tensors but launching kernels and
-            `transposed_product`; if it does, all calls are calls of the function.
+            calling libraries (`by_library`); if it does, all calls are calls of the function.
     """
 
     def __init__(self, function: Callable[..., list[torch.Tensor | None]]):
@@ -108,17 +108,17 @@ class Launch(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-class Product(NamedTuple):
-    """One `transposed_product`, whose result is allocated by it."""
+class Call(NamedTuple):
+    """One call of a library, whose result is allocated by it."""
 
-    left: View
-    right: View
+    function: Callable[..., torch.Tensor]
+    operands: tuple[View | None, ...]
     result: Place
 
 
 class Recorder(TorchDispatchMode):
     """
-    Records launches and products, and the allocations that they work on.
+    Records launches and calls of libraries, and the allocations that they work on.
 
     Anything else that PyTorch computes meanwhile would be missing in a repetition, so the recording is not complete.
     """
@@ -127,21 +127,24 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, given: Tensors):
         super().__init__()
-        self.steps: list[Launch | Product] = []
+        self.steps: list[Launch | Call] = []
         self.sizes: list[int] = []  # of allocations, bytes
         self.is_complete = True
         self.is_compiled = True
         self.given = given
-        self._multiplies = False
+        self.made: dict[int, tuple] = {}  # layouts of the results of calls
+        self._calls = False
         self._places = {each.data_ptr(): Place(index) for index, each in enumerate(given) if each is not None}
         # Of the last allocation at an address: one that was freed before may have begun there, too.
         self._allocated: dict[int, int] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        if self._calls:
+            return result
         if function.overloadpacket.__name__ in self.ALLOCATIONS:
             self._allocate(result)
-        elif not (function.is_view or self._multiplies):
+        elif not function.is_view:
             self.is_complete = False
         return result
 
@@ -154,13 +157,18 @@ class Recorder(TorchDispatchMode):
         places = [self.place(value) if isinstance(value, torch.Tensor) else value for value in arguments]
         self.steps.append(Launch(compiled[whole_grid(grid)], (*places, *constants)))
 
-    def multiply(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """`product_of_transposed`, recorded."""
-        self._multiplies = True
-        result = product_of_transposed(left, right)
-        self._multiplies = False
+    def call(self, function: Callable[..., torch.Tensor], operands: Tensors) -> torch.Tensor:
+        """See `launch.by_library`."""
+        self._calls = True
+        try:
+            result = function(*operands)
+        finally:
+            self._calls = False
+        views = tuple(None if each is None else self._view(each) for each in operands)
         self._allocate(result)
-        self.steps.append(Product(self._view(left), self._view(right), self.place(result)))
+        self.is_complete &= result.is_contiguous() and result.storage_offset() == 0
+        self.steps.append(Call(function, views, self.place(result)))
+        self.made[-1 - self.steps[-1].result.owner] = layout_of(result)
         return result
 
     def _allocate(self, tensor: torch.Tensor) -> None:
@@ -194,30 +202,30 @@ class Recording:
         places = [None if each is None else recorder.place(each) for each in results]
         recorder.is_complete &= all(place is None or place.offset == 0 for place in places)
         self._results = [None if place is None else place.owner for place in places]
-        multiplied = {
+        # What is a tensor, and not only an address, at some time.
+        called = {
             -1 - place.owner
             for step in steps
-            if isinstance(step, Product)
+            if isinstance(step, Call)
             for place in places_of(step)
             if place.owner < 0
         }
         given_out = {-1 - place.owner for place in places if place is not None and place.owner < 0}
-        products = {-1 - step.result.owner for step in steps if isinstance(step, Product)}
         # Of results that are allocated before all else.
         self._made: dict[int, tuple] = {}
         for each, place in zip(results, places, strict=True):
-            if place is not None and place.owner < 0 and -1 - place.owner not in products:
-                layout = each.shape, each.stride(), each.dtype
-                recorder.is_complete &= self._made.setdefault(-1 - place.owner, layout) == layout
+            if place is not None and place.owner < 0:
+                found = recorder.made if -1 - place.owner in recorder.made else self._made
+                recorder.is_complete &= found.setdefault(-1 - place.owner, layout_of(each)) == layout_of(each)
         lives = lifetimes(steps)
-        # Tensors of their own: results, and operands and results of products.
+        # Tensors of their own: results, and operands and results of calls.
         offsets, self.bytes = share(
-            recorder.sizes, {key: live for key, live in lives.items() if key not in multiplied | given_out}
+            recorder.sizes, {key: live for key, live in lives.items() if key not in called | given_out}
         )
         # What arguments can be: what is given, allocations (by their slots), and values.
         self._slots: list[tuple[int, int]] = []  # slot, offset in the memory that is shared
         slots: dict[Place, int] = {}
-        owned: dict[int, list[tuple[int, int]]] = {key: [] for key in multiplied | given_out}
+        owned: dict[int, list[tuple[int, int]]] = {key: [] for key in called | given_out}
         self._constants: list[Any] = []
         arguments = [argument for step in steps if isinstance(step, Launch) for argument in step.arguments]
         for argument in arguments:
@@ -233,7 +241,7 @@ class Recording:
         self._steps: list[Callable[..., None] | tuple] = []
         for index, step in enumerate(steps):
             for key, (first, _) in lives.items():
-                if first == index and key in multiplied - given_out - products:
+                if first == index and key in called - given_out and key not in recorder.made:
                     self._steps.append((allocate(key, recorder.sizes[key], owned[key]), None))
             if isinstance(step, Launch):
                 indices = []
@@ -245,8 +253,8 @@ class Recording:
                         indices.append(argument.owner if argument.owner >= 0 else slots[argument])
                 self._steps.append((step.start, operator.itemgetter(*indices)))
             else:
-                self._steps.append((multiply(step, owned[-1 - step.result.owner]), None))
-            ended = [key for key, (_, last) in lives.items() if last == index and key in multiplied - given_out]
+                self._steps.append((call(step, owned[-1 - step.result.owner]), None))
+            ended = [key for key, (_, last) in lives.items() if last == index and key in called - given_out]
             if ended:
                 self._steps.append((free(ended), None))
 
@@ -292,29 +300,39 @@ def free(keys: list[int]) -> Callable[..., None]:
     return run
 
 
-def multiply(step: Product, slots: list[tuple[int, int]]) -> Callable[..., None]:
-    def tensor(view: View, given: Tensors, owned: dict[int, torch.Tensor]) -> torch.Tensor:
-        base = given[view.place.owner] if view.place.owner >= 0 else owned[-1 - view.place.owner]
-        if base.dtype != view.dtype:
-            base = base.view(view.dtype)
-        return base.as_strided(view.shape, view.strides, base.storage_offset() + view.place.offset // base.itemsize)
+def call(step: Call, slots: list[tuple[int, int]]) -> Callable[..., None]:
+    function, operands, key = step.function, step.operands, -1 - step.result.owner
+
+    def tensor(view: View | None, given: Tensors, owned: dict[int, torch.Tensor]) -> torch.Tensor | None:
+        if view is None:
+            return None
+        (owner, offset), shape, strides, dtype = view
+        base = given[owner] if owner >= 0 else owned[-1 - owner]
+        if offset == 0 and base.shape == shape and base.stride() == strides and base.dtype == dtype:
+            return base
+        if base.dtype != dtype:
+            base = base.view(dtype)
+        return base.as_strided(shape, strides, base.storage_offset() + offset // base.itemsize)
 
     def run(given: Tensors, owned: dict[int, torch.Tensor], arguments: list[Any]) -> None:
-        result = product_of_transposed(tensor(step.left, given, owned), tensor(step.right, given, owned))
-        owned[-1 - step.result.owner] = result
+        result = owned[key] = function(*[tensor(view, given, owned) for view in operands])
         for slot, offset in slots:
             arguments[slot] = result.data_ptr() + offset
 
     return run
 
 
-def places_of(step: Launch | Product) -> list[Place]:
-    if isinstance(step, Product):
-        return [step.left.place, step.right.place, step.result]
+def layout_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def places_of(step: Launch | Call) -> list[Place]:
+    if isinstance(step, Call):
+        return [*(view.place for view in step.operands if view is not None), step.result]
     return [argument for argument in step.arguments if isinstance(argument, Place)]
 
 
-def lifetimes(steps: Sequence[Launch | Product]) -> dict[int, tuple[int, int]]:
+def lifetimes(steps: Sequence[Launch | Call]) -> dict[int, tuple[int, int]]:
     """Of each allocation that steps work on, the first and the last of them."""
     found: dict[int, tuple[int, int]] = {}
     for index, step in enumerate(steps):

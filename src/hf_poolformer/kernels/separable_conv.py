@@ -37,6 +37,7 @@ from .launch import (
     FUSION,
     INTERPRETED,
     Tiles,
+    by_library,
     cdiv,
     empty_like_each,
     empty_nhwc,
@@ -49,7 +50,8 @@ from .launch import (
     transposed_product,
 )
 from .registration import differentiable
-from .token_norm import normalise, normalise_backward, standardised, token_rows
+from .statistics import standardised
+from .token_norm import normalise, normalise_backward, token_rows
 
 
 # Rows of at most so many channels are normalised in the kernel that multiplies them.
@@ -402,6 +404,22 @@ def store_if_wanted(target, place, values, inside):
 
 
 @kernel
+def window_first_kernel(
+    weight,  # (R, taps)
+    turned,  # (taps, R)
+    R,
+    taps,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """turned = weight^T."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    tap = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < R) & (tap < taps)
+    tl.store(turned + tap * R + row, tl.load(weight + row * taps + tap, mask=inside, other=0.0), mask=inside)
+
+
+@kernel
 def finish_kernel(
     first,  # (R, C): dW1
     second,  # (C, R): G
@@ -479,11 +497,11 @@ def finish_kernel(
 def expand(
     rows: torch.Tensor, norm_weight: torch.Tensor | None, weight: torch.Tensor, eps: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    """z (M, R) in `dtype`."""
+    """z (M, R) in `dtype`, which is that of the weight."""
     (count, channels), inner = rows.shape, weight.shape[0]
-    weight = weight.to(dtype).view(inner, channels)
     if channels > WHOLE:
-        return torch.mm(normalise(rows, norm_weight, None, eps, dtype), weight.t())
+        normed = normalise(rows, norm_weight, None, eps, dtype)
+        return by_library(torch.mm, normed, weight.view(inner, channels).t())
     z = torch.empty((count, inner), dtype=dtype, device=rows.device)
     tiles = expand_tiles(dtype)
     norm_product_kernel[(cdiv(count, tiles.rows),)](
@@ -528,24 +546,28 @@ def contract(
     layer_scale: torch.Tensor | None,
     res_scale: torch.Tensor | None,
     mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """y (B, C, H, W) from D a(z), (M, R), and the shortcut x."""
+    with_statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y (B, C, H, W) from D a(z), (M, R), and the shortcut x; and if wanted, what the statistics of its tokens are to
+    be combined of, (3, any, M). The weight is in the dtype of D a(z)."""
     dtype, (count, inner), (_, channels, height, width) = mixed.dtype, mixed.shape, x.shape
     y = empty_nhwc(x)
     tiles = contract_tiles(dtype, channels)
-    contract_kernel[(cdiv(count, tiles.rows) * cdiv(channels, tiles.columns),)](
+    blocks = cdiv(channels, tiles.columns)
+    partials = float32(x, 3, blocks, count) if with_statistics else None
+    contract_kernel[(cdiv(count, tiles.rows) * blocks,)](
         mixed,
-        weight.to(dtype),
+        weight,
         None,
         x,
         layer_scale,
         res_scale,
         mask,
         y,
-        None,
+        partials,
         count,
         height * width,
-        0,
+        blocks * count,
         N=channels,
         K=inner,
         PRECISION=precision(dtype),
@@ -557,7 +579,7 @@ def contract(
         num_stages=tiles.stages,
         **FUSION,
     )
-    return y
+    return y, partials
 
 
 class Strips:
@@ -644,7 +666,13 @@ def convolve_weight_backward(
 
 def window_first(weight: torch.Tensor) -> torch.Tensor:
     """The depthwise weight (R, 1, window, window) as (window^2, R), so that neighbouring threads read side by side."""
-    return weight.flatten(1).t().contiguous()
+    inner, taps = weight.shape[0], weight.shape[-1] ** 2
+    turned = torch.empty((taps, inner), dtype=weight.dtype, device=weight.device)
+    blocks = cdiv(inner, FINISH_ROWS)
+    window_first_kernel[(blocks, cdiv(taps, FINISH_COLUMNS))](
+        weight, turned, inner, taps, ROWS=FINISH_ROWS, COLUMNS=FINISH_COLUMNS, **FUSION
+    )
+    return turned
 
 
 def separate(
@@ -669,13 +697,35 @@ def separate(
     depthwise_weight (R, 1, window, window) of an odd window, act_scale and act_bias (1,), mask (B,), all other vectors
     (C,). `dtype` is that of the products. Without `needs_gradient` there is no backward.
     """
+    tensors = norm_weight, weight1, act_scale, act_bias, depthwise_weight, weight2, layer_scale, res_scale
+    y, z, _ = separate_partially(x, *tensors, mask, eps, dtype, False)
+    return y, z if needs_gradient else None
+
+
+def separate_partially(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    weight1: torch.Tensor,
+    act_scale: torch.Tensor,
+    act_bias: torch.Tensor,
+    depthwise_weight: torch.Tensor,
+    weight2: torch.Tensor,
+    layer_scale: torch.Tensor | None,
+    res_scale: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    with_statistics: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """y and z of `separate` and, if wanted, what the statistics of y's tokens are to be combined of, (3, any, M)."""
     batch, _, height, width = x.shape
     with on(x):
-        z = expand(token_rows(x), norm_weight, weight1, eps, dtype)
+        operand1, operand2, *_ = fold(weight1, None, weight2, None, dtype)
+        z = expand(token_rows(x), norm_weight, operand1, eps, dtype)
         strips = Strips(batch, height, width, z.shape[1], depthwise_weight.shape[-1])
         mixed = convolve(strips, z, window_first(depthwise_weight), act_scale, act_bias, None)
-        y = contract(mixed, weight2, x, layer_scale, res_scale, mask)
-        return y, z if needs_gradient else None
+        y, partials = contract(mixed, operand2, x, layer_scale, res_scale, mask, with_statistics)
+        return y, z, partials
 
 
 def separate_backward(
@@ -705,7 +755,7 @@ def separate_backward(
         taps, activation = window_first(depthwise_weight), (act_scale, act_bias, mask)
         rows, grad = token_rows(x), token_rows(g).to(dtype)
         operand1, operand2, *_ = fold(weight1, None, weight2, layer_scale, dtype)
-        dmixed = torch.mm(grad, operand2.view(channels, inner))
+        dmixed = by_library(torch.mm, grad, operand2.view(channels, inner))
         parts = convolve_weight_backward(strips, dmixed, z, *activation) if need_depthwise else None
         dz, act_parts = convolve_backward(strips, dmixed, z, taps, *activation)
         first = second = None
@@ -713,7 +763,7 @@ def separate_backward(
             first = transposed_product(dz, normalise(rows, norm_weight, None, eps, dtype))
         if need2 or need_scale:
             second = transposed_product(grad, convolve(strips, z, taps, *activation))
-        branch = torch.mm(dz, operand1.view(inner, channels))
+        branch = by_library(torch.mm, dz, operand1.view(inner, channels))
         dx, sums = normalise_backward(branch, x, g, norm_weight, res_scale, eps)
         grads = empty_like_each(parameters, wanted)
         finish(first, second, parts, act_parts, sums, weight2, layer_scale, grads)

@@ -36,6 +36,15 @@ def row_moments(values, inside):
 
 
 @triton.jit
+def standardised(value, inside, eps, C: tl.constexpr):
+    """(x - mu) r of float32 rows, zeros outside, and r."""
+    mean = tl.sum(value, 1) / C
+    deviation = tl.where(inside, value - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(deviation * deviation, 1) / C + eps)
+    return deviation * rstd[:, None], rstd
+
+
+@triton.jit
 def store_row_moments(values, inside, row_inside, partials, plane, index):
     """Row moments of a float32 tile into partials, three planes of `plane` entries, at `index` of each row."""
     count, mean, m2 = row_moments(values, inside)
@@ -58,9 +67,11 @@ def chunk_kernel(x, partials, size, plane, CHUNK: tl.constexpr):
     tl.store(partials + 2 * plane + index, m2)
 
 
-@kernel
-def combine_kernel(partials, statistics, groups, rows, stride_group, stride_sample, plane, BLOCK: tl.constexpr):
-    sample = tl.program_id(0).to(tl.int64)
+@triton.jit
+def combine_sample(
+    sample, partials, statistics, groups, rows, stride_group, stride_sample, plane, BLOCK: tl.constexpr
+):
+    """Statistics of one sample, which owns `rows` neighbouring entries of every group."""
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     count = tl.zeros((BLOCK,), tl.float32)
@@ -87,14 +98,13 @@ def combine_kernel(partials, statistics, groups, rows, stride_group, stride_samp
     tl.store(statistics + 2 * sample + 1, tl.sum(m2, 0) / size)
 
 
-@kernel
-def combine_rows_kernel(partials, statistics, groups, M, plane, ROWS: tl.constexpr):
-    """`combine_kernel` where each row has one entry per group."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+@triton.jit
+def combine_rows(row, partials, statistics, groups, M, plane):
+    """Statistics of rows that have one entry in every group."""
     inside = row < M
-    size = tl.zeros((ROWS,), tl.float32)
-    mean = tl.zeros((ROWS,), tl.float32)
-    m2 = tl.zeros((ROWS,), tl.float32)
+    size = tl.zeros(row.shape, tl.float32)
+    mean = tl.zeros(row.shape, tl.float32)
+    m2 = tl.zeros(row.shape, tl.float32)
     entries = partials + row.to(tl.int64)
     for _ in range(0, groups):
         count = tl.load(entries, mask=inside, other=0.0)
@@ -108,6 +118,18 @@ def combine_rows_kernel(partials, statistics, groups, M, plane, ROWS: tl.constex
     target = statistics + 2 * row.to(tl.int64)
     tl.store(target, mean, mask=inside)
     tl.store(target + 1, m2 / tl.maximum(size, 1.0), mask=inside)
+
+
+@kernel
+def combine_kernel(partials, statistics, groups, rows, stride_group, stride_sample, plane, BLOCK: tl.constexpr):
+    sample = tl.program_id(0).to(tl.int64)
+    combine_sample(sample, partials, statistics, groups, rows, stride_group, stride_sample, plane, BLOCK)
+
+
+@kernel
+def combine_rows_kernel(partials, statistics, groups, M, plane, ROWS: tl.constexpr):
+    """`combine_kernel` where each row has one entry per group."""
+    combine_rows(tl.program_id(0) * ROWS + tl.arange(0, ROWS), partials, statistics, groups, M, plane)
 
 
 @kernel
@@ -134,8 +156,15 @@ def combine(partials: torch.Tensor, samples: int) -> torch.Tensor:
 
     A sample owns `rows` neighbouring entries of every group.
     """
-    _, groups, entries = partials.shape
     statistics = float32(partials, samples, 2)
+    combine_into(statistics, partials)
+    return statistics
+
+
+def combine_into(statistics: torch.Tensor, partials: torch.Tensor) -> None:
+    """`combine`, into memory that is there."""
+    _, groups, entries = partials.shape
+    samples = statistics.shape[0]
     rows = entries // samples
     plane = groups * entries
     if rows == 1:
@@ -144,7 +173,6 @@ def combine(partials: torch.Tensor, samples: int) -> torch.Tensor:
         )
     else:
         combine_kernel[(samples,)](partials, statistics, groups, rows, entries, rows, plane, BLOCK=COMBINE, **FUSION)
-    return statistics
 
 
 def sample_statistics(x: torch.Tensor) -> torch.Tensor:

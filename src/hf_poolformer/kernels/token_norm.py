@@ -26,13 +26,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .channel_mlp import vector
 from .launch import FUSION, INTERPRETED, cdiv, empty_nhwc, float32, kernel, next_power_of_2, on
-from .statistics import row_moments
+from .statistics import row_moments, standardised
 
 
 # Entries of a tile: 16 in each thread of 8 warps, which are two loads of 16 bytes of half precision. Where sums are
@@ -48,15 +47,6 @@ SUM_ROWS, SUM_COLUMNS = (16, 16) if INTERPRETED else (128, 16)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels
-
-
-@triton.jit
-def standardised(value, inside, eps, C: tl.constexpr):
-    """(x - mu) r of float32 rows, zeros outside, and r."""
-    mean = tl.sum(value, 1) / C
-    deviation = tl.where(inside, value - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(deviation * deviation, 1) / C + eps)
-    return deviation * rstd[:, None], rstd
 
 
 @kernel(do_not_specialize=["M"])

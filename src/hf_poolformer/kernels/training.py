@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .channel_mlp import mlp, mlp_backward
-from .launch import precision
-from .pool_mixer import mix, mix_backward
+from .channel_mlp import mlp_backward, mlp_from_partials
+from .launch import float32, precision
+from .pool_mixer import mix_backward, mix_partially
 from .recordings import Recorded
 from .statistics import sample_statistics
 
@@ -57,7 +57,8 @@ def train(
     statistics: torch.Tensor | None,
 ) -> torch.Tensor:
     """
-    x (B, C, H, W) in channels_last memory through branches "pool_mixer" and "channel_mlp" with norms of samples.
+    x (B, C, H, W) in channels_last memory through branches "pool_mixer" and "channel_mlp", in turns, with norms of
+    samples.
 
     Args:
         stage: whose branches they are.
@@ -112,6 +113,7 @@ def forward(
     """y and, of each branch, three tensors for `backward`, of which mixers have two."""
     x, statistics, *tensors = given
     kept: list[torch.Tensor | None] = []
+    partials: torch.Tensor | None = None  # of which statistics are to be made
     for place, (name, settings) in enumerate(branches):
         size = branches[place].tensors
         *parameters, mask = tensors[:size]
@@ -120,14 +122,16 @@ def forward(
         if statistics is None:
             statistics = sample_statistics(x)
         if name == "pool_mixer":
-            *scales, norm_bias = parameters
-            y, after = mix(x, statistics, *scales, mask, *settings, with_statistics, norm_bias)
+            *scales, _ = parameters  # norm_bias cancels
+            y, partials = mix_partially(x, statistics, *scales, mask, *settings, with_statistics)
             kept += [x, statistics, None]
+            after = None if partials is None else float32(x, x.shape[0], 2)
         else:
-            y, after, preactivation, normed = mlp(
-                x, statistics, *parameters, mask, *settings, dtype, True, with_statistics
+            y, after, preactivation, normed = mlp_from_partials(
+                x, statistics, partials, *parameters, mask, *settings, dtype, True, with_statistics
             )
             kept += [x if normed is None else normed, statistics, preactivation]
+            partials = None
         x, statistics = y, after
     return [x, *kept]
 

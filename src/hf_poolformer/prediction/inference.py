@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
@@ -116,10 +117,13 @@ class Predictor:
         except (RuntimeError, AttributeError, TypeError) as error:
             raise UserError(f"the model cannot be put on {self.device} as {dtype}: {one_line(error)}") from error
         self.preprocessing = Preprocessing(self.processor, self.device, device_preprocessing)
-        self._graphed = graphed(self.model)
+        answers: nn.Module = self.model.base_model if headless else self.model
+        if embeddings and self._labels:
+            answers = _WithFeatures(self.model, self._head).eval()
+        self._graphed = graphed(answers)
         self.embedding_size = self._measure() if embeddings else None
-        answers = self._values or LABEL_COLUMNS if self._labels else ()
-        self.columns = (*answers, *(("embedding",) if embeddings else ()))
+        answered = self._values or LABEL_COLUMNS if self._labels else ()
+        self.columns = (*answered, *(("embedding",) if embeddings else ()))
 
     def preprocess(self, where: str) -> None:
         """Another way for the pixels, of those of `Preprocessing`, and its errors."""
@@ -183,21 +187,14 @@ class Predictor:
         pixel_values = pixel_values.to(
             self.device, self.model.dtype, memory_format=torch.channels_last, non_blocking=True
         )
+        outputs = self._graphed(pixel_values=pixel_values)
         if not self._embeddings:
-            return self._graphed(pixel_values=pixel_values), None
+            return outputs, None
         if self._headless:
-            outputs = self.model.base_model(pixel_values)
             return outputs, outputs.pooler_output.flatten(1)
         if not self._labels:
-            outputs = self.model(pixel_values=pixel_values)
             return outputs, outputs.logits  # of a model without classes, the features
-        taken: list[torch.Tensor] = []
-        handle = self._head.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
-        try:
-            outputs = self.model(pixel_values=pixel_values)
-        finally:
-            handle.remove()
-        return outputs, taken[0].flatten(1)
+        return outputs
 
     def _answer(self, rows: list[dict[str, Any]], logits: torch.Tensor, choices: Sequence[Choice] | None) -> None:
         """Fills in what the model says about the images of these rows."""
@@ -221,6 +218,23 @@ class Predictor:
         with torch.inference_mode():
             _, features = self._forward(pixels)
         return features.shape[1]
+
+
+class _WithFeatures(nn.Module):
+    """A classifier that also returns what its head takes, (B, features)."""
+
+    def __init__(self, model: nn.Module, head: nn.Module):
+        super().__init__()
+        self.model, self.head = model, head
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        taken: list[torch.Tensor] = []
+        handle = self.head.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
+        try:
+            outputs = self.model(pixel_values=pixel_values)
+        finally:
+            handle.remove()
+        return outputs, taken[0].flatten(1)
 
 
 @contextmanager
