@@ -67,7 +67,8 @@ def write_report(base: ClassificationSettings, folder: Path, content: dict[str, 
     from ..training import ablation
 
     lines = ablation.summarise(ablation.all_results(base, folder, content))
-    epochs = f"{base.max_train_steps} steps" if base.max_train_steps else f"{base.num_train_epochs} epochs"
+    number, unit = (base.max_train_steps, "step") if base.max_train_steps else (base.num_train_epochs, "epoch")
+    epochs = f"{number} {unit}" if number == 1 else f"{number} {unit}s"
     data = printable(base.dataset_name or base.train_dir)
     about = f"{data}, recipe {base.recipe}, {epochs}, learning rate {base.learning_rate}"
     ablation.write_table(lines, folder, about)
