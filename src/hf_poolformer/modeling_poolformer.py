@@ -58,8 +58,9 @@ class MetaFormerGroupNorm(nn.GroupNorm):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         # In channels_last, where only the norm's own parameters learn, as behind a frozen body, PyTorch 2.11 writes
         # gradients of its input on the CPU that nobody has asked for, and nobody has memory for.
-        learns_alone = self.weight.requires_grad and torch.is_grad_enabled() and not hidden_states.requires_grad
-        if learns_alone and hidden_states.device.type == "cpu":
+        learns = any(each is not None and each.requires_grad for each in (self.weight, self.bias))
+        frozen = torch.is_grad_enabled() and not hidden_states.requires_grad
+        if learns and frozen and hidden_states.device.type == "cpu":
             # Not contiguous(): an image of one position counts as contiguous, whatever its strides say.
             hidden_states = hidden_states.clone(memory_format=torch.contiguous_format)
         return super().forward(hidden_states)
