@@ -215,6 +215,7 @@ SYNONYMS = ["tench, Tinca tinca", "goldfish, Carassius auratus", "great white sh
         (SYNONYMS * 2, None),
         (["red, round", "red, square", "blue, round", "blue, square"], None),
         (["cat", "dog", "salt, pepper"] * 2, None),
+        (['a"b\rc;d', 'd;"', '";"'], None),
     ],
 )
 def test_several_names_learned_as_one_class_are_told(tmp_path, caplog, cells, told):
@@ -249,6 +250,7 @@ REFUSED = {
     "lists for numbers": (NUMBERS, STORED["lists of names"][0], "--task multi-label-classification would learn tags"),
     "truths for numbers": (NUMBERS, {"label": pa.array([True] * COUNT)}, "--task image-classification"),
     "single names": (MULTI, {"tags": pa.array(["a", "b"] * 12)}, "image-classification; .* --label_separator"),
+    "a line's end between quotes": (MULTI, {"tags": pa.array(['a"b\rc;d', "e;d"] * 12)}, "cannot be told apart"),
     "two separators": (MULTI, {"tags": pa.array(["a|b, c", "d"] * 12)}, r"contain '\|' and ','.*--label_separator"),
     "names with commas": (
         MULTI,

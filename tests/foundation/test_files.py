@@ -20,11 +20,12 @@ def test_weights_may_be_read_by_whom_other_files_may(tmp_path):
     (tmp_path / "file").touch()
     for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
         save_file({"weight": torch.zeros(2)}, tmp_path / name)
-    (tmp_path / "secret.txt").touch(mode=0o600)
+    for name in ("secret.txt", "somebody.safetensors"):
+        (tmp_path / name).touch(mode=0o600)
     let_others_read(tmp_path)
     expected = (tmp_path / "file").stat().st_mode
-    assert {path.stat().st_mode for path in tmp_path.glob("*.safetensors")} == {expected}
-    assert (tmp_path / "secret.txt").stat().st_mode & 0o077 == 0
+    assert {path.stat().st_mode for path in tmp_path.glob("model*.safetensors")} == {expected}
+    assert all((tmp_path / name).stat().st_mode & 0o077 == 0 for name in ("secret.txt", "somebody.safetensors"))
 
 
 @pytest.fixture

@@ -333,7 +333,7 @@ def looks_divided(names: Sequence[str]) -> tuple[str, int] | None:
     """
     for separator in _SEPARATORS:
         divided = [name for name in names if separator in name]
-        parts = {part for name in names for part in _parts(separator, name) or ()}
+        parts = {part.strip() for name in names for part in name.split(separator)}
         if len(divided) > 1 and len(parts) < len(names):
             return separator, len(parts)
     return None

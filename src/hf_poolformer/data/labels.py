@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ..foundation.errors import UserError
+from ..foundation.errors import UserError, one_line
+from ..foundation.names import printable
 from .classes import Classes, class_key, marks_nothing
 from .decoding import BrokenImage
 
@@ -122,7 +123,10 @@ class Texts(Several):
         if not self.separator:
             return _keys(_listed(text))
         if '"' in text and len(self.separator) == 1:
-            return _keys(next(csv.reader([text], delimiter=self.separator, skipinitialspace=True)))
+            try:
+                return _keys(next(csv.reader([text], delimiter=self.separator, skipinitialspace=True)))
+            except csv.Error as error:
+                raise UserError(f"the classes {printable(text)!r} cannot be told apart: {one_line(error)}") from error
         torn = next((name for name in self.whole if name in text), None)
         if torn is not None:
             raise UserError(

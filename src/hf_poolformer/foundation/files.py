@@ -46,21 +46,21 @@ def umask() -> int:
 
 
 def let_others_read(path: Path) -> None:
-    """Gives a file, or the safetensors files of a folder, the permissions of any other new file.
+    """Gives a file, or the weights of the model in a folder, the permissions of any other new file.
 
     safetensors 0.8 leaves what it writes to the owner alone: nobody else could load a model, such as a server in a
     container.
     """
-    for file in path.glob("*.safetensors") if path.is_dir() else (path,):
+    for file in path.glob("model*.safetensors") if path.is_dir() else (path,):
         with contextlib.suppress(OSError):  # a disk that knows no permissions
             file.chmod(0o666 & ~umask())
 
 
 def why_unreadable(folder: Path) -> str | None:
-    """What in a folder this user may not read, in words."""
+    """Which file of a model in a folder this user may not read, in words."""
     try:
         for path in sorted(folder.iterdir()):
-            if path.is_file():
+            if path.suffix in (".json", ".safetensors", ".bin", ".py") and path.is_file():
                 path.open("rb").close()
     except PermissionError as error:
         return f"no permission to read {error.filename}"
