@@ -11,6 +11,7 @@ from hf_poolformer.data.datasets import open_datasets
 from hf_poolformer.evaluation.settings import EvaluationSettings, parse_evaluation
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.foundation.settings import in_groups
+from hf_poolformer.reports.comparison_settings import parse_comparison
 from hf_poolformer.settings.classification import RECIPES, ClassificationSettings
 from hf_poolformer.settings.command_line import parse
 from hf_poolformer.settings.training import TrainingSettings, all_settings
@@ -157,3 +158,34 @@ def test_evaluation_settings():
         parse_evaluation(["checkpoint"])
     with pytest.raises(UserError, match="MODEL"):
         parse_evaluation(["--dataset_name", "data"])
+
+
+def test_a_dataset_needs_no_flag_where_it_follows_the_models():
+    settings = parse_evaluation(["checkpoint", "data", "--split", "test"])
+    assert (settings.model, settings.dataset_name, settings.split) == ("checkpoint", "data", "test")
+    settings = parse_comparison(["--split", "test", "one", "other", "data"])
+    assert (settings.a, settings.b, settings.dataset_name) == ("one", "other", "data")
+    assert parse_comparison(["one", "other", "--dataset_name", "data"]).dataset_name == "data"
+    with pytest.raises(UserError, match="two datasets are named: data and, by --dataset_name, more"):
+        parse_evaluation(["checkpoint", "data", "--dataset_name", "more"])
+    with pytest.raises(UserError, match="either --dataset_name or --validation_dir"):
+        parse_evaluation(["checkpoint", "data", "--validation_dir", "images"])
+    with pytest.raises(UserError, match="what is 'more' for"):
+        parse_evaluation(["checkpoint", "data", "more"])
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "here"),
+    [
+        ("dataloader_num_workers", "num_workers"),
+        ("torch_compile", "dynamo_backend"),
+        ("eval_strategy", "eval_epochs"),
+        ("sched", "lr_scheduler_type"),
+        ("reprob", "random_erasing"),
+        ("warmup_ratio", "num_warmup_epochs"),
+        ("freeze", "freeze_backbone"),
+    ],
+)
+def test_names_of_other_tools_lead_to_ours(elsewhere, here):
+    with pytest.raises(UserError, match=f"unknown flag: --{elsewhere}; did you mean --{here}"):
+        parse([*REQUIRED, f"--{elsewhere}", "1"])

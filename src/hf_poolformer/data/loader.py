@@ -16,6 +16,7 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from ..foundation.errors import UserError, one_line
+from ..foundation.machine import cores
 from ..foundation.workers import prepare_worker
 from .columns import ImageDataset, columns_needed, field_of
 from .decoding import BrokenImage, decode_image, describe_source
@@ -691,9 +692,8 @@ def data_workers(wanted: int | None, accelerator: Accelerator) -> int:
     """Data workers of one process: as wanted, else its part of the machine's cores, which the CPU shares with us."""
     if wanted is not None:
         return wanted
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 1 if accelerator.device.type == "cpu" else min(max(cores // local - 1, 1), 16)
+    return 1 if accelerator.device.type == "cpu" else min(max(cores() // local - 1, 1), 16)
 
 
 def skip_limit(value: float) -> float | int:

@@ -96,10 +96,12 @@ def parse_evaluation(argv: Sequence[str] | None = None, prog: str | None = None)
     """Settings of `hf-poolformer evaluate` from the command line."""
     parser = SettingsParser(
         EvaluationSettings,
+        positional="MODEL [DATASET]",
         prog=prog,
         description="Evaluates a classifier, regressor, segmenter or detector on a labelled dataset.",
     )
     parser.add_argument("model", metavar="MODEL", help="Checkpoint: a Hub id or a folder.")
+    parser.take_dataset()
     told = parser.parse(argv)
     model = told.pop("model")
     settings = EvaluationSettings(**told)

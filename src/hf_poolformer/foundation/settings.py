@@ -231,14 +231,18 @@ class SettingsFormatter(argparse.HelpFormatter):
 
 
 class SettingsParser(HfArgumentParser, QuietParser):
-    """HfArgumentParser that shows its help in groups and reports mistakes as UserError."""
+    """HfArgumentParser that shows its help in groups and reports mistakes as UserError.
 
-    def __init__(self, settings: type, **kwargs: Any) -> None:
+    Args:
+        positional: how the help names what has no flag, in order; `add_argument` is still to say what it is.
+    """
+
+    def __init__(self, settings: type, *, positional: str = "", **kwargs: Any) -> None:
         super().__init__(
             in_groups(settings),
             formatter_class=SettingsFormatter,
             allow_abbrev=False,
-            usage="%(prog)s [FLAGS]",
+            usage=" ".join(["%(prog)s", *positional.split(), "[FLAGS]"]),
             **kwargs,
         )
         self.settings = settings
@@ -246,6 +250,10 @@ class SettingsParser(HfArgumentParser, QuietParser):
     def set_choices(self, name: str, choices: Sequence[str]) -> None:
         """Of a setting whose values stand in a table, and not in its type."""
         self._option_string_actions[f"--{name}"].choices = choices
+
+    def take_dataset(self) -> None:
+        """`--dataset_name` may also be given behind the other positional arguments, without its flag."""
+        self.add_argument("dataset", metavar="DATASET", nargs="?", help="The same as --dataset_name.")
 
     def names_in(self, argv: Sequence[str]) -> set[str]:
         return {text[2:].split("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
@@ -265,4 +273,8 @@ class SettingsParser(HfArgumentParser, QuietParser):
         check_names([flag[2:].replace("-", "_") for flag in flags], sorted(known), "flag", "--")
         if unknown:
             raise UserError(f"what is {' '.join(unknown)!r} for? Values follow a flag: --name value.")
-        return {name: value for part in parts for name, value in vars(part).items()}
+        told = {name: value for part in parts for name, value in vars(part).items()}
+        dataset = told.pop("dataset", None) if "dataset_name" in told else None
+        if None not in (dataset, told.get("dataset_name")):
+            raise UserError(f"two datasets are named: {dataset} and, by --dataset_name, {told['dataset_name']}.")
+        return told if dataset is None else {**told, "dataset_name": dataset}

@@ -125,6 +125,7 @@ def parse_comparison(argv: Sequence[str] | None = None, prog: str | None = None)
     """Settings of `hf-poolformer compare` from the command line."""
     parser = SettingsParser(
         ComparisonSettings,
+        positional="A B [DATASET]",
         prog=prog,
         description="Compares two image classifiers or regressors on the same images: which is better, on which "
         "images, and whether that may be chance. A and B are each a folder or Hub id of a model, a folder that export "
@@ -132,6 +133,7 @@ def parse_comparison(argv: Sequence[str] | None = None, prog: str | None = None)
     )
     parser.add_argument("a", metavar="A", help="The model that was there before, say.")
     parser.add_argument("b", metavar="B", help="The one that may take its place.")
+    parser.take_dataset()
     told = parser.parse(argv)
     names = told.pop("a"), told.pop("b")
     settings = ComparisonSettings(**told)

@@ -123,6 +123,7 @@ def parse_inspection(argv: Sequence[str] | None = None, prog: str | None = None)
     """Settings of `hf-poolformer inspect` from the command line."""
     parser = SettingsParser(
         InspectionSettings,
+        positional="DATASET",
         prog=prog,
         description="Looks at a dataset before anything is trained on it: classes, sizes, broken images, duplicates, "
         "leaks between splits, what augmentation makes of it; and suggests flags for train.",
