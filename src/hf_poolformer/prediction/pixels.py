@@ -147,8 +147,9 @@ class Preprocessing:
 
     def _decoded(self, batch: dict[str, Any]) -> Groups:
         """The processor's answers for the JPEGs, by the size that they are stored in."""
-        from ..training.device_pipeline import MAX_DECODED_PIXELS, portions
+        from ..training.device_pipeline import MAX_DECODED_PIXELS
         from ..training.jpeg_decoders import decode_upright
+        from ..training.resampling import portions
 
         jpegs: list[Jpeg] = batch["jpegs"]
         encoded = batch["encoded"].split([jpeg.bytes for jpeg in jpegs])
