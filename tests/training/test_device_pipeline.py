@@ -219,6 +219,31 @@ def test_crops_take_bounded_memory(processor, monkeypatch):
     assert launches.largest <= limit * 3 * 4
 
 
+def test_jpegs_of_a_whole_batch_as_a_device_crops_them(processor, monkeypatch):
+    """The workers' examples up to a level of 255, each in its place, with what came as a crop and what is broken."""
+    sources = []
+    for index in range(44):
+        exif = Image.Exif()
+        exif[0x0112] = index % 8 + 1
+        sources.append(encode(photograph(60 + index, 120 - index, index), exif=exif))
+    broken = bytearray(sources[7])
+    table = broken.index(b"\xff\xc4")  # a Huffman table; header and end are fine
+    broken[table + 5 : table + 21] = b"\xff" * 16
+    sources[7], sources[20] = bytes(broken), encode(photograph(70, 80), "PNG")
+    given = settings(reduced_decoding=False, rand_augment_magnitude=0.0, random_erasing=0.5)
+    transform, ways = EncodedTransform(given, processor), ("resize_together", "resize_few", "resize_floats")
+    results = []
+    for way in ways:
+        monkeypatch.setattr(TrainTransform, "resize_together", getattr(TrainTransform, way))
+        results.append(DevicePipeline(transform, CPU, DECODE)(batch_of(transform, sources)))
+        assert results[-1]["labels"].tolist() == [*range(7), *range(8, 44)] and len(results[-1]["skipped"]) == 1
+    by_worker, one_by_one, together = (result["pixel_values"] for result in results)
+    level = 255 * torch.tensor(processor.image_std)[:, None, None]
+    # Floats are rounded once, 8 bits after either axis.
+    assert ((together - by_worker).abs() * level).max() < 1.01
+    assert ((together - one_by_one).abs() * level).mean() < 1e-3
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_upright(orientation):
     exif = Image.Exif()

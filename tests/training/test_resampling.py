@@ -123,6 +123,21 @@ def test_launches_do_not_grow_with_the_batch():
     assert counts[0] == counts[1] == counts[2] <= 61
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("bicubic", [True, False, None], ids=["bicubic", "bilinear", "both"])
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_a_gpu_gives_the_cpus_pixels(bicubic, stepwise):
+    """More images than one launch copies, with the arithmetic of another processor: sums that are half way."""
+    images, filters = mixed(bicubic)
+    images, filters = images * 20, filters * 20
+    parts = [Part(*box, (64, 48), bicubic=filter) for (_, box), filter in zip(SHAPES * 20, filters, strict=True)]
+    expected = resize_parts(images, parts, 64, 48, stepwise)
+    result = resize_parts([image.cuda() for image in images], parts, 64, 48, stepwise)
+    assert result.is_cuda and result.is_contiguous(memory_format=torch.channels_last)
+    difference = (result.cpu().int() - expected).abs()
+    assert difference.max() <= 1 and difference.float().mean() < 0.01
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (20, 900), (900, 20), (700, 600), (40, 30)])
 def test_nothing_is_larger_than_a_table(shape):
     """12 bytes for each pixel that a part is said to have, whether it grows or shrinks, along both axes or one."""
