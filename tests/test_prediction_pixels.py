@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_poolformer import PoolFormerImageProcessor, PoolFormerImageProcessorPil
+from hf_poolformer.data.decoding import decode_image
 from hf_poolformer.foundation.errors import UserError
 from hf_poolformer.prediction.pixels import Preprocessing, decode
-from hf_poolformer.training import jpeg_decoders
+from hf_poolformer.training import jpeg_decoders, resampling
 
 
 CPU = torch.device("cpu")
@@ -91,6 +93,87 @@ def test_jpegs_are_left_to_the_device(monkeypatch):
         assert levels.max() <= 2.01
     # By the CPU: what was read and is no plain JPEG, and the one that the device refuses.
     assert preprocessing.decoded == 2 and preprocessing.held_back == len(wanted) - 2
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be kernels on a device: all but views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view and "view" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def on_a_device(monkeypatch):
+    """A CPU that decodes and resizes as a GPU would."""
+    monkeypatch.setattr("hf_poolformer.prediction.pixels._decoder", lambda *_: "torchvision")
+    monkeypatch.setattr("hf_poolformer.prediction.pixels._resizes_floats", lambda _: True)
+
+
+SMALL = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "together"),
+    [
+        ({}, True),
+        ({"resample": 2}, True),
+        ({"crop_pct": 0.9, "do_normalize": False}, True),
+        ({"size": {"height": 24, "width": 40}, "do_center_crop": False}, True),
+        ({"do_resize": False}, True),
+        ({"crop_size": {"height": 40, "width": 32}}, False),  # padded
+        ({"resample": 1}, False),
+        ({"do_rescale": False, "do_normalize": False}, False),
+    ],
+)
+def test_images_of_many_sizes_are_resized_together(on_a_device, monkeypatch, changes, together):
+    """By the processor's rules, up to a rounding: a level of 255."""
+    processor = PoolFormerImageProcessor(**{**SMALL, **changes})
+    sizes = [(60, 44), (44, 60), (33, 90), (47, 32), (61, 75), (60, 44), (32, 32), (300, 200)]
+    items = [(f"{seed}", encode(seed, size=size, quality=95)) for seed, size in enumerate(sizes)]
+    items.insert(3, ("broken", b"junk"))
+    preprocessing = Preprocessing(processor, CPU, "decode")
+    asked = []
+    by_size = preprocessing._by_size
+    monkeypatch.setattr(
+        preprocessing, "_by_size", lambda images, errors: asked.append(len(images)) or by_size(images, errors)
+    )
+    loaded = preprocessing.load(items)
+    found = by_index(preprocessing.finish(loaded))
+    assert asked == [0 if together else 8] and preprocessing.decoded == 8
+    monkeypatch.setattr("hf_poolformer.prediction.pixels._resizes_floats", lambda _: False)
+    expected = by_index(preprocessing.finish(preprocessing.load(items)))
+    assert found.keys() == expected.keys() == {*range(9)} - {3}
+    assert [bool(error) for error in loaded["errors"]] == [index == 3 for index in range(9)]
+    for index, wanted in expected.items():
+        assert found[index].dtype == wanted.dtype and found[index].shape == wanted.shape
+        scale = torch.tensor(processor.image_std)[:, None, None] if processor.do_normalize else 1
+        levels = (found[index].float() - wanted).abs() * scale * 255
+        assert levels.max() <= 1.01 and levels.mean() < 0.05
+
+
+def test_launches_do_not_grow_with_the_sizes(on_a_device, monkeypatch):
+    """What does not fit into the limit is done in pieces."""
+    processor = PoolFormerImageProcessor(**SMALL)
+    items = [(f"{index}", encode(index, size=(40 + index, 90 - index))) for index in range(40)]
+    images = [torch.from_numpy(np.array(decode_image(data))).permute(2, 0, 1).contiguous() for _, data in items]
+    monkeypatch.setitem(jpeg_decoders.DECODERS, "torchvision", lambda encoded, *_: images[: len(encoded)])
+
+    def launches(number):
+        preprocessing = Preprocessing(processor, CPU, "decode")
+        loaded = preprocessing.load(items[:number])
+        with Launches() as launched:
+            found = preprocessing.finish(loaded)
+        return launched.count, by_index(found)
+
+    counts, results = zip(*map(launches, (8, 40)), strict=True)
+    assert counts[0] == counts[1] <= 75
+    monkeypatch.setattr(resampling, "MAX_PIXELS", 1 << 16)
+    count, pieces = launches(40)
+    assert count > counts[1]
+    torch.testing.assert_close(pieces, results[1])
 
 
 @pytest.mark.gpu

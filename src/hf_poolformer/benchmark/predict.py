@@ -22,6 +22,7 @@ from ..foundation.machine import cores
 from ..foundation.timing import Deadline, synchronize
 from ..prediction import Predictor, predict
 from ..prediction.inference import make_loader
+from ..prediction.ways import choose_way
 from .case import DTYPES, Case
 from .loop import DIFFERENT_PHOTOGRAPHS, PHOTOGRAPH
 
@@ -43,12 +44,18 @@ class PredictReport:
         rates: of READING, MODEL, WHOLE and PIPELINE.
         rounds: the same, of each round.
         images: how many each round predicted, what was left out of its timing included.
+        device_preprocessing: as asked for.
+        chosen: the way that was measured: "no" or "decode".
+        choice: what `auto` has to say of it.
         bottleneck: "reading", "model", "reading and model" where they share cores, or "hand-over".
     """
 
     case: Case
     workers: int
     images: int = 0
+    device_preprocessing: str = "no"
+    chosen: str = "no"
+    choice: str = ""
     rates: dict[str, float] = field(default_factory=dict)
     rounds: dict[str, list[float]] = field(default_factory=dict)
     bottleneck: str = ""
@@ -69,6 +76,7 @@ def measure_predict(
         case: mode "infer".
         deadline: no further round is begun when it would end after that; the first always is.
         workers: processes that decode, also of the pipeline; None as predict chooses.
+        device_preprocessing: as of predict; "auto" chooses once, before the rounds.
         batches: that are timed in each round, between those that fill the buffers and those that empty them.
 
     Raises:
@@ -76,17 +84,23 @@ def measure_predict(
     """
     workers = min(16, max(1, cores() - 1)) if workers is None else workers
     ahead = 2 * workers + 1  # what a DataLoader reads ahead, and the batch in hand
-    report = PredictReport(case, workers, (2 * ahead + batches) * case.batch_size)
+    report = PredictReport(case, workers, (2 * ahead + batches) * case.batch_size, device_preprocessing)
     device = torch.device(case.device)
     with tempfile.TemporaryDirectory(prefix="hf-poolformer-predict-") as name:
         folder = Path(name)
         files = write_files(folder / "photographs", report.images)
         save_model(case, folder / "model")
-        how = {"device": device, "dtype": case.dtype, "device_preprocessing": device_preprocessing}
+        how = {"device": device, "dtype": case.dtype}
         predictor = Predictor(str(folder / "model"), **how)
+        items = [(str(file), file) for file in files]
+        if device_preprocessing == "auto":
+            found = choose_way(predictor, items, len(items), case.batch_size, workers)
+            report.chosen, report.choice = found
+        else:
+            report.chosen = device_preprocessing
+        predictor.preprocess(report.chosen)
         peer = pipeline("image-classification", str(folder / "model"), device=device, dtype=DTYPES[case.dtype])
         compare_labels(predictor, peer, files[:COMPARED], AGREEING[case.dtype])
-        items = [(str(file), file) for file in files]
 
         def reading() -> list[float]:
             parts = ((items[start : start + case.batch_size], None) for start in range(0, len(items), case.batch_size))
@@ -111,6 +125,7 @@ def measure_predict(
                 [folder / "photographs"],
                 folder / "table.parquet",
                 batch_size=case.batch_size,
+                device_preprocessing=report.chosen,
                 num_workers=workers,
                 overwrite=True,
                 progress=False,

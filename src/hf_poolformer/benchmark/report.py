@@ -350,10 +350,13 @@ def loop_table(loop: LoopReport) -> str:
 def predict_table(found: PredictReport) -> str:
     """Rates of the parts, the whole and the pipeline, and the sentence that names the bottleneck."""
     rows = [(name, f"{rate:.1f}", f"{rate / found.rates[PIPELINE]:.2f}") for name, rate in found.rates.items()]
+    way = "auto, which chose " * (found.device_preprocessing == "auto") + found.chosen
     return (
-        f"**predict, {found.case.title}, {found.workers} workers, {found.images} JPEG files**\n\n"
+        f"**predict, {found.case.title}, {found.workers} workers, {found.images} JPEG files, "
+        f"--device_preprocessing {way}**\n\n"
         + table(("", "images/s", "x pipeline"), rows)
         + f"\n\nMedians of {len(found.rounds[PIPELINE])} rounds. Bottleneck: {found.bottleneck}; {found.explanation}"
+        + (f"\n\n{found.choice}" if found.choice else "")
     )
 
 

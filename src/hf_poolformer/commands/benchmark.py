@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..foundation.errors import UserError
-from . import CommandParser, command
+from . import CommandParser, command, predict
 
 
 COMMANDS = {
@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         )
     if command == "predict":
         add("--num_workers", type=int, help="processes that decode; default: as predict chooses")
-        add("--device_preprocessing", choices=["no", "decode"], default="no", help="as of predict")
+        add("--device_preprocessing", **predict.DEVICE_PREPROCESSING)
     if command == "growth":
         add("--mode", choices=["infer", "train"], default="infer", help="default: infer")
     if command == "tune":

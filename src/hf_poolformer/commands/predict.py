@@ -16,12 +16,19 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..foundation.strict_json import to_json
 from . import CommandParser, add_model_arguments, command, quieten
 
 
 PART_SIZE = 10_000  # that of prediction.run, whose import takes seconds
+# Of an argument that `benchmark predict` has as well.
+DEVICE_PREPROCESSING: dict[str, Any] = {
+    "choices": ["auto", "no", "decode"],
+    "default": "no",
+    "help": "decode: a CUDA GPU decodes and resizes the JPEGs, too; auto: if that is faster (default: %(default)s)",
+}
 
 
 def parser(prog: str | None = None) -> CommandParser:
@@ -36,12 +43,7 @@ def parser(prog: str | None = None) -> CommandParser:
     add("--embeddings", action="store_true", help="also write the features that the head classifies")
     add("--part_size", type=int, default=PART_SIZE, help="rows of a part in a folder (default: %(default)s)")
     add("--num_workers", type=int, help="processes that decode (default: by cores)")
-    add(
-        "--device_preprocessing",
-        choices=["auto", "no", "decode"],
-        default="no",
-        help="decode: a CUDA GPU decodes and resizes the JPEGs, too; auto: if that is faster (default: %(default)s)",
-    )
+    add("--device_preprocessing", **DEVICE_PREPROCESSING)
     add("--dataset_name", help="Hub dataset to predict")
     add("--dataset_config_name", help="its configuration")
     add("--split", help="its split")

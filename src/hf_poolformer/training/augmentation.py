@@ -11,7 +11,7 @@ import copy
 import functools
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,12 +37,15 @@ from .operations import (
     chance,
     upload,
 )
+from .resampling import MAX_PIXELS, Part, portions, resize_parts
 
 
 # A crop decoded at a reduced size stays this many times finer than the example made of it. On photographs the example
 # then differs from the exact one by 0.8 (half size) to 1.5 (an eighth) of 255 levels in the mean, which is less than
 # bilinear and bicubic interpolation, drawn at random, differ from each other (1.5 to 2.2).
 OVERSAMPLING = 1.5
+# Fewer crops than that take fewer launches one by one than together.
+FEW = 32
 # Where PyTorch resizes 8 bits as such, in all modes; elsewhere torchvision takes a detour by floats.
 FAST_RESIZING = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 # Numbers in the table from which random erasing takes its noise, a power of two: 4 MB. A slice of it costs a tenth of
@@ -100,6 +103,14 @@ class ExampleHeader:
     height: int = 0
     width: int = 0
     name: str | None = None
+
+
+def part_of(image: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """What was drawn of an image (3, H, W); all of it where nothing was."""
+    if draws.crop is None:
+        return image
+    top, left, height, width = draws.crop
+    return image[:, top : top + height, left : left + width]
 
 
 def draw_crop(height: int, width: int, min_scale: float) -> Box:
@@ -324,17 +335,43 @@ class TrainTransform:
         resized = self.resample(pixels, draws)
         return resized if resized.dtype == torch.uint8 else resized.clamp_(0, 255)
 
-    def resize_together(self, crops: Sequence[torch.Tensor], draws: Sequence[Draws]) -> torch.Tensor:
-        """The same for many crops, uint8 (3, H, W) of any sizes, with as few launches as can be on a device that
-        resizes floats, two for each: uint8 (B, 3, height, width)."""
-        pairs = zip(crops, draws, strict=True)
-        if crops[0].device.type == "cpu":
-            return torch.stack([self.resize(*pair) for pair in pairs])
-        return self.resize_floats(pairs)
+    def resize_together(self, images: Sequence[torch.Tensor], draws: Sequence[Draws]) -> torch.Tensor:
+        """The crops of many images, uint8 (3, H, W) of any sizes, resized: uint8 (B, 3, height, width).
 
-    def resize_floats(self, pairs: Iterable[tuple[torch.Tensor, Draws]]) -> torch.Tensor:
-        resized = torch.stack([self.resample(crop.float(), one) for crop, one in pairs])
+        On a device that takes floats, in no more launches for many images than for a few, as long as they fit into
+        `MAX_PIXELS`.
+        """
+        if images[0].device.type == "cpu":
+            return torch.stack([self.resize(part_of(*pair), pair[1]) for pair in zip(images, draws, strict=True)])
+        return self.resize_floats(images, draws)
+
+    def resize_floats(self, images: Sequence[torch.Tensor], draws: Sequence[Draws]) -> torch.Tensor:
+        parts = [self.part(*image.shape[1:], one) for image, one in zip(images, draws, strict=True)]
+        results = []
+        for start, end in portions([part.pixels(self.height, self.width) for part in parts], MAX_PIXELS):
+            these = slice(start, end)
+            if end - start < FEW:
+                results.append(self.resize_few(images[these], draws[these]))
+            else:
+                results.append(resize_parts(images[these], parts[these], self.height, self.width))
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def resize_few(self, images: Sequence[torch.Tensor], draws: Sequence[Draws]) -> torch.Tensor:
+        """In two launches for each, or four where no crop was drawn, with the floats of one crop at a time."""
+        pairs = zip(images, draws, strict=True)
+        resized = torch.stack([self.resample(part_of(image, one).float(), one) for image, one in pairs])
         return resized.clamp_(0, 255).round_().to(torch.uint8)
+
+    def part(self, height: int, width: int, draws: Draws) -> Part:
+        """What `resample` makes of an image of this size."""
+        size = self.height, self.width
+        if draws.crop is not None:
+            return Part(*draws.crop, size, bicubic=draws.bicubic)
+        short = max(size)
+        long = int(short * max(height, width) / min(height, width))
+        resized = (short, long) if height <= width else (long, short)
+        start = tuple(round((whole - side) / 2) for whole, side in zip(resized, size, strict=True))
+        return Part(0, 0, height, width, resized, start, draws.bicubic)
 
     def resample(self, pixels: torch.Tensor, draws: Draws) -> torch.Tensor:
         """As `resize`; floats may overshoot."""

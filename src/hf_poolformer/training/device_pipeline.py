@@ -29,8 +29,9 @@ from ..data.decoding import BrokenImage, EncodedImage
 from ..data.loader import DecodedBatches
 from ..data.transforms import channels_of
 from ..settings.classification import ClassificationSettings
-from .augmentation import Draws, ExampleHeader, TrainTransform
+from .augmentation import ExampleHeader, TrainTransform
 from .jpeg_decoders import decode_upright
+from .resampling import portions
 
 
 logger = logging.getLogger(__name__)
@@ -320,28 +321,8 @@ class DevicePipeline:
             self.decoded_by_cpu += by_cpu
             read = [index for index, image in enumerate(images) if not isinstance(image, BrokenImage)]
             if read:
-                crops = [part_of(images[index], part[index].draws) for index in read]
-                crops = self.transform.resize_together(crops, [part[index].draws for index in read])
+                draws = [part[index].draws for index in read]
+                crops = self.transform.resize_together([images[index] for index in read], draws)
                 for index, crop in zip(read, crops, strict=True):
                     images[index] = crop
             yield from images
-
-
-def part_of(image: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """What was drawn of an image (3, H, W); all of it where nothing was."""
-    if draws.crop is None:
-        return image
-    top, left, height, width = draws.crop
-    return image[:, top : top + height, left : left + width]
-
-
-def portions(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges that add up to at most `limit`, or consist of one element."""
-    start = total = 0
-    for index, size in enumerate(sizes):
-        if index > start and total + size > limit:
-            yield start, index
-            start, total = index, 0
-        total += size
-    if sizes:
-        yield start, len(sizes)
