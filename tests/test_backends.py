@@ -283,14 +283,14 @@ def images(pixels, dtype=torch.bfloat16, count=1):
     return torch.zeros(1, 3, 1, 1, dtype=dtype).expand(count, 3, 1, pixels)
 
 
-MANY = images(backends.FEWEST_PIXELS, count=backends.FEWEST_TRAINED_IMAGES)
+MANY = images(backends.FEWEST_PIXELS, count=backends.FEWEST_IMAGES)
 
 
 def test_on_a_gpu_auto_takes_what_was_fastest(gpu):
     decision = backends.decide(MANY)
     assert (decision.backend, decision.channels_last, decision.forced) == ("triton", True, False)
     # A block that is computed again for its gradients sees smaller maps of as many images.
-    assert backends.decide(images(9, count=backends.FEWEST_TRAINED_IMAGES)).backend == "triton"
+    assert backends.decide(images(9, count=backends.FEWEST_IMAGES)).backend == "triton"
     assert "training on 95 images" in backends.why_not_fastest(images(10**6, count=95))
     assert backends.decide(images(10**6, count=95)).backend == "reference"
     with torch.no_grad():

@@ -76,13 +76,14 @@ class Decision(NamedTuple):
 DECISION: ContextVar[Decision | None] = ContextVar("decision", default=None)
 
 
-def decide(x: torch.Tensor, preferred: str | None = None, pools: bool = False) -> Decision:
+def decide(x: torch.Tensor, preferred: str | None = None, pools: bool = False, whole: bool = False) -> Decision:
     """
     Who computes blocks for x (B, C, H, W), the input of a model or of one of its blocks.
 
     Args:
         preferred: one of `BACKENDS`, which counts where HF_POOLFORMER_KERNELS says nothing.
         pools: whether this is for a whole model whose mixers are all pooling, with norms of samples.
+        whole: whether this is for a whole stage, which is one operation of a graph.
 
     Raises:
         RuntimeError: kernels are asked for that cannot compute this.
@@ -94,7 +95,7 @@ def decide(x: torch.Tensor, preferred: str | None = None, pools: bool = False) -
     if wanted == "reference" or _is_watched():
         return Decision("reference")
     if wanted == "auto" and _is_on_gpu(x):
-        fastest = not _is_transformed() and why_not_fastest(x, pools) is None
+        fastest = not _is_transformed() and why_not_fastest(x, pools, whole) is None
         return Decision("triton" if fastest else "reference", channels_last=fastest, circumstances=_circumstances())
     if wanted == "auto":
         usable = x.device.type == "cpu" and not _is_transformed() and why_not_cpu(x) is None
@@ -327,13 +328,13 @@ def _is_on_gpu(x: torch.Tensor) -> bool:
 # measured yet.
 FEWEST_PIXELS = 95 * 224**2
 # In training the CPU takes 15.6 ms, and up to 22 on a busy one, a plain step 0.21 ms per image on an H200. Counted in
-# images, of any size: a block that checkpointing computes again knows of no other number.
-FEWEST_TRAINED_IMAGES = 96
+# images, of any size: a block that checkpointing computes again knows of no other number, nor does a stage of a graph.
+FEWEST_IMAGES = 96
 
 
-def why_not_fastest(x: torch.Tensor, pools: bool = False) -> str | None:
+def why_not_fastest(x: torch.Tensor, pools: bool = False, whole: bool = False) -> str | None:
     """Why auto leaves the blocks of a model with the input x (B, C, H, W) on a GPU to plain PyTorch; None if Triton is
-    to compute them. `pools` as in `decide`."""
+    to compute them. `pools` and `whole` as in `decide`."""
     reason = why_not_triton(x)
     if reason is not None:
         return reason
@@ -344,9 +345,12 @@ def why_not_fastest(x: torch.Tensor, pools: bool = False) -> str | None:
     if _product_dtype(x) == torch.float32:
         return "in float32 PyTorch's convolutions may use TF32, the kernels do not"
     if torch.compiler.is_compiling():
-        return "compiled plain PyTorch was measured to be faster than compiled kernels"
+        # Kernels without compilation were 1.8 times as fast as that on 256 images, and a stage launches the same.
+        if torch.is_grad_enabled() or not whole:
+            return "compiled plain PyTorch was measured to be faster than a graph of operations for each branch"
+        return "launching kernels takes longer than computing few images" if x.shape[0] < FEWEST_IMAGES else None
     if torch.is_grad_enabled():
-        few = x.shape[0] < FEWEST_TRAINED_IMAGES
+        few = x.shape[0] < FEWEST_IMAGES
         return f"launching kernels takes longer than training on {x.shape[0]} images" if few else None
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
     if pixels < FEWEST_PIXELS and not (pools or _is_for_graph()):
@@ -373,6 +377,7 @@ def _triton_kernels() -> ModuleType | str:
         import hf_poolformer.kernels.patch_embedding
         import hf_poolformer.kernels.pool_mixer
         import hf_poolformer.kernels.separable_conv
+        import hf_poolformer.kernels.stages
         import hf_poolformer.kernels.statistics
         import hf_poolformer.kernels.token_norm
         import hf_poolformer.kernels.training
@@ -388,6 +393,7 @@ TRITON_MODULES = (
     "patch_embedding",
     "pool_mixer",
     "separable_conv",
+    "stages",
     "statistics",
     "token_norm",
     "training",
@@ -725,13 +731,39 @@ def fused_stage(stage: nn.ModuleList, x: torch.Tensor) -> torch.Tensor | None:
 
     None where plain PyTorch is to compute, or blocks are to be called one by one.
     """
-    decision = None if torch.compiler.is_compiling() else DECISION.get()
+    if torch.compiler.is_compiling():
+        return _stage_of_graph(stage, x)
+    decision = DECISION.get()
     if decision is None or decision.backend == "reference" or not _holds(decision):
         return None
     if torch.is_grad_enabled():
         return _trained_stage(stage, x, decision) if decision.backend == "triton" else None
     branches = _known(_find_branches, stage, x, decision)
     return infer_branches(stage, x, branches, decision.backend, entering_statistics(x)) if branches else None
+
+
+def _stage_of_graph(stage: nn.ModuleList, x: torch.Tensor) -> torch.Tensor | None:
+    """The same in a graph, on a GPU and without gradients: the stage is one operation."""
+    if torch.is_grad_enabled() or len(stage) == 0 or formula(stage[0]) != "block":
+        return None
+    decision = decide(x, stage[0].config.kernels, whole=True)
+    branches = _find_branches(stage, x, decision) if decision.backend == "triton" else None
+    if branches is None:
+        return None
+    x, dtype = _autocast(x)
+    tensors = [value for _, arguments in branches for value in arguments.values() if isinstance(value, torch.Tensor)]
+    text = ", ".join([f"('{name}', {_literal(arguments)})" for name, arguments in branches])
+    run = getattr(torch.ops, _namespace("triton")).infer_stage
+    return run(x.contiguous(memory_format=torch.channels_last), tensors, f"[{text}]", dtype)
+
+
+def _literal(arguments: dict[str, Any]) -> str:
+    """Arguments as kernels/stages.py reads them in a graph. Written for torch.compile, which knows no `repr`."""
+    items = []
+    for name, value in arguments.items():
+        text = "..." if isinstance(value, torch.Tensor) else f"'{value}'" if isinstance(value, str) else f"{value}"
+        items.append(f"'{name}': {text}")
+    return "{" + ", ".join(items) + "}"
 
 
 def _trained_stage(stage: nn.ModuleList, x: torch.Tensor, decision: Decision) -> torch.Tensor | None:
@@ -1019,7 +1051,9 @@ def separable_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -
 def attention_arguments(block: nn.Module, x: torch.Tensor, decision: Decision) -> dict[str, Any] | None:
     """The same of attention, for the first branch, of inference; on a GPU with a norm over channels."""
     mixer, norm = block.token_mixer, block.before_norm
-    if formula(mixer) != "attention" or not mixer.is_sdpa or not (infers(decision) or _computes_token_norm(decision)):
+    if formula(mixer) != "attention" or not mixer.is_sdpa or _is_transformed():
+        return None
+    if not (infers(decision) or decision.backend == "triton"):
         return None
     qkv, proj = mixer.qkv, mixer.proj
     if not (is_plain(qkv, nn.Linear) and is_plain(proj, nn.Linear)):
