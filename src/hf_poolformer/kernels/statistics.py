@@ -45,12 +45,11 @@ def standardised(value, inside, eps, C: tl.constexpr):
 
 
 @triton.jit
-def store_row_moments(values, inside, row_inside, partials, plane, index):
-    """Row moments of a float32 tile into partials, three planes of `plane` entries, at `index` of each row."""
-    count, mean, m2 = row_moments(values, inside)
-    tl.store(partials + index, count, mask=row_inside)
-    tl.store(partials + plane + index, mean, mask=row_inside)
-    tl.store(partials + 2 * plane + index, m2, mask=row_inside)
+def store_moments(partials, plane, index, count, mean, m2, inside=None):
+    """Moments into partials, three planes of `plane` entries, at `index`."""
+    tl.store(partials + index, count, mask=inside)
+    tl.store(partials + plane + index, mean, mask=inside)
+    tl.store(partials + 2 * plane + index, m2, mask=inside)
 
 
 @kernel
@@ -61,10 +60,7 @@ def chunk_kernel(x, partials, size, plane, CHUNK: tl.constexpr):
     inside = offsets < size
     values = tl.load(x + sample * size + offsets, mask=inside, other=0.0).to(tl.float32)
     count, mean, m2 = moments(values, inside)
-    index = sample * tl.num_programs(1) + chunk
-    tl.store(partials + index, count)
-    tl.store(partials + plane + index, mean)
-    tl.store(partials + 2 * plane + index, m2)
+    store_moments(partials, plane, sample * tl.num_programs(1) + chunk, count, mean, m2)
 
 
 @triton.jit
