@@ -13,6 +13,8 @@ multiply-adds in about 580 instructions.
 The formulas of its backward are in separable_conv.py.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -346,6 +348,7 @@ class Strips:
         bands = min(cdiv(PROGRAMS, self.groups * self.blocks), cdiv(height, window))
         self.band = cdiv(height, bands)
         self.bands = cdiv(height, self.band)
+        self.grid = (self.groups, self.blocks, self.bands)
         self.sizes = (self.count, self.per_row, height, width, self.band)
         self.options = {
             "C": inner,
@@ -369,7 +372,7 @@ def convolve(
 ) -> torch.Tensor:
     """m D a(z) of z (M, R); taps (window^2, R)."""
     out = torch.empty_like(z)
-    depthwise_kernel[(strips.groups, strips.blocks, strips.bands)](
+    depthwise_kernel[strips.grid](
         z, None, taps, act_scale, act_bias, mask, out, None, *strips.sizes, BACKWARD=False, **strips.options
     )
     return out
@@ -386,9 +389,8 @@ def convolve_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dz (M, R), and parts (any, 2) of the gradients of act_scale and act_bias, from grad = dd (M, R)."""
     out = torch.empty_like(z)
-    grid = (strips.groups, strips.blocks, strips.bands)
-    sums = float32(z, strips.groups * strips.blocks * strips.bands, 2)
-    depthwise_kernel[grid](
+    sums = float32(z, math.prod(strips.grid), 2)
+    depthwise_kernel[strips.grid](
         grad, z, taps, act_scale, act_bias, mask, out, sums, *strips.sizes, BACKWARD=True, **strips.options
     )
     return out, sums

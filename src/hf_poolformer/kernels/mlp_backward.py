@@ -251,9 +251,8 @@ def mlp_gradients(
         grads, sample_sums, act_sums = parameter_gradients(
             dz, normed, rounded, hidden, parameters, wanted, shortcut_sums, row_sums, groups
         )
-        dx = empty_nhwc(g)
-        tile_rows, tile_columns = whole_rows(channels)
-        norm_backward_kernel[(cdiv(rows, tile_rows),)](
+        dx, tile = empty_nhwc(g), whole_rows(channels)
+        norm_backward_kernel[(cdiv(rows, tile["ROWS"]),)](
             q,
             normed,
             g,
@@ -268,12 +267,8 @@ def mlp_gradients(
             rows // groups,
             0 if act_sums is None else act_sums.shape[0],
             eps,
-            C=channels,
             STRIDE=normed.shape[1],
-            ROWS=tile_rows,
-            WIDTH=tile_columns,
-            num_warps=8,
-            **FUSION,
+            **tile,
         )
     return [dx, *grads]
 

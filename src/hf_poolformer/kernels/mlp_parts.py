@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import FUSION, cdiv, kernel
+from .launch import cdiv, kernel
 from .parts import tile_of
 from .statistics import whole_rows
 
@@ -87,21 +87,9 @@ def normalise(x: torch.Tensor, statistics: torch.Tensor, eps: float, dtype: torc
     """x^ (M, C), with the columns that sums are made of: (M, `stride_of(C)`)."""
     batch, channels, height, width = x.shape
     tokens = batch * height * width
-    stride = stride_of(channels)
+    stride, tile = stride_of(channels), whole_rows(channels)
     normed = torch.empty((tokens, stride), dtype=dtype, device=x.device)
-    rows, columns = whole_rows(channels)
-    normalise_kernel[(cdiv(tokens, rows),)](
-        x,
-        statistics,
-        normed,
-        tokens,
-        tokens // statistics.shape[0],
-        eps,
-        C=channels,
-        STRIDE=stride,
-        ROWS=rows,
-        WIDTH=columns,
-        num_warps=8,
-        **FUSION,
+    normalise_kernel[(cdiv(tokens, tile["ROWS"]),)](
+        x, statistics, normed, tokens, tokens // statistics.shape[0], eps, STRIDE=stride, **tile
     )
     return normed
