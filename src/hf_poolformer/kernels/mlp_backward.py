@@ -81,8 +81,7 @@ def expand_backward_kernel(
     DEPTH: tl.constexpr,
 ):
     """dz, and hidden = mask act(z) before its scale and shift, with the mask in the columns after it: K = C, N = R."""
-    first, row, row_inside, block, column = tile_of(M, N, ROWS, COLUMNS)
-    start = first.to(tl.int64)
+    first, start, row, row_inside, block, column = tile_of(M, N, ROWS, COLUMNS)
     grad = product(g + start * K, weight, row, column, row_inside, 1, N, N, K, K, PRECISION, OPERAND, DEPTH)
     inside = row_inside[:, None] & (column < N)[None, :]
     place = start * N + row[:, None] * N + column[None, :]
@@ -118,8 +117,7 @@ def contract_backward_kernel(
     DEPTH: tl.constexpr,
 ):
     """q, and if there is room for them sums over the block's columns of q and of q x^: K = R, N = C."""
-    first, row, row_inside, block, column = tile_of(M, N, ROWS, COLUMNS)
-    start = first.to(tl.int64)
+    first, start, row, row_inside, block, column = tile_of(M, N, ROWS, COLUMNS)
     out = product(dz + start * K, folded, row, column, row_inside, 1, N, N, K, K, PRECISION, OPERAND, DEPTH)
     inside = row_inside[:, None] & (column < N)[None, :]
     # Sums are of what is stored, so that it cancels.
@@ -157,8 +155,7 @@ def norm_backward_kernel(
     WIDTH: tl.constexpr,
 ):
     """dx, and sums of act_sums where there is room for them."""
-    first, row, row_inside, _, channel = tile_of(M, C, ROWS, WIDTH)
-    start = first.to(tl.int64)
+    first, start, row, row_inside, _, channel = tile_of(M, C, ROWS, WIDTH)
     inside = row_inside[:, None] & (channel < C)[None, :]
     place = start * C + row[:, None] * C + channel[None, :]
     out = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)

@@ -66,8 +66,7 @@ def mlp_kernel(
 ):
     """The whole branch; z and x^ with its ones as well, if there is room for them. Without statistics each row makes
     its own."""
-    first, row, row_inside, _, channel = tile_of(M, C, ROWS, WIDTH)
-    start = first.to(tl.int64)
+    first, start, row, row_inside, _, channel = tile_of(M, C, ROWS, WIDTH)
     channel_inside = channel < C
     inside = row_inside[:, None] & channel_inside[None, :]
     place = start * C + row[:, None] * C + channel[None, :]
@@ -129,8 +128,7 @@ def expand_kernel(
     DEPTH: tl.constexpr,
 ):
     """hidden = act(z), and z if there is room for it: K = C, N = R."""
-    first, row, row_inside, _, column = tile_of(M, N, ROWS, COLUMNS)
-    start = first.to(tl.int64)
+    first, start, row, row_inside, _, column = tile_of(M, N, ROWS, COLUMNS)
     a = source + start * STRIDE
     z = product(a, folded, row, column, row_inside, K, 1, N, K, STRIDE, PRECISION, OPERAND, DEPTH)
     shift = tl.load(offset + column, mask=column < N, other=0.0)[None, :]

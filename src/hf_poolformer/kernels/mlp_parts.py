@@ -69,8 +69,7 @@ def normalise_kernel(
     WIDTH: tl.constexpr,
 ):
     """normed = x^ in the precision of products, then a column of ones."""
-    first, row, row_inside, _, channel = tile_of(M, C, ROWS, WIDTH)
-    start = first.to(tl.int64)
+    first, start, row, row_inside, _, channel = tile_of(M, C, ROWS, WIDTH)
     inside = row_inside[:, None] & (channel < C)[None, :]
     mean, rstd = norm_of(statistics, first + row, row_inside, span, eps)
     value = tl.load(x + start * C + row[:, None] * C + channel[None, :], mask=inside, other=0.0).to(tl.float32)

@@ -37,11 +37,13 @@ def store_if_wanted(target, place, values, inside):
 @triton.jit
 def tile_of(M, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """
-    A program's tile of (M, N): its first row, rows from there on, which of them there are, which block of columns it
-    has, and these. Neighbouring programs have the same rows.
+    A program's tile of (M, N): its first row, as 32 and as 64 bits, rows from there on, which of them there are, which
+    block of columns it has, and these. Neighbouring programs have the same rows.
     """
     blocks: tl.constexpr = tl.cdiv(N, COLUMNS)
     block = tl.program_id(0) % blocks
     first = (tl.program_id(0) // blocks) * ROWS
+    start = first.to(tl.int64)
     row = tl.arange(0, ROWS)
-    return first, row, first + row < M, block, block * COLUMNS + tl.arange(0, COLUMNS)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    return first, start, row, first + row < M, block, column

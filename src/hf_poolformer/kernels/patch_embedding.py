@@ -118,7 +118,9 @@ def convolution_kernel(
             mean = tl.sum(tl.sum(values, 1), 0) / count
             deviation = tl.where(keep, values - mean, 0.0)
             index = (sample * tiles + tile) * tl.num_programs(1) + tl.program_id(1)
-            store_moments(partials, plane, index, count, mean, tl.sum(tl.sum(deviation * deviation, 1), 0))
+            tl.store(partials + index, count)
+            tl.store(partials + plane + index, mean)
+            tl.store(partials + 2 * plane + index, tl.sum(tl.sum(deviation * deviation, 1), 0))
 
 
 @kernel

@@ -120,8 +120,7 @@ def contract_kernel(
     DEPTH: tl.constexpr,
 ):
     """y from the hidden activation and the shortcut x: K = R, N = C."""
-    first, row, row_inside, block, column = tile_of(M, N, ROWS, COLUMNS)
-    start = first.to(tl.int64)
+    first, start, row, row_inside, block, column = tile_of(M, N, ROWS, COLUMNS)
     out = product(hidden + start * K, weight, row, column, row_inside, K, 1, N, K, K, PRECISION, OPERAND, DEPTH)
     index = block.to(tl.int64) * M + first + row
     finish(out, x, bias, layer_scale, res_scale, mask, y, partials, first, index, row, column, M, tokens, plane, N)
