@@ -23,9 +23,10 @@ from triton.runtime.jit import JITFunction
 
 from hf_poolformer import backends
 from hf_poolformer.kernels import (
-    channel_mlp,
     inference,
     launch,
+    mlp_backward,
+    mlp_forward,
     patch_embedding,
     pool_mixer,
     separable_conv,
@@ -203,7 +204,8 @@ def embed(dim: int, channels: int, dtype: torch.dtype):
 def main():
     JITFunction.run = compile_instead
     launch.Kernel.__getitem__ = lambda kernel, grid: kernel._jit[grid]
-    pool_mixer.tuned = channel_mlp.tuned = patch_embedding.tuned = launch_all
+    for module in (mlp_backward, mlp_forward, patch_embedding, pool_mixer):
+        module.tuned = launch_all
     channels = [int(argument) for argument in sys.argv[1:]]
     for dim in channels:
         run(dim, 14, torch.bfloat16, None, v2=False)

@@ -14,12 +14,12 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification
-from hf_poolformer.kernels import channel_mlp, launch, recordings
+from hf_poolformer.kernels import launch, mlp_forward, recordings
 
 
 os.environ["HF_POOLFORMER_KERNELS"] = "triton"
 launch.Kernel.__getitem__ = triton_ir.launch_addresses
-channel_mlp.WHOLE_CHANNELS = 16  # the first stage in one kernel, the others in two
+mlp_forward.WHOLE_CHANNELS = 16  # the first stage in one kernel, the others in two
 repeated: list[int] = []
 
 

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification, kernels
-from hf_poolformer.kernels import channel_mlp, inference, pool_mixer, separable_conv  # noqa: F401 which tests watch
+from hf_poolformer.kernels import (  # noqa: F401 which tests watch
+    channel_mlp,
+    inference,
+    mlp_forward,
+    pool_mixer,
+    separable_conv,
+    training,
+)
 
 
 TINY = {"depths": (1, 1, 1, 1), "hidden_sizes": (8, 8, 16, 16), "num_labels": 3, "mlp_ratio": 2}
@@ -89,7 +96,7 @@ def test_inference_is_the_same_function(family, dtype, device, scramble, relativ
     pixel_values, found = torch.randn(2, 3, 28, 20, device=device), []
     infer = kernels.inference.infer
     monkeypatch.setattr(kernels.inference, "infer", lambda *args: found.append(len(args[2])) or infer(*args))
-    monkeypatch.setattr(kernels.channel_mlp, "WHOLE_CHANNELS", 16)
+    monkeypatch.setattr(kernels.mlp_forward, "WHOLE_CHANNELS", 16)
     with torch.no_grad():
         monkeypatch.setenv("HF_POOLFORMER_KERNELS", "reference")
         wanted = model(pixel_values).logits

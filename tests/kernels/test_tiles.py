@@ -98,11 +98,11 @@ def test_what_was_measured_is_still_offered():
     """A tile that a module no longer names would be passed over without a word. Not in the interpreter, whose tiles
     are others."""
     program = """
-from hf_poolformer.kernels import channel_mlp, tiles
+from hf_poolformer.kernels import mlp_backward, mlp_forward, products, tiles
 for kernel, by_bits in tiles.MEASURED[9].items():
     whole = kernel.startswith("channel_mlp")
-    offered = channel_mlp.TILES_BACKWARD if kernel == "expand_backward" else channel_mlp.TILES
-    offered = channel_mlp.TILES_WHOLE if whole else offered
+    offered = mlp_backward.TILES_BACKWARD if kernel == "expand_backward" else products.TILES
+    offered = mlp_forward.TILES_WHOLE if whole else offered
     for by_rows in by_bits[16].values():
         for tile in by_rows.values():
             assert tuple(tile) in [tuple(each) for each in offered], (kernel, tile)

@@ -9,6 +9,7 @@ is looked at as well: an address outside of the tensors that a kernel was given 
 
 import ctypes
 import functools
+import importlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,36 +19,17 @@ import triton
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import driver
 
-from hf_poolformer import backends
+from hf_poolformer import backends, kernels
 from hf_poolformer.kernels import launch
 
 
 # The tiles of the interpreter, so that small tensors have several; all else as on a GPU.
 launch.INTERPRETED = True
-from hf_poolformer.kernels import (  # noqa: E402
-    ahead,
-    channel_mlp,
-    patch_embedding,
-    pool_mixer,
-    recordings,
-    separable_conv,
-    statistics,
-    token_norm,
-)
-
-
-for module in (
-    launch,
-    ahead,
-    channel_mlp,
-    patch_embedding,
-    pool_mixer,
-    recordings,
-    separable_conv,
-    statistics,
-    token_norm,
-):
-    module.INTERPRETED = False
+for name in backends.TRITON_MODULES:
+    importlib.import_module(f"{kernels.__name__}.{name}")
+for module in list(vars(kernels).values()):
+    if hasattr(module, "INTERPRETED"):
+        module.INTERPRETED = False
 # Whole tensors, whose bounds are known, and not addresses; `recorded_training.py` sets it back.
 launch_addresses = launch.Kernel.__getitem__
 launch.Kernel.__getitem__ = lambda kernel, grid: kernel._jit[grid]

@@ -12,8 +12,15 @@ statistics.py   mean and variance of each sample or token
 patch_embedding.py  a convolution of few channels; the bias of any other
 pool_mixer.py   res_scale * x + mask * scale * rstd * (pool(x) - x)
 channel_mlp.py  res_scale * x + mask * layer_scale * (W2 act(W1 norm(x) + b1) + b2)
+mlp_forward.py, mlp_backward.py, mlp_parameters.py  its forward, its backward, gradients of its parameters
+mlp_parts.py    what these share
 token_norm.py   LayerNorm over channels, and res_scale * x + mask * layer_scale * branch with it
 separable_conv.py  res_scale * x + mask * layer_scale * (W2 D act(W1 norm(x))), D a depthwise convolution
+depthwise.py    D act(z), and its backward
+products.py     products of tokens and weights; that which ends a branch, with scales and shortcut
+folding.py      weights as products take them
+activations.py  activations and their derivatives
+parts.py        what kernels of several modules are made of
 registration.py  the same under torch.ops.hf_poolformer, for graphs, and how eager code avoids that
 launch.py       choice of tiles, precision of products, devices
 tiles.py        which tile is the best known one

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .channel_mlp import is_whole, mlp_from_partials
+from . import separable_conv
 from .launch import by_library, float32, on, precision
+from .mlp_forward import is_whole, mlp_from_partials
+from .mlp_parts import Parameters
 from .pool_mixer import mix_partially
 from .recordings import Recorded
-from .separable_conv import separate_partially
 from .statistics import combine, sample_statistics, token_statistics
 from .token_norm import add_to_shortcut, normalise, token_rows
 
@@ -90,26 +91,7 @@ def _pool_mixer(x, known, wanted, dtype, *, pool_size, eps, weight, layer_scale,
     return y, Known(partials=partials)
 
 
-def _channel_mlp(
-    x,
-    known,
-    wanted,
-    dtype,
-    *,
-    norm,
-    activation,
-    eps,
-    norm_weight,
-    norm_bias,
-    weight1,
-    bias1,
-    weight2,
-    bias2,
-    act_scale,
-    act_bias,
-    layer_scale,
-    res_scale,
-):
+def _channel_mlp(x, known, wanted, dtype, *, norm, activation, eps, **parameters):
     statistics, partials = known
     if norm == "channel" and is_whole(x.shape[1], dtype):
         statistics = partials = None
@@ -117,34 +99,17 @@ def _channel_mlp(
         statistics = float32(x, x.shape[0] if norm == "group" else x.numel() // x.shape[1], 2)
     elif statistics is None:
         statistics = sample_statistics(x) if norm == "group" else token_statistics(x)
-    tensors = (norm_weight, norm_bias, weight1.flatten(1), bias1, weight2.flatten(1), bias2, act_scale, act_bias)
-    tensors = _contiguous(*tensors, layer_scale, res_scale)
+    parameters = Parameters(*_contiguous(*Parameters(**parameters)))
     with_statistics = wanted == "samples" and norm == "group"
     y, after, _, _ = mlp_from_partials(
-        x, statistics, partials, *tensors, None, activation, eps, dtype, False, with_statistics
+        x, statistics, partials, parameters, None, activation, eps, dtype, False, with_statistics
     )
     return y, Known(after)
 
 
-def _separable_conv(
-    x,
-    known,
-    wanted,
-    dtype,
-    *,
-    eps,
-    norm_weight,
-    weight1,
-    act_scale,
-    act_bias,
-    depthwise_weight,
-    weight2,
-    layer_scale,
-    res_scale,
-):
-    tensors = (norm_weight, weight1.flatten(1), act_scale, act_bias, depthwise_weight, weight2.flatten(1))
-    tensors = _contiguous(*tensors, layer_scale, res_scale)
-    y, _, partials = separate_partially(x, *tensors, None, eps, dtype, wanted == "tokens")
+def _separable_conv(x, known, wanted, dtype, *, eps, **parameters):
+    parameters = separable_conv.Parameters(*_contiguous(*separable_conv.Parameters(**parameters)))
+    y, _, partials = separable_conv.separate_partially(x, parameters, None, eps, dtype, wanted == "tokens")
     return y, Known(partials=partials)
 
 

@@ -20,7 +20,8 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import NAMESPACE
 from .launch import FUSION, INTERPRETED, bucket, cdiv, float32, kernel, next_power_of_2, on, operand, precision, tuned
-from .statistics import CHUNK, combine, moments
+from .parts import PROGRAMS
+from .statistics import CHUNK, combine, moments, store_moments
 
 
 # Rows and columns of a tile of tokens, warps, and depth of the load pipeline, by columns of the product: the first of
@@ -31,8 +32,6 @@ TILES = {
 }
 if INTERPRETED:
     TILES = {16: [(4, 4, 1, 1)]}
-# Programs wanted, several per multiprocessor, so that each has several tiles to load its weight for.
-PROGRAMS = 4 if INTERPRETED else 1056
 # Numbers of a window, rows widened to powers of two: of more, tiles do not fit into shared memory.
 LARGEST_WINDOW = 256
 
@@ -136,10 +135,7 @@ def bias_kernel(y, bias, partials, size, plane, C: tl.constexpr, STATISTICS: tl.
     tl.store(target, rounded, mask=inside)
     if STATISTICS:
         count, mean, m2 = moments(rounded.to(tl.float32), inside)
-        index = sample * tl.num_programs(1) + tl.program_id(1)
-        tl.store(partials + index, count)
-        tl.store(partials + plane + index, mean)
-        tl.store(partials + 2 * plane + index, m2)
+        store_moments(partials, plane, sample * tl.num_programs(1) + tl.program_id(1), count, mean, m2)
 
 
 def out_size(x: torch.Tensor, weight: torch.Tensor, stride: list[int], padding: list[int]) -> tuple[int, ...]:

@@ -34,10 +34,13 @@ from .launch import (
     on,
     tuned,
 )
+from .parts import PROGRAMS, store_if_wanted, vector
 from .registration import differentiable
-from .statistics import combine
+from .statistics import combine, store_moments
 
 
+# What gets gradients beside x.
+PARAMETERS = ("weight", "layer_scale", "res_scale", "norm_bias")
 # Tiles of (rows of a band, columns, channels) and warps, by columns. Eight values per thread are a 16-byte load of
 # half precision; short bands read their neighbours' rows more often, long ones leave too few programs. The first of
 # each was the fastest on an H200 in the forward of PoolFormer S12's stages, statistics included.
@@ -49,8 +52,6 @@ TILES = {
 }
 if INTERPRETED:
     TILES = {columns: [(2, 4, 32, 1)] for columns in TILES}
-# Programs wanted of the reduction, several per multiprocessor; a constant, so that sums do not depend on the device.
-PROGRAMS = 4 if INTERPRETED else 1056
 # Of the sums of all samples: rows, and few channels at a time, which makes more programs.
 SUM_ROWS, SUM_CHANNELS = (16, 16) if INTERPRETED else (128, 16)
 
@@ -127,12 +128,7 @@ def branch_factor(statistics, mask, sample, eps):
 @triton.jit
 def channel_factor(weight, layer_scale, channels, C: tl.constexpr):
     """layer_scale * gamma of each channel; either may be missing."""
-    factor = tl.full(channels.shape, 1.0, tl.float32)
-    if weight is not None:
-        factor *= tl.load(weight + channels, mask=channels < C, other=0.0).to(tl.float32)
-    if layer_scale is not None:
-        factor *= tl.load(layer_scale + channels, mask=channels < C, other=0.0).to(tl.float32)
-    return factor
+    return vector(weight, channels, channels < C, 1.0) * vector(layer_scale, channels, channels < C, 1.0)
 
 
 @kernel
@@ -163,7 +159,7 @@ def forward_kernel(
     first, columns, channels, inside = place(tl.program_id(0) % tiles, width, C, BAND, TILE_W, TILE_C)
     start = sample * height * width * C
     factor = channel_factor(weight, layer_scale, channels, C) * branch_factor(statistics, mask, sample, eps)
-    shortcut = channel_factor(res_scale, None, channels, C)
+    shortcut = vector(res_scale, channels, channels < C, 1.0)
     # Deviations are taken from where the channel's mean is about to be.
     centre = shortcut * tl.load(statistics + 2 * sample)
     across = valid(columns, width, REACH)
@@ -203,9 +199,7 @@ def forward_kernel(
         mean = tl.sum(known * means, 0) / number
         m2 = tl.sum(tl.maximum(m2, 0.0) + count * known * (means - mean) * (means - mean), 0)
         index = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(partials + index, count * number)
-        tl.store(partials + plane + index, mean)
-        tl.store(partials + 2 * plane + index, m2)
+        store_moments(partials, plane, index, count * number, mean, m2)
 
 
 @kernel
@@ -312,16 +306,10 @@ def scales_kernel(
             if RES:
                 for_res += tl.sum(tl.load(place + C, mask=inside, other=0.0), 0)
         inside = channels < C
-        if dweight is not None:
-            grad = for_scale * channel_factor(layer_scale, None, channels, C)
-            tl.store(dweight + channels, grad.to(dweight.dtype.element_ty), mask=inside)
-        if dlayer_scale is not None:
-            grad = for_scale * channel_factor(weight, None, channels, C)
-            tl.store(dlayer_scale + channels, grad.to(dlayer_scale.dtype.element_ty), mask=inside)
-        if dres_scale is not None:
-            tl.store(dres_scale + channels, for_res.to(dres_scale.dtype.element_ty), mask=inside)
-        if dnorm_bias is not None:
-            tl.store(dnorm_bias + channels, tl.zeros((COLUMNS,), dnorm_bias.dtype.element_ty), mask=inside)
+        store_if_wanted(dweight, channels, for_scale * vector(layer_scale, channels, inside, 1.0), inside)
+        store_if_wanted(dlayer_scale, channels, for_scale * vector(weight, channels, inside, 1.0), inside)
+        store_if_wanted(dres_scale, channels, for_res, inside)
+        store_if_wanted(dnorm_bias, channels, tl.zeros((COLUMNS,), tl.float32), inside)
 
 
 @kernel
@@ -351,7 +339,7 @@ def backward_kernel(
     first, columns, channels, inside = place(tl.program_id(0) % tiles, width, C, BAND, TILE_W, TILE_C)
     start = sample * height * width * C
     factor = channel_factor(weight, layer_scale, channels, C) * branch_factor(statistics, mask, sample, eps)
-    shortcut = channel_factor(res_scale, None, channels, C)
+    shortcut = vector(res_scale, channels, channels < C, 1.0)
     mean = tl.load(statistics + 2 * sample)
     pull = tl.load(variance_grad + sample)
 
@@ -541,28 +529,9 @@ def _fake(x, statistics, weight, layer_scale, res_scale, mask, pool_size, eps, w
     return empty_nhwc(x), float32(x, x.shape[0], 2) if with_statistics else None
 
 
-def _fake_backward(g, x, statistics, weight, layer_scale, res_scale, norm_bias, mask, pool_size, eps, wanted):
-    return [empty_nhwc(g), *empty_like_each((weight, layer_scale, res_scale, norm_bias), wanted)]
+def _keep(inputs, results):
+    x, statistics, weight, layer_scale, res_scale, mask, pool_size, eps, _, norm_bias = inputs
+    return (x, statistics, weight, layer_scale, res_scale, norm_bias, mask), (pool_size, eps)
 
 
-def _keep(ctx, inputs, results):
-    x, statistics, weight, layer_scale, res_scale, mask, ctx.pool_size, ctx.eps, _, norm_bias = inputs
-    if results[1] is not None:
-        ctx.mark_non_differentiable(results[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, statistics, weight, layer_scale, res_scale, norm_bias, mask)
-
-
-def _differentiate(ctx, backward, g, _):
-    if g is None:
-        return (None,) * 10
-    wanted = [*ctx.needs_input_grad[2:5], ctx.needs_input_grad[9]]
-    g = g.contiguous(memory_format=torch.channels_last)
-    dx, *grads = backward(g, *ctx.saved_tensors, ctx.pool_size, ctx.eps, wanted)
-    *dscales, dnorm_bias = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
-    return dx, None, *dscales, None, None, None, None, dnorm_bias
-
-
-pool_mixer = differentiable(
-    "pool_mixer", mix, mix_backward, fakes=(_fake, _fake_backward), keep=_keep, differentiate=_differentiate
-)
+pool_mixer = differentiable("pool_mixer", mix, mix_backward, fake=_fake, keep=_keep, parameters=PARAMETERS)

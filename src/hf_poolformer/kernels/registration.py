@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 
 from . import NAMESPACE
+from .launch import empty_like_each, empty_nhwc
 
 
 def register(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> torch.library.CustomOpDef:
@@ -54,31 +55,63 @@ def differentiable(
     forward: Callable[..., tuple],
     backward: Callable[..., Sequence[torch.Tensor | None]],
     *,
-    fakes: tuple[Callable[..., tuple], Callable[..., Sequence[torch.Tensor | None]]],
-    keep: Callable[[Any, tuple, tuple], None],
-    differentiate: Callable[..., tuple],
+    fake: Callable[..., tuple],
+    keep: Callable[[tuple, tuple], tuple[Sequence[torch.Tensor | None], Sequence[Any]]],
+    parameters: Sequence[str],
+    flag: str | None = None,
 ) -> Callable[..., tuple]:
     """
     Registers `name` and `name_backward`, and returns what eager code calls in place of the first.
 
     Args:
-        forward, backward, fakes: as `register` takes them, the fakes of both.
-        keep: (ctx, inputs, results) -> None, what is called `setup_context` elsewhere; a result may be None.
-        differentiate: (ctx, backward, *gradients of results) -> gradients of inputs; calls `backward`, which returns
-            None or (0,) for gradients that are not wanted.
+        forward, fake: as `register` takes them. Of the results, only the first has a gradient.
+        backward: takes that gradient in channels_last memory, then what was kept, and last which gradients of the
+            parameters are wanted; returns that of x, which is `forward`'s first argument, and those of the parameters,
+            None or (0,) for what is not wanted. Its first argument is like x.
+        keep: (inputs, results) -> the tensors, then the other arguments of `backward`; a result may be None.
+        parameters: names of the arguments of both that get gradients beside x.
+        flag: name of the argument of `forward` without which there is nothing kept, and no backward.
     """
-    operation = register(name, forward, fakes[0])
-    operation_backward = register(f"{name}_backward", backward, fakes[1])
+    names, backward_names = list(inspect.signature(forward).parameters), list(inspect.signature(backward).parameters)
+    places = [names.index(each) for each in parameters]
+    backward_places = [backward_names.index(each) for each in parameters]
+
+    def fake_backward(*inputs):
+        g, *_, wanted = inputs
+        return [empty_nhwc(g), *empty_like_each([inputs[place] for place in backward_places], wanted)]
+
+    operation = register(name, forward, fake)
+    operation_backward = register(f"{name}_backward", backward, fake_backward)
+
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*(result for result in output[1:] if result is not None))
+        ctx.set_materialize_grads(False)
+        ctx.is_kept = flag is None or inputs[names.index(flag)]
+        tensors, ctx.others = keep(inputs, output)
+        ctx.save_for_backward(*tensors)
+
+    def differentiate(ctx, backward, g, *_):
+        grads: list[torch.Tensor | None] = [None] * len(names)
+        if g is None:
+            return tuple(grads)
+        if not ctx.is_kept:
+            raise RuntimeError(f"{name} was called with {flag}=False, so it has no backward")
+        wanted = [ctx.needs_input_grad[place] for place in places]
+        g = g.contiguous(memory_format=torch.channels_last)
+        grads[0], *found = backward(g, *ctx.saved_tensors, *ctx.others, wanted)
+        for place, grad, want in zip(places, found, wanted, strict=True):
+            grads[place] = grad if want else None
+        return tuple(grads)
+
     operation.register_autograd(
-        lambda ctx, *gradients: differentiate(ctx, operation_backward, *gradients),
-        setup_context=lambda ctx, inputs, output: keep(ctx, inputs, output),
+        lambda ctx, *gradients: differentiate(ctx, operation_backward, *gradients), setup_context=setup_context
     )
 
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             results = forward(*inputs)
-            keep(ctx, inputs, results)
+            setup_context(ctx, inputs, results)
             return results
 
         @staticmethod

@@ -5,6 +5,8 @@ registers. Tiles combine by Chan's formula: mean = sum(n_i mean_i) / N, M2 = sum
 relative error of the variance is about 2^-24 |mean| / std, where that of E[x^2] - mean^2 grows with the square.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -45,12 +47,11 @@ def standardised(value, inside, eps, C: tl.constexpr):
 
 
 @triton.jit
-def store_row_moments(values, inside, row_inside, partials, plane, index):
-    """Row moments of a float32 tile into partials, three planes of `plane` entries, at `index` of each row."""
-    count, mean, m2 = row_moments(values, inside)
-    tl.store(partials + index, count, mask=row_inside)
-    tl.store(partials + plane + index, mean, mask=row_inside)
-    tl.store(partials + 2 * plane + index, m2, mask=row_inside)
+def store_moments(partials, plane, index, count, mean, m2, inside=None):
+    """Moments into partials, three planes of `plane` entries, at `index`."""
+    tl.store(partials + index, count, mask=inside)
+    tl.store(partials + plane + index, mean, mask=inside)
+    tl.store(partials + 2 * plane + index, m2, mask=inside)
 
 
 @kernel
@@ -61,10 +62,7 @@ def chunk_kernel(x, partials, size, plane, CHUNK: tl.constexpr):
     inside = offsets < size
     values = tl.load(x + sample * size + offsets, mask=inside, other=0.0).to(tl.float32)
     count, mean, m2 = moments(values, inside)
-    index = sample * tl.num_programs(1) + chunk
-    tl.store(partials + index, count)
-    tl.store(partials + plane + index, mean)
-    tl.store(partials + 2 * plane + index, m2)
+    store_moments(partials, plane, sample * tl.num_programs(1) + chunk, count, mean, m2)
 
 
 @triton.jit
@@ -144,10 +142,11 @@ def token_kernel(x, statistics, M, C: tl.constexpr, ROWS: tl.constexpr, WIDTH: t
     tl.store(target + 1, m2 / C, mask=row < M)
 
 
-def whole_rows(channels: int) -> tuple[int, int]:
-    """Rows and columns of a tile of whole rows: a power of two of columns, and about as many entries as pay."""
+def whole_rows(channels: int) -> dict[str, Any]:
+    """A tile of whole rows, as arguments of a kernel: a power of two of columns, and about as many entries as pay."""
     width = max(next_power_of_2(channels), 16)
-    return (4 if INTERPRETED else max(4096 // width, 1)), width
+    rows = 4 if INTERPRETED else max(4096 // width, 1)
+    return {"C": channels, "ROWS": rows, "WIDTH": width, "num_warps": 8, **FUSION}
 
 
 def combine(partials: torch.Tensor, samples: int) -> torch.Tensor:
@@ -193,12 +192,10 @@ def token_statistics(x: torch.Tensor) -> torch.Tensor:
     """
     batch, channels, height, width = x.shape
     tokens = batch * height * width
-    rows, columns = whole_rows(channels)
+    tile = whole_rows(channels)
     with on(x):
         statistics = float32(x, tokens, 2)
-        token_kernel[(cdiv(tokens, rows),)](
-            x, statistics, tokens, C=channels, ROWS=rows, WIDTH=columns, num_warps=8, **FUSION
-        )
+        token_kernel[(cdiv(tokens, tile["ROWS"]),)](x, statistics, tokens, **tile)
         return statistics
 
 

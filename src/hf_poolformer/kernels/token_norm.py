@@ -29,8 +29,8 @@ import torch
 import triton.language as tl
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .channel_mlp import vector
 from .launch import FUSION, INTERPRETED, cdiv, empty_nhwc, float32, kernel, next_power_of_2, on
+from .parts import store_if_wanted, vector
 from .statistics import row_moments, standardised
 
 
@@ -203,12 +203,9 @@ def add_up_kernel(
         place = (row[:, None] * kinds + kind) * C + column[None, :]
         total += tl.load(sums + place, mask=(row < programs)[:, None] & (column < C)[None, :], other=0.0)
     result = tl.sum(total, 0)
-    if first is not None:
-        tl.store(first + column, result.to(first.dtype.element_ty), mask=(column < C) & (kind == 0))
-    if second is not None:
-        tl.store(second + column, result.to(second.dtype.element_ty), mask=(column < C) & (kind == 1))
-    if third is not None:
-        tl.store(third + column, result.to(third.dtype.element_ty), mask=(column < C) & (kind == 2))
+    store_if_wanted(first, column, result, (column < C) & (kind == 0))
+    store_if_wanted(second, column, result, (column < C) & (kind == 1))
+    store_if_wanted(third, column, result, (column < C) & (kind == 2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

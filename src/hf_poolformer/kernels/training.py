@@ -12,19 +12,18 @@ import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .channel_mlp import mlp_backward, mlp_from_partials
 from .launch import float32, precision
-from .pool_mixer import mix_backward, mix_partially
+from .mlp_backward import mlp_gradients
+from .mlp_forward import mlp_from_partials
+from .mlp_parts import Parameters
+from .pool_mixer import PARAMETERS, mix_backward, mix_partially
 from .recordings import Recorded
 from .statistics import sample_statistics
 
 
 # Of an operation's tensors, in this order.
-MIXER = ("weight", "layer_scale", "res_scale", "norm_bias", "mask")
-MLP = (
-    "norm_weight", "norm_bias", "weight1", "bias1", "weight2", "bias2", "act_scale", "act_bias", "layer_scale",
-    "res_scale", "mask",
-)  # fmt: skip
+MIXER = (*PARAMETERS, "mask")
+MLP = (*Parameters._fields, "mask")
 
 
 class Branch(NamedTuple):
@@ -128,7 +127,7 @@ def forward(
             after = None if partials is None else float32(x, x.shape[0], 2)
         else:
             y, after, preactivation, normed = mlp_from_partials(
-                x, statistics, partials, *parameters, mask, *settings, dtype, True, with_statistics
+                x, statistics, partials, Parameters(*parameters), mask, *settings, dtype, True, with_statistics
             )
             kept += [x if normed is None else normed, statistics, preactivation]
             partials = None
@@ -152,7 +151,8 @@ def backward(
         if branch.name == "pool_mixer":
             found = mix_backward(g, source, statistics, *parameters, mask, *branch.settings, wants)
         else:
-            found = mlp_backward(g, source, statistics, preactivation, *parameters, mask, *branch.settings, wants)
+            parameters = Parameters(*parameters)
+            found = mlp_gradients(g, source, statistics, preactivation, parameters, mask, *branch.settings, wants)
         g, *grads[start : end - 1] = found
         end = start
     return [g, *grads]
