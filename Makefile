@@ -8,7 +8,8 @@ GPU_TESTS_AT_ONCE ?= $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && printf %
 # The slowest first. GPU machines come with a torch of their own, and not always with what training needs.
 GPU_TESTS = tests/kernels tests/test_modeling_poolformer.py \
   $(shell $(PYTHON) -c 'import datasets, sklearn' 2>/dev/null && printf %s 'tests/training/test_fused_training.py \
-    tests/training/test_device_pipeline.py tests/test_prediction_pixels.py tests/export/test_devices.py') \
+    tests/training/test_device_pipeline.py tests/training/test_resampling.py \
+    tests/test_prediction_pixels.py tests/export/test_devices.py') \
   tests/benchmark tests/test_image_processing_poolformer.py tests/foundation/test_graphs.py
 
 .PHONY: demo demo-dense test docs versions constraints chaos check style cards benchmark gpu release clean help

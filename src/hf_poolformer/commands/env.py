@@ -127,7 +127,7 @@ def describe_choice(x: Any) -> str:
     """Who computes the blocks of images on the device and in the precision of the tensor x, and why nobody faster."""
     import torch
 
-    from ..backends import FEWEST_PIXELS, FEWEST_IMAGES, decide, why_not_cpu, why_not_fastest
+    from ..backends import FEWEST_IMAGES, FEWEST_PIXELS, decide, why_not_cpu, why_not_fastest
 
     if x.device.type == "cuda":  # a batch for which launches do not count, whose memory is not needed
         x = x[:1, :, :1, :1].expand(FEWEST_IMAGES, x.shape[1], 1, FEWEST_PIXELS)

@@ -3,9 +3,9 @@
 A graph calls each operation through PyTorch's dispatcher, which for one written in Python takes longer than launching
 its kernels. Here it does so once per stage, and what happens within are the launches of inference.py, recorded.
 
-Graphs are kept on disk and read by other processes. So what the branches are is written into the graph itself, as the
-text of a Python literal: [('pool_mixer', {'pool_size': 3, 'weight': ..., 'res_scale': None}), ...] with an ellipsis for
-each tensor. Tensors come in that order.
+Graphs are kept on disk and read by other processes. So what the branches are is written into the graph itself, as a
+Python literal: [('pool_mixer', {'pool_size': 3, 'weight': ..., 'res_scale': None})], with an ellipsis for each tensor.
+Tensors come in that order.
 """
 
 import ast
