@@ -4,6 +4,7 @@ import dataclasses
 import io
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -107,6 +108,13 @@ def values_of(found) -> list[int]:
 
 def labels_of(found) -> list[int]:
     return [label for batch in found for label in batch["labels"].tolist()]
+
+
+def test_datasets_reach_workers_that_are_not_forked(source):
+    """They are pickled then: on macOS and Windows, and wherever somebody has chosen so."""
+    dataset = open_datasets(dataset_name=source, train_val_split=0.2)["train"]
+    sent = pickle.loads(pickle.dumps(dataset))
+    assert values_of(batches(sent)) == values_of(batches(dataset)) != []
 
 
 def skipped_of(found) -> list[str]:

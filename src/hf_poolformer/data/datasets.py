@@ -431,7 +431,7 @@ def _open_split(
         unread_columns=unread,
         split=split,
         origin=source.split_origin(split),
-        left_out=source.left_out,
+        left_out=dict(source.left_out),  # which goes to data workers
         class_names=source.class_names,
         local=source.local,
     )

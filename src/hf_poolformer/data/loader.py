@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from ..foundation.errors import UserError, one_line
 from ..foundation.machine import cores
-from ..foundation.workers import prepare_worker
+from ..foundation.workers import arguments_for
 from .columns import ImageDataset, columns_needed, field_of
 from .decoding import BrokenImage, decode_image, describe_source
 from .labels import Nothing, Unlabelled
@@ -217,10 +217,11 @@ class ImageLoader(DataLoader):
         max_skipped_shards: int,
         drop_last: bool,
         finish: Callable[[Message], Message],
+        num_workers: int,
         **arguments: Any,
     ):
         # Workers put batches together themselves: batch_size None, and nothing left to collate here.
-        super().__init__(images, batch_size=None, collate_fn=_as_is, worker_init_fn=prepare_worker, **arguments)
+        super().__init__(images, batch_size=None, collate_fn=_as_is, **arguments_for(num_workers), **arguments)
         self._images = images
         self._max_skipped = max_skipped
         self._max_skipped_shards = max_skipped_shards

@@ -25,7 +25,7 @@ from ..foundation.machine import cores
 from ..foundation.names import numbered, undecodable_escaped
 from ..foundation.origin import Origin
 from ..foundation.scores import MULTI_LABEL, REGRESSION, TOP_K, check_choice, choose, class_scores
-from ..foundation.workers import prepare_worker
+from ..foundation.workers import arguments_for
 from .pixels import Preprocessing
 
 
@@ -286,10 +286,9 @@ def make_loader(
     return DataLoader(
         Decoder(load),
         batch_sampler=batches,
-        num_workers=workers_for(batch_size, total, num_workers),
         collate_fn=_as_is,
-        worker_init_fn=prepare_worker,
         pin_memory=pin_memory,
+        **arguments_for(workers_for(batch_size, total, num_workers)),
     )
 
 
