@@ -90,7 +90,8 @@ gpu:
 	timeout -k 10 -s INT 140 $(PYTHON) -m pytest -v -m gpu -rfEs --most-seconds 100 $(GPU_TESTS_AT_ONCE) \
 	  -o faulthandler_timeout=60 --junitxml=outputs/gpu-tests.xml $(GPU_TESTS) > outputs/gpu-tests.txt 2>&1 || status=1; \
 	tail -n 3 outputs/gpu-tests.txt; \
-	$(PYTHON) scripts/benchmark.py all --device cuda --seconds 5 --budget 320 --output benchmarks/gpu || status=1; \
+	timeout -k 10 -s INT 320 $(PYTHON) scripts/benchmark.py all --device cuda --seconds 5 --budget 300 \
+	  --output benchmarks/gpu || status=1; \
 	grep -oE '(FAILED|ERROR) +tests/[^ ]+' outputs/gpu-tests.txt | sort -u; \
 	grep -E '^SKIPPED .* no time left|[0-9]+ (passed|failed)' outputs/gpu-tests.txt; \
 	exit $$status

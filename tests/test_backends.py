@@ -321,6 +321,9 @@ def test_what_was_not_fastest_on_a_gpu_has_a_reason(gpu):
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             assert "compiled" in backends.why_not_fastest(MANY, pools=True)
+            whole = backends.why_not_fastest(MANY, whole=True)
+            assert ("compiled" in whole) if grad else whole is None
+            assert "few images" in backends.why_not_fastest(MANY[:1], whole=True) or grad
     gpu.undo()
     gpu.setattr(backends, "_is_on_gpu", lambda x: True)
     gpu.setattr(backends, "_why_no_kernels", lambda device, index: None)

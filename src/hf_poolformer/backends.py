@@ -345,7 +345,8 @@ def why_not_fastest(x: torch.Tensor, pools: bool = False, whole: bool = False) -
     if _product_dtype(x) == torch.float32:
         return "in float32 PyTorch's convolutions may use TF32, the kernels do not"
     if torch.compiler.is_compiling():
-        # Kernels without compilation were 1.8 times as fast as that on 256 images, and a stage launches the same.
+        # On an H200, 256 images: 57 600 per second with an operation for each stage, 25 400 with one for each branch,
+        # and 30 500 without.
         if torch.is_grad_enabled() or not whole:
             return "compiled plain PyTorch was measured to be faster than a graph of operations for each branch"
         return "launching kernels takes longer than computing few images" if x.shape[0] < FEWEST_IMAGES else None

@@ -12,7 +12,7 @@ from hf_poolformer import (
 from hf_poolformer.kernels.stages import read_branches
 
 
-SHAPE = {"depths": (2, 1, 2, 1), "hidden_sizes": (8, 16, 32, 64), "num_labels": 3, "image_size": 64}
+SHAPE = {"depths": (2, 1, 1, 1), "hidden_sizes": (8, 16, 16, 32), "num_labels": 3, "image_size": 32}
 VARIANTS = ("poolformer_s12", "poolformerv2_s12", "convformer_s18", "caformer_s18")
 OPERATION = "hf_poolformer.infer_stage"
 
@@ -32,7 +32,7 @@ def make(scramble, device, monkeypatch):
 
 @pytest.fixture
 def images(device):
-    return torch.randn(3, 3, 64, 48, device=device)
+    return torch.randn(3, 3, 32, 48, device=device)
 
 
 class Graph:
@@ -59,13 +59,11 @@ def test_a_stage_is_one_operation_of_a_graph(variant, make, images, relative_err
     assert relative_error(got, wanted) < (1e-5 if images.device.type == "cpu" else 5e-3)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_compiled_and_functionalised_for_batches_of_any_size(variant, dynamic, make, images, relative_error):
-    model = make(variant)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+def test_compiled_and_functionalised_for_batches_of_any_size(make, images, relative_error):
+    model = make("caformer_s18")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.no_grad():
-        for batch in (images, images[:2], torch.cat([images, images])):
+        for batch in (images, images[:2]):
             assert relative_error(compiled(batch).logits, model(batch).logits) < 1e-5
 
 
@@ -85,7 +83,7 @@ def test_training_and_what_is_not_plain_have_no_such_operation(make, images):
     torch.compile(model.train(), fullgraph=True, backend=graph)(images)
     assert graph.operations and OPERATION not in graph.operations
     model.eval()
-    model.poolformer.encoder.block[2][1].token_mixer.pool = torch.nn.AvgPool2d(3, 1, 1)  # counts the padding
+    model.poolformer.encoder.block[0][1].token_mixer.pool = torch.nn.AvgPool2d(3, 1, 1)  # counts the padding
     torch.compiler.reset()
     graph = Graph()
     with torch.no_grad():
@@ -93,25 +91,19 @@ def test_training_and_what_is_not_plain_have_no_such_operation(make, images):
     assert graph.operations.count(OPERATION) == 3
 
 
-def test_changed_weights_are_used(make, images):
-    model = make("poolformer_s12")
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        before = compiled(images).logits
-        for parameter in model.parameters():
-            parameter.data.mul_(1.5)
-        after = compiled(images).logits
-        torch.testing.assert_close(after, model(images).logits, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(after, before, rtol=1e-2)
-
-
-def test_shared_weights(make, images, relative_error):
+def test_weights_that_are_shared_and_change(make, images, relative_error):
     model = make("poolformer_s12")
     first, second = model.poolformer.encoder.block[0]
     second.output = first.output
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        got = torch.compile(model, fullgraph=True, backend="aot_eager")(images).logits
-        assert relative_error(got, model(images).logits) < 1e-5
+        before = compiled(images).logits
+        assert relative_error(before, model(images).logits) < 1e-5
+        for parameter in model.parameters():
+            parameter.data.mul_(1.5)
+        after = compiled(images).logits
+        assert relative_error(after, model(images).logits) < 1e-5
+    assert not torch.allclose(after, before, rtol=1e-2)
 
 
 def test_opcheck(device):

@@ -123,6 +123,7 @@ def measure(arguments: argparse.Namespace) -> Report:
         else:
             report.comparisons.append(runner.compare(case, rows))
             show(reports.comparison_table(report.comparisons[-1]))
+            write(report, arguments)  # a run that is cut off has lost the table it was at
     return report
 
 
@@ -216,10 +217,7 @@ def show(text: str) -> None:
 
 def finish(report: Report, arguments: argparse.Namespace) -> int:
     """Writes the files, prints the tables and says where things are."""
-    written = reports.write(report, arguments.output) if arguments.output else []
-    if arguments.json:
-        reports.write_json(report, arguments.json)
-        written.append(arguments.json)
+    written = write(report, arguments)
     print(f"\n{report.to_markdown()}")
     failures = report.failures()
     if failures:
@@ -227,3 +225,12 @@ def finish(report: Report, arguments: argparse.Namespace) -> int:
     if written:
         print(f"Written: {', '.join(map(str, written))}")
     return 1 if failures else 0
+
+
+def write(report: Report, arguments: argparse.Namespace) -> list[Path]:
+    """Writes the files that were asked for, and returns which."""
+    written = reports.write(report, arguments.output) if arguments.output else []
+    if arguments.json:
+        reports.write_json(report, arguments.json)
+        written.append(arguments.json)
+    return written

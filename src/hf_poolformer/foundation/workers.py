@@ -13,12 +13,15 @@ def arguments_for(num_workers: int) -> dict[str, Any]:
     """
     Of a DataLoader with so many workers: their number, and what prepares and starts them.
 
-    On Linux that is fork, unless somebody has chosen another method. From Python 3.14 on it is not the default:
-    workers would import PyTorch and this package anew, which takes longer than labelling a hundred photographs.
+    On Linux that is fork, unless somebody has chosen another method than Python's default. Since Python 3.14 that is
+    forkserver, whose workers import PyTorch and this package anew: longer than labelling a hundred photographs takes.
     """
     arguments: dict[str, Any] = {"num_workers": num_workers, "worker_init_fn": prepare_worker}
-    if num_workers and sys.platform == "linux" and multiprocessing.get_start_method(allow_none=True) is None:
-        arguments["multiprocessing_context"] = "fork"
+    if num_workers and sys.platform == "linux":
+        # A progress bar's lock is enough to settle for the default: nobody has chosen it.
+        method = multiprocessing.get_start_method(allow_none=True)
+        if method in (None, multiprocessing.get_all_start_methods()[0]):
+            arguments["multiprocessing_context"] = "fork"
     return arguments
 
 
