@@ -57,7 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if any(word in HELP for word in rest):
         without_importing_the_package()
-    module = importlib.import_module(f"hf_poolformer.commands.{name.replace('-', '_')}")
+    try:
+        module = importlib.import_module(f"hf_poolformer.commands.{name.replace('-', '_')}")
+    except ImportError as error:
+        if error.name != "torchvision" or isinstance(error, ModuleNotFoundError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return module.main(rest, prog=f"hf-poolformer {name}")
 
 

@@ -104,3 +104,19 @@ def test_python_m_hf_poolformer_is_the_same_and_a_closed_pipe_is_no_error():
     os.close(writer)
     assert done.stderr == ""
     assert done.returncode == 141
+
+
+def test_a_torchvision_that_does_not_fit_is_told(tmp_path):
+    """As pip leaves it where torch alone is replaced; transformers speaks of a module of its own then."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = run("-m", "hf_poolformer_cli", "env", env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(
+        r"error: torchvision \S+ was not built for torch \S+: install the two together, pip install --upgrade torch "
+        r"torchvision \(operator torchvision::nms does not exist\)\n",
+        done.stderr,
+    )

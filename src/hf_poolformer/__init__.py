@@ -6,7 +6,19 @@ the built-in ones.
 """
 
 import re
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+
+try:
+    import torchvision  # noqa: F401
+except (RuntimeError, OSError) as error:
+    # transformers would say that it cannot import a module of its own.
+    raise ImportError(
+        f"torchvision {version('torchvision')} was not built for torch {version('torch')}: install the two together, "
+        f"pip install --upgrade torch torchvision ({' '.join(str(error).split())})",
+        name="torchvision",
+    ) from error
 
 import transformers
 from transformers.models.auto import modeling_auto
