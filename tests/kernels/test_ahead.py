@@ -24,6 +24,7 @@ def test_the_first_step_finds_every_kernel_compiled(tmp_path):
     assert found["launched ahead"] == [] and found["compiled later"] == []
     assert found["launched later"] > found["collected"]
     assert not found["random numbers"] and found["gradients"] == []
+    assert found["compiled in two threads"] == found["collected in two threads"] > 0
     # The first block drops no path, so it has kernels of its own.
     assert "Compiling" in done.stderr and "on " in done.stderr
 

@@ -9,7 +9,7 @@ from hf_poolformer import (
     PoolFormerConfig,
     PoolFormerForImageClassification,
 )
-from hf_poolformer.kernels.stages import read_branches
+from hf_poolformer.kernels import ahead, stages
 
 
 SHAPE = {"depths": (2, 1, 1, 1), "hidden_sizes": (8, 16, 16, 32), "num_labels": 3, "image_size": 32}
@@ -106,11 +106,33 @@ def test_weights_that_are_shared_and_change(make, images, relative_error):
     assert not torch.allclose(after, before, rtol=1e-2)
 
 
+def test_a_rehearsal_that_fails_is_told_and_costs_nothing(make, images, relative_error, monkeypatch, caplog):
+    model, run = make("poolformer_s12"), stages.run
+
+    def fail_aside(*arguments):
+        if ahead._collected.get() is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+        return run(*arguments)
+
+    monkeypatch.setattr(ahead, "INTERPRETED", False)
+    monkeypatch.setattr(stages, "run", fail_aside)
+    stages.stage_of.cache_clear()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(2):
+            got = compiled(images).logits
+        monkeypatch.setattr(ahead, "INTERPRETED", True)
+        assert relative_error(got, model(images).logits) < 1e-5
+    told = [record.getMessage() for record in caplog.records if "one by one" in record.getMessage()]
+    # Once for each stage, not at every call.
+    assert len(told) == 4 and not any("Tried" in text for text in told)
+
+
 def test_opcheck(device):
     x = torch.randn(2, 8, 5, 4, device=device).contiguous(memory_format=torch.channels_last)
     vectors = [torch.randn(8, device=device) for _ in range(2)]
     text = "[('pool_mixer', {'pool_size': 3, 'eps': 1e-05, 'weight': ..., 'layer_scale': ..., 'res_scale': None})]"
-    assert read_branches(text)[0][1]["weight"] is ...
+    assert stages.stage_of(text).branches[0][1]["weight"] is ...
     # The dispatcher's own tests: schema, the fake's shape and strides, and what autograd makes of it.
     torch.library.opcheck(torch.ops.hf_poolformer.infer_stage.default, (x, vectors, text, torch.float32))
 

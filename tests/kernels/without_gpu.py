@@ -4,6 +4,7 @@ Prints, as JSON, what `compile_ahead` compiled for a forward and backward, and w
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -71,7 +72,32 @@ def main() -> None:
     ahead.compile_ahead = watched
     model(images).last_hidden_state.sum().backward()
     found["compiled later"], found["launched later"] = compiled[len(found["compiled ahead"]) :], len(launched)
+    ahead.compile_ahead = walk
+    found["compiled in two threads"], found["collected in two threads"] = infer_in_two_threads()
     print(json.dumps(found))
+
+
+def infer_in_two_threads() -> tuple[int, int]:
+    """Two models at once, some of whose kernels are the same: how many were compiled, and how many of them ahead."""
+    models = [
+        PoolFormerModel(PoolFormerConfig(depths=(1,) * 4, hidden_sizes=(size,) * 4, kernels="triton")).eval()
+        for size in (24, 40)
+    ]
+    begun, counts, rehearse = len(compiled), [], ahead.rehearse
+
+    def watched(*arguments):
+        counts.append(rehearse(*arguments))
+        return counts[-1]
+
+    def infer(model: PoolFormerModel) -> None:
+        with torch.no_grad():
+            model(torch.randn(2, 3, 64, 64))
+
+    ahead.rehearse = watched
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(infer, models))
+    assert triton.knobs.runtime.jit_cache_hook is None
+    return len(compiled) - begun, sum(counts)
 
 
 if __name__ == "__main__":

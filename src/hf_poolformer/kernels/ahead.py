@@ -9,8 +9,9 @@ import contextlib
 import copy
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import ContextVar
 from typing import Any
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Of the thread that collects: (kernel, key) -> its compilation.
 _collected: ContextVar[dict[tuple, Future] | None] = ContextVar("collected", default=None)
+_one_at_a_time = threading.Lock()
 # Encoder -> the circumstances in which its kernels have been seen to.
 _seen: WeakKeyDictionary[nn.Module, set[tuple]] = WeakKeyDictionary()
 # A model that is given images of ever other sizes would spend more on looking than on compiling.
@@ -52,26 +54,41 @@ def compile_ahead(forward: Callable[..., Any], encoder: nn.Module, pixel_values:
     device = pixel_values.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     circumstances = (pixel_values.shape, pixel_values.dtype, pixel_values.device, training, autocast)
-    seen = _seen.setdefault(encoder, set())
-    if INTERPRETED or circumstances in seen or len(seen) >= MOST or not all(map(_is_whole, encoder.parameters())):
-        return 0
-    if pixel_values.is_cuda and torch.cuda.is_current_stream_capturing():
-        return 0
-    seen.add(circumstances)
     devices = [pixel_values.device] if pixel_values.is_cuda else []
-    try:
+
+    def run() -> None:
+        if not all(map(_is_whole, encoder.parameters())):
+            return
         # A copy: batch norms count, hooks of gradients wait.
         replica = copy.deepcopy(encoder)
         for module in replica.modules():
-            if getattr(
-                module, "gradient_checkpointing", False
-            ):  # needs no other kernels, but may refuse autograd.grad
+            # Needs no other kernels, but may refuse autograd.grad.
+            if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
-        with compiling_aside() as kernels, torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices):
             outputs = forward(replica, pixel_values.detach())
             if training:
                 differentiate(outputs, list(replica.parameters()))
-            outputs = None
+
+    return rehearse(run, _seen.setdefault(encoder, set()), circumstances)
+
+
+def rehearse(run: Callable[[], Any], seen: set[Hashable], circumstances: Hashable) -> int:
+    """
+    Compiles the kernels that `run()` launches, all at once, the first time in these circumstances, which it notes in
+    `seen`; what is compiled already is launched. A failure of `run` is said and no more.
+
+    Returns:
+        how many had to be compiled, or read from Triton's cache.
+    """
+    if INTERPRETED or circumstances in seen or len(seen) >= MOST:
+        return 0
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return 0
+    seen.add(circumstances)
+    try:
+        with compiling_aside() as kernels:
+            run()
     except Exception as error:  # such as memory for a second model that is not there: nobody depends on this
         logger.warning("Kernels are compiled one by one, as they are needed: %s", str(error).partition("\n")[0])
         return 0
@@ -97,13 +114,14 @@ def compiling_aside() -> Iterator[dict[tuple, Future]]:
     """
     Inside, in this thread, kernels that are not compiled yet are compiled by other threads and not launched; yields
     them. At the end all have been compiled. A kernel that cannot be compiled is left to the launch that needs it.
+
+    One thread at a time: another that comes meanwhile finds what this one compiled.
     """
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     runtime = triton.knobs.runtime
-    before = runtime.jit_cache_hook
     collected: dict[tuple, Future] = {}
-    start = time.monotonic()
-    with ThreadPoolExecutor(threads, "compile") as pool:
+    with _one_at_a_time, ThreadPoolExecutor(threads, "compile") as pool:
+        before, start = runtime.jit_cache_hook, time.monotonic()
 
         def hook(*, key: str, fn: Any, compile: dict[str, Any], **rest: Any) -> bool | None:
             """Triton asks it before it compiles; True is for: somebody else does."""

@@ -13,46 +13,41 @@ import functools
 
 import torch
 
-from .ahead import compiling_aside
-from .inference import Branch, run, split
-from .launch import INTERPRETED, empty_nhwc, precision
+from .ahead import rehearse
+from .inference import run, split
+from .launch import empty_nhwc, precision
 from .recordings import Recorded
 from .registration import register
 
 
-# By the text of the branches. Recordings hold no tensors, so models of one architecture share them.
-_recorded: dict[str, Recorded] = {}
-_compiled: set[tuple] = set()
+class Stage:
+    """What is known of stages with these branches. No tensors, so models of one architecture share it."""
+
+    def __init__(self, branches: str):
+        self.branches = ast.literal_eval(branches)
+        self.recorded = Recorded(run)
+        self.rehearsed: set[tuple] = set()
 
 
-@functools.lru_cache
-def read_branches(text: str) -> list[Branch]:
-    """Branches with an ellipsis in place of each tensor."""
-    return ast.literal_eval(text)
+# As many as a few models have stages.
+@functools.lru_cache(64)
+def stage_of(branches: str) -> Stage:
+    return Stage(branches)
 
 
 def infer_stage(x: torch.Tensor, tensors: list[torch.Tensor], branches: str, dtype: torch.dtype) -> torch.Tensor:
     """x (B, C, H, W) in channels_last memory through branches, whose products have this dtype, to the same."""
-    given = iter(tensors)
+    stage, given = stage_of(branches), iter(tensors)
     found = [
         (name, {key: next(given) if value is ... else value for key, value in arguments.items()})
-        for name, arguments in read_branches(branches)
+        for name, arguments in stage.branches
     ]
     x = x.contiguous(memory_format=torch.channels_last)
     weights, kind = split(found)
-    kind = dtype, precision(dtype), *kind
     everything = [x, None, *weights]
-    _compile_ahead(everything, found, dtype, (branches, x.shape, x.dtype, x.device, dtype))
-    return _recorded.setdefault(branches, Recorded(run))(everything, found, dtype, kind=kind)[0]
-
-
-def _compile_ahead(given: list[torch.Tensor | None], branches: list[Branch], dtype: torch.dtype, key: tuple) -> None:
-    """Compiles all kernels of a stage side by side, once; eager models are seen to as a whole (ahead.py)."""
-    if INTERPRETED or key in _compiled or torch.cuda.is_current_stream_capturing():
-        return
-    _compiled.add(key)
-    with compiling_aside():
-        run(given, branches, dtype)
+    # All its kernels side by side; eager models are seen to as a whole (ahead.py).
+    rehearse(lambda: run(everything, found, dtype), stage.rehearsed, (x.shape, x.dtype, x.device, dtype))
+    return stage.recorded(everything, found, dtype, kind=(dtype, precision(dtype), *kind))[0]
 
 
 def _fake(x: torch.Tensor, tensors: list[torch.Tensor], branches: str, dtype: torch.dtype) -> torch.Tensor:
