@@ -274,7 +274,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(backends, "_is_on_gpu", lambda x: True)
     monkeypatch.setattr(backends, "_why_no_kernels", lambda device, index: None)
     monkeypatch.setattr(backends, "_capability", lambda index: (9, 0))
-    monkeypatch.setattr(backends, "_triton_kernels", lambda: kernels)
+    monkeypatch.setattr(backends, "triton_kernels", lambda: kernels)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return monkeypatch
 

@@ -27,19 +27,12 @@ from transformers.utils import CONFIG_NAME, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .backends import (
-    computes,
-    convolve,
-    decides,
-    enter_stage,
-    fused_block,
-    fused_stage,
-    fusible,
-    normalise,
-    unless_fused,
-)
+from .backends import decides
 from .configuration_poolformer import MetaFormerConfig, PoolFormerConfig
+from .fused_blocks import fused_block, fused_stage, unless_fused
+from .fused_embeddings import convolve, enter_stage, normalise
 from .ops import drop, residual
+from .plain_modules import computes, fusible
 from .token_mixers import TOKEN_MIXERS, AttentionWeights, DefaultInitConv2d, SquaredReLU, activation
 
 
@@ -198,7 +191,7 @@ class MetaFormerBlock(GradientCheckpointingLayer):
     The MetaFormer block: `x + mixer(norm(x))`, then `x + mlp(norm(x))`, for any token mixer.
 
     Each branch may be scaled per channel (layer scale), and so may each shortcut (residual scale). Kernels may compute
-    the same (`backends.py`).
+    the same (`fused_blocks.py`).
     """
 
     def __init__(self, config: MetaFormerConfig, stage: int, token_mixer: nn.Module, drop_path_rate: float = 0.0):

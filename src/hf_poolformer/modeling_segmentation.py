@@ -13,7 +13,6 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
-from .backends import fusible
 from .configuration_poolformer import MetaFormerConfig
 from .modeling_poolformer import (
     MetaFormerBackbone,
@@ -23,6 +22,7 @@ from .modeling_poolformer import (
     dense_backbone,
     register_model_classes,
 )
+from .plain_modules import fusible
 
 
 def resize(x: torch.Tensor, size: torch.Size) -> torch.Tensor:

@@ -3,7 +3,7 @@
 A mixer is any module built as `Mixer(config, stage)` that maps (batch, channels, height, width) to the same shape;
 `stage` counts from 0. `TOKEN_MIXERS` is open: `TOKEN_MIXERS["mine"] = Mine` makes `token_mixers=["mine", ...]` work.
 
-A mixer that computes what pooling does says so by `fused_pool_size`, and kernels compute it, too (`backends.py`).
+A mixer that computes what pooling does says so by `fused_pool_size`, and kernels compute it, too (`branches.py`).
 
 A module that defines `initialize(std)` initialises itself there, through `transformers.initialization` (which leaves
 loaded weights alone); convolutions and linear layers within are initialised by the model.
@@ -20,9 +20,9 @@ from transformers.activations import ACT2FN
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .backends import computes, fusible, is_plain, is_valid_average
 from .configuration_poolformer import MetaFormerConfig, check_name
 from .ops import activate, squared_relu
+from .plain_modules import computes, fusible, is_plain, is_valid_average
 
 
 @computes("star_relu")

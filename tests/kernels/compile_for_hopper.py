@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from hf_poolformer import backends
+from hf_poolformer import fused_operations
 from hf_poolformer.kernels import (
     inference,
     launch,
@@ -102,10 +102,10 @@ def run(dim: int, size: int, dtype: torch.dtype, autocast: torch.dtype | None, v
         rest = {"act_scale": 1, "act_bias": 1}
     rest = {name: parameter(length) for name, length in rest.items()}
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        y, statistics = backends.pool_mixer(
+        y, statistics = fused_operations.pool_mixer(
             x, pool_size=3, eps=1e-5, weight=parameter(dim), mask=mask, with_statistics=True, backend="triton", **scale
         )
-        y, _ = backends.channel_mlp(
+        y, _ = fused_operations.channel_mlp(
             y,
             parameter(4 * dim, dim),
             parameter(dim, 4 * dim),
@@ -189,7 +189,7 @@ def mix(dim: int, size: int, dtype: torch.dtype):
     """The mixer alone: its tiles depend on the width of the image."""
     x, weight = torch.ones(2, dim, size, size, dtype=dtype, requires_grad=True), torch.ones(dim, dtype=dtype)
     scales = {"weight": weight.requires_grad_(), "layer_scale": torch.ones(dim, dtype=dtype)}
-    y, _ = backends.pool_mixer(x, pool_size=3, eps=1e-5, **scales, with_statistics=True, backend="triton")
+    y, _ = fused_operations.pool_mixer(x, pool_size=3, eps=1e-5, **scales, with_statistics=True, backend="triton")
     y.sum().backward()
 
 
@@ -197,7 +197,7 @@ def embed(dim: int, channels: int, dtype: torch.dtype):
     """The stem for images of so many channels, and a bias of the embeddings that follow."""
     x = torch.ones(2, channels, 224, 224, dtype=dtype).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.ones(dim, channels, 7, 7, dtype=dtype), torch.ones(dim, dtype=dtype)
-    y, _ = backends.patch_embedding(x, weight, bias, stride=[4, 4], padding=[2, 2], with_statistics=True)
+    y, _ = fused_operations.patch_embedding(x, weight, bias, stride=[4, 4], padding=[2, 2], with_statistics=True)
     patch_embedding.add_bias(y, bias, with_statistics=True)
 
 

@@ -16,7 +16,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
-from hf_poolformer import TOKEN_MIXERS, MetaFormerConfig, MetaFormerForImageClassification, backends, ops
+from hf_poolformer import (
+    TOKEN_MIXERS,
+    MetaFormerConfig,
+    MetaFormerForImageClassification,
+    backends,
+    fused_operations,
+    ops,
+)
 from hf_poolformer.export.graph import fold
 from hf_poolformer.modeling_poolformer import DropPath, MetaFormerBlock, MetaFormerGroupNorm, MetaFormerMLP
 from hf_poolformer.token_mixers import Pooling, StarReLU
@@ -565,7 +572,7 @@ def test_fused_operations_have_formulas_of_their_own(kernels, device):
     x = torch.randn(2, 6, 4, 4, requires_grad=True, device=where)
     weight1, weight2 = torch.randn(10, 6, device=where), torch.randn(6, 10, device=where)
     assert backends.takes(backends.decide(x, kernels), x) == (kernels != "reference")  # registers them
-    compute = ops.channel_mlp if kernels == "reference" else partial(backends.channel_mlp, backend=kernels)
+    compute = ops.channel_mlp if kernels == "reference" else partial(fused_operations.channel_mlp, backend=kernels)
     with FlopCounterMode(display=False) as counter:
         compute(x, weight1, weight2, activation="gelu", eps=1e-5)
     assert counter.get_total_flops() == 2 * 2 * 2 * 16 * 6 * 10

@@ -9,14 +9,14 @@ import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from hf_poolformer import backends, ops
+from hf_poolformer import fused_operations, ops
 
 
 V1 = ("norm_weight", "norm_bias", "bias1", "bias2", "layer_scale")
 V2 = ("norm_weight", "res_scale")
 ALL = (*V1, "res_scale")
 OPERATIONS = {
-    "triton": lambda *args, **settings: backends.channel_mlp(*args, **settings, backend="triton")[0],
+    "triton": lambda *args, **settings: fused_operations.channel_mlp(*args, **settings, backend="triton")[0],
     "reference": ops.channel_mlp,
 }
 
@@ -108,7 +108,7 @@ def check(
     rest = {name: parameter for name, parameter in parameters.items() if name not in ("weight1", "weight2")}
     context = torch.autocast(device, autocast) if autocast else contextlib.nullcontext()
     with context:
-        y, statistics = backends.channel_mlp(
+        y, statistics = fused_operations.channel_mlp(
             x,
             parameters["weight1"],
             parameters["weight2"],
@@ -135,7 +135,7 @@ def check(
         assert parameter.grad.dtype == parameter_dtype
         assert (parameter.grad - exact_grads[name]).norm() < bound * sizes[name], name
     with torch.no_grad(), context:
-        alone, none = backends.channel_mlp(
+        alone, none = fused_operations.channel_mlp(
             x,
             parameters["weight1"],
             parameters["weight2"],
@@ -193,7 +193,7 @@ def test_odd_and_even_sizes(shape, inner, device, poisoned, relative_error, tole
     if shape[1] == 1:  # its norm is zero, and so are gradients that pass through it: nothing to divide by
         x = torch.ones(shape, device=device)
         weight1, weight2 = torch.ones(inner, 1, device=device), torch.ones(1, inner, device=device)
-        y, _ = backends.channel_mlp(x, weight1, weight2, activation="gelu", eps=1e-5, backend="triton")
+        y, _ = fused_operations.channel_mlp(x, weight1, weight2, activation="gelu", eps=1e-5, backend="triton")
         assert y.item() == 1
         return
     check(shape, ALL, "gelu", relative_error, tolerance, device=device, inner=inner)
@@ -224,7 +224,7 @@ def test_a_mean_far_from_zero_costs_float32_accuracy_only(device, poisoned, rela
     torch.manual_seed(0)
     x = torch.randn(2, 20, 5, 3, device=device) + 1000
     weight1, weight2 = torch.randn(40, 20, device=device) / 4, torch.randn(20, 40, device=device) / 6
-    y, _ = backends.channel_mlp(x, weight1, weight2, activation="gelu", eps=1e-5, backend="triton")
+    y, _ = fused_operations.channel_mlp(x, weight1, weight2, activation="gelu", eps=1e-5, backend="triton")
     hidden = F.gelu(F.conv2d(F.group_norm(x.double(), 1), weight1.double()[..., None, None]))
     branch = F.conv2d(hidden, weight2.double()[..., None, None])
     assert relative_error(y.double() - x.double(), branch) < 1e-3
@@ -267,7 +267,7 @@ def test_each_parameter_learns_without_the_others(trained, device, poisoned):
     _, _, expected, sizes = exact(x, parameters, mask, grad, activation, 1e-5, "group")
     for name in trained:
         parameters[name].requires_grad_()
-    y, _ = backends.channel_mlp(x, **parameters, activation=activation, eps=1e-5, mask=mask, backend="triton")
+    y, _ = fused_operations.channel_mlp(x, **parameters, activation=activation, eps=1e-5, mask=mask, backend="triton")
     y.backward(grad)
     for name, parameter in parameters.items():
         assert (parameter.grad is not None) == (name in trained)
@@ -340,7 +340,7 @@ def test_backward_takes_a_handful_of_launches(names, activation, bound, dim, dev
     x, parameters, mask, grad = make((2, dim, 2, 2), 24, *settings)
     grad = grad.contiguous(memory_format=torch.channels_last)
     tensors = [x.requires_grad_(), *(parameter.requires_grad_() for parameter in parameters.values())]
-    y, _ = backends.channel_mlp(x, **parameters, activation=activation, eps=1e-5, mask=mask, backend="triton")
+    y, _ = fused_operations.channel_mlp(x, **parameters, activation=activation, eps=1e-5, mask=mask, backend="triton")
     found = launches.of(lambda: torch.autograd.grad(y, tensors, grad))
     assert "expand_backward_kernel" in found
     assert len(found) <= bound, found

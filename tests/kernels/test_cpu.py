@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
 from torch.nn import functional as F
 
-from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification, backends, ops
+from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification, backends, fused_operations, ops
 from hf_poolformer.kernels import cpu
 
 
@@ -32,7 +32,7 @@ def block_size(request, monkeypatch):
 
 
 def by_kernels(operation, **arguments):
-    return getattr(backends, operation)(**arguments, backend="cpu")[0]
+    return getattr(fused_operations, operation)(**arguments, backend="cpu")[0]
 
 
 def by_formula(operation, **arguments):

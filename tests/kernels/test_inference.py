@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification, backends, ops
+from hf_poolformer import MetaFormerConfig, MetaFormerForImageClassification, fused_operations, ops
 from hf_poolformer.kernels import cpu
 from hf_poolformer.modeling_poolformer import MetaFormerBlock
 from hf_poolformer.token_mixers import Attention, StarReLU
@@ -93,7 +93,7 @@ def check_branch(operation, shape, sizes, dtype, relative_error, **settings):
     }[operation]
     missing = dict.fromkeys(set(everything) - parameters.keys())
     with torch.no_grad():
-        y = backends.infer_branches(
+        y = fused_operations.infer_branches(
             torch.nn.Identity(), x, [(operation, {**parameters, **missing, **settings})], "cpu"
         )
         exact = {name: value.double() for name, value in parameters.items()}

@@ -121,7 +121,7 @@ def test_its_products_are_counted_as_those_of_a_convolution(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("with_statistics", [False, True])
 def test_a_bias_is_added_in_place(with_statistics, dtype, device, poisoned):
-    kernels = backends._triton_kernels().patch_embedding
+    kernels = backends.triton_kernels().patch_embedding
     y = torch.randn(3, 20, 7, 5, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
     bias = torch.randn(20, device=device)
     # Whole numbers: the interpreter cuts bits off where a GPU rounds.
@@ -152,7 +152,7 @@ def model(device, scramble, monkeypatch):
 def calls(monkeypatch, registered):
     """Names of the kernels of embeddings that run, and of the pass that makes the statistics of a block's input."""
     found = []
-    kernels = backends._triton_kernels()
+    kernels = backends.triton_kernels()
     for owner, name in (
         (kernels.patch_embedding, "convolve"),
         (kernels.patch_embedding, "add_bias"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_poolformer import backends, ops
+from hf_poolformer import fused_operations, ops
 
 
 V1 = {"weight": True, "layer_scale": True}
@@ -40,7 +40,7 @@ def check(shape, dtype, device, scales, mask, pool_size, eps, relative_error, to
     y_exact, dx_exact, dscales_exact = exact(x, scales, mask, grad, pool_size, eps)
     x = x.contiguous(memory_format=memory_format).requires_grad_()
     scales = {name: scale.requires_grad_() for name, scale in scales.items()}
-    y, statistics = backends.pool_mixer(
+    y, statistics = fused_operations.pool_mixer(
         x, pool_size=pool_size, eps=eps, mask=mask, **scales, with_statistics=True, backend="triton"
     )
     y.backward(grad)
@@ -86,7 +86,7 @@ def test_known_statistics_change_nothing(device, poisoned):
     results = []
     for statistics in (None, known):
         x = x.detach().requires_grad_()
-        y, _ = backends.pool_mixer(
+        y, _ = fused_operations.pool_mixer(
             x, pool_size=3, eps=1e-5, mask=mask, statistics=statistics, **scales, backend="triton"
         )
         y.backward(grad)
@@ -100,7 +100,7 @@ def test_statistics_of_a_mean_far_from_zero(scale, device, relative_error):
     x = torch.randn(2, 20, 7, 5, device=device) + 3000
     res_scale = None if scale is None else torch.full((20,), scale, device=device)
     weight = torch.randn(20, device=device)
-    y, statistics = backends.pool_mixer(
+    y, statistics = fused_operations.pool_mixer(
         x, pool_size=3, eps=1e-5, weight=weight, res_scale=res_scale, with_statistics=True, backend="triton"
     )
     # float32 has 2^-24 of 3000 for each entry, 2e-4 of its deviation.
@@ -113,7 +113,7 @@ def test_one_result_every_time(device):
     for _ in range(2):
         x = x.detach().requires_grad_()
         weight = scales["weight"].detach().requires_grad_()
-        y, _ = backends.pool_mixer(x, pool_size=3, eps=1e-5, weight=weight, backend="triton")
+        y, _ = fused_operations.pool_mixer(x, pool_size=3, eps=1e-5, weight=weight, backend="triton")
         y.backward(grad)
         results.append((y, x.grad, weight.grad))
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_poolformer import MetaFormerConfig, MetaFormerModel, backends, ops
+from hf_poolformer import MetaFormerConfig, MetaFormerModel, fused_operations, ops
 
 
 DIM, INNER = 6, 10
@@ -35,8 +35,8 @@ class Block(nn.Module):
 
     def forward(self, x):
         mixer, mlp = self.arguments()
-        x, statistics = backends.pool_mixer(x, **mixer, with_statistics=True, backend="triton")
-        return backends.channel_mlp(x, **mlp, statistics=statistics, backend="triton")[0]
+        x, statistics = fused_operations.pool_mixer(x, **mixer, with_statistics=True, backend="triton")
+        return fused_operations.channel_mlp(x, **mlp, statistics=statistics, backend="triton")[0]
 
     def by_formula(self, x):
         mixer, mlp = self.arguments()

@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..backends import is_plain, is_pointwise
 from ..foundation.errors import UserError
 from ..modeling_poolformer import (
     DropPath,
@@ -36,6 +35,7 @@ from ..modeling_poolformer import (
     NoNorm,
 )
 from ..modeling_segmentation import ConvNormReLU, MetaFormerForSemanticSegmentation
+from ..plain_modules import is_plain, is_pointwise
 from ..token_mixers import (
     Attention,
     DepthwiseConv,

@@ -13,8 +13,8 @@ tokens go from memory to the matrix units as they are,
     z = r (x F^T) - r mu u + v,    u = F 1
 
 where u sums F as rounded for the product, so that a mean far from zero cancels to float32 accuracy. F, u and v are
-made anew in every call: weights may change in ways that nothing tells (see backends.py). In whole stages that takes
-no launch of its own, but some programs of the one that combines the statistics of x.
+made anew in every call: weights may change in ways that nothing tells (see fused_operations.py). In whole stages that
+takes no launch of its own, but some programs of the one that combines the statistics of x.
 
 Backward. z and x^ are kept, in the precision of the products: 5 elements per channel and token. (With one kernel x^
 takes the place of x; with two it is made from x when it is needed.) act(z) is recomputed from z; recomputing z as well

@@ -774,7 +774,7 @@ class Mixing(NamedTuple):
         return self.residual.add(x, mixed.flatten(0, 1))
 
 
-# By the names that backends.py gives them.
+# By the names that branches.py gives them.
 BRANCHES = {
     "pool_mixer": Pooling,
     "channel_mlp": MLP,

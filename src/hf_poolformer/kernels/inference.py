@@ -22,7 +22,7 @@ from .statistics import combine, sample_statistics, token_statistics
 from .token_norm import add_to_shortcut, normalise, token_rows
 
 
-# Of a branch: the name of its operation, and that operation's arguments beside x, as in `backends.py`.
+# Of a branch: the name of its operation, and that operation's arguments beside x, as in `branches.py`.
 Branch = tuple[str, dict[str, Any]]
 _recorded: WeakKeyDictionary[nn.Module, Recorded] = WeakKeyDictionary()
 
