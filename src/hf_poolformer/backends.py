@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 
 BACKENDS = ("auto", "cpu", "triton", "reference")
@@ -167,10 +168,16 @@ def _default_backend() -> str | None:
 def is_transformed() -> bool:
     """Whether something is going on that kernels have no rule for: an export, torch.func, forward-mode derivatives."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return is_exporting()
     if torch.jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0:
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether a graph is made for other programs. Asked, not traced: traced, PyTorch 2.11 says so of every graph."""
+    return torch.compiler.is_exporting()
 
 
 def is_watched() -> bool:
@@ -227,7 +234,7 @@ def why_not_triton(x: torch.Tensor, *parameters: torch.Tensor | None) -> str | N
 
 def unfit(x: torch.Tensor, parameters: tuple[torch.Tensor | None, ...]) -> str | None:
     """What no kernel can take."""
-    if type(x) not in (torch.Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+    if not _is_plain_tensor(x):
         return f"x is a {type(x).__name__}, which may compute in another way"
     if x.ndim != 4:
         return f"x has shape {tuple(x.shape)}, not (batch, channels, height, width)"
@@ -236,13 +243,19 @@ def unfit(x: torch.Tensor, parameters: tuple[torch.Tensor | None, ...]) -> str |
     for parameter in parameters:
         if parameter is None:
             continue
-        if type(parameter) not in (torch.Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+        if not _is_plain_tensor(parameter):
             return f"a parameter is a {type(parameter).__name__}, which may compute in another way"
         if parameter.device != x.device:
             return f"x is on {x.device} but a parameter on {parameter.device}"
         if parameter.dtype not in DTYPES:
             return f"a parameter is {parameter.dtype}, not one of float32, bfloat16, float16"
     return None
+
+
+def _is_plain_tensor(tensor: torch.Tensor) -> bool:
+    """Whether a tensor computes as PyTorch does: no shard, nor a quantised one. Exports trace with fakes of those."""
+    kind = type(tensor)
+    return kind in (torch.Tensor, nn.Parameter) or (kind is FakeTensor and is_exporting())
 
 
 @torch.compiler.assume_constant_result

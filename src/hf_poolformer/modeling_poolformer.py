@@ -27,7 +27,7 @@ from transformers.utils import CONFIG_NAME, TransformersKwargs, auto_docstring, 
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .backends import decides
+from .backends import decides, is_exporting
 from .configuration_poolformer import MetaFormerConfig, PoolFormerConfig
 from .fused_blocks import fused_block, fused_stage, unless_fused
 from .fused_embeddings import convolve, enter_stage, normalise
@@ -163,7 +163,7 @@ class MetaFormerEmbeddings(nn.Module):
     def resize_positions(self, size: torch.Size) -> torch.Tensor:
         """Position embeddings for `size` tokens, interpolated if the model was built for another size."""
         # An exported graph serves all sizes; there interpolation to the own size is the identity, exactly.
-        if not torch.compiler.is_exporting() and size == self.position_embeddings.shape[-2:]:
+        if not is_exporting() and size == self.position_embeddings.shape[-2:]:
             return self.position_embeddings
         # In float32: bicubic has no low-precision kernel everywhere.
         resized = F.interpolate(self.position_embeddings.float(), size=size, mode="bicubic", align_corners=False)

@@ -13,6 +13,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple
 
+from .backends import is_exporting
 from .configuration_poolformer import MetaFormerConfig
 from .modeling_poolformer import (
     MetaFormerBackbone,
@@ -28,7 +29,7 @@ from .plain_modules import fusible
 def resize(x: torch.Tensor, size: torch.Size) -> torch.Tensor:
     """Bilinear, `align_corners=False`; to the own size it is the identity, which costs nothing."""
     # An exported graph serves all sizes.
-    if not torch.compiler.is_exporting() and x.shape[-2:] == size:
+    if not is_exporting() and x.shape[-2:] == size:
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 

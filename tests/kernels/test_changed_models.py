@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules import module as hooks
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
@@ -616,6 +617,54 @@ def test_subclasses_of_tensors_and_modes_take_plain_pytorch(model, monkeypatch):
             torch.testing.assert_close(model(pixel_values).logits, wanted)
         torch.testing.assert_close(model(pixel_values.as_subclass(Loud)).logits.as_subclass(torch.Tensor), wanted)
     assert called == []
+
+
+class Scaled(torch.Tensor):
+    """A weight that is kept as something else, as quantised and sharded ones are: here half of what it is."""
+
+    @staticmethod
+    def __new__(cls, half):
+        return torch.Tensor._make_wrapper_subclass(cls, half.shape, dtype=half.dtype, device=half.device)
+
+    def __init__(self, half):
+        self.half = half
+
+    def __repr__(self):  # graphs are logged
+        return "Scaled()"
+
+    def __tensor_flatten__(self):
+        return ["half"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, size, stride):
+        return Scaled(inner["half"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return Scaled(args[0].half)
+        return function(*tree_map_only(Scaled, lambda each: 2 * each.half, args), **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_that_are_no_plain_tensors_take_plain_pytorch(compiled, model, relative_error):
+    """In a graph, too: operations have no rule for what a weight may be."""
+    pixel_values, operations = torch.randn(2, 3, 24, 20), []
+
+    def backend(graph, examples):
+        operations.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with torch.no_grad():
+        wanted = model(pixel_values).logits
+        conv = model.metaformer.encoder.block[0][1].output.conv1
+        conv.weight = nn.Parameter(Scaled(conv.weight.detach() / 2), requires_grad=False)
+        torch.compiler.reset()
+        run = torch.compile(model, backend=backend, fullgraph=True) if compiled else model
+        assert relative_error(run(pixel_values).logits, wanted) < CLOSE
+    blocks = sum(SHAPE["depths"])
+    assert operations.count("hf_poolformer.cpu_channel_mlp") == (blocks - 1 if compiled else 0)
+    assert operations.count("hf_poolformer.cpu_pool_mixer") == (blocks if compiled else 0)
 
 
 @pytest.mark.parametrize(
