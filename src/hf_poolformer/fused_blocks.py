@@ -11,7 +11,7 @@ from .backends import DECISION, Decision, decide, decided, holds, infers, namesp
 from .branches import MIXERS, MLPS, find_branch, find_branches, find_operations, module_branch
 from .findings import remembered
 from .fused_embeddings import entering_statistics
-from .fused_operations import channel_mlp, infer_branches, pool_mixer, separable_conv
+from .fused_operations import Branch, channel_mlp, infer_branches, pool_mixer, separable_conv
 from .plain_modules import formula
 
 
@@ -87,10 +87,10 @@ def _trained_stage(stage: nn.ModuleList, x: torch.Tensor, decision: Decision) ->
     blocks = list(stage)
     if any(formula(block) != "block" or (block.gradient_checkpointing and block.training) for block in blocks):
         return None
-    found = [remembered(find_operations, block, x, decision) for block in blocks]
+    found = [_recordable(*remembered(find_operations, block, x, decision)) for block in blocks]
     statistics = entering_statistics(x)
-    if all(map(_is_recordable, found)):
-        branches = [branch for mixer, _, mlp in found for branch in (("pool_mixer", mixer), ("channel_mlp", mlp))]
+    if all(found):
+        branches = [branch for both in found for branch in both]
         norms = [block.before_norm.bias for block in blocks]
         if _needs_gradient(x, *norms, *(value for _, arguments in branches for value in arguments.values())):
             x, dtype = under_autocast(x)
@@ -114,13 +114,19 @@ def _needs_gradient(*values: Any) -> bool:
     return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
-def _is_recordable(found: tuple[dict[str, Any] | None, ...]) -> bool:
-    """Whether a block is a pooling mixer and an MLP with norms of samples, all of whose tensors are contiguous."""
-    mixer, _, mlp = found
-    if mixer is None or mlp is None or mlp["norm"] != "group":
-        return False
-    values = (*mixer.values(), *mlp.values())
-    return all(value.is_contiguous() for value in values if isinstance(value, torch.Tensor))
+def _recordable(
+    mixer: dict[str, Any] | None, separable: dict[str, Any] | None, mlp: dict[str, Any] | None
+) -> list[Branch] | None:
+    """The branches of a block, if both are operations, all of whose tensors are contiguous."""
+    first = ("pool_mixer", mixer) if mixer is not None else ("separable_conv", separable)
+    branches = [first, ("channel_mlp", mlp)]
+    for _, arguments in branches:
+        if arguments is None:
+            return None
+        for value in arguments.values():
+            if isinstance(value, torch.Tensor) and not value.is_contiguous():
+                return None
+    return branches
 
 
 def _operated_block(

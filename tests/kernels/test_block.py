@@ -47,10 +47,11 @@ def count_calls(patch) -> collections.Counter:
         counted = partial(lambda original, name, *args: calls.update([name]) or original(*args), original, name)
         patch.setattr(module, name, counted)
     # Of a stage that is one node of autograd.
-    for function, name in (("mix_partially", "pool_mixer"), ("mlp_from_partials", "channel_mlp")):
-        original = getattr(kernels.training, function)
-        counted = partial(lambda original, name, *args: calls.update([name]) or original(*args), original, name)
-        patch.setattr(kernels.training, function, counted)
+    for name, operation in kernels.training.OPERATIONS.items():
+        counted = partial(
+            lambda original, name, *args: calls.update([name]) or original(*args), operation.forward, name
+        )
+        patch.setitem(kernels.training.OPERATIONS, name, operation._replace(forward=counted))
     return calls
 
 

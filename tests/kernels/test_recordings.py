@@ -207,4 +207,4 @@ def test_stages_repeat_what_their_operations_launch():
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("steps repeated") == 36
+    assert done.stdout.count("steps repeated") == 66

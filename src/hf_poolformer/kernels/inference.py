@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import separable_conv
-from .launch import by_library, float32, on, precision
+from .launch import by_library, cast, float32, on, precision
 from .mlp_forward import is_whole, mlp_from_partials
 from .mlp_parts import Parameters
 from .pool_mixer import mix_partially
@@ -80,25 +80,34 @@ def wanted_statistics(branch: Branch, x: torch.Tensor, dtype: torch.dtype) -> st
     return "tokens" if name == "channel_mlp" and not is_whole(x.shape[1], dtype) else None
 
 
+def known_samples(x: torch.Tensor, known: Known) -> torch.Tensor:
+    """Statistics (B, 2) of the samples of x."""
+    if known.partials is not None:
+        return combine(known.partials, x.shape[0])
+    return sample_statistics(x) if known.statistics is None else known.statistics
+
+
+def statistics_for(x: torch.Tensor, known: Known, norm: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Statistics of x for a norm, "group" (B, 2) or "channel" (B H W, 2); or memory for them, and partials of which it
+    is to be filled."""
+    if known.partials is not None:
+        return float32(x, x.shape[0] if norm == "group" else x.numel() // x.shape[1], 2), known.partials
+    if known.statistics is not None:
+        return known.statistics, None
+    return sample_statistics(x) if norm == "group" else token_statistics(x), None
+
+
 def _pool_mixer(x, known, wanted, dtype, *, pool_size, eps, weight, layer_scale, res_scale):
-    statistics, partials = known
-    if partials is not None:
-        statistics = combine(partials, x.shape[0])
-    elif statistics is None:
-        statistics = sample_statistics(x)
     scales = _contiguous(weight, layer_scale, res_scale)
-    y, partials = mix_partially(x, statistics, *scales, None, pool_size, eps, wanted == "samples")
+    y, partials = mix_partially(x, known_samples(x, known), *scales, None, pool_size, eps, wanted == "samples")
     return y, Known(partials=partials)
 
 
 def _channel_mlp(x, known, wanted, dtype, *, norm, activation, eps, **parameters):
-    statistics, partials = known
     if norm == "channel" and is_whole(x.shape[1], dtype):
         statistics = partials = None
-    elif partials is not None:
-        statistics = float32(x, x.shape[0] if norm == "group" else x.numel() // x.shape[1], 2)
-    elif statistics is None:
-        statistics = sample_statistics(x) if norm == "group" else token_statistics(x)
+    else:
+        statistics, partials = statistics_for(x, known, norm)
     parameters = Parameters(*_contiguous(*Parameters(**parameters)))
     with_statistics = wanted == "samples" and norm == "group"
     y, after, _, _ = mlp_from_partials(
@@ -151,12 +160,7 @@ def attend(qkv: torch.Tensor, batch: int, heads: int) -> torch.Tensor:
 
 
 def _cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    return [
-        each
-        if each is None or each.dtype == dtype
-        else by_library(functools.partial(torch.Tensor.to, dtype=dtype), each)
-        for each in tensors
-    ]
+    return [None if tensor is None else cast(tensor, dtype) for tensor in tensors]
 
 
 def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -195,6 +195,11 @@ def by_library(function: Callable[..., torch.Tensor], *operands: torch.Tensor | 
     return function(*operands) if recorder is None else recorder.call(function, operands)
 
 
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous tensor in another dtype, or itself."""
+    return tensor if tensor.dtype == dtype else by_library(functools.partial(torch.Tensor.to, dtype=dtype), tensor)
+
+
 def transposed_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a.T @ b` of (M, N) and (M, K) in float32: a reduction over all tokens, which cuBLAS splits best."""
     return by_library(product_of_transposed, a, b)

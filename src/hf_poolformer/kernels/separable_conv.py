@@ -35,6 +35,7 @@ from .launch import (
     INTERPRETED,
     Tiles,
     by_library,
+    cast,
     cdiv,
     empty_like_each,
     empty_nhwc,
@@ -304,7 +305,7 @@ def separate_backward(
     with on(g):
         strips = Strips(batch, height, width, inner, depthwise_weight.shape[-1])
         taps, activation = window_first(depthwise_weight), (act_scale, act_bias, mask)
-        rows, grad = token_rows(x), token_rows(g).to(dtype)
+        rows, grad = token_rows(x), cast(token_rows(g), dtype)
         operand1, operand2, *_ = fold(weight1, None, weight2, layer_scale, dtype)
         dmixed = by_library(torch.mm, grad, operand2.view(channels, inner))
         parts = convolve_weight_backward(strips, dmixed, z, *activation) if need_depthwise else None

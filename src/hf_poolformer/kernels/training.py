@@ -5,6 +5,7 @@ a stage is one node, and its forward and its backward are loops over launches. W
 gradients, are those of the operations one by one.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -12,29 +13,39 @@ import torch
 from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .launch import float32, precision
-from .mlp_backward import mlp_gradients
+from . import separable_conv
+from .channel_mlp import mlp_backward
+from .inference import Known, known_samples, statistics_for
+from .launch import precision
 from .mlp_forward import mlp_from_partials
 from .mlp_parts import Parameters
 from .pool_mixer import PARAMETERS, mix_backward, mix_partially
 from .recordings import Recorded
-from .statistics import sample_statistics
 
 
-# Of an operation's tensors, in this order.
-MIXER = (*PARAMETERS, "mask")
-MLP = (*Parameters._fields, "mask")
+class Operation(NamedTuple):
+    """What a branch may be."""
+
+    tensors: tuple[str, ...]  # of its arguments, all but the mask of those with gradients
+    settings: tuple[str, ...]  # the other arguments that both directions take
+    kept: int  # how many tensors for backward
+    # (x, what is known of its statistics, norm of the next branch, dtype of products, own norm, tensors, mask,
+    # *settings) to y, what is known of its statistics, and what is kept
+    forward: Callable[..., tuple[torch.Tensor, Known, list[torch.Tensor]]]
+    # (g, *kept, *tensors, mask, *settings, which gradients are wanted) to those of x and of the tensors
+    backward: Callable[..., list[torch.Tensor | None]]
 
 
 class Branch(NamedTuple):
-    """A branch: "pool_mixer" or "channel_mlp", its numbers, and how many tensors it has."""
+    """A branch as recordings know it, without its tensors."""
 
-    name: str
-    settings: tuple[Any, ...]  # pool_size and eps, or activation and eps
+    name: str  # of its operation
+    norm: str | None  # whose statistics must be known before: of samples ("group") or of tokens ("channel")
+    settings: tuple[Any, ...]
 
     @property
-    def tensors(self) -> int:
-        return len(MIXER if self.name == "pool_mixer" else MLP)
+    def operation(self) -> Operation:
+        return OPERATIONS[self.name]
 
 
 class Stage:
@@ -56,12 +67,12 @@ def train(
     statistics: torch.Tensor | None,
 ) -> torch.Tensor:
     """
-    x (B, C, H, W) in channels_last memory through branches "pool_mixer" and "channel_mlp", in turns, with norms of
-    samples.
+    x (B, C, H, W) in channels_last memory through branches "pool_mixer", "separable_conv" and "channel_mlp".
 
     Args:
         stage: whose branches they are.
-        branches: names and arguments, the tensors contiguous; with "mask" (B,) or None, and of mixers "norm_bias".
+        branches: names and arguments, the tensors contiguous; with "mask" (B,) or None, and of "pool_mixer"
+            "norm_bias".
         dtype: of products.
         statistics: (B, 2) of x, where they are known.
     """
@@ -70,9 +81,10 @@ def train(
     tensors: list[torch.Tensor | None] = []
     found = []
     for name, arguments in branches:
-        names, settings = (MIXER, "pool_size") if name == "pool_mixer" else (MLP, "activation")
-        tensors += [arguments[each] for each in names]
-        found.append(Branch(name, (arguments[settings], arguments["eps"])))
+        operation = OPERATIONS[name]
+        tensors += [arguments[each] for each in (*operation.tensors, "mask")]
+        norm = "group" if name == "pool_mixer" else arguments.get("norm")
+        found.append(Branch(name, norm, tuple(arguments[each] for each in operation.settings)))
     return _Stage.apply(_stages[stage], tuple(found), dtype, x, statistics, *tensors)
 
 
@@ -109,29 +121,16 @@ class _Stage(torch.autograd.Function):
 def forward(
     given: list[torch.Tensor | None], branches: tuple[Branch, ...], dtype: torch.dtype
 ) -> list[torch.Tensor | None]:
-    """y and, of each branch, three tensors for `backward`, of which mixers have two."""
+    """y, and what each branch keeps for `backward`."""
     x, statistics, *tensors = given
+    known = Known(statistics)
     kept: list[torch.Tensor | None] = []
-    partials: torch.Tensor | None = None  # of which statistics are to be made
-    for place, (name, settings) in enumerate(branches):
-        size = branches[place].tensors
-        *parameters, mask = tensors[:size]
-        tensors = tensors[size:]
-        with_statistics = place + 1 < len(branches)
-        if statistics is None:
-            statistics = sample_statistics(x)
-        if name == "pool_mixer":
-            *scales, _ = parameters  # norm_bias cancels
-            y, partials = mix_partially(x, statistics, *scales, mask, *settings, with_statistics)
-            kept += [x, statistics, None]
-            after = None if partials is None else float32(x, x.shape[0], 2)
-        else:
-            y, after, preactivation, normed = mlp_from_partials(
-                x, statistics, partials, Parameters(*parameters), mask, *settings, dtype, True, with_statistics
-            )
-            kept += [x if normed is None else normed, statistics, preactivation]
-            partials = None
-        x, statistics = y, after
+    norms = [branch.norm for branch in branches[1:]] + [None]
+    for branch, next_norm in zip(branches, norms, strict=True):
+        count = len(branch.operation.tensors)
+        own, mask, tensors = tensors[:count], tensors[count], tensors[count + 1 :]
+        x, known, more = branch.operation.forward(x, known, next_norm, dtype, branch.norm, own, mask, *branch.settings)
+        kept += more
     return [x, *kept]
 
 
@@ -140,19 +139,47 @@ def backward(
 ) -> list[torch.Tensor | None]:
     """Gradients of x and of all tensors of the branches, None for those not `wanted`."""
     g, *rest = given
-    end = sum(branch.tensors for branch in branches)
+    end = sum(len(branch.operation.tensors) + 1 for branch in branches)
     tensors, kept = rest[:end], rest[end:]
     grads: list[torch.Tensor | None] = [None] * end
-    for place in reversed(range(len(branches))):
-        branch, (source, statistics, preactivation) = branches[place], kept[3 * place : 3 * place + 3]
-        start = end - branch.tensors
-        *parameters, mask = tensors[start:end]
-        wants = list(wanted[start : end - 1])
-        if branch.name == "pool_mixer":
-            found = mix_backward(g, source, statistics, *parameters, mask, *branch.settings, wants)
-        else:
-            parameters = Parameters(*parameters)
-            found = mlp_gradients(g, source, statistics, preactivation, parameters, mask, *branch.settings, wants)
-        g, *grads[start : end - 1] = found
+    for branch in reversed(branches):
+        operation = branch.operation
+        mask = end - 1
+        start = mask - len(operation.tensors)
+        kept, own = kept[: -operation.kept], kept[-operation.kept :]
+        g, *grads[start:mask] = operation.backward(
+            g, *own, *tensors[start:end], *branch.settings, list(wanted[start:mask])
+        )
         end = start
     return [g, *grads]
+
+
+def _pool_mixer(x, known, next_norm, dtype, norm, tensors, mask, pool_size, eps):
+    statistics = known_samples(x, known)
+    *scales, _ = tensors  # the norm's bias cancels
+    y, partials = mix_partially(x, statistics, *scales, mask, pool_size, eps, next_norm == "group")
+    return y, Known(partials=partials), [x, statistics]
+
+
+def _separable_conv(x, known, next_norm, dtype, norm, tensors, mask, eps):
+    parameters = separable_conv.Parameters(*tensors)
+    y, z, partials = separable_conv.separate_partially(x, parameters, mask, eps, dtype, next_norm == "channel")
+    return y, Known(partials=partials), [x, z]
+
+
+def _channel_mlp(x, known, next_norm, dtype, norm, tensors, mask, activation, eps):
+    statistics, partials = statistics_for(x, known, norm)
+    with_statistics = next_norm == norm == "group"
+    y, after, preactivation, normed = mlp_from_partials(
+        x, statistics, partials, Parameters(*tensors), mask, activation, eps, dtype, True, with_statistics
+    )
+    return y, Known(after), [x if normed is None else normed, statistics, preactivation]
+
+
+OPERATIONS = {
+    "pool_mixer": Operation(PARAMETERS, ("pool_size", "eps"), 2, _pool_mixer, mix_backward),
+    "separable_conv": Operation(
+        separable_conv.Parameters._fields, ("eps",), 2, _separable_conv, separable_conv.separate_backward
+    ),
+    "channel_mlp": Operation(Parameters._fields, ("activation", "eps"), 3, _channel_mlp, mlp_backward),
+}
