@@ -68,17 +68,21 @@ def _stage_of_graph(stage: nn.ModuleList, x: torch.Tensor) -> torch.Tensor | Non
     if branches is None:
         return None
     x, dtype = under_autocast(x)
-    tensors = [value for _, arguments in branches for value in arguments.values() if isinstance(value, torch.Tensor)]
+    values = [value for _, arguments in branches for value in arguments.values()]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    numbers = [value for value in values if isinstance(value, float)]
     text = ", ".join([f"('{name}', {_literal(arguments)})" for name, arguments in branches])
     run = getattr(torch.ops, namespace("triton")).infer_stage
-    return run(x.contiguous(memory_format=torch.channels_last), tensors, f"[{text}]", dtype)
+    return run(x.contiguous(memory_format=torch.channels_last), tensors, numbers, f"[{text}]", dtype)
 
 
 def _literal(arguments: dict[str, Any]) -> str:
-    """Arguments as kernels/stages.py reads them in a graph. Written for torch.compile, which knows no `repr`."""
+    """Arguments as kernels/stages.py reads them in a graph. Written for torch.compile, which knows no `repr`, and may
+    make a symbol of each float that it meets."""
     items = []
     for name, value in arguments.items():
-        text = "..." if isinstance(value, torch.Tensor) else f"'{value}'" if isinstance(value, str) else f"{value}"
+        text = f"'{value}'" if isinstance(value, str) else f"{value}"
+        text = "..." if isinstance(value, torch.Tensor) else "0.0" if isinstance(value, float) else text
         items.append(f"'{name}': {text}")
     return "{" + ", ".join(items) + "}"
 

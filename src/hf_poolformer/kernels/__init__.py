@@ -28,7 +28,7 @@ ahead.py        compilation of all that a model needs, before its first step
 recordings.py   launches that are recorded once and repeated
 inference.py    all branches of a stage without gradients, recorded
 stages.py       the same as one operation, for graphs
-training.py     a stage of pooling blocks as one function of autograd, recorded
+training.py     a stage without attention as one function of autograd, recorded
 layers.py       what transformers' `use_kernels` takes, where this package is published alone
 """
 

@@ -4,12 +4,13 @@ A graph calls each operation through PyTorch's dispatcher, which for one written
 its kernels. Here it does so once per stage, and what happens within are the launches of inference.py, recorded.
 
 Graphs are kept on disk and read by other processes. So what the branches are is written into the graph itself, as a
-Python literal: [('pool_mixer', {'pool_size': 3, 'weight': ..., 'res_scale': None})], with an ellipsis for each tensor.
-Tensors come in that order.
+Python literal: [('pool_mixer', {'pool_size': 3, 'eps': 0.0, 'weight': ..., 'res_scale': None})], with an ellipsis for
+each tensor, and 0.0 for each float. Tensors and floats come in that order.
 """
 
 import ast
 import functools
+from typing import Any
 
 import torch
 
@@ -35,13 +36,16 @@ def stage_of(branches: str) -> Stage:
     return Stage(branches)
 
 
-def infer_stage(x: torch.Tensor, tensors: list[torch.Tensor], branches: str, dtype: torch.dtype) -> torch.Tensor:
+def infer_stage(
+    x: torch.Tensor, tensors: list[torch.Tensor], numbers: list[float], branches: str, dtype: torch.dtype
+) -> torch.Tensor:
     """x (B, C, H, W) in channels_last memory through branches, whose products have this dtype, to the same."""
-    stage, given = stage_of(branches), iter(tensors)
-    found = [
-        (name, {key: next(given) if value is ... else value for key, value in arguments.items()})
-        for name, arguments in stage.branches
-    ]
+    stage, tensors_left, numbers_left = stage_of(branches), iter(tensors), iter(numbers)
+
+    def filled(value: Any) -> Any:
+        return next(tensors_left) if value is ... else next(numbers_left) if isinstance(value, float) else value
+
+    found = [(name, {key: filled(value) for key, value in arguments.items()}) for name, arguments in stage.branches]
     x = x.contiguous(memory_format=torch.channels_last)
     weights, kind = split(found)
     everything = [x, None, *weights]
@@ -50,7 +54,9 @@ def infer_stage(x: torch.Tensor, tensors: list[torch.Tensor], branches: str, dty
     return stage.recorded(everything, found, dtype, kind=(dtype, precision(dtype), *kind))[0]
 
 
-def _fake(x: torch.Tensor, tensors: list[torch.Tensor], branches: str, dtype: torch.dtype) -> torch.Tensor:
+def _fake(
+    x: torch.Tensor, tensors: list[torch.Tensor], numbers: list[float], branches: str, dtype: torch.dtype
+) -> torch.Tensor:
     return empty_nhwc(x)
 
 
