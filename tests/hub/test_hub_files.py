@@ -172,6 +172,20 @@ def test_streams_without_room_fetch_the_needed_columns_alone(hub, publish, read)
     assert hub.sent.total() < 2.2 * COUNT * len(encoded(0)) + len(asked) * (1 << 16)
 
 
+def test_the_token_opens_a_gated_dataset_and_stays_out_of_what_is_kept(
+    hub, publish, run_with_hub, hub_token, tmp_path, files_with
+):
+    publish(parquet(60))
+    hub.repos["datasets", "me/photos"].gated = True
+    how = {"rank": 0, "ranks": 1, "workers": 2, "share": 0.1, "block": BLOCK, "state": None, "begin": 0, "stop": None}
+    refused = run_with_hub(READ, json.dumps(how))
+    assert refused.returncode == 1 and "no access to dataset 'me/photos'" in refused.stderr
+    done = run_with_hub(READ, json.dumps(how), token=hub_token)
+    assert done.returncode == 0, done.stderr
+    each_once([[json.loads(line) for line in done.stdout.splitlines()]])
+    assert list((tmp_path / "hf-home/hf-poolformer/streamed").glob("??/*")) and not files_with(tmp_path, hub_token)
+
+
 def test_a_folder_of_images(hub, publish, read):
     """Each image is a file, read by one worker, as it is stored."""
     files = {f"train/{'abc'[number % 3]}/{number:04d}.png": encoded(number) for number in range(COUNT)}
@@ -179,6 +193,7 @@ def test_a_folder_of_images(hub, publish, read):
     each_once(read(workers=2))
     # In two epochs; and the first one, to see what it is.
     assert hub.sent.total() <= 2 * size + 5 * len(encoded(0))
+    assert f"each of its {COUNT} images is asked for by itself, in every epoch; --streaming false" in read.errors
 
 
 NAME = "a.parquet"

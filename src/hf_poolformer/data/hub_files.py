@@ -225,6 +225,8 @@ def reading(name: str, files: DataFilesDict, token: str | bool | None, cache_dir
     hub = HfFileSystem(**options)
     folders = {address.rpartition("/")[0] for address in addresses}
     known = {f"hf://{entry['name']}": entry for folder in folders for entry in hub.ls(folder)}
+    if not addresses <= known.keys():
+        return None
     folder = _room_for(name, [known[address] for address in addresses], cache_dir)
     return Reading(DataFilesDict(other), {PROTOCOL: {**options, "folder": folder}})
 

@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 from datasets import ClassLabel, Features, Image, IterableDataset, Value, load_dataset, load_dataset_builder
+from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
@@ -37,7 +38,7 @@ from .columns import ImageDataset
 from .decoding import describe_source, read_bytes
 from .files import image_suffixes
 from .fingerprints import settled_state
-from .hub_files import reading
+from .hub_files import Reading, reading
 from .parquet import ParquetRows
 from .splits import canonical
 from .tars import TarRanges
@@ -197,19 +198,32 @@ class HubSource(Source):
         try:
             if streaming:
                 self._builder = load_dataset_builder(**arguments)
-                if hasattr(self._builder.config, "decode_num_threads"):
-                    # Images of folders would be decoded by threads, which hang in data workers that were forked.
-                    self._builder.config.decode_num_threads = 0
-                files = self._builder.config.data_files
-                # Each of them holds many images, for several readers.
-                shared = isinstance(self._builder, (Parquet, WebDataset))
-                self._reading = reading(self.name, files, token, cache_dir) if shared else None
+                self._reading = self._prepare(cache_dir)
                 self._opened = self._load()
             else:
                 self._opened = load_dataset(**arguments)
         except Exception as error:
             raise UserError(_hub_failure(self.name, error)) from error
         self.splits = list(self._opened)
+
+    def _prepare(self, cache_dir: str | None) -> Reading | None:
+        """How files are read of which each holds many images, for several readers."""
+        builder, files = self._builder, self._builder.config.data_files
+        if isinstance(builder, (Parquet, WebDataset)):
+            return reading(self.name, files, builder.token, cache_dir)
+        if isinstance(builder, FolderBasedBuilder):
+            # Threads would decode the images, and hang in data workers that were forked.
+            builder.config.decode_num_threads = 0
+            every = {file for split in files.values() for file in split}
+            single = sum(os.path.splitext(file)[1].lower() in image_suffixes() for file in every)
+            if single and not int(os.environ.get("RANK", 0)):
+                logger.warning(
+                    "%s is streamed: each of its %d images is asked for by itself, in every epoch; --streaming false "
+                    "downloads them first",
+                    self.name,
+                    single,
+                )
+        return None
 
     def _load(self, columns: list[str] | None = None) -> dict[str, IterableDataset]:
         """Streams of all splits. `columns` is heeded for Parquet, of which others are not even downloaded."""
