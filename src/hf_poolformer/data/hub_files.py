@@ -37,11 +37,14 @@ logger = logging.getLogger(__name__)
 
 PROTOCOL = "hubfiles"
 BLOCK = 1 << 22  # bytes
+# Bytes that are read ahead where nothing is kept: labels lie behind their images, and take few bytes. The 5 MiB that
+# `fsspec` would read are for nothing wherever a reader goes to another row group.
+_AHEAD = 1 << 16
 # Blocks that are asked for together, where reading goes on from one to the next.
 _TOGETHER = 2
 # Of a file, those that are held in memory: images and labels lie in different ones.
 _HELD = 3
-_LOCKS = 64
+_LOCKS = 256
 # What is kept of a dataset takes at most this share of the disk's free bytes, and leaves so many in any case.
 SHARE = 0.1
 _RESERVE = 1 << 30
@@ -78,9 +81,8 @@ class HubFiles(HfFileSystem):
     ) -> AbstractBufferedFile:
         if self._folder is not None:
             return _KeptFile(self._folder, self, path, mode=mode, revision=revision, cache_type="none")
-        # A block size of 0 asks for the whole file as one long answer. Otherwise `fsspec` would read 5 MiB ahead, over
-        # and over where readers go from one row group to another.
-        return super()._open(path, mode, block_size, revision, cache_type="none")
+        # 0 asks for the whole file as one long answer.
+        return super()._open(path, mode, 0 if block_size == 0 else _AHEAD, revision, **others)
 
 
 fsspec.register_implementation(PROTOCOL, HubFiles, clobber=True)
