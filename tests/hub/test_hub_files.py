@@ -24,18 +24,20 @@ BLOCK = 50_000
 
 # Trains as far as data is concerned: prints the images of each batch.
 READ = """
-import json, os, signal, sys
-import torch
+import json, multiprocessing, os, signal, sys
+from torchvision.transforms.v2.functional import pil_to_tensor
 from hf_poolformer.data import hub_files
 from hf_poolformer.data.datasets import open_datasets
 from hf_poolformer.data.loader import make_loader
 
 how = json.loads(sys.argv[1])
 hub_files.BLOCK, hub_files.SHARE = how["block"], how["share"]
+if how["method"]:
+    multiprocessing.set_start_method(how["method"])
 dataset = open_datasets(dataset_name="me/photos", train_val_split=0)["train"]
 loader = make_loader(
     dataset,
-    lambda image: torch.tensor([float(image.getpixel((0, 0))[0])]),
+    pil_to_tensor,
     batch_size=4,
     training=True,
     num_workers=how["workers"],
@@ -49,11 +51,15 @@ if how["state"]:
 for epoch in range(how["begin"], 2):
     loader.set_epoch(epoch)
     for number, batch in enumerate(loader):
-        print(json.dumps([epoch, batch["pixel_values"].flatten().int().tolist()]), flush=True)
+        print(json.dumps([epoch, batch["pixel_values"][:, 0, 0, 0].tolist()]), flush=True)
         if number == how["stop"]:
             print(json.dumps(loader.state_dict()), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+HOW = {"rank": 0, "ranks": 1, "workers": 0, "method": None, "share": 0.1, "block": BLOCK}
+HOW |= {"state": None, "begin": 0, "stop": None}
 
 
 def encoded(number):
@@ -98,11 +104,10 @@ def publish(hub):
 def read(hub_environment):
     """Starts READ in `ranks` processes at once; what each of them prints."""
 
-    def start(ranks=1, workers=0, share=0.1, state=None, begin=0, stop=None, code=0):
+    def start(ranks=1, code=0, **changes):
         processes = []
         for rank in range(ranks):
-            how = {"rank": rank, "ranks": ranks, "workers": workers, "share": share, "block": BLOCK}
-            how |= {"state": state, "begin": begin, "stop": stop}
+            how = HOW | {"rank": rank, "ranks": ranks} | changes
             command = [warm_python(), "-c", READ, json.dumps(how)]
             pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             processes.append(subprocess.Popen(command, env=hub_environment, **pipes))
@@ -133,16 +138,24 @@ def each_once(printed):
 )
 def test_processes_epochs_and_runs_fetch_the_same_bytes_once(hub, publish, read, files, ranks, workers, needed):
     size = publish(files())
-    printed = read(ranks, workers)
+    printed = read(ranks, workers=workers)
     each_once(printed)
     assert 0 < hub.sent.total() <= needed * size
     assert "kept in" in read.errors or ranks > 1  # the others need not say it
     hub.sent.clear()
-    assert read(ranks, workers) == printed
+    assert read(ranks, workers=workers) == printed
     assert hub.sent.total() == 0 and "kept in" not in read.errors
     # Where there is no room, everything is the same but for what is fetched.
-    assert read(ranks, workers, share=0) == printed
+    assert read(ranks, workers=workers, share=0) == printed
     assert hub.sent.total() > 2 * needed * size * 0.3
+
+
+@pytest.mark.parametrize("files", [lambda: parquet(60), tar], ids=["parquet", "tar"])
+def test_workers_that_are_started_anew(hub, publish, read, files):
+    """As on macOS and Windows."""
+    size = publish(files())
+    each_once(read(workers=1, method="spawn", block=1 << 22))
+    assert 0 < hub.sent.total() <= size
 
 
 def test_who_is_killed_is_continued_without_fetching_again(hub, publish, read, tmp_path):
@@ -176,7 +189,7 @@ def test_the_token_opens_a_gated_dataset_and_stays_out_of_what_is_kept(
 ):
     publish(parquet(60))
     hub.repos["datasets", "me/photos"].gated = True
-    how = {"rank": 0, "ranks": 1, "workers": 2, "share": 0.1, "block": BLOCK, "state": None, "begin": 0, "stop": None}
+    how = HOW | {"workers": 2}
     refused = run_with_hub(READ, json.dumps(how))
     assert refused.returncode == 1 and "no access to dataset 'me/photos'" in refused.stderr
     done = run_with_hub(READ, json.dumps(how), token=hub_token)

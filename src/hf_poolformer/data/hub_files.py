@@ -85,7 +85,7 @@ class HubFiles(HfFileSystem):
         return super()._open(path, mode, 0 if block_size == 0 else _AHEAD, revision, **others)
 
 
-fsspec.register_implementation(PROTOCOL, HubFiles, clobber=True)
+fsspec.register_implementation(PROTOCOL, f"{__name__}.{HubFiles.__name__}", clobber=True)
 
 
 class _KeptFile(HfFileSystemFile):
