@@ -5,12 +5,19 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from faulty_hub import KINDS, FaultyHub
 
 
-TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
+# As `hf-poolformer train`, with many requests of which to let some fail.
+TRAIN = """
+import sys
+from hf_poolformer.commands.train import main
+from hf_poolformer.data import hub_files
+
+hub_files.SHARE, hub_files.BLOCK = {share}, 2_000
+sys.exit(main())
+"""
 SHARDS, EPOCHS, BATCH = 10, 6, 16
 CARD = """---
 dataset_info:
@@ -43,7 +50,8 @@ def files_of(parts, write_parquet, folder):
     return files
 
 
-def train(hub, folder, *flags):
+def train(hub, folder, *flags, share=0):
+    """With `share`, what was fetched is kept."""
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment |= {
         "HF_ENDPOINT": hub.url,
@@ -54,7 +62,8 @@ def train(hub, folder, *flags):
     }
     command = [
         sys.executable,
-        TRAIN,
+        "-c",
+        TRAIN.format(share=share),
         "--recipe",
         "demo",
         "--dataset_name",
@@ -90,15 +99,16 @@ def test_failures_on_the_line_broken_images_and_a_truncated_shard(digit_rows, wr
     damaged[victim] = damaged[victim][: len(damaged[victim]) * 6 // 10]
 
     outcomes = {}
-    for name, files, rate in (("clean", clean, 0.0), ("damaged", damaged, 0.0), ("bad line", damaged, 0.05)):
-        folder = tmp_path / name.replace(" ", "-")
+    cases = [("clean", clean, 0.0, 0), ("damaged", damaged, 0.0, 0), ("bad line", damaged, 0.05, 0)]
+    for name, files, rate, share in [*cases, ("bad line, kept", damaged, 0.1, 0.1)]:
+        folder = tmp_path / name.replace(" ", "-").replace(",", "")
         with FaultyHub(rate=rate, seed=1, stall=2.5) as hub:
             hub.add_dataset("me/digits", files)
             flags = ["--max_skipped", "0.05", "--max_skipped_shards", "1"] if name != "clean" else []
-            outcomes[name] = results_of(train(hub, folder, *flags), folder)
+            outcomes[name] = results_of(train(hub, folder, *flags, share=share), folder)
             print(f"{name}: {hub.asked} requests for files, failed {dict(hub.injected)}, {outcomes[name][0]}")
             if rate:
-                assert sum(hub.injected.values()) > 0.02 * hub.asked and len(hub.injected) >= len(KINDS) - 1
+                assert sum(hub.injected.values()) > 0.02 * hub.asked and (share or len(hub.injected) >= len(KINDS) - 1)
     results, progress = outcomes["bad line"]
     broken = sum(count for number, (_, count) in enumerate(shards) if number != lost)
     readable = 1500 - size - broken
@@ -111,6 +121,7 @@ def test_failures_on_the_line_broken_images_and_a_truncated_shard(digit_rows, wr
     assert len(listed) == EPOCHS * broken and listed[0].startswith("1,")
     same = (tmp_path / "damaged/run/model.safetensors").read_bytes()
     assert (tmp_path / "bad-line/run/model.safetensors").read_bytes() == same
+    assert (tmp_path / "bad-line-kept/run/model.safetensors").read_bytes() == same
     # 297 images: a standard deviation of one point and a half.
     assert results["eval_accuracy"] > outcomes["clean"][0]["eval_accuracy"] - 0.05
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -67,6 +68,7 @@ class HubServer(ThreadingHTTPServer):
         repos: (kind, id) -> Repo, e.g. `hub.repos["models", "me/x"].commit("main").files["config.json"]`.
         requests: (method, path) of everything asked, in order.
         authorised: those of them that carried a token.
+        sent: file -> bytes of its content that were sent.
         tokens: who may write; a request with another token gets 401, one without may only read what is public.
     """
 
@@ -80,6 +82,7 @@ class HubServer(ThreadingHTTPServer):
         self.tokens = {TOKEN}
         self.requests: list[tuple[str, str]] = []
         self.authorised: list[tuple[str, str]] = []
+        self.sent: Counter[str] = Counter()
         self.requests_left: int | None = None
         self.answer_is_lost = False
         self.on_interruption = lambda: None
@@ -463,11 +466,14 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit.oid, "ETag": etag, "Accept-Ranges": "bytes"}
         headers |= {"X-Linked-ETag": etag, "X-Linked-Size": str(len(data))} if "lfs" in known else {}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted is None:
-            return self._send(200, data, headers)
-        start, end = int(wanted[1]), min(int(wanted[2] or len(data) - 1), len(data) - 1)
-        headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
-        self._send(206, data[start : end + 1], headers)
+        status = 200
+        if wanted is not None:
+            start, end = int(wanted[1]), min(int(wanted[2] or len(data) - 1), len(data) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
+            status, data = 206, data[start : end + 1]
+        if self.command == "GET":
+            self.server.sent[file] += len(data)
+        self._send(status, data, headers)
 
 
 def describe(name: str, data: bytes) -> dict:

@@ -167,7 +167,8 @@ def make_loader(
     )
     if process_index == 0 and order.num_workers < num_workers:
         logger.info(
-            "%s: %d data workers per process instead of %d: it is remote, and more would download the same bytes",
+            "%s: %d data workers per process instead of %d: it is a stream, and more would read the same parts of it; "
+            "--streaming false downloads it first, and all have work",
             dataset.name,
             order.num_workers,
             num_workers,

@@ -12,13 +12,14 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+from datasets import DownloadConfig
 from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
-from datasets.utils.file_utils import is_local_path
+from datasets.utils.file_utils import is_local_path, xopen
 
 
 _ROWS = 16  # of a table, unless `batch_size` tells otherwise
-_BUFFER = 1 << 22  # bytes that are read of a column at a time: one request, where it is remote
+_BUFFER = 1 << 23  # bytes that are read of a column at a time: one request, where it is remote
 
 
 class ParquetRows(Parquet):
@@ -28,11 +29,11 @@ class ParquetRows(Parquet):
         self, files: Sequence[str], row_groups_list: Sequence[Sequence[int] | None]
     ) -> Iterator[tuple[Any, pyarrow.Table]]:
         columns = list(self.info.features)
+        remote = DownloadConfig(token=self.token, storage_options=self.storage_options)
         for number, (path, groups) in enumerate(zip(files, row_groups_list, strict=True)):
             with contextlib.ExitStack() as stack:
-                # What is local, Arrow reads without asking Python. `datasets` replaces `open` in the modules of its
-                # builders by one that knows the Hub.
-                file = path if is_local_path(path) else stack.enter_context(open(path, "rb"))
+                # What is local, Arrow reads without asking Python.
+                file = path if is_local_path(path) else stack.enter_context(xopen(path, "rb", download_config=remote))
                 rows = stack.enter_context(pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False))
                 # Files may lack a column that others have.
                 known = [name for name in columns if name in rows.schema_arrow.names]

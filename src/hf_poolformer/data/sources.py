@@ -27,7 +27,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 from datasets import ClassLabel, Features, Image, IterableDataset, Value, load_dataset, load_dataset_builder
+from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from ..foundation.errors import UserError, one_line
 from ..foundation.names import undecodable_escaped
@@ -36,6 +38,7 @@ from .columns import ImageDataset
 from .decoding import describe_source, read_bytes
 from .files import image_suffixes
 from .fingerprints import settled_state
+from .hub_files import Reading, reading
 from .parquet import ParquetRows
 from .splits import canonical
 from .tars import TarRanges
@@ -195,6 +198,7 @@ class HubSource(Source):
         try:
             if streaming:
                 self._builder = load_dataset_builder(**arguments)
+                self._reading = self._prepare(cache_dir)
                 self._opened = self._load()
             else:
                 self._opened = load_dataset(**arguments)
@@ -202,16 +206,36 @@ class HubSource(Source):
             raise UserError(_hub_failure(self.name, error)) from error
         self.splits = list(self._opened)
 
+    def _prepare(self, cache_dir: str | None) -> Reading | None:
+        """How files are read of which each holds many images, for several readers."""
+        builder, files = self._builder, self._builder.config.data_files
+        if isinstance(builder, (Parquet, WebDataset)):
+            return reading(self.name, files, builder.token, cache_dir)
+        if isinstance(builder, FolderBasedBuilder):
+            # Threads would decode the images, and hang in data workers that were forked.
+            builder.config.decode_num_threads = 0
+            every = {file for split in files.values() for file in split}
+            single = sum(os.path.splitext(file)[1].lower() in image_suffixes() for file in every)
+            if single and not int(os.environ.get("RANK", 0)):
+                logger.warning(
+                    "%s is streamed: each of its %d images is asked for by itself, in every epoch; --streaming false "
+                    "downloads them first",
+                    self.name,
+                    single,
+                )
+        return None
+
     def _load(self, columns: list[str] | None = None) -> dict[str, IterableDataset]:
         """Streams of all splits. `columns` is heeded for Parquet, of which others are not even downloaded."""
-        builder = self._builder
-        if not isinstance(builder, Parquet):
-            return builder.as_streaming_dataset()
-        info = copy.deepcopy(builder.info)
-        features, token = builder.config.features, builder.token
-        files = {"data_files": builder.config.data_files, "base_path": builder.base_path, "repo_id": builder.repo_id}
-        how = {"dataset_name": builder.dataset_name, "features": features, "token": token, "columns": columns}
-        return ParquetRows(**files, **how, info=info).as_streaming_dataset()
+        builder, options = self._builder, None if self._reading is None else self._reading.storage_options
+        if isinstance(builder, Parquet):
+            info, known = copy.deepcopy(builder.info), builder.config
+            files = {"data_files": known.data_files, "base_path": builder.base_path, "repo_id": builder.repo_id}
+            how = {"dataset_name": builder.dataset_name, "features": known.features, "token": builder.token}
+            builder = ParquetRows(**files, **how, columns=columns, info=info, storage_options=options)
+        if self._reading is not None:
+            builder.config.data_files, builder.storage_options = self._reading
+        return builder.as_streaming_dataset()
 
     def split_origin(self, split: str) -> str:
         return f"the Hub's split {split}"

@@ -35,6 +35,7 @@ from datasets import Features, IterableDataset
 
 from ..foundation.errors import one_line
 from ..foundation.faults import Patience, is_transient
+from . import hub_files  # noqa: F401 - a data worker that is started anew must know its addresses
 from .sampling import Repeats
 
 
