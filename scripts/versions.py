@@ -45,7 +45,8 @@ TEST_PACKAGES = (
     "scikit-learn",
     "timm",
 )
-# Model and processor: every file that lies flat in tests, but these. Then kernels, conversion, data and training.
+# Model and processor: every file that lies flat in tests, but these. Then kernels, conversion, data, what is streamed
+# from the Hub, and training.
 OTHER_FILES = (
     "demo",
     "demo_dense",
@@ -64,6 +65,8 @@ ROOMS = (
     "tests/conversion/test_dense_conversion.py",
     "tests/data",
     "tests/foundation",
+    "tests/hub/test_hub_files.py",
+    "tests/hub/test_streaming.py",
     "tests/training",
 )
 SHOWN = ("torch", "torchvision", "transformers", "datasets", "accelerate", "huggingface_hub", "numpy", "pillow")
@@ -260,10 +263,10 @@ def kept(path: Path, code: str) -> dict | None:
 PAGE = """\
 # Versions
 
-Written by `make versions`. The tests of model, processor, kernels, conversion, data and training, each line in an
-environment of its own: `floors` has the first release of everything that `pyproject.toml` allows, `torch-X` the last
-patch of a minor release of torch in between and otherwise what pip chooses, `newest` what pip chooses. A test is
-skipped where what it needs is missing, a GPU for instance.
+Written by `make versions`. The tests of model, processor, kernels, conversion, data, streams of the Hub and training,
+each line in an environment of its own: `floors` has the first release of everything that `pyproject.toml` allows,
+`torch-X` the last patch of a minor release of torch in between and otherwise what pip chooses, `newest` what pip
+chooses. A test is skipped where what it needs is missing, a GPU for instance.
 
 {table}
 """

@@ -32,7 +32,7 @@ def make(scramble, device, monkeypatch):
 
 @pytest.fixture
 def images(device):
-    return torch.randn(3, 3, 32, 48, device=device)
+    return torch.randn(3, 3, 16, 24, device=device)
 
 
 class Graph:
