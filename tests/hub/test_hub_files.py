@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import re
 import subprocess
 import tarfile
 from collections import Counter
@@ -293,3 +294,10 @@ def test_content_is_told_from_content_not_by_the_commit(online, opened, publish,
     assert files.open(f"datasets/me/photos@{'2' * 40}/{NAME}").read() == DATA and not online.sent
     assert files.open(f"datasets/me/photos@{'3' * 40}/{NAME}").read() == other
     assert describe(NAME, DATA)["lfs"]["oid"] != describe(NAME, other)["lfs"]["oid"]
+
+
+@pytest.mark.parametrize("told", ["../../../etc/cron.d/x", "/tmp/x", "", "A" * 64, "..", "0" * 40 + "/../x"])
+def test_what_a_server_says_of_the_content_is_no_path(told):
+    """Neither upwards nor elsewhere, and two that differ stay two."""
+    names = {hub_files._content({"lfs": {"sha256": told}, "blob_id": told}), hub_files._content({"blob_id": "0" * 40})}
+    assert len(names) == 2 and all(re.fullmatch("[0-9a-f]{40,64}", name) for name in names)

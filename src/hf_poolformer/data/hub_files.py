@@ -13,6 +13,7 @@ is killed leaves nothing that misleads.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
@@ -49,6 +50,7 @@ _LOCKS = 256
 SHARE = 0.1
 _RESERVE = 1 << 30
 
+_HASH = re.compile(r"[0-9a-f]{40,64}")
 _COMMIT = re.compile(r"hf://datasets/[^@]+@[0-9a-f]{40}/")
 
 
@@ -201,8 +203,10 @@ class _Blocks(BaseCache):
 
 
 def _content(details: Mapping[str, Any]) -> str:
-    """The hash of a file's content, as the Hub tells it."""
-    return (details.get("lfs") or {}).get("sha256") or details["blob_id"]
+    """The hash of a file's content, as the Hub tells it; it becomes the name of a file."""
+    told = str((details.get("lfs") or {}).get("sha256") or details["blob_id"])
+    # Whatever else a server may say is no path.
+    return told if _HASH.fullmatch(told) else hashlib.sha256(told.encode()).hexdigest()
 
 
 def reading(name: str, files: DataFilesDict, token: str | bool | None, cache_dir: str | None) -> Reading | None:
